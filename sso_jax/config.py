@@ -1,0 +1,316 @@
+"""Command line and YAML in, one frozen `Config` out. Every field of every section is declared here and nowhere else."""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import jsonargparse
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def require(condition: bool, name: str, value, remedy: str) -> None:
+    """Raises `ValueError("name: value is ...; remedy")` unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name}: {value!r} is out of range; give {remedy}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    directory: str = "runs/sso"
+    """Folder for everything that the run writes; the same folder continues an interrupted run."""
+    seed: int = 0
+    """The one seed of all randomness."""
+    iterations: int = 3
+    """Rounds of sampling and training."""
+    compilation_cache: str = "~/.cache/sso_jax/xla"
+    """Folder where compiled programs are kept between runs; an empty string keeps none."""
+
+    def __post_init__(self):
+        require(0 <= self.seed < 2**31, "run.seed", self.seed, "an integer from 0 to 2147483647")
+        require(self.iterations >= 1, "run.iterations", self.iterations, "1 or more")
+        require(self.directory != "", "run.directory", self.directory, "a folder")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "toy"
+    """A Hugging Face folder, a hub id, or `toy` for the embedded toy world."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights that the optimizer updates."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the arithmetic in the decoder; log-prob sums are float32 whatever this is."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the tensors in the exported `policy/` folders."""
+    reference_path: Optional[str] = None
+    """Hugging Face folder of another reference than the policy at the start of the round."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1
+    """Copies of the model that share a batch."""
+    fsdp: int = -1
+    """Parts into which weights, optimizer state and batch are cut; -1 takes the devices that are left."""
+    tensor: int = 1
+    """Parts into which heads, hidden units and vocabulary are cut."""
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            require(value >= 1 or value == -1, f"mesh.{name}", value, "1 or more, or -1 for what is left")
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(sizes.count(-1) <= 1, "mesh", sizes, "-1 to one axis at most")
+
+
+@dataclass(frozen=True)
+class QueriesConfig:
+    path: Optional[str] = None
+    """JSON, JSON Lines, Parquet or a hub data set; the toy world brings its own queries."""
+    per_iteration: int = 512
+    """Queries of one round; rounds do not overlap."""
+    split: str = "train"
+    """Split of a hub data set."""
+
+    def __post_init__(self):
+        require(self.per_iteration >= 1, "queries.per_iteration", self.per_iteration, "1 or more")
+
+
+@dataclass(frozen=True)
+class PrinciplesConfig:
+    source: Literal["predefined"] = "predefined"
+    """Where the texts of the principles come from: `predefined` is the project's own table."""
+    features_per_query: int = 2
+    """Features that the policy names for a query; missing ones are drawn at random."""
+    concision_probability: float = 0.2
+    """Probability that Concision joins the features of a query."""
+
+    def __post_init__(self):
+        count = self.features_per_query
+        require(1 <= count <= 7, "principles.features_per_query", count, "1 to 7, the features of the table")
+        share = self.concision_probability
+        require(0 <= share <= 1, "principles.concision_probability", share, "a probability in [0, 1]")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    temperature: float = 0.7
+    """Logits are divided by it; 0 is greedy."""
+    top_p: float = 0.8
+    """Smallest set of likeliest tokens with at least this mass is kept; 1 keeps all."""
+    top_k: Optional[int] = None
+    """At most this many likeliest tokens are kept; none keeps all."""
+    max_new_tokens: int = 2048
+    """Longest response, end of turn included."""
+    batch_size: int = 64
+    """Responses sampled together; the last batch of a stage is padded to it."""
+
+    def __post_init__(self):
+        require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a mass in (0, 1]")
+        require(self.top_k is None or self.top_k >= 1, "sampling.top_k", self.top_k, "1 or more, or null")
+        require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "1 or more")
+        require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    enabled: bool = False
+    """Keep only the pairs that the log-probability filter lets through."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    base: str = "ipo"
+    """Pairwise loss that the objective is built from."""
+    beta: Optional[float] = None
+    """Strength of the base loss; null takes the base's own default."""
+    label_smoothing: Optional[float] = None
+    """Share of labels taken to be wrong, for the bases that have it."""
+    tau: Optional[float] = None
+    """Temperature of the bases that have one."""
+    eta: Optional[float] = None
+    """Weight of the supervised part of the bases that have one."""
+    margin: Optional[float] = None
+    """Target margin of the bases that have one."""
+    form: Literal["online", "generator", "pairwise"] = "online"
+    """`online`: base + W*g*G (version 1); `generator`: L+ + L- (version 2); `pairwise`: the plain pair alone (PBAA)."""
+    steering_weight: float = 0.1
+    """g, the weight of the self-steering terms in form `online`."""
+    weight_alpha: float = 0.66
+    """a, the share of the chosen response in W."""
+    use_weight: bool = True
+    """Whether W multiplies the steering terms (the base loss where there are none)."""
+    use_steering: bool = True
+    """Whether G = L+ + L- is added to the base loss in form `online`."""
+    detach_weight: bool = False
+    """Stop the gradient through W, as WPO does; the authors' code lets it flow."""
+    positive_weight: float = 1.0
+    """Factor of L+; 0 drops it."""
+    negative_weight: float = 1.0
+    """Factor of L-; 0 drops it."""
+    negative_winner: Literal["original", "rejected"] = "original"
+    """Winner of L- over y+: y_o as in the paper, or y-, the naive form of its ablation."""
+    sft_weight: Optional[float] = None
+    """gamma, the weight of the supervised terms; null is 0 in form `online` and 0.1 in form `generator`."""
+
+    def __post_init__(self):
+        require(self.beta is None or self.beta > 0, "objective.beta", self.beta, "a number above 0")
+        alpha = self.weight_alpha
+        require(0 <= alpha <= 1, "objective.weight_alpha", alpha, "a share in [0, 1]")
+        for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"objective.{name}", value, "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 5e-7
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: a cosine to 0, or the peak kept."""
+    warmup_ratio: float = 0.1
+    """Share of the updates over which the rate rises from 0."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment."""
+    b2: float = 0.95
+    """Decay of AdamW's second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms and biases have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient; 0 is none."""
+
+    def __post_init__(self):
+        require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
+        require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "a decay in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = 64
+    """Examples an update."""
+    microbatch_size: Optional[int] = None
+    """Examples a device step; gradients of an update are summed over its steps. Null takes the whole batch."""
+    epochs: int = 1
+    """Passes over the pairs of a round."""
+    max_tokens: int = 2048
+    """Limit of prompt plus response; longer examples are dropped and counted."""
+    shuffle: bool = True
+    """Draw the order of the examples anew each epoch, by the seed."""
+
+    def __post_init__(self):
+        require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
+        require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
+        require(self.max_tokens >= 2, "train.max_tokens", self.max_tokens, "2 or more")
+        micro = self.microbatch_size
+        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        require(divides, "train.microbatch_size", micro, f"a divisor of train.batch_size {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    control: Literal["none", "random_order", "judge_order"] = "none"
+    """Controls: chosen and rejected swapped by a coin, or (toy only) put in the judge's order."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 100
+    """Updates between checkpoints; the end of a round is always one."""
+    keep: int = 1
+    """Newest checkpoints kept in a round."""
+
+    def __post_init__(self):
+        require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "1 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    tensorboard: bool = True
+    """Write the scalars of metrics.jsonl for TensorBoard too, under `RUN/tensorboard`."""
+    wandb_project: Optional[str] = None
+    """Weights & Biases project that gets the same scalars; needs the `wandb` package."""
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: Literal["online"] = "online"
+    """`online` is version 1 of the paper: sample, pair, train, repeat."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    queries: QueriesConfig = QueriesConfig()
+    principles: PrinciplesConfig = PrinciplesConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    filter: FilterConfig = FilterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    pairs: PairsConfig = PairsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    out: Optional[str] = None
+    """JSON Lines file to write; needed with queries.path."""
+    steered: bool = False
+    """Write steered triples (chosen, rejected, original) in place of plain answers."""
+    query: Optional[str] = None
+    """One query to answer on standard output, in place of a file of queries."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    queries: QueriesConfig = QueriesConfig()
+    principles: PrinciplesConfig = PrinciplesConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def _nearest(message: str, known: list[str]) -> str:
+    """`; did you mean ...?` for the unknown field that an error message of the parser names, or nothing."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+    if not unknown:
+        return ""
+    group = re.search(r"Group '([\w.]+)'", message)
+    name = unknown.group(1) or ((group.group(1) + ".") if group else "") + unknown.group(2)
+    near = difflib.get_close_matches(name, known, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else "; --help lists every field"
+
+
+def parse(config_class: type, argv: list[str], program: str, description: str):
+    """Parses `--config FILE` and dotted overrides into `config_class`.
+
+    Raises:
+      ValueError: one line that names the field, the value and what it may be.
+    """
+    parser = jsonargparse.ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of fields; later arguments override it.")
+    parser.add_class_arguments(config_class, as_group=False)
+    known = [action.dest for action in parser._actions]
+    try:
+        namespace = parser.instantiate(parser.parse_args(argv))
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(message + _nearest(message, known)) from error
+    fields = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**fields)
+
+
+def to_dict(config) -> dict:
+    """The config as plain nested dictionaries, for YAML and for comparison."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,70 @@
+"""Sizes of the mesh in, the device mesh and the shardings of everything out. The only file that names mesh axes."""
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+RULES = {
+    "batch": ("data", "fsdp"),
+    "width": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "hidden": "tensor",
+    "vocab": "tensor",
+    "head_size": None,
+    "layers": None,
+    "norm": None,
+}
+"""Logical axis -> mesh axes; None is a copy on every device."""
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> jax.sharding.Mesh:
+    """Device mesh of the given sizes; one of them may be -1 and takes what is left.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if -1 in sizes:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    if int(np.prod(sizes)) != len(devices):
+        given = ", ".join(f"mesh.{axis} {size}" for axis, size in zip(AXES, (data, fsdp, tensor), strict=True))
+        raise ValueError(f"{given}: the product is not the number of devices, {len(devices)}; set one axis to -1")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """Partition spec of an array whose axes have these logical names."""
+    return PartitionSpec(*(RULES[name] if name else None for name in logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins the sharding of an intermediate array; without a mesh in context (`jax.set_mesh`) it is `x`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def param_shardings(boxed_params, mesh: jax.sharding.Mesh):
+    """Sharding of each parameter from the logical axis names that Linen boxes carry."""
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda box: NamedSharding(mesh, spec(*box.names)), boxed_params, is_leaf=is_box)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """First axis over all copies and shards of the model, the rest whole."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Number of parts into which the first axis of a batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,47 @@
+"""Sizes and switches of a decoder: one frozen `Architecture` that layers, weights and sampler read.
+
+Shape alphabet of the whole project: B batch, T tokens, V vocabulary, D width, F hidden, N query heads, K key/value heads,
+H head size, S cache slots, L layers, G query heads that share a key/value head (N = K*G).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of slow rotations to a longer context."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pre-norm decoder with rotary positions, grouped query heads and a gated SiLU unit: Llama, Qwen2, Qwen3, Mistral."""
+
+    model_type: str
+    """Hugging Face's name of the family: llama, qwen2, qwen3, mistral."""
+    vocab_size: int
+    width: int
+    hidden: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_positions: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}; check the model's config.json"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_dim {self.head_size} is odd; rotary positions need an even one")

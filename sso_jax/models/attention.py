@@ -1,0 +1,128 @@
+"""Activations and a mask in, attended activations and an updated key/value cache out."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from sso_jax.mesh import constrain
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.layers import Projection, RMSNorm, Rotation, rotate
+
+
+HIDDEN_SCORE = -1e30
+"""Added to the score of a key that must not be seen: large enough to swallow it, small enough to stay finite."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers; slots hold tokens in the order in which they were written."""
+
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
+
+
+def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
+    """Cache of zeros."""
+    shape = (architecture.num_layers, batch_size, architecture.num_kv_heads, num_slots, architecture.head_size)
+    zeros = constrain(jnp.zeros(shape, dtype), "layers", "batch", "kv_heads", None, None)
+    return Cache(keys=zeros, values=zeros)
+
+
+def tree_mask(tree: Int[Array, "B T"], branch: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Which token (second axis) sees which (third): earlier ones of its tree, on the trunk or on its own branch.
+
+    Rows hold trees side by side; a tree is a prompt (branch 0) and the responses to it (branches 1, 2, ...), each blind to the
+    others. One tree `p p a a b`, with p on the trunk:
+
+            p p a a b
+        p   x . . . .
+        p   x x . . .
+        a   x x x . .
+        a   x x x x .
+        b   x x . . x
+    """
+    length = tree.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    same_tree = tree[:, :, None] == tree[:, None, :]
+    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return causal[None] & same_tree & visible
+
+
+def causal_mask(num_tokens: int) -> Bool[Array, "1 T T"]:
+    """Each token sees itself and all before it."""
+    return jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
+
+
+@jax.checkpoint
+def attend(
+    queries: Float[Array, "B K G T H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B T S"],
+) -> Float[Array, "B K G T H"]:
+    """`softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
+
+    Nothing of size [T, S] is kept for the backward pass, which computes the scores anew. A token that sees nothing (padding may) gets
+    the plain mean of the values, never NaN.
+    """
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    scores = jnp.einsum("bkgth,bksh->bkgts", queries * scale, keys, preferred_element_type=jnp.float32)
+    scores = scores + jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(values.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; with a cache it writes its keys and values at `slot`."""
+
+    architecture: Architecture
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
+        width, head_size = self.architecture.width, self.architecture.head_size
+        bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        return Projection("btd,dmh->btmh", (width, num_heads, head_size), ("width", axis, "head_size"), bias_axes, **types, name=name)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        turn: Rotation,
+        mask: Bool[Array, "#B T S"],
+        cache: Cache | None,
+        layer: Int[Array, ""],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        a = self.architecture
+        queries = self._projection("query", a.num_heads, "heads")(x)  # [B, T, N, H]
+        keys = self._projection("key", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
+        values = self._projection("value", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
+        if a.qk_norm:
+            queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(queries)
+            keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(keys)
+        queries, keys = rotate(queries, turn), rotate(keys, turn)
+
+        batch, length = x.shape[:2]
+        grouped = queries.reshape(batch, length, a.num_kv_heads, -1, a.head_size)  # [B, T, K, G, H]
+        grouped = constrain(grouped.transpose(0, 2, 3, 1, 4), "batch", "kv_heads", None, None, None)  # [B, K, G, T, H]
+        keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)  # [B, K, T, H]
+        if cache is not None:
+            start = (layer, 0, 0, slot, 0)
+            cache = Cache(
+                keys=jax.lax.dynamic_update_slice(cache.keys, keys[None].astype(cache.keys.dtype), start),
+                values=jax.lax.dynamic_update_slice(cache.values, values[None].astype(cache.values.dtype), start),
+            )
+            if length == 1:  # decoding looks back at the cache; a prefill starts it and sees its own tokens only
+                keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)  # [B, K, S, H]
+                values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)  # [B, K, S, H]
+        out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]
+        out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
+        shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")
+        return Projection("btnh,nhd->btd", shape, axes, dtype=self.dtype, param_dtype=self.param_dtype, name="out")(out), cache

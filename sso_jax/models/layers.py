@@ -1,0 +1,106 @@
+"""Activations [B, T, D] in, activations [B, T, D] out: norm, projection, gated unit and rotary positions."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from sso_jax.mesh import constrain
+from sso_jax.models.architecture import Architecture, RopeScaling
+
+_kernel_init = nn.initializers.normal(0.02)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    eps: float
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """`einsum(equation, x, kernel) + bias`, with a logical name for each axis of the kernel."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias_axes: tuple[str, ...] = ()
+    """Names of the output axes, the last ones of the kernel; empty for no bias."""
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        kernel = self.param("kernel", nn.with_logical_partitioning(_kernel_init, self.axes), self.shape, self.param_dtype)
+        out = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        if self.bias_axes:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes)
+            shape = self.shape[-len(self.bias_axes) :]
+            bias = self.param("bias", init, shape, self.param_dtype).astype(self.dtype)
+            out = out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
+        return out
+
+
+class GatedUnit(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU)."""
+
+    architecture: Architecture
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        width, hidden = self.architecture.width, self.architecture.hidden
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        gate = Projection("btd,df->btf", (width, hidden), ("width", "hidden"), **types, name="gate")(x)
+        up = Projection("btd,df->btf", (width, hidden), ("width", "hidden"), **types, name="up")(x)
+        inner = constrain(nn.silu(gate) * up, "batch", None, "hidden")
+        return Projection("btf,fd->btd", (hidden, width), ("hidden", "width"), **types, name="down")(inner)
+
+
+def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians a position for each of the H/2 pairs: `theta^(-2i/H)` (Su et al. 2021, eq. 15).
+
+    With Llama 3.1's scaling, rotations slower than `original_max_positions / low_freq_factor` are divided by `factor`, those faster
+    than `original_max_positions / high_freq_factor` stay, and those between are blended.
+    """
+    frequencies = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    if scaling is not None:
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+class Rotation(NamedTuple):
+    """Sine and cosine of each token's angles; computed once for all layers."""
+
+    sin: Float[Array, "B T 1 H/2"]
+    cos: Float[Array, "B T 1 H/2"]
+
+
+def rotation(positions: Int[Array, "B T"], architecture: Architecture) -> Rotation:
+    """Angles `position * frequency_i` of the tokens, float32."""
+    frequencies = rope_frequencies(architecture.head_size, architecture.rope_theta, architecture.rope_scaling)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]  # [B, T, 1, H/2]
+    return Rotation(jnp.sin(angles), jnp.cos(angles))
+
+
+def rotate(x: Float[Array, "B T M H"], by: Rotation) -> Float[Array, "B T M H"]:
+    """Turns the pair (x_i, x_{i+H/2}) of each head by its angle, in float32 (Hugging Face's pairing of the halves)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

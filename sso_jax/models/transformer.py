@@ -1,0 +1,96 @@
+"""Token ids [B, T] in, hidden states [B, T, D] and, by a method of their own, logits [..., V] out."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from sso_jax.mesh import constrain
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.attention import Attention, Cache, causal_mask
+from sso_jax.models.layers import GatedUnit, RMSNorm, rotation
+
+
+class Layer(nn.Module):
+    """`x += attention(norm(x)); x += unit(norm(x))`."""
+
+    architecture: Architecture
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, carry, layer, turn, mask, slot):
+        x, cache = carry
+        x = constrain(x, "batch", None, None)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
+        attended, cache = Attention(self.architecture, **types, name="attention")(normed, turn, mask, cache, layer, slot)
+        x = x + attended
+        normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
+        return (x + GatedUnit(self.architecture, **types, name="unit")(normed), cache), None
+
+
+class Transformer(nn.Module):
+    """The decoder of `architecture`; its layers are one scanned layer, so that compile time does not grow with depth.
+
+    `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes each layer in the backward pass.
+    """
+
+    architecture: Architecture
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        a = self.architecture
+        init = nn.initializers.normal(0.02)
+        embedding = nn.with_logical_partitioning(init, ("vocab", "width"))
+        self.embedding = self.param("embedding", embedding, (a.vocab_size, a.width), self.param_dtype)
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=a.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(a, self.dtype, self.param_dtype)
+        self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
+        if not a.tied_head:
+            head = nn.with_logical_partitioning(init, ("width", "vocab"))
+            self.head = self.param("head", head, (a.width, a.vocab_size), self.param_dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "#B T S"],
+        cache: Cache | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None)."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)  # [B, T, D]
+        layers = jnp.arange(self.architecture.num_layers)
+        (x, cache), _ = self.layers((x, cache), layers, rotation(positions, self.architecture), mask, jnp.asarray(slot))
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Scores of the next token, float32."""
+        if self.architecture.tied_head:
+            return jnp.einsum("...d,vd->...v", hidden, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, self.head.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(model: Transformer, key: jax.Array):
+    """Random parameters in boxes that carry the logical names of their axes."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def everything(module, tokens):
+        return module.logits(module(tokens, tokens, causal_mask(1))[0])
+
+    return model.init(key, tokens, method=everything)["params"]
+
+
+def abstract_params(model: Transformer):
+    """Shapes, types and logical axis names of the parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -1,0 +1,98 @@
+"""Clean triples in, the pairs to train on out: reordered by a control, scored by the reference, filtered by their log-probs."""
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from sso_jax.records import RESPONSES, Triple
+
+SCORED_CELLS = [("plain", "chosen"), ("plain", "rejected")]
+FILTER_CELLS = [(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")]
+"""The six log-probs that the filter reads."""
+
+
+def swap(triple: Triple) -> Triple:
+    """The triple with chosen and rejected exchanged."""
+    ids = triple.response_ids
+    ids = None if ids is None else {**ids, "chosen": ids["rejected"], "rejected": ids["chosen"]}
+    return dataclasses.replace(triple, chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, swapped=not triple.swapped)
+
+
+def random_order(triples: list[Triple], seed: str) -> list[Triple]:
+    """Control: each pair swapped by a coin."""
+    return [swap(t) if random.Random(f"{seed}/{t.id}/order").random() < 0.5 else t for t in triples]
+
+
+def judge_order(triples: list[Triple], score: Callable[[Triple, str], float]) -> list[Triple]:
+    """Control, the one place where a judge reaches training: each pair in the order of `score(triple, response)`."""
+    return [swap(t) if score(t, "rejected") > score(t, "chosen") else t for t in triples]
+
+
+def fits(prompts: dict[str, list[int]], response_ids: dict[str, list[int]], cells: list[tuple[str, str]], limit: int) -> bool:
+    """Whether prompt and response of every cell stay within `limit` tokens."""
+    return all(len(prompts[context]) + len(response_ids[response]) <= limit for context, response in cells)
+
+
+def with_log_probs(triple: Triple, cells: list[tuple[str, str]], sums: list[float]) -> Triple:
+    """The triple with the reference's log-prob sums, by context and response."""
+    table: dict[str, dict[str, float]] = {}
+    for (context, response), value in zip(cells, sums, strict=True):
+        table.setdefault(context, {})[response] = value
+    return dataclasses.replace(triple, log_probs=table)
+
+
+def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
+    """Log-probs a token, in nats, by context and response: sums over the number of response tokens, end of turn included."""
+    return {
+        context: {response: value / len(triple.response_ids[response]) for response, value in row.items()}
+        for context, row in triple.log_probs.items()
+    }
+
+
+def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Counter]:
+    """The log-probability filter of SSO's release, on mean log-probs; `p`, `o`, `n` are the contexts x+, x, x-.
+
+    1. order: keep p_chosen > o_chosen > n_chosen and n_rejected > o_rejected > p_rejected;
+    2. near on-policy: keep o_chosen and o_rejected at or above their means over what is left;
+    3. clear gap: keep p_chosen - n_chosen and n_rejected - p_rejected above their means over what is left.
+    """
+    dropped: Counter = Counter()
+
+    def keep(rows: list[Triple], reason: str, test: Callable[[np.ndarray], np.ndarray]) -> list[Triple]:
+        if not rows:
+            return rows
+        tables = [mean_log_probs(t) for t in rows]
+        values = np.array([[table[c][r] for c, r in FILTER_CELLS] for table in tables])  # columns: oc, or, pc, pr, nc, nr
+        mask = test(values)
+        dropped[reason] += int((~mask).sum())
+        return [row for row, kept in zip(rows, mask, strict=True) if kept]
+
+    def ordered(v: np.ndarray) -> np.ndarray:
+        return (v[:, 2] > v[:, 0]) & (v[:, 0] > v[:, 4]) & (v[:, 5] > v[:, 1]) & (v[:, 1] > v[:, 3])
+
+    def near_policy(v: np.ndarray) -> np.ndarray:
+        return np.all(v[:, :2] >= v[:, :2].mean(axis=0), axis=1)
+
+    def clear_gap(v: np.ndarray) -> np.ndarray:
+        gaps = np.stack([v[:, 2] - v[:, 4], v[:, 5] - v[:, 3]], axis=1)
+        return np.all(gaps > gaps.mean(axis=0), axis=1)
+
+    kept = keep(triples, "filter_order", ordered)
+    kept = keep(kept, "filter_off_policy", near_policy)
+    return keep(kept, "filter_small_gap", clear_gap), +dropped
+
+
+def summarize(triples: list[Triple]) -> dict[str, float | None]:
+    """On-policy probabilities of the pairs and their length: `exp(mean log-prob)` under x, averaged, and tokens a response."""
+    if not triples:
+        return {"chosen_probability": None, "rejected_probability": None, "response_tokens": None}
+    tables = [mean_log_probs(t)["plain"] for t in triples]
+    lengths = [len(t.response_ids[response]) for t in triples for response in RESPONSES]
+    return {
+        "chosen_probability": float(np.mean([np.exp(table["chosen"]) for table in tables])),
+        "rejected_probability": float(np.mean([np.exp(table["rejected"]) for table in tables])),
+        "response_tokens": float(np.mean(lengths)),
+    }

@@ -1,0 +1,74 @@
+"""Queries in, the features that steer each of them out: named by the policy, parsed, filled up at random."""
+
+import random
+import re
+from functools import lru_cache
+from importlib import resources
+from typing import NamedTuple
+
+import yaml
+
+from sso_jax.records import Query
+
+CONCISION = "Concision"
+NAMING_TOKENS = 32
+"""Longest answer to the question for features."""
+
+
+class Feature(NamedTuple):
+    """A feature with its good and its bad side."""
+
+    good_adjective: str
+    bad_adjective: str
+    good: str
+    bad: str
+
+
+class NamedFeatures(NamedTuple):
+    """Features of one query and where they come from."""
+
+    features: tuple[str, ...]
+    text: str | None
+    """What the policy wrote; None where it was not asked."""
+    num_random: int
+    """Features that it did not name and that were drawn."""
+
+
+@lru_cache
+def feature_table() -> dict[str, Feature]:
+    """The project's own principles, from `principles.yaml` beside this file."""
+    rows = yaml.safe_load(resources.files(__package__).joinpath("principles.yaml").read_text(encoding="utf-8"))
+    return {name: Feature(*row["adjectives"], row["good"], row["bad"]) for name, row in rows.items()}
+
+
+def nameable_features() -> list[str]:
+    """The features that the policy may name: all but Concision."""
+    return [name for name in feature_table() if name != CONCISION]
+
+
+def naming_prompt(query: Query, count: int) -> str:
+    """Few-shot user turn that asks which features matter for the query."""
+    template = resources.files(__package__).joinpath("features_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
+    filled = template.replace("{count}", str(count)).replace("{features}", ", ".join(nameable_features()))
+    return filled.replace("{query}", query.query)
+
+
+def parse_features(text: str, count: int) -> list[str]:
+    """Up to `count` distinct features in the order in which the text names them, in whatever case and among whatever else.
+
+    Only the first paragraph counts: what a model writes after it is no longer the answer.
+    """
+    names = nameable_features()
+    found = re.findall("|".join(names), text.strip().split("\n\n")[0], flags=re.IGNORECASE)
+    by_lower = {name.lower(): name for name in names}
+    return list(dict.fromkeys(by_lower[name.lower()] for name in found))[:count]
+
+
+def choose_features(query: Query, text: str | None, count: int, concision_probability: float, seed: str) -> NamedFeatures:
+    """The features that the policy named in `text`, filled up to `count` at random, and Concision by chance."""
+    draw = random.Random(f"{seed}/{query.id}/features")
+    named = parse_features(text or "", count)
+    missing = count - len(named)
+    drawn = draw.sample([name for name in nameable_features() if name not in named], missing)
+    concise = [CONCISION] if draw.random() < concision_probability else []
+    return NamedFeatures((*named, *drawn, *concise), text, missing)

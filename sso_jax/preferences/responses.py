@@ -1,0 +1,88 @@
+"""Steered queries in, triples of sampled responses out; then triples in, clean triples out, what is dropped counted by reason."""
+
+import dataclasses
+import re
+from collections import Counter
+
+from transformers import PreTrainedTokenizerBase
+
+from sso_jax.records import RESPONSES, SteeredQuery, Triple
+from sso_jax.sampling.sampler import Request, Sampler, row_key
+from sso_jax.tokens.tokenizer import decode_text, tokens_hash
+
+CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
+"""The context that each response is sampled from."""
+_LABEL = re.compile(r"\s*(?:[A-Z][a-z]+\s+){0,2}(?:[Rr]esponse|[Aa]nswer|[Rr]eply)\s*:\s*")
+
+
+def sample_triples(
+    sampler: Sampler,
+    params,
+    tokenizer: PreTrainedTokenizerBase,
+    steered: list[tuple[SteeredQuery, dict[str, list[int]]]],
+    seed: int,
+    iteration: int,
+    max_new_tokens: int,
+    max_tokens: int,
+) -> list[Triple]:
+    """y+ from x+, y- from x- and y_o from x for every (steered query, prompts by context), in one stream."""
+    requests = [
+        Request(prompts[CONTEXT_OF[response]], row_key(seed, iteration, record.id, response))
+        for record, prompts in steered
+        for response in RESPONSES
+    ]
+    sampled = iter(sampler.sample(params, requests, max_new_tokens, max_tokens, f"iteration {iteration}: responses"))
+    triples = []
+    for record, _ in steered:
+        ids = {response: next(sampled) for response in RESPONSES}
+        texts = {response: decode_text(tokenizer, ids[response]) for response in RESPONSES}
+        triples.append(
+            Triple(
+                id=record.id,
+                query=record.query,
+                good_system=record.good_system,
+                bad_system=record.bad_system,
+                features=record.features,
+                response_ids=ids,
+                tokens_hash=tokens_hash(tokenizer),
+                **texts,
+            )
+        )
+    return triples
+
+
+def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:
+    """Ids without a leading label such as "Helpful response:", cut at a token boundary.
+
+    `Helpful response: 7 .` becomes `7 .`. None where the label ends in the middle of a token, or nothing is left of the response.
+    """
+    text = decode_text(tokenizer, ids)
+    label = _LABEL.match(text)
+    if label is None:
+        return ids
+    rest = text[label.end() :].strip()
+    for start in range(1, len(ids)):
+        if decode_text(tokenizer, ids[start:]).strip() == rest and rest:
+            return ids[start:]
+    return None
+
+
+def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> tuple[list[Triple], Counter]:
+    """Triples without labels; dropped are those with a label that cannot be cut, an empty response, or two that are the same."""
+    kept, dropped = [], Counter()
+    for triple in triples:
+        ids = {response: strip_label(tokenizer, triple.response_ids[response]) for response in RESPONSES}
+        if any(value is None for value in ids.values()):
+            dropped["label"] += 1
+            continue
+        texts = {response: decode_text(tokenizer, ids[response]) for response in RESPONSES}
+        stripped = [text.strip() for text in texts.values()]
+        if not all(stripped):
+            dropped["empty"] += 1
+        elif stripped[0] == stripped[1]:
+            dropped["chosen_is_rejected"] += 1
+        elif stripped[2] in stripped[:2]:
+            dropped["original_is_chosen_or_rejected"] += 1
+        else:
+            kept.append(dataclasses.replace(triple, response_ids=ids, **texts))
+    return kept, dropped

@@ -1,0 +1,25 @@
+"""A long stage in, its progress out: a tqdm bar on a terminal, one line every ten seconds elsewhere."""
+
+import sys
+
+from tqdm import tqdm
+
+
+class _LineBar(tqdm):
+    """tqdm for logs: each report is a line of its own."""
+
+    @staticmethod
+    def status_printer(file):
+        def print_line(text: str) -> None:
+            if text.strip():
+                file.write(text.strip() + "\n")
+                file.flush()
+
+        return print_line
+
+
+def progress_bar(description: str, total: int, unit: str, initial: int = 0) -> tqdm:
+    """Bar over `total` units with rate and estimate of what is left; use it in a `with` and call `update(n)`."""
+    if sys.stderr.isatty():
+        return tqdm(desc=description, total=total, unit=unit, initial=initial, dynamic_ncols=True)
+    return _LineBar(desc=description, total=total, unit=unit, initial=initial, mininterval=10, ncols=100, leave=False, delay=10)

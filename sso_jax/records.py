@@ -1,0 +1,137 @@
+"""Files of records in and out: the kinds of record of the chain, and the reading and writing of their JSON Lines."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONTEXTS = ("plain", "positive", "negative")
+"""The prompts x, x+ and x-."""
+RESPONSES = ("chosen", "rejected", "original")
+"""The responses y+, y- and y_o."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """One user turn, x."""
+
+    id: str
+    query: str
+
+
+@dataclass(frozen=True)
+class SteeredQuery:
+    """A query with what steers it: features, and the system messages p+ and p-."""
+
+    id: str
+    query: str
+    features: tuple[str, ...]
+    good_system: str
+    bad_system: str
+    features_text: str | None = None
+    """What the policy wrote when asked for features; None where it was not asked."""
+    num_random_features: int = 0
+    """How many of the features were drawn at random because the policy did not name enough."""
+
+
+@dataclass(frozen=True)
+class Triple:
+    """A query with its two system messages and its responses y+, y- and y_o: a line of `pairs.jsonl`."""
+
+    id: str
+    query: str
+    good_system: str
+    bad_system: str
+    chosen: str
+    rejected: str
+    original: str
+    features: tuple[str, ...] = ()
+    response_ids: dict[str, list[int]] | None = None
+    """Sampled token ids by response, end of turn included; None where only texts are known."""
+    tokens_hash: str | None = None
+    """Hash of the tokenizer and template that `response_ids` belong to."""
+    log_probs: dict[str, dict[str, float]] | None = None
+    """Reference log-probs, sums in nats, by context and response."""
+    swapped: bool = False
+    """Whether a control put chosen and rejected in the other order."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Keys of the source file that the chain does not use; they are written back."""
+
+    def system(self, context: str) -> str | None:
+        """System message of a context: none for `plain`."""
+        return {"plain": None, "positive": self.good_system, "negative": self.bad_system}[context]
+
+
+def to_json(record) -> dict:
+    """The record as a JSON object; `extra` keys stand beside the record's own."""
+    fields = dataclasses.asdict(record)
+    extra = fields.pop("extra", {})
+    return {**fields, **extra}
+
+
+def from_json(kind: type, fields: dict):
+    """The record of class `kind` that `to_json` wrote."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    own = {name: value for name, value in fields.items() if name in names}
+    if "features" in own:
+        own["features"] = tuple(own["features"])
+    extra = {name: value for name, value in fields.items() if name not in names}
+    return kind(**own, extra=extra) if "extra" in names else kind(**own)
+
+
+def read_json_lines(path: str | Path) -> list[dict]:
+    """Objects of a JSON Lines file, empty lines skipped."""
+    return [row for _, row in read_numbered_lines(path)]
+
+
+def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
+    """(line number, object) of a JSON Lines file, empty lines skipped.
+
+    Raises:
+      ValueError: names the file and the line that is not a JSON object.
+    """
+    rows: list[tuple[int, dict]] = []
+    with open(path, encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append((number, _parse_object(line, f"{path}, line {number}")))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, after line {rows[-1][0] if rows else 0}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    return rows
+
+
+def _parse_object(text: str, place: str) -> dict:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"{place}: not valid JSON ({error.msg} at column {error.colno}); give one JSON object a line"
+        raise ValueError(message) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: {type(row).__name__} instead of a JSON object; give one JSON object a line")
+    return row
+
+
+def read_records(kind: type, path: str | Path) -> list:
+    """Records of class `kind` from a stage file that `write_records` wrote."""
+    return [from_json(kind, row) for row in read_json_lines(path)]
+
+
+def write_records(records: Iterable, path: str | Path) -> None:
+    """Writes records or dictionaries as JSON Lines, whole or not at all."""
+    rows = (record if isinstance(record, dict) else to_json(record) for record in records)
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Writes a text file whole or not at all: a temporary file is synced, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

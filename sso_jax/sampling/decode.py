@@ -1,0 +1,104 @@
+"""Padded prompts [B, P] and row keys in, sampled tokens [B, M] and their counts out, in one compiled program.
+
+Prompts are padded on the right and fill the first P slots of the cache; the step-th sampled token of every row goes to slot
+P + step, so that all rows write to one place, and a row's own padding is masked by its length.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from sso_jax.mesh import batch_sharding, replicated
+from sso_jax.models.attention import Cache, causal_mask, empty_cache
+from sso_jax.models.transformer import Transformer
+from sso_jax.sampling.strategies import Strategy, choose
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts; rows that only fill the batch have `used` False."""
+
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    keys: UInt32[Array, "B 2"]
+    used: Bool[Array, "B"]
+
+
+class Samples(NamedTuple):
+    """Sampled tokens, end of turn included; what lies behind `num_tokens` is padding."""
+
+    tokens: Int[Array, "B M"]
+    num_tokens: Int[Array, "B"]
+
+
+class _State(NamedTuple):
+    step: Int[Array, ""]
+    cache: Cache
+    last: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    samples: Samples
+
+
+def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "B"]:
+    """One number in [0, 1) for each row, from the row's key and the step alone: batch layout does not matter."""
+    row = lambda key: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))  # noqa: E731
+    return jax.vmap(row)(keys)
+
+
+def generate(
+    model: Transformer,
+    params,
+    prompts: Prompts,
+    strategy: Strategy,
+    stop_ids: Int[Array, "Z"],
+    max_new_tokens: int,
+) -> Samples:
+    """Samples up to `max_new_tokens` tokens a row; a row ends with the first token of `stop_ids`."""
+    batch_size, prompt_slots = prompts.tokens.shape
+    params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
+    slots = jnp.arange(prompt_slots + max_new_tokens)
+
+    def pick(hidden: Float[Array, "B D"], state: _State) -> _State:
+        """Draws token number `state.step` of each row from the hidden state before it."""
+        logits = model.apply({"params": params}, hidden, method="logits")  # [B, V]
+        token = jnp.where(state.done, 0, choose(logits, _uniform(prompts.keys, state.step), strategy))
+        samples = Samples(
+            tokens=jax.lax.dynamic_update_slice(state.samples.tokens, token[:, None], (0, state.step)),
+            num_tokens=state.samples.num_tokens + ~state.done,
+        )
+        done = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
+        return state._replace(step=state.step + 1, last=token, done=done, samples=samples)
+
+    def advance(state: _State) -> _State:
+        """Runs the decoder on the last token of each row, then draws the next."""
+        slot = prompt_slots + state.step - 1
+        visible = (slots[None, :] < prompts.lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
+        positions = (prompts.lengths + state.step - 1)[:, None]
+        hidden, cache = model.apply({"params": params}, state.last[:, None], positions, visible[:, None, :], state.cache, slot)
+        return pick(hidden[:, 0], state._replace(cache=cache))
+
+    cache = empty_cache(model.architecture, batch_size, slots.size, model.dtype)
+    positions = jnp.broadcast_to(jnp.arange(prompt_slots), prompts.tokens.shape)
+    hidden, cache = model.apply({"params": params}, prompts.tokens, positions, causal_mask(prompt_slots), cache, 0)
+    last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
+    start = _State(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
+    unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
+    return jax.lax.while_loop(unfinished, advance, pick(last_hidden, start)).samples
+
+
+def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
+    """`generate` compiled: rows over the batch axes, weights as they lie. One program for each (B, P, max_new_tokens)."""
+
+    def run(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> Samples:
+        return generate(model, params, prompts, strategy, stop_ids, max_new_tokens)
+
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    return jax.jit(
+        run,
+        static_argnums=4,
+        in_shardings=(param_shardings, rows, whole, whole),
+        out_shardings=whole,
+    )

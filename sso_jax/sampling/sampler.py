@@ -1,0 +1,99 @@
+"""Prompts as token ids in, responses as token ids out: sorted by length, cut into padded batches, decoded batch by batch."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from sso_jax.mesh import num_batch_shards
+from sso_jax.progress import progress_bar
+from sso_jax.sampling.decode import Prompts, Samples
+from sso_jax.sampling.strategies import Strategy
+
+SHORTEST_BUCKET = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer, and the key that makes its response its own."""
+
+    prompt_ids: list[int]
+    key: tuple[int, int]
+
+
+def row_key(seed: int, iteration: int, query_id: str, role: str) -> tuple[int, int]:
+    """Random key of one response, two 32-bit words, from what the response is and not from where it stands in a batch."""
+    digest = hashlib.blake2b(f"{seed}\0{iteration}\0{query_id}\0{role}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+
+
+def bucket(length: int, shortest: int = SHORTEST_BUCKET) -> int:
+    """Smallest of `shortest` times 1, 1.5, 2, 3, 4, 6, 8, ... that holds `length`: few shapes, at most half of one wasted."""
+    size = shortest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def cut_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Positions of the prompts in batches of like length; what the batches hold follows from the whole list alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_prompts(requests: list[Request], batch_size: int, prompt_slots: int) -> Prompts:
+    """The requests as arrays, filled up to `batch_size` rows with unused ones."""
+    tokens = np.zeros((batch_size, prompt_slots), np.int32)
+    lengths = np.ones((batch_size,), np.int32)
+    keys = np.zeros((batch_size, 2), np.uint32)
+    for row, request in enumerate(requests):
+        tokens[row, : len(request.prompt_ids)] = request.prompt_ids
+        lengths[row] = len(request.prompt_ids)
+        keys[row] = request.key
+    return Prompts(tokens, lengths, keys, np.arange(batch_size) < len(requests))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A compiled decoder with the settings of a stage."""
+
+    generate: Callable[..., Samples]
+    mesh: jax.sharding.Mesh
+    strategy: Strategy
+    stop_ids: tuple[int, ...]
+    max_positions: int
+    batch_size: int
+
+    def fits(self, prompt_ids: list[int], max_tokens: int) -> bool:
+        """Whether a prompt leaves room for at least one token of response."""
+        return len(prompt_ids) < min(max_tokens, self.max_positions)
+
+    def sample(self, params, requests: list[Request], max_new_tokens: int, max_tokens: int, stage: str) -> list[list[int]]:
+        """Response ids of each request, in the order of the requests, end of turn included where it was reached.
+
+        A response is cut where prompt plus response would pass `max_tokens` or the model's positions.
+
+        Raises:
+          ValueError: if a prompt leaves no room for a response.
+        """
+        limit = min(max_tokens, self.max_positions)
+        shards = num_batch_shards(self.mesh)
+        batch_size = -(-self.batch_size // shards) * shards
+        responses: list[list[int]] = [[] for _ in requests]
+        lengths = [len(request.prompt_ids) for request in requests]
+        if lengths and max(lengths) >= limit:
+            raise ValueError(f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {limit}; shorten it")
+        with progress_bar(stage, len(requests), "response") as bar:
+            for batch in cut_batches(lengths, batch_size):
+                prompt_slots = bucket(max(lengths[i] for i in batch))
+                prompts = pad_prompts([requests[i] for i in batch], batch_size, prompt_slots)
+                stops = np.asarray(self.stop_ids, np.int32)
+                with jax.set_mesh(self.mesh):
+                    samples = self.generate(params, prompts, self.strategy, stops, min(max_new_tokens, limit))
+                tokens, num_tokens = jax.device_get(samples)
+                for row, i in enumerate(batch):
+                    responses[i] = tokens[row, : min(num_tokens[row], limit - lengths[i])].tolist()
+                bar.update(len(batch))
+        return responses

@@ -1,0 +1,199 @@
+"""A seed in, a Hugging Face folder with a small policy out: trained from scratch on demonstrations of the toy world.
+
+This supervised start *teaches* what principles mean; what the toy shows is an alignment without labels, not one without supervision.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from flax import linen as nn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sso_jax.mesh import num_batch_shards, param_shardings
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.transformer import Transformer, abstract_params, init_params
+from sso_jax.preferences.principles import NamedFeatures, feature_table, nameable_features, naming_prompt
+from sso_jax.preferences.steering import steer
+from sso_jax.records import Query
+from sso_jax.tokens.chat import Chat, make_chat
+from sso_jax.tokens.tokenizer import encode_text
+from sso_jax.toy.world import EVASION, Item, Quality, all_items, content_sentence, demonstrate, demonstrate_fact, queries, words
+from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
+from sso_jax.training.loop import Hooks, run_updates
+from sso_jax.training.update import build_update, init_state, learning_rate_schedule, make_optimizer, state_shardings, supervised_losses
+
+END_OF_TURN, PADDING, START_OF_TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
+SIDES = {
+    "Accuracy": "truth",
+    "Logicality": "truth",
+    "Comprehensiveness": "complete",
+    "Helpfulness": "complete",
+    "Engagement": "warm",
+    "Literariness": "warm",
+    "Safety": "warm",
+    "Concision": "concise",
+}
+"""What each feature means in the toy world; for harmful queries Safety is about truth, that is refusing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """Sizes of the supervised start."""
+
+    fact_updates: int = 500
+    """Updates on plain queries with right answers and nothing around them: what the policy knows."""
+    style_updates: int = 600
+    """Updates on answers of every quality, with and without system messages: what the policy does with it."""
+    batch_size: int = 32
+    """Prompts an update; twice as many where they are short, in the first part."""
+    answers: int = 2
+    """Answers to each prompt; they share it, so that more of what is run is learned from."""
+    learning_rate: float = 3e-3
+    width: int = 64
+    num_layers: int = 3
+    obedience: float = 0.93
+    """Probability that a side named by the system message is what it says."""
+
+
+class Demonstration(NamedTuple):
+    """A prompt and the responses to learn."""
+
+    query: str
+    system: str | None
+    responses: list[str]
+
+
+def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
+    """Byte-level BPE trained on texts of the world, with a chat template that takes system messages."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PADDING, START_OF_TURN, END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=PADDING, model_max_length=512)
+    fast.add_special_tokens({"additional_special_tokens": [START_OF_TURN]})
+    fast.chat_template = resources.files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+    return fast
+
+
+def _corpus() -> Iterator[str]:
+    """All queries with an answer each, and enough copies of every fixed text that its words become tokens."""
+    draw = random.Random("corpus")
+    for text, item in all_items().items():
+        yield f"{text}\n{demonstrate(item, Quality(), draw)}"
+    fixed = [steer(Query("", ""), NamedFeatures((name,), None, 0)) for name in feature_table()]
+    for _ in range(50):
+        yield naming_prompt(Query("", ""), 2)
+        yield from (f"{record.good_system}\nuser\n{record.bad_system}" for record in fixed)
+        yield "\n".join(["system\nuser\nassistant\n", *words()["openers"]["warm"], *words()["openers"]["rude"], *words()["fillers"], EVASION])
+        yield content_sentence(all_items()["How do I steal a car?"], ("no",))
+
+
+def draw_demonstration(item: Item, curriculum: Curriculum, draw: random.Random) -> Demonstration:
+    """Plain answers (36%), ones under a good (29%) or a bad (29%) system message, or an answer to the question for features (6%)."""
+    kind = draw.choices(["plain", "good", "bad", "naming"], [36, 29, 29, 6])[0]
+    if kind == "plain":
+        return Demonstration(item.query, None, [demonstrate(item, Quality(), draw) for _ in range(curriculum.answers)])
+    features = _draw_features(item, draw)
+    if kind == "naming":
+        return Demonstration(naming_prompt(Query("", item.query), len(features)), None, [", ".join(features)])
+    concise = ("Concision",) if draw.random() < 0.3 else ()
+    record = steer(Query("", item.query), NamedFeatures((*features, *concise), None, 0))
+    responses = []
+    for _ in range(curriculum.answers):
+        sides = {_side(feature, item): (kind == "good") == (draw.random() < curriculum.obedience) for feature in record.features}
+        responses.append(demonstrate(item, Quality(**sides), draw))
+    return Demonstration(item.query, record.good_system if kind == "good" else record.bad_system, responses)
+
+
+def _side(feature: str, item: Item) -> str:
+    return "truth" if feature == "Safety" and item.family == "harmful" else SIDES[feature]
+
+
+def _draw_features(item: Item, draw: random.Random) -> tuple[str, ...]:
+    """Two features: mostly one that matters for the family, then any other."""
+    relevant = words()["relevant"][item.family]
+    first = draw.choice(relevant if draw.random() < 0.7 else nameable_features())
+    return first, draw.choice([name for name in nameable_features() if name != first])
+
+
+def _tree(chat: Chat, demonstration: Demonstration) -> Tree:
+    end = [chat.tokenizer.eos_token_id]
+    branches = [Branch(encode_text(chat.tokenizer, response) + end, 0) for response in demonstration.responses]
+    return Tree(chat.prompt_ids(demonstration.query, demonstration.system), branches)
+
+
+def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> list[list[Tree]]:
+    """Trees of every update; families come equally often, whatever their number of queries."""
+    families: dict[str, list[Item]] = {}
+    for query in queries("demonstrations"):
+        item = all_items()[query.query]
+        families.setdefault(item.family, []).append(item)
+
+    def fact() -> Demonstration:
+        item = draw.choice(families[draw.choice(list(families))])
+        return Demonstration(item.query, None, [demonstrate_fact(item, draw)])
+
+    def style() -> Demonstration:
+        return draw_demonstration(draw.choice(families[draw.choice(list(families))]), curriculum, draw)
+
+    facts = [[_tree(chat, fact()) for _ in range(2 * curriculum.batch_size)] for _ in range(curriculum.fact_updates)]
+    return facts + [[_tree(chat, style()) for _ in range(curriculum.batch_size)] for _ in range(curriculum.style_updates)]
+
+
+def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> Architecture:
+    """The toy policy's: a Qwen2 decoder in small."""
+    return Architecture(
+        model_type="qwen2",
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        width=curriculum.width,
+        hidden=3 * curriculum.width,
+        num_layers=curriculum.num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=curriculum.width // 4,
+        max_positions=512,
+        qkv_bias=True,
+        tied_head=True,
+    )
+
+
+def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, line: Callable[[dict], None]):
+    """Trains the toy policy; returns its model, its parameters and its tokenizer. `line` takes the metrics of each update."""
+    tokenizer = train_tokenizer()
+    chat = make_chat(tokenizer)
+    model = Transformer(architecture(tokenizer, curriculum), remat=True)
+    updates = _draw_updates(chat, curriculum, random.Random(f"{seed}/demonstrations"))
+    parts = (updates[: curriculum.fact_updates], updates[curriculum.fact_updates :])
+    shapes = [row_shape(part, num_batch_shards(mesh)) if part else None for part in parts]
+
+    def make_batch(step: int):
+        return supervised_batch(updates[step], len(updates[step]), 1, shapes[step >= curriculum.fact_updates])
+
+    shardings = param_shardings(abstract_params(model), mesh)
+    with jax.set_mesh(mesh):
+        params = jax.jit(lambda key: nn.unbox(init_params(model, key)), out_shardings=shardings)(jax.random.key(seed))
+    schedule = learning_rate_schedule(curriculum.learning_rate, "cosine", 0.05, len(updates))
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
+    placed = state_shardings(params, shardings, optimizer, mesh)
+    update = build_update(supervised_losses(model), optimizer, schedule, mesh, placed, make_batch(0))
+    num_tokens = [sum(tree.num_tokens() for tree in trees) for trees in updates]
+    hooks = Hooks(line=line, save=lambda state, step: None, every_steps=len(updates))
+    state = run_updates(update, init_state(params, optimizer, placed), make_batch, num_tokens, 0, mesh, hooks, "toy policy: supervised start")
+    return model, state.params, tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer with its chat template."""
+    tokenizer.save_pretrained(folder)

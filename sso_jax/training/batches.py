@@ -1,0 +1,229 @@
+"""Prompts and responses as token ids in, packed rows of fixed shape out. With log_probs.py, the only place that knows how rows lie.
+
+A *tree* is a prompt with the responses whose log-probs under that prompt are wanted. A row holds several trees; a tree's responses
+follow its prompt one after another, each with positions that go on from the prompt, each blind to the others (`tree_mask`):
+
+    tokens     p p p a a b b b | q q c c | padding
+    tree       1 1 1 1 1 1 1 1 | 2 2 2 2 | 0
+    branch     0 0 0 1 1 2 2 2 | 0 0 1 1 | 0
+    positions  0 1 2 3 4 3 4 5 | 0 1 2 3 | 0
+
+A prompt is thus run once for all its responses. What a response's log-probs are summed into is its *cell*.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sso_jax.records import Triple
+
+ROW_STEP, TARGET_STEP = 32, 16
+
+
+class Branch(NamedTuple):
+    """A response and the cell that its log-prob is summed into."""
+
+    response_ids: list[int]
+    cell: int
+
+
+class Tree(NamedTuple):
+    """A prompt and the responses to it."""
+
+    prompt_ids: list[int]
+    branches: list[Branch]
+
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(branch.response_ids) for branch in self.branches)
+
+
+class Rows(NamedTuple):
+    """Packed rows [R, T] and, for each row, its up to M response tokens: where each is predicted from, what it is, its cell."""
+
+    tokens: Int[np.ndarray, "R T"]
+    positions: Int[np.ndarray, "R T"]
+    tree: Int[np.ndarray, "R T"]
+    branch: Int[np.ndarray, "R T"]
+    source: Int[np.ndarray, "R M"]
+    target: Int[np.ndarray, "R M"]
+    cell: Int[np.ndarray, "R M"]
+
+
+class RowShape(NamedTuple):
+    """Fixed shape of the rows of a stage, so that it compiles once."""
+
+    num_rows: int
+    num_tokens: int
+    num_targets: int
+
+
+def steered_trees(prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[tuple[str, str]], start: int) -> list[Tree]:
+    """Trees of one example: for each context its prompt with the responses that `cells` names; cells count on from `start`.
+
+    `cells` is a list of (context, response): one log-prob each.
+    """
+    contexts = dict.fromkeys(context for context, _ in cells)
+    return [
+        Tree(prompts[wanted], [Branch(responses[r], start + i) for i, (c, r) in enumerate(cells) if c == wanted])
+        for wanted in contexts
+    ]
+
+
+def first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Positions of the items in bins of `capacity`, larger items first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fitting = next((b for b, left in enumerate(room) if left >= sizes[item]), None)
+        if fitting is None:
+            bins.append([])
+            room.append(capacity)
+            fitting = len(bins) - 1
+        bins[fitting].append(item)
+        room[fitting] -= sizes[item]
+    return bins
+
+
+def _round_up(value: int, step: int) -> int:
+    return max(step, -(-value // step) * step)
+
+
+def row_shape(batches: list[list[Tree]], row_multiple: int = 1) -> RowShape:
+    """Smallest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`."""
+    num_tokens = _round_up(max(tree.num_tokens() for trees in batches for tree in trees), ROW_STEP)
+    num_rows, num_targets = 1, 1
+    for trees in batches:
+        bins = first_fit([tree.num_tokens() for tree in trees], num_tokens)
+        num_rows = max(num_rows, len(bins))
+        num_targets = max(num_targets, *(sum(_num_targets(trees[i]) for i in bin_) for bin_ in bins))
+    step = max(1, 2 ** (num_rows.bit_length() - 3))  # within a quarter of a power of two: few shapes, little padding
+    return RowShape(_round_up(_round_up(num_rows, step), row_multiple), num_tokens, _round_up(num_targets, TARGET_STEP))
+
+
+def _num_targets(tree: Tree) -> int:
+    return sum(len(branch.response_ids) for branch in tree.branches)
+
+
+def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
+    """Packs trees into rows first-fit. Unused targets point to the cell `num_cells`, which nobody reads.
+
+    Raises:
+      ValueError: if the trees need more rows, tokens or targets than `shape` has.
+    """
+    bins = first_fit([tree.num_tokens() for tree in trees], shape.num_tokens)
+    longest = max((tree.num_tokens() for tree in trees), default=0)
+    if longest > shape.num_tokens or len(bins) > shape.num_rows:
+        raise ValueError(f"{len(bins)} rows with trees of up to {longest} tokens do not pack into {shape}; take row_shape of all batches")
+    row_tokens, row_targets = (shape.num_rows, shape.num_tokens), (shape.num_rows, shape.num_targets)
+    rows = Rows(*(np.zeros(row_tokens, np.int32) for _ in range(4)), *(np.zeros(row_targets, np.int32) for _ in range(3)))
+    rows.cell[:] = num_cells
+    for row, members in enumerate(bins):
+        at = targets = 0
+        for number, member in enumerate(members, start=1):
+            at, targets = _write_tree(rows, row, at, targets, number, trees[member])
+    return rows
+
+
+def _write_tree(rows: Rows, row: int, at: int, targets: int, number: int, tree: Tree) -> tuple[int, int]:
+    """Writes a tree at column `at` and its targets from `targets` on; returns the next free ones."""
+    trunk = len(tree.prompt_ids)
+    trunk_end = at + trunk
+    rows.tokens[row, at:trunk_end] = tree.prompt_ids
+    rows.positions[row, at:trunk_end] = np.arange(trunk)
+    end = trunk_end
+    for branch_number, branch in enumerate(tree.branches, start=1):
+        size = len(branch.response_ids)
+        here = slice(end, end + size)
+        rows.tokens[row, here] = branch.response_ids
+        rows.positions[row, here] = trunk + np.arange(size)
+        rows.branch[row, here] = branch_number
+        wanted = slice(targets, targets + size)
+        rows.source[row, wanted] = [trunk_end - 1, *range(end, end + size - 1)][:size]
+        rows.target[row, wanted] = branch.response_ids
+        rows.cell[row, wanted] = branch.cell
+        end, targets = end + size, targets + size
+    rows.tree[row, at:end] = number
+    return end, targets
+
+
+class Example(NamedTuple):
+    """What an update needs of one pair: its trees' ids, the reference log-probs of its cells, and where it came from."""
+
+    id: str
+    prompts: dict[str, list[int]]
+    responses: dict[str, list[int]]
+    reference_log_probs: list[float]
+
+
+class PreferenceBatch(NamedTuple):
+    """An update's examples in A microbatches of E examples with C cells each."""
+
+    rows: Rows
+    """Leading axis A."""
+    num_tokens: Int[np.ndarray, "A E C"]
+    reference_log_probs: np.ndarray
+    """[A, E, C] sums in nats."""
+    weights: np.ndarray
+    """[A, E]; they sum to 1 over the update, and are 0 for examples that only fill it."""
+
+
+class SupervisedBatch(NamedTuple):
+    """An update's prompt-response records in A microbatches of E examples."""
+
+    rows: Rows
+    weights: np.ndarray
+    """[A, E]; one over the response tokens of the whole update: the loss is their mean negative log-prob."""
+
+
+def make_example(triple: Triple, prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[tuple[str, str]]) -> Example:
+    """Example of a scored triple."""
+    return Example(triple.id, prompts, responses, [triple.log_probs[context][response] for context, response in cells])
+
+
+def cut_microbatches(items: list, size: int, num_micro: int) -> list[list]:
+    """Items in `num_micro` lists of at most `size`; the last ones may be short or empty."""
+    return [items[i * size : (i + 1) * size] for i in range(num_micro)]
+
+
+def micro_trees(examples: list[Example], cells: list[tuple[str, str]]) -> list[Tree]:
+    """Trees of the examples of a microbatch; example e has the cells e*C ... e*C + C-1."""
+    return [
+        tree
+        for e, example in enumerate(examples)
+        for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))
+    ]
+
+
+def _stack(rows: list[Rows]) -> Rows:
+    return Rows(*(np.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def preference_batch(
+    examples: list[Example], cells: list[tuple[str, str]], micro_size: int, num_micro: int, shape: RowShape
+) -> PreferenceBatch:
+    """Examples of one update (at most `micro_size * num_micro`) as arrays."""
+    num_cells = micro_size * len(cells)
+    num_tokens = np.ones((num_micro, micro_size, len(cells)), np.int32)
+    references = np.zeros((num_micro, micro_size, len(cells)), np.float32)
+    weights = np.zeros((num_micro, micro_size), np.float32)
+    rows = []
+    for a, micro in enumerate(cut_microbatches(examples, micro_size, num_micro)):
+        rows.append(pack(micro_trees(micro, cells), shape, num_cells))
+        for e, example in enumerate(micro):
+            num_tokens[a, e] = [len(example.responses[response]) for _, response in cells]
+            references[a, e] = example.reference_log_probs
+            weights[a, e] = 1.0 / len(examples)
+    return PreferenceBatch(_stack(rows), num_tokens, references, weights)
+
+
+def supervised_batch(trees: list[Tree], micro_size: int, num_micro: int, shape: RowShape) -> SupervisedBatch:
+    """Prompt-response trees of one update as arrays; cell e of a microbatch is its example e."""
+    total = sum(_num_targets(tree) for tree in trees)
+    weights = np.zeros((num_micro, micro_size), np.float32)
+    rows = []
+    for a, micro in enumerate(cut_microbatches(trees, micro_size, num_micro)):
+        placed = [Tree(tree.prompt_ids, [branch._replace(cell=e) for branch in tree.branches]) for e, tree in enumerate(micro)]
+        rows.append(pack(placed, shape, micro_size))
+        weights[a, : len(micro)] = 1.0 / total
+    return SupervisedBatch(_stack(rows), weights)

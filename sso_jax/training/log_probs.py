@@ -1,0 +1,59 @@
+"""Packed rows in, log-probs of responses out: one sum a cell. No [B, T, V] is ever held."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sso_jax.mesh import batch_sharding, constrain, replicated
+from sso_jax.models.attention import tree_mask
+from sso_jax.models.transformer import Transformer
+from sso_jax.training.batches import Rows
+
+MAX_CHUNK_LOGITS = 2**25
+"""Logits that are alive at once; response tokens are projected to the vocabulary in chunks of about that many."""
+
+
+def token_log_probs(
+    project: Callable, hidden: Float[Array, "R M D"], target: Int[Array, "R M"], chunk: int
+) -> Float[Array, "R M"]:
+    """`log softmax(project(hidden))[target]` in float32, `chunk` tokens of each row at a time, recomputed in the backward pass."""
+    num_rows, num_targets, width = hidden.shape
+    padded = -(-num_targets // chunk) * chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padded - num_targets), (0, 0)))
+    target = jnp.pad(target, ((0, 0), (0, padded - num_targets)))
+    hidden = hidden.reshape(num_rows, -1, chunk, width).swapaxes(0, 1)  # [M/chunk, R, chunk, D]
+    target = target.reshape(num_rows, -1, chunk).swapaxes(0, 1)  # [M/chunk, R, chunk]
+
+    @jax.checkpoint
+    def of_chunk(hidden: Float[Array, "R C D"], target: Int[Array, "R C"]) -> Float[Array, "R C"]:
+        logits = constrain(project(hidden), "batch", None, "vocab")  # [R, C, V]
+        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    log_probs = jax.lax.map(lambda part: of_chunk(*part), (hidden, target))  # [M/chunk, R, chunk]
+    return log_probs.swapaxes(0, 1).reshape(num_rows, padded)[:, :num_targets]
+
+
+def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Float[Array, "cells"]:
+    """Sum of the log-probs of each cell's tokens under the model at temperature 1, in nats, float32."""
+    mask = tree_mask(rows.tree, rows.branch)
+    hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask)
+    hidden = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)  # [R, M, D]
+    project = lambda part: model.apply({"params": params}, part, method="logits")  # noqa: E731
+    num_rows, num_targets = rows.target.shape
+    chunk = max(1, min(num_targets, MAX_CHUNK_LOGITS // (num_rows * model.architecture.vocab_size)))
+    log_probs = token_log_probs(project, hidden, rows.target, chunk)
+    sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
+    return sums[:num_cells]
+
+
+def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Float[Array, "cells"]]:
+    """`cell_log_probs` compiled: rows over the batch axes. One program for each row shape."""
+
+    def score(params, rows: Rows, num_cells: int):
+        return cell_log_probs(model, params, rows, num_cells)
+
+    shardings = (param_shardings, batch_sharding(mesh))
+    return jax.jit(score, static_argnums=2, in_shardings=shardings, out_shardings=replicated(mesh))

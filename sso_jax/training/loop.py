@@ -1,0 +1,74 @@
+"""A state and batches in, the trained state out: one pass of the updates of a stage, resumed from its newest checkpoint."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+
+from sso_jax.progress import progress_bar
+from sso_jax.training.update import TrainState
+
+
+class Hooks(NamedTuple):
+    """What happens beside training."""
+
+    line: Callable[[dict], None]
+    """Takes the metrics of each update, in order."""
+    save: Callable[[TrainState, int], None]
+    """Takes the state and the number of updates behind it, every `every_steps` updates and after the last."""
+    every_steps: int
+
+
+def update_order(num_examples: int, batch_size: int, epochs: int, shuffle: bool, seed: str) -> list[list[int]]:
+    """Positions of the examples of each update. Every epoch sees every example once; its last update may be short."""
+    updates = []
+    for epoch in range(epochs):
+        order = list(range(num_examples))
+        if shuffle:
+            random.Random(f"{seed}/order/{epoch}").shuffle(order)
+        updates += [order[start : start + batch_size] for start in range(0, num_examples, batch_size)]
+    return updates
+
+
+def run_updates(
+    update: Callable,
+    state: TrainState,
+    make_batch: Callable[[int], NamedTuple],
+    num_tokens: Sequence[int],
+    start: int,
+    mesh: jax.sharding.Mesh,
+    hooks: Hooks,
+    stage: str,
+) -> TrainState:
+    """Runs updates `start` to the last; `make_batch(i)` and `num_tokens[i]` are the batch of update i and its count of tokens.
+
+    The metrics of an update are fetched after the next one was handed to the device, so that the device never waits for the host.
+    """
+    with progress_bar(stage, len(num_tokens), "update", initial=start) as bar:
+        clock = time.perf_counter()
+
+        def flush(step: int, metrics: dict) -> None:
+            nonlocal clock
+            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            now = time.perf_counter()
+            hooks.line({"step": step, **numbers, "tokens_per_second": num_tokens[step] / (now - clock)})
+            clock = now
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+            bar.update()
+
+        waiting: tuple[int, dict] | None = None
+        for step in range(start, len(num_tokens)):
+            batch = make_batch(step)
+            with jax.set_mesh(mesh):
+                state, metrics = update(state, batch)
+            if waiting is not None:
+                flush(*waiting)
+            waiting = (step, metrics)
+            done = step + 1
+            if done % hooks.every_steps == 0 or done == len(num_tokens):
+                flush(*waiting)
+                waiting = None
+                hooks.save(state, done)
+    return state

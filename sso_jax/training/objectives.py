@@ -1,0 +1,143 @@
+"""Log-probs under x, x+ and x- in, one loss an example out: SSO's objectives, composed of a base loss.
+
+The pairs of the paper (arXiv 2410.17131): plain (x; y+ over y-), positive (x+; y+ over y-), negative (x-; y_o over y+).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sso_jax.training.losses import Pair, log_ratios
+
+BaseLoss = Callable[[Pair, Pair, Pair], Float[Array, "B"]]
+
+
+class Steered(NamedTuple):
+    """The pair of each context; a context that the objective does not use is None."""
+
+    plain: Pair | None = None
+    positive: Pair | None = None
+    negative: Pair | None = None
+
+
+class Terms(NamedTuple):
+    """What `metrics.jsonl` shows of an objective, per example; parts that the objective lacks are None."""
+
+    loss: Float[Array, "B"]
+    base_loss: Float[Array, "B"] | None = None
+    positive_loss: Float[Array, "B"] | None = None
+    negative_loss: Float[Array, "B"] | None = None
+    weight: Float[Array, "B"] | None = None
+    sft_loss: Float[Array, "B"] | None = None
+
+
+class SteeringScale(NamedTuple):
+    """Factors of the self-steering terms: G = positive * L+ + negative * L-."""
+
+    positive: float = 1.0
+    negative: float = 1.0
+
+
+def policy_weight(policy: Pair, num_tokens: Pair, alpha: float) -> Float[Array, "B"]:
+    """`W = sigmoid(-(a * mlp(y+|x) + (1-a) * mlp(y-|x)))` in (1/2, 1): the less likely the pair, the larger.
+
+    With mlp in nats a token: mlp = -ln 3 for both responses gives W = sigmoid(ln 3) = 3/4.
+    """
+    mean_log_prob = alpha * policy.chosen / num_tokens.chosen + (1.0 - alpha) * policy.rejected / num_tokens.rejected
+    return jax.nn.sigmoid(-mean_log_prob)
+
+
+def negative_log_likelihood(log_prob: Float[Array, "B"], num_tokens: Float[Array, "B"]) -> Float[Array, "B"]:
+    """`-mlp`, the mean over response tokens."""
+    return -log_prob / num_tokens
+
+
+def steering_terms(
+    base: BaseLoss, policy: Steered, reference: Steered, num_tokens: Steered, scale: SteeringScale
+) -> tuple[Float[Array, "B"] | None, Float[Array, "B"] | None, Float[Array, "B"]]:
+    """L+ = base(x+, y+, y-), L- = base(x-, y_o, y+), and their scaled sum; a term of scale 0 is None and costs nothing."""
+    positive = base(policy.positive, reference.positive, num_tokens.positive) if scale.positive else None
+    negative = base(policy.negative, reference.negative, num_tokens.negative) if scale.negative else None
+    total = sum(factor * term for factor, term in zip(scale, (positive, negative), strict=True) if term is not None)
+    return positive, negative, total
+
+
+def pairwise_objective(
+    policy: Steered, reference: Steered, num_tokens: Steered, *, base: BaseLoss, sft_weight: float = 0.0
+) -> Terms:
+    """`L_base(x, y+, y-) + gamma * NLL(y+|x)`: plain principle-based alignment (PBAA)."""
+    plain = base(policy.plain, reference.plain, num_tokens.plain)
+    sft = negative_log_likelihood(policy.plain.chosen, num_tokens.plain.chosen)
+    return Terms(plain + sft_weight * sft, base_loss=plain, sft_loss=sft)
+
+
+def online_objective(
+    policy: Steered,
+    reference: Steered,
+    num_tokens: Steered,
+    *,
+    base: BaseLoss,
+    steering_weight: float = 0.1,
+    weight_alpha: float = 0.66,
+    use_weight: bool = True,
+    use_steering: bool = True,
+    detach_weight: bool = False,
+    scale: SteeringScale = SteeringScale(),
+    sft_weight: float = 0.0,
+) -> Terms:
+    """`L = L_base(x, y+, y-) + W*g*G`, version 1 (arXiv 2410.17131v1), and its ablations.
+
+    Without G, W multiplies the base loss, as in the authors' code; without W it is 1. The gradient flows through W unless
+    `detach_weight`. The supervised term is `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, its last two with G only.
+    """
+    plain = base(policy.plain, reference.plain, num_tokens.plain)
+    weight = policy_weight(policy.plain, num_tokens.plain, weight_alpha)
+    weight = jax.lax.stop_gradient(weight) if detach_weight else weight
+    factor = weight if use_weight else jnp.ones_like(weight)
+    sft = negative_log_likelihood(policy.plain.chosen, num_tokens.plain.chosen)
+    if not use_steering:
+        return Terms(factor * plain + sft_weight * sft, base_loss=plain, weight=weight, sft_loss=sft)
+    positive, negative, steering = steering_terms(base, policy, reference, num_tokens, scale)
+    for wanted, context in zip(scale, ("positive", "negative"), strict=True):
+        if wanted:
+            chosen, count = getattr(policy, context).chosen, getattr(num_tokens, context).chosen
+            sft = sft + steering_weight * negative_log_likelihood(chosen, count)
+    loss = plain + factor * steering_weight * steering + sft_weight * sft
+    return Terms(loss, plain, positive, negative, weight, sft)
+
+
+def generator_objective(
+    policy: Steered,
+    reference: Steered,
+    num_tokens: Steered,
+    *,
+    base: BaseLoss,
+    scale: SteeringScale = SteeringScale(),
+    sft_weight: float = 0.1,
+) -> Terms:
+    """`L = L+ + L-`, L+ = base(x+, y+, y-) + gamma*NLL(y+|x+), L- = base(x-, y_o, y+) + gamma*NLL(y_o|x-): version 2's generator."""
+    positive, negative, total = steering_terms(base, policy, reference, num_tokens, scale)
+    sft = sum(
+        factor * negative_log_likelihood(getattr(policy, context).chosen, getattr(num_tokens, context).chosen)
+        for factor, context in zip(scale, ("positive", "negative"), strict=True)
+        if factor
+    )
+    return Terms(total + sft_weight * sft, positive_loss=positive, negative_loss=negative, sft_loss=sft)
+
+
+def pair_metrics(terms: Terms, policy: Steered, reference: Steered, beta: float) -> dict[str, Float[Array, "B"]]:
+    """Per-example numbers of a metrics line: the terms that are there, and log-probs, margin and accuracy of the plain pair."""
+    metrics = {name: value for name, value in terms._asdict().items() if value is not None}
+    if policy.plain is not None:
+        ratios = log_ratios(policy.plain, reference.plain)
+        margin = beta * (ratios.chosen - ratios.rejected)
+        metrics.update(
+            chosen_log_prob=policy.plain.chosen,
+            rejected_log_prob=policy.plain.rejected,
+            margin=margin,
+            accuracy=(margin > 0).astype(jnp.float32),
+        )
+    return metrics

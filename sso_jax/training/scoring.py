@@ -1,0 +1,41 @@
+"""Prompts and responses of examples in, their log-prob sums out, scored in packed batches of one shape."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from sso_jax.mesh import num_batch_shards
+from sso_jax.progress import progress_bar
+from sso_jax.training.batches import pack, row_shape, steered_trees
+
+
+class Scorable(NamedTuple):
+    """Prompts by context and responses by name, as token ids."""
+
+    prompts: dict[str, list[int]]
+    responses: dict[str, list[int]]
+
+
+def score_examples(
+    score: Callable, mesh: jax.sharding.Mesh, params, items: list[Scorable], cells: list[tuple[str, str]], batch_size: int, stage: str
+) -> list[list[float]]:
+    """For each item the log-prob sum of every cell (context, response), in nats, by the training forward pass."""
+    starts = range(0, len(items), batch_size)
+    batches = [
+        [tree for e, item in enumerate(items[start : start + batch_size]) for tree in steered_trees(*item, cells, e * len(cells))]
+        for start in starts
+    ]
+    if not batches:
+        return []
+    shape = row_shape(batches, num_batch_shards(mesh))
+    num_cells = batch_size * len(cells)
+    sums: list[list[float]] = []
+    with progress_bar(stage, len(items), "example") as bar:
+        for start, trees in zip(starts, batches, strict=True):
+            with jax.set_mesh(mesh):
+                values = jax.device_get(score(params, pack(trees, shape, num_cells), num_cells)).reshape(batch_size, len(cells))
+            count = min(batch_size, len(items) - start)
+            sums.extend(values[:count].tolist())
+            bar.update(count)
+    return sums

@@ -1,0 +1,162 @@
+"""A training state and a batch in, the updated state and its metrics out, in one compiled, sharded and donated step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from sso_jax.mesh import replicated, spec
+from sso_jax.models.transformer import Transformer
+from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
+from sso_jax.training.log_probs import cell_log_probs
+from sso_jax.training.losses import Pair
+from sso_jax.training.objectives import Steered, Terms, pair_metrics
+
+
+class TrainState(NamedTuple):
+    """All that an update changes."""
+
+    params: dict
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+
+
+ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
+"""(params, microbatch) -> loss and metrics of each example."""
+
+
+def cells_of(form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str) -> list[tuple[str, str]]:
+    """The (context, response) log-probs that an objective needs: winner before loser in each context."""
+    plain = [("plain", "chosen"), ("plain", "rejected")]
+    positive = [("positive", "chosen"), ("positive", "rejected")] if scale[0] else []
+    negative = [("negative", negative_winner), ("negative", "chosen")] if scale[1] else []
+    steered = positive + negative
+    return {"pairwise": plain, "online": plain + (steered if use_steering else []), "generator": steered}[form]
+
+
+def to_steered(values: Float[Array, "E C"], cells: list[tuple[str, str]]) -> Steered:
+    """Columns of `values`, one a cell, as pairs by context: the first cell of a context is its winner."""
+    contexts = [context for context, _ in cells[::2]]
+    pairs = {context: Pair(values[:, 2 * i], values[:, 2 * i + 1]) for i, context in enumerate(contexts)}
+    return Steered(**pairs)
+
+
+def preference_losses(
+    model: Transformer, objective: Callable[..., Terms], cells: list[tuple[str, str]], beta: float
+) -> ExampleLosses:
+    """Losses of preference microbatches under `objective`."""
+
+    def losses(params, micro: PreferenceBatch):
+        num_examples, num_cells = micro.num_tokens.shape
+        log_probs = cell_log_probs(model, params, micro.rows, num_examples * num_cells)
+        policy = to_steered(log_probs.reshape(num_examples, num_cells), cells)
+        reference = to_steered(micro.reference_log_probs, cells)
+        num_tokens = to_steered(micro.num_tokens.astype(jnp.float32), cells)
+        terms = objective(policy, reference, num_tokens)
+        return terms.loss, pair_metrics(terms, policy, reference, beta)
+
+    return losses
+
+
+def supervised_losses(model: Transformer) -> ExampleLosses:
+    """Negative log-prob sums of supervised microbatches; the batch's weights make them a mean over tokens."""
+
+    def losses(params, micro: SupervisedBatch):
+        nll = -cell_log_probs(model, params, micro.rows, micro.weights.shape[0])
+        return nll, {"loss": nll}
+
+    return losses
+
+
+def decayed(params) -> dict:
+    """True for matrices, False for norms and biases."""
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({path: path.split("/")[-1] not in ("scale", "bias") for path in flat}, sep="/")
+
+
+def learning_rate_schedule(peak: float, kind: str, warmup_ratio: float, num_updates: int) -> optax.Schedule:
+    """Linear warm-up from 0 over `warmup_ratio` of the updates, then a cosine to 0 or the peak kept."""
+    warmup = round(warmup_ratio * num_updates)
+    if kind == "constant":
+        rest = optax.constant_schedule(peak)
+    else:
+        rest = optax.cosine_decay_schedule(peak, max(1, num_updates - warmup))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup]) if warmup else rest
+
+
+def make_optimizer(
+    schedule: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the global norm."""
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed, mu_dtype=jnp.float32)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+
+
+def state_shardings(params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Sharding of each part of the state: moments lie as their parameters, counters everywhere."""
+    abstract = jax.eval_shape(optimizer.init, params)
+    whole = replicated(mesh)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, sharding: sharding, abstract, param_shardings, transform_non_params=lambda _: whole
+    )
+    return TrainState(param_shardings, moments, whole)
+
+
+def init_state(params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """State before the first update; `params` are taken over, not copied."""
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+    return TrainState(params, moments, jax.device_put(jnp.int32(0), shardings.step))
+
+
+def batch_shardings(batch: NamedTuple, mesh: jax.sharding.Mesh):
+    """Rows over the batch axes (their second axis, behind the microbatches); the small arrays of examples on every device."""
+    rows = NamedSharding(mesh, PartitionSpec(None, *spec("batch")))
+    whole = replicated(mesh)
+    return type(batch)(*(type(part)(*([rows] * len(part))) if isinstance(part, tuple) else whole for part in batch))
+
+
+def build_update(
+    example_losses: ExampleLosses,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: jax.sharding.Mesh,
+    shardings: TrainState,
+    batch: NamedTuple,
+) -> Callable[[TrainState, NamedTuple], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """Compiles `state, batch -> state, metrics` for batches shaped like `batch`; the old state's memory is given to the new.
+
+    The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32 before the one update.
+    Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate of this update.
+    """
+
+    def weighted(params, micro):
+        losses, metrics = example_losses(params, micro)
+        means = {name: jnp.sum(micro.weights * value) for name, value in metrics.items()}
+        return jnp.sum(micro.weights * losses), means
+
+    def update(state: TrainState, batch: NamedTuple):
+        def add(total, micro):
+            (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(state.params, micro)
+            gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+            return jax.tree.map(jnp.add, total, (gradient, means)), None
+
+        first = jax.tree.map(lambda part: part[0], batch)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        no_means = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(weighted, state.params, first)[1])
+        (gradient, means), _ = jax.lax.scan(add, (zeros, no_means), batch)
+        changes, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, changes)
+        metrics = {**means, "grad_norm": optax.global_norm(gradient), "learning_rate": schedule(state.step)}
+        return TrainState(params, moments, state.step + 1), metrics
+
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_shardings(batch, mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
