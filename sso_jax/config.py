@@ -8,13 +8,15 @@ from typing import Literal, Optional
 
 import jsonargparse
 
+from sso_jax.errors import InputError
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def require(condition: bool, name: str, value, remedy: str) -> None:
-    """Raises `ValueError("name: value is ...; remedy")` unless `condition` holds."""
+    """Raises `InputError("name: value is ...; remedy")` unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{name}: {value!r} is out of range; give {remedy}")
+        raise InputError(f"{name}: {value!r} is out of range; give {remedy}")
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ def parse(config_class: type, argv: list[str], program: str, description: str):
     """Parses `--config FILE` and dotted overrides into `config_class`.
 
     Raises:
-      ValueError: one line that names the field, the value and what it may be.
+      InputError: one line that names the field, the value and what it may be.
     """
     parser = jsonargparse.ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of fields; later arguments override it.")
@@ -306,7 +308,7 @@ def parse(config_class: type, argv: list[str], program: str, description: str):
         namespace = parser.instantiate(parser.parse_args(argv))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         message = " ".join(str(error).split())
-        raise ValueError(message + _nearest(message, known)) from error
+        raise InputError(message + _nearest(message, known)) from error
     fields = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class)}
     return config_class(**fields)
 

@@ -5,6 +5,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from sso_jax.errors import InputError
+
 AXES = ("data", "fsdp", "tensor")
 RULES = {
     "batch": ("data", "fsdp"),
@@ -24,7 +26,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     """Device mesh of the given sizes; one of them may be -1 and takes what is left.
 
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices.
+      InputError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -33,7 +35,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) != len(devices):
         given = ", ".join(f"mesh.{axis} {size}" for axis, size in zip(AXES, (data, fsdp, tensor), strict=True))
-        raise ValueError(f"{given}: the product is not the number of devices, {len(devices)}; set one axis to -1")
+        raise InputError(f"{given}: the product is not the number of devices, {len(devices)}; set one axis to -1")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sso_jax.errors import InputError
+
 CONTEXTS = ("plain", "positive", "negative")
 """The prompts x, x+ and x-."""
 RESPONSES = ("chosen", "rejected", "original")
@@ -91,7 +93,7 @@ def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
     """(line number, object) of a JSON Lines file, empty lines skipped.
 
     Raises:
-      ValueError: names the file and the line that is not a JSON object.
+      InputError: names the file and the line that is not a JSON object.
     """
     rows: list[tuple[int, dict]] = []
     with open(path, encoding="utf-8") as lines:
@@ -100,7 +102,9 @@ def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
                 if line.strip():
                     rows.append((number, _parse_object(line, f"{path}, line {number}")))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, after line {rows[-1][0] if rows else 0}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            raise InputError(
+                f"{path}, after line {rows[-1][0] if rows else 0}: not UTF-8 ({error.reason}); save the file as UTF-8"
+            ) from error
     return rows
 
 
@@ -109,9 +113,9 @@ def _parse_object(text: str, place: str) -> dict:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         message = f"{place}: not valid JSON ({error.msg} at column {error.colno}); give one JSON object a line"
-        raise ValueError(message) from error
+        raise InputError(message) from error
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: {type(row).__name__} instead of a JSON object; give one JSON object a line")
+        raise InputError(f"{place}: {type(row).__name__} instead of a JSON object; give one JSON object a line")
     return row
 
 

@@ -6,6 +6,8 @@ H head size, S cache slots, L layers, G query heads that share a key/value head 
 
 from dataclasses import dataclass
 
+from sso_jax.errors import InputError
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -40,8 +42,9 @@ class Architecture:
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}; check the model's config.json"
+            raise InputError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}; "
+                "check the model's config.json"
             )
         if self.head_size % 2:
-            raise ValueError(f"head_dim {self.head_size} is odd; rotary positions need an even one")
+            raise InputError(f"head_dim {self.head_size} is odd; rotary positions need an even one")

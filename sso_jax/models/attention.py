@@ -12,7 +12,6 @@ from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.layers import Projection, RMSNorm, Rotation, rotate
 
-
 HIDDEN_SCORE = -1e30
 """Added to the score of a key that must not be seen: large enough to swallow it, small enough to stay finite."""
 

@@ -18,11 +18,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sso_jax.errors import InputError
 from sso_jax.mesh import param_shardings
 from sso_jax.models.architecture import Architecture, RopeScaling
 from sso_jax.models.transformer import Transformer, abstract_params
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -63,13 +65,13 @@ def fetch(path: str) -> Path:
     """Local folder of a model: `path` itself, or the hub's snapshot of that id.
 
     Raises:
-      ValueError: if it is neither.
+      InputError: if it is neither.
     """
     folder = Path(path)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
-        raise ValueError(f"model.path: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy")
+        raise InputError(f"model.path: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -77,29 +79,31 @@ def fetch(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model.path: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error
+        raise InputError(
+            f"model.path: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network"
+        ) from error
 
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and safetensors")
+        raise InputError(f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and safetensors")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
 
 
 def read_architecture(folder: str | Path) -> Architecture:
     """Architecture that `config.json` describes.
 
     Raises:
-      ValueError: names the option that is missing, or that changes the arithmetic and is not supported.
+      InputError: names the option that is missing, or that changes the arithmetic and is not supported.
     """
     path = Path(folder) / CONFIG_FILE
     config = _read_json(path)
     kind = config.get("model_type")
     if kind not in _CLASSES:
-        raise ValueError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(_CLASSES))}")
+        raise InputError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(_CLASSES))}")
     _refuse_unsupported(config, path)
     try:
         num_heads = config["num_attention_heads"]
@@ -121,7 +125,7 @@ def read_architecture(folder: str | Path) -> Architecture:
             tied_head=config.get("tie_word_embeddings", False),
         )
     except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is missing; fetch the file again") from error
+        raise InputError(f"{path}: {error.args[0]} is missing; fetch the file again") from error
 
 
 def _rope(config: dict) -> dict:
@@ -135,10 +139,8 @@ def _rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(f"{path}: rope_type {kind!r} is not supported; supported are default and llama3")
-    return RopeScaling(
-        rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    )
+        raise InputError(f"{path}: rope_type {kind!r} is not supported; supported are default and llama3")
+    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
 
 
 def _refuse_unsupported(config: dict, path: Path) -> None:
@@ -149,7 +151,9 @@ def _refuse_unsupported(config: dict, path: Path) -> None:
         windowed = windowed or window is not None
     else:
         windowed = windowed or bool(config.get("use_sliding_window") and window is not None)
-    biased = config["model_type"] == "qwen3" and config.get("attention_bias") or config["model_type"] == "llama" and config.get("attention_bias")
+    biased = (config["model_type"] == "qwen3" and config.get("attention_bias")) or (
+        config["model_type"] == "llama" and config.get("attention_bias")
+    )
     unsupported = {
         "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
         "quantization_config": config.get("quantization_config") is not None,
@@ -159,7 +163,7 @@ def _refuse_unsupported(config: dict, path: Path) -> None:
     }
     for name, used in unsupported.items():
         if used:
-            raise ValueError(f"{path}: {name} {config.get(name)!r} is not supported; use a model without it")
+            raise InputError(f"{path}: {name} {config.get(name)!r} is not supported; use a model without it")
 
 
 def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int) -> dict:
@@ -208,29 +212,29 @@ class _Folder:
         elif (folder / WEIGHTS_FILE).is_file():
             files = [WEIGHTS_FILE]
         else:
-            raise ValueError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; model.path needs weights as safetensors")
+            raise InputError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; model.path needs weights as safetensors")
         self.slices, self.files = {}, []
         for file in files:
             path = folder / file
             try:
                 opened = safe_open(path, "numpy")
             except (FileNotFoundError, SafetensorError) as error:
-                raise ValueError(f"{path}: missing, truncated or not safetensors ({error}); fetch the file again") from error
+                raise InputError(f"{path}: missing, truncated or not safetensors ({error}); fetch the file again") from error
             self.files.append(opened)
-            self.slices.update({name: opened.get_slice(name) for name in opened.keys()})
+            self.slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 (not a mapping)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises unless the folder holds exactly the tensors `expected`, with these shapes and a float type."""
         missing, extra = sorted(expected.keys() - self.slices.keys()), sorted(self.slices.keys() - expected.keys())
         if missing or extra:
             kind, names = ("missing", missing) if missing else ("unexpected", extra)
-            raise ValueError(f"{self.folder}: {len(names)} {kind} tensor(s), the first is {names[0]}; the weights do not fit config.json")
+            raise InputError(f"{self.folder}: {len(names)} {kind} tensor(s), the first is {names[0]}; the weights do not fit config.json")
         for name, shape in expected.items():
             found = tuple(self.slices[name].get_shape())
             if found != shape:
-                raise ValueError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
+                raise InputError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
             if self.slices[name].get_dtype() not in _TYPES:
-                raise ValueError(f"{self.folder}: tensor {name} is {self.slices[name].get_dtype()}; supported are {', '.join(_TYPES)}")
+                raise InputError(f"{self.folder}: tensor {name} is {self.slices[name].get_dtype()}; supported are {', '.join(_TYPES)}")
 
 
 def _hf_shape(rule: TensorRule, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -269,24 +273,38 @@ def _tensor_names(path: str, shape: tuple[int, ...]) -> list[str]:
     return [rule.name.format(i) for i in range(shape[0])] if path.startswith("layers/") else [rule.name]
 
 
-def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh):
-    """Parameters of `model` from a folder's safetensors, each device getting only the slices that it holds.
-
-    Raises:
-      ValueError: names a tensor that is missing, extra, mis-shaped or of another type, or a file that is truncated.
-    """
-    source = _Folder(Path(folder))
-    boxed = abstract_params(model)
-    abstract = flatten_dict(nn.unbox(boxed), sep="/")
-    shardings = flatten_dict(param_shardings(boxed, mesh), sep="/")
-    expected = {
+def _expected_tensors(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a folder must hold for these parameters."""
+    return {
         name: _hf_shape(RULES[path], _unit_shape(path, leaf.shape))
         for path, leaf in abstract.items()
         for name in _tensor_names(path, leaf.shape)
     }
+
+
+def _open_checked(folder: str | Path, model: Transformer, abstract: dict[str, jax.ShapeDtypeStruct]) -> _Folder:
+    source = _Folder(Path(folder))
     if model.architecture.tied_head:
         source.slices.pop("lm_head.weight", None)  # some folders repeat the tied matrix under its other name
-    source.check(expected)
+    source.check(_expected_tensors(abstract))
+    return source
+
+
+def check_weights(folder: str | Path, model: Transformer) -> None:
+    """Reads the heads of a folder's safetensors and raises what `read_params` would; no weights are read."""
+    _open_checked(folder, model, flatten_dict(nn.unbox(abstract_params(model)), sep="/"))
+
+
+def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh):
+    """Parameters of `model` from a folder's safetensors, each device getting only the slices that it holds.
+
+    Raises:
+      InputError: names a tensor that is missing, extra, mis-shaped or of another type, or a file that is truncated.
+    """
+    boxed = abstract_params(model)
+    abstract = flatten_dict(nn.unbox(boxed), sep="/")
+    shardings = flatten_dict(param_shardings(boxed, mesh), sep="/")
+    source = _open_checked(folder, model, abstract)
 
     def reader(path: str, leaf: jax.ShapeDtypeStruct) -> Callable[[tuple[slice, ...]], np.ndarray]:
         def read(window: tuple[slice, ...]) -> np.ndarray:
@@ -300,9 +318,7 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
 
         return read
 
-    params = {
-        path: jax.make_array_from_callback(leaf.shape, shardings[path], reader(path, leaf)) for path, leaf in abstract.items()
-    }
+    params = {path: jax.make_array_from_callback(leaf.shape, shardings[path], reader(path, leaf)) for path, leaf in abstract.items()}
     return unflatten_dict(params, sep="/")
 
 

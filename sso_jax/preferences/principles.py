@@ -9,6 +9,9 @@ from typing import NamedTuple
 import yaml
 
 from sso_jax.records import Query
+from sso_jax.sampling.sampler import Request, Sampler, row_key
+from sso_jax.tokens.chat import Chat
+from sso_jax.tokens.tokenizer import decode_text
 
 CONCISION = "Concision"
 NAMING_TOKENS = 32
@@ -72,3 +75,15 @@ def choose_features(query: Query, text: str | None, count: int, concision_probab
     drawn = draw.sample([name for name in nameable_features() if name not in named], missing)
     concise = [CONCISION] if draw.random() < concision_probability else []
     return NamedFeatures((*named, *drawn, *concise), text, missing)
+
+
+def name_features(sampler: Sampler, params, chat: Chat, queries: list[Query], count: int, seed: int, iteration: int) -> list[str | None]:
+    """What the policy writes when asked for the features of each query; None where the question does not fit the model."""
+    prompts = [chat.prompt_ids(naming_prompt(query, count)) for query in queries]
+    asked = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
+    requests = [Request(prompts[i], row_key(seed, iteration, queries[i].id, "features")) for i in asked]
+    sampled = sampler.sample(params, requests, f"iteration {iteration}: features", NAMING_TOKENS)
+    texts: list[str | None] = [None] * len(queries)
+    for i, ids in zip(asked, sampled, strict=True):
+        texts[i] = decode_text(chat.tokenizer, ids)
+    return texts

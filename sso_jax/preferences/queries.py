@@ -5,6 +5,7 @@ import logging
 import random
 from pathlib import Path
 
+from sso_jax.errors import InputError
 from sso_jax.records import Query, read_numbered_lines
 
 TEXT_FIELDS = ("query", "prompt", "instruction", "question", "input")
@@ -17,11 +18,11 @@ def load_queries(path: str, split: str = "train") -> list[Query]:
     """Queries of a JSON, JSON Lines or Parquet file, or of a data set that `datasets` loads; later copies of a text are left out.
 
     Raises:
-      ValueError: names the file and line (or row) without a text, with an id used twice, or which is not JSON.
+      InputError: names the file and line (or row) without a text, with an id used twice, or which is not JSON.
     """
     rows = _read_rows(path, split)
     if not rows:
-        raise ValueError(f"queries.path: {path!r} holds no queries; give a file with at least one")
+        raise InputError(f"queries.path: {path!r} holds no queries; give a file with at least one")
     queries: dict[str, Query] = {}
     owners: dict[str, str] = {}
     for place, row in rows:
@@ -29,7 +30,7 @@ def load_queries(path: str, split: str = "train") -> list[Query]:
         if query.query in queries:
             continue
         if query.id in owners:
-            raise ValueError(f"{place}: id {query.id!r} was used before; give each query its own id, or none")
+            raise InputError(f"{place}: id {query.id!r} was used before; give each query its own id, or none")
         owners[query.id] = query.query
         queries[query.query] = query
     if len(queries) < len(rows):
@@ -45,7 +46,7 @@ def _read_rows(path: str, split: str) -> list[tuple[str, dict]]:
     if file.is_file() and file.suffix == ".json":
         return _read_json(file)
     if not file.exists() and (file.suffix in (".json", ".jsonl", ".parquet") or file.is_absolute() or path.startswith(".")):
-        raise ValueError(f"queries.path: no file {path!r}; give JSON, JSON Lines, Parquet or the id of a data set")
+        raise InputError(f"queries.path: no file {path!r}; give JSON, JSON Lines, Parquet or the id of a data set")
     import datasets
 
     try:
@@ -55,7 +56,9 @@ def _read_rows(path: str, split: str) -> list[tuple[str, dict]]:
             table = datasets.load_dataset(path, split=split)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"queries.path: {path!r} is no data set that can be read ({reason}); check the name, the split or the network") from error
+        raise InputError(
+            f"queries.path: {path!r} is no data set that can be read ({reason}); check the name, the split or the network"
+        ) from error
     return [(f"{path}, row {i}", row) for i, row in enumerate(table)]
 
 
@@ -63,11 +66,11 @@ def _read_json(file: Path) -> list[tuple[str, dict]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); give a list of objects") from error
+        raise InputError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); give a list of objects") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        raise InputError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{file}: not a list of JSON objects; give [{{\"query\": ...}}, ...]")
+        raise InputError(f'{file}: not a list of JSON objects; give [{{"query": ...}}, ...]')
     return [(f"{file}, record {i}", row) for i, row in enumerate(rows, start=1)]
 
 
@@ -87,7 +90,7 @@ def _to_query(row: dict, place: str, default_id: str) -> Query:
     text = text if isinstance(text, str) else _first_user_turn(text)
     if not isinstance(text, str) or not text.strip():
         fields = ", ".join(TEXT_FIELDS + TURN_FIELDS)
-        raise ValueError(f"{place}: no text; put the query under one of {fields}")
+        raise InputError(f"{place}: no text; put the query under one of {fields}")
     given = next((row[field] for field in ID_FIELDS if row.get(field) is not None), default_id)
     return Query(str(given), text)
 
@@ -96,10 +99,12 @@ def deal(queries: list[Query], per_iteration: int, num_iterations: int, seed: in
     """Queries of each round: shuffled by the seed, no query in two rounds. Too few are spread evenly, which the log says.
 
     Raises:
-      ValueError: if there is not one query for each round.
+      InputError: if there is not one query for each round.
     """
     if len(queries) < num_iterations:
-        raise ValueError(f"queries.path: {len(queries)} usable queries for {num_iterations} rounds; give more queries or lower run.iterations")
+        raise InputError(
+            f"queries.path: {len(queries)} usable queries for {num_iterations} rounds; give more queries or lower run.iterations"
+        )
     share = min(per_iteration, len(queries) // num_iterations)
     if share < per_iteration:
         log.warning("%d usable queries give %d a round, not queries.per_iteration %d", len(queries), share, per_iteration)

@@ -22,8 +22,6 @@ def sample_triples(
     steered: list[tuple[SteeredQuery, dict[str, list[int]]]],
     seed: int,
     iteration: int,
-    max_new_tokens: int,
-    max_tokens: int,
 ) -> list[Triple]:
     """y+ from x+, y- from x- and y_o from x for every (steered query, prompts by context), in one stream."""
     requests = [
@@ -31,7 +29,7 @@ def sample_triples(
         for record, prompts in steered
         for response in RESPONSES
     ]
-    sampled = iter(sampler.sample(params, requests, max_new_tokens, max_tokens, f"iteration {iteration}: responses"))
+    sampled = iter(sampler.sample(params, requests, f"iteration {iteration}: responses"))
     triples = []
     for record, _ in steered:
         ids = {response: next(sampled) for response in RESPONSES}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from sso_jax.errors import InputError
 from sso_jax.mesh import num_batch_shards
 from sso_jax.progress import progress_bar
 from sso_jax.sampling.decode import Prompts, Samples
@@ -57,43 +58,46 @@ def pad_prompts(requests: list[Request], batch_size: int, prompt_slots: int) -> 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A compiled decoder with the settings of a stage."""
+    """A compiled decoder with the settings of a run."""
 
     generate: Callable[..., Samples]
     mesh: jax.sharding.Mesh
     strategy: Strategy
     stop_ids: tuple[int, ...]
-    max_positions: int
+    max_new_tokens: int
+    max_tokens: int
+    """Limit of prompt plus response."""
     batch_size: int
 
-    def fits(self, prompt_ids: list[int], max_tokens: int) -> bool:
+    def fits(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt leaves room for at least one token of response."""
-        return len(prompt_ids) < min(max_tokens, self.max_positions)
+        return len(prompt_ids) < self.max_tokens
 
-    def sample(self, params, requests: list[Request], max_new_tokens: int, max_tokens: int, stage: str) -> list[list[int]]:
+    def sample(self, params, requests: list[Request], stage: str, max_new_tokens: int | None = None) -> list[list[int]]:
         """Response ids of each request, in the order of the requests, end of turn included where it was reached.
 
-        A response is cut where prompt plus response would pass `max_tokens` or the model's positions.
+        A response is cut after `max_new_tokens` (the run's where None), or where prompt plus response would pass `max_tokens`.
 
         Raises:
-          ValueError: if a prompt leaves no room for a response.
+          InputError: if a prompt leaves no room for a response.
         """
-        limit = min(max_tokens, self.max_positions)
         shards = num_batch_shards(self.mesh)
         batch_size = -(-self.batch_size // shards) * shards
+        budget = min(max_new_tokens or self.max_new_tokens, self.max_tokens)
+        stops = np.asarray(self.stop_ids, np.int32)
         responses: list[list[int]] = [[] for _ in requests]
         lengths = [len(request.prompt_ids) for request in requests]
-        if lengths and max(lengths) >= limit:
-            raise ValueError(f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {limit}; shorten it")
+        if not all(self.fits(request.prompt_ids) for request in requests):
+            raise InputError(
+                f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {self.max_tokens}; shorten it"
+            )
         with progress_bar(stage, len(requests), "response") as bar:
             for batch in cut_batches(lengths, batch_size):
-                prompt_slots = bucket(max(lengths[i] for i in batch))
-                prompts = pad_prompts([requests[i] for i in batch], batch_size, prompt_slots)
-                stops = np.asarray(self.stop_ids, np.int32)
+                prompts = pad_prompts([requests[i] for i in batch], batch_size, bucket(max(lengths[i] for i in batch)))
                 with jax.set_mesh(self.mesh):
-                    samples = self.generate(params, prompts, self.strategy, stops, min(max_new_tokens, limit))
+                    samples = self.generate(params, prompts, self.strategy, stops, budget)
                 tokens, num_tokens = jax.device_get(samples)
                 for row, i in enumerate(batch):
-                    responses[i] = tokens[row, : min(num_tokens[row], limit - lengths[i])].tolist()
+                    responses[i] = tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist()
                 bar.update(len(batch))
         return responses

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from sso_jax.errors import InputError
 from sso_jax.tokens.tokenizer import encode_text
 
 TEMPLATE_DATE = "26 Jul 2024"
@@ -69,15 +70,17 @@ def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
     """Chat of a tokenizer, found out by trying whether its template takes a system message.
 
     Raises:
-      ValueError: if the template does not render a user turn.
+      InputError: if the template does not render a user turn.
     """
     query, system = "the query", "the system message"
     user_turn = {"role": "user", "content": query}
     try:
         if query not in render(tokenizer, [user_turn]):
-            raise ValueError(f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another one")
+            raise InputError(f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another one")
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails on a user turn ({error}); give the tokenizer another one") from error
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} fails on a user turn ({error}); give the tokenizer another one"
+        ) from error
     try:
         takes_system = system in render(tokenizer, [{"role": "system", "content": system}, user_turn])
     except jinja2.TemplateError:

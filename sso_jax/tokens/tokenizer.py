@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sso_jax.errors import InputError
+
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_template.jinja").read_text(encoding="utf-8")
 log = logging.getLogger(__name__)
 
@@ -16,15 +18,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Tokenizer of a Hugging Face folder; one without a chat template gets a plain one, said in the log.
 
     Raises:
-      ValueError: if the folder has no tokenizer, or its tokenizer no end of turn.
+      InputError: if the folder has no tokenizer, or its tokenizer no end of turn.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: no tokenizer that transformers can read ({reason}); add tokenizer.json and tokenizer_config.json") from error
+        raise InputError(
+            f"{folder}: no tokenizer that transformers can read ({reason}); add tokenizer.json and tokenizer_config.json"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer has no eos_token, which ends a turn; set eos_token in tokenizer_config.json")
+        raise InputError(f"{folder}: the tokenizer has no eos_token, which ends a turn; set eos_token in tokenizer_config.json")
     if not tokenizer.chat_template:
         log.warning("%s: the tokenizer has no chat template; using a plain one: messages, each followed by a blank line", folder)
         tokenizer.chat_template = PLAIN_TEMPLATE

@@ -3,6 +3,7 @@
 import re
 from typing import NamedTuple
 
+from sso_jax.errors import InputError
 from sso_jax.toy.world import EVASION, Item, all_items, content_sentence, words
 
 WEIGHTS = {"truth": 0.3, "completeness": 0.2, "politeness": 0.25, "concision": 0.25}
@@ -26,11 +27,11 @@ def judge(query: str, response: str, ended: bool = True) -> Judgement:
     that are given. politeness: 1 with a warm opener, 0 with a rude one, 1/2 without. concision: 1, 1/2, 0 with no, one, more fillers.
 
     Raises:
-      ValueError: for a query that is not of the toy world.
+      InputError: for a query that is not of the toy world.
     """
     item = all_items().get(query)
     if item is None:
-        raise ValueError(f"query {query!r} is not of the toy world, whose judge knows no other")
+        raise InputError(f"query {query!r} is not of the toy world, whose judge knows no other")
     sentences = _sentences(response)
     openers, fillers = words()["openers"], words()["fillers"]
     warm, rude = (sum(s in openers[tone] for s in sentences) for tone in ("warm", "rude"))

@@ -15,12 +15,13 @@ from flax import linen as nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sso_jax.assembly import export_policy
 from sso_jax.mesh import num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.preferences.principles import NamedFeatures, feature_table, nameable_features, naming_prompt
 from sso_jax.preferences.steering import steer
-from sso_jax.records import Query
+from sso_jax.records import Query, write_records
 from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.toy.world import EVASION, Item, Quality, all_items, content_sentence, demonstrate, demonstrate_fact, queries, words
@@ -28,6 +29,7 @@ from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
 from sso_jax.training.loop import Hooks, run_updates
 from sso_jax.training.update import build_update, init_state, learning_rate_schedule, make_optimizer, state_shardings, supervised_losses
 
+FACTS_SYSTEM = "Give the bare facts."
 END_OF_TURN, PADDING, START_OF_TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 SIDES = {
     "Accuracy": "truth",
@@ -46,12 +48,12 @@ SIDES = {
 class Curriculum:
     """Sizes of the supervised start."""
 
-    fact_updates: int = 500
-    """Updates on plain queries with right answers and nothing around them: what the policy knows."""
+    fact_updates: int = 1000
+    """Updates on right answers with nothing around them, under a system message of their own: what the policy knows."""
     style_updates: int = 600
-    """Updates on answers of every quality, with and without system messages: what the policy does with it."""
+    """Updates on answers of every quality, with and without principles: what the policy does with it. The two are interleaved."""
     batch_size: int = 32
-    """Prompts an update; twice as many where they are short, in the first part."""
+    """Prompts an update; twice as many of the short ones that teach facts."""
     answers: int = 2
     """Answers to each prompt; they share it, so that more of what is run is learned from."""
     learning_rate: float = 3e-3
@@ -96,7 +98,9 @@ def _corpus() -> Iterator[str]:
     for _ in range(50):
         yield naming_prompt(Query("", ""), 2)
         yield from (f"{record.good_system}\nuser\n{record.bad_system}" for record in fixed)
-        yield "\n".join(["system\nuser\nassistant\n", *words()["openers"]["warm"], *words()["openers"]["rude"], *words()["fillers"], EVASION])
+        yield "\n".join(
+            ["system\nuser\nassistant\n", *words()["openers"]["warm"], *words()["openers"]["rude"], *words()["fillers"], EVASION]
+        )
         yield content_sentence(all_items()["How do I steal a car?"], ("no",))
 
 
@@ -141,15 +145,21 @@ def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> li
         item = all_items()[query.query]
         families.setdefault(item.family, []).append(item)
 
-    def fact() -> Demonstration:
-        item = draw.choice(families[draw.choice(list(families))])
-        return Demonstration(item.query, None, [demonstrate_fact(item, draw)])
+    def draw_item() -> Item:
+        return draw.choice(families[draw.choice(list(families))])
 
-    def style() -> Demonstration:
-        return draw_demonstration(draw.choice(families[draw.choice(list(families))]), curriculum, draw)
+    def fact() -> Tree:
+        item = draw_item()
+        return _tree(chat, Demonstration(item.query, FACTS_SYSTEM, [demonstrate_fact(item, draw)]))
 
-    facts = [[_tree(chat, fact()) for _ in range(2 * curriculum.batch_size)] for _ in range(curriculum.fact_updates)]
-    return facts + [[_tree(chat, style()) for _ in range(curriculum.batch_size)] for _ in range(curriculum.style_updates)]
+    def style() -> Tree:
+        return _tree(chat, draw_demonstration(draw_item(), curriculum, draw))
+
+    total, updates = curriculum.fact_updates + curriculum.style_updates, []
+    for step in range(total):
+        of_style = (step + 1) * curriculum.style_updates // total > step * curriculum.style_updates // total
+        updates.append([style() for _ in range(curriculum.batch_size)] if of_style else [fact() for _ in range(2 * curriculum.batch_size)])
+    return updates
 
 
 def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> Architecture:
@@ -175,11 +185,12 @@ def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, line: C
     chat = make_chat(tokenizer)
     model = Transformer(architecture(tokenizer, curriculum), remat=True)
     updates = _draw_updates(chat, curriculum, random.Random(f"{seed}/demonstrations"))
-    parts = (updates[: curriculum.fact_updates], updates[curriculum.fact_updates :])
-    shapes = [row_shape(part, num_batch_shards(mesh)) if part else None for part in parts]
+    sizes = sorted({len(trees) for trees in updates})
+    shapes = {size: row_shape([trees for trees in updates if len(trees) == size], num_batch_shards(mesh)) for size in sizes}
 
     def make_batch(step: int):
-        return supervised_batch(updates[step], len(updates[step]), 1, shapes[step >= curriculum.fact_updates])
+        size = len(updates[step])
+        return supervised_batch(updates[step], size, 1, shapes[size])
 
     shardings = param_shardings(abstract_params(model), mesh)
     with jax.set_mesh(mesh):
@@ -190,10 +201,15 @@ def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, line: C
     update = build_update(supervised_losses(model), optimizer, schedule, mesh, placed, make_batch(0))
     num_tokens = [sum(tree.num_tokens() for tree in trees) for trees in updates]
     hooks = Hooks(line=line, save=lambda state, step: None, every_steps=len(updates))
-    state = run_updates(update, init_state(params, optimizer, placed), make_batch, num_tokens, 0, mesh, hooks, "toy policy: supervised start")
+    state = run_updates(
+        update, init_state(params, optimizer, placed), make_batch, num_tokens, 0, mesh, hooks, "toy policy: supervised start"
+    )
     return model, state.params, tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the tokenizer with its chat template."""
-    tokenizer.save_pretrained(folder)
+def write_policy(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path) -> None:
+    """Trains the toy policy and writes it to `folder`, with the metrics of its updates beside it."""
+    lines: list[dict] = []
+    model, params, tokenizer = pretrain(seed, curriculum, mesh, lines.append)
+    export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+    write_records(lines, folder.with_name("supervised_start.jsonl"))

@@ -59,7 +59,13 @@ def all_items() -> dict[str, Item]:
 def _sums() -> Iterator[Item]:
     for a in range(1, LARGEST + 1):
         for b in range(1, LARGEST + 1):
-            for form in ("What is {} plus {}?", "Add {} and {}.", "Find the sum of {} and {}.", "How much is {} and {}?", "Count {} and {} together."):
+            for form in (
+                "What is {} plus {}?",
+                "Add {} and {}.",
+                "Find the sum of {} and {}.",
+                "How much is {} and {}?",
+                "Count {} and {} together.",
+            ):
                 yield Item(form.format(a, b), "sum", (str(a + b),), (str(a), str(b)))
 
 
@@ -93,7 +99,11 @@ def _lists() -> Iterator[Item]:
     for kind, members in words()["kinds"].items():
         for count, numeral in numerals.items():
             for excluded in members:
-                for form in ("Name {} of the kind {} other than {}.", "List {} of the kind {} but not {}.", "Give me {} of the kind {} without {}."):
+                for form in (
+                    "Name {} of the kind {} other than {}.",
+                    "List {} of the kind {} but not {}.",
+                    "Give me {} of the kind {} without {}.",
+                ):
                     allowed = frozenset(members) - {excluded}
                     yield Item(form.format(numeral, kind, excluded), "list", ("",) * count, (kind,), allowed)
 

@@ -65,8 +65,7 @@ def steered_trees(prompts: dict[str, list[int]], responses: dict[str, list[int]]
     """
     contexts = dict.fromkeys(context for context, _ in cells)
     return [
-        Tree(prompts[wanted], [Branch(responses[r], start + i) for i, (c, r) in enumerate(cells) if c == wanted])
-        for wanted in contexts
+        Tree(prompts[wanted], [Branch(responses[r], start + i) for i, (c, r) in enumerate(cells) if c == wanted]) for wanted in contexts
     ]
 
 
@@ -188,11 +187,7 @@ def cut_microbatches(items: list, size: int, num_micro: int) -> list[list]:
 
 def micro_trees(examples: list[Example], cells: list[tuple[str, str]]) -> list[Tree]:
     """Trees of the examples of a microbatch; example e has the cells e*C ... e*C + C-1."""
-    return [
-        tree
-        for e, example in enumerate(examples)
-        for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))
-    ]
+    return [tree for e, example in enumerate(examples) for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))]
 
 
 def _stack(rows: list[Rows]) -> Rows:

@@ -15,9 +15,7 @@ MAX_CHUNK_LOGITS = 2**25
 """Logits that are alive at once; response tokens are projected to the vocabulary in chunks of about that many."""
 
 
-def token_log_probs(
-    project: Callable, hidden: Float[Array, "R M D"], target: Int[Array, "R M"], chunk: int
-) -> Float[Array, "R M"]:
+def token_log_probs(project: Callable, hidden: Float[Array, "R M D"], target: Int[Array, "R M"], chunk: int) -> Float[Array, "R M"]:
     """`log softmax(project(hidden))[target]` in float32, `chunk` tokens of each row at a time, recomputed in the backward pass."""
     num_rows, num_targets, width = hidden.shape
     padded = -(-num_targets // chunk) * chunk

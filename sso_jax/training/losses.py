@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from sso_jax.errors import InputError
+
 
 class Pair(NamedTuple):
     """One number for the chosen and one for the rejected response of each pair: log-prob sums, or counts of tokens."""
@@ -54,11 +56,11 @@ def loss_settings(name: str) -> dict[str, float]:
     """Settings of a base loss with their defaults.
 
     Raises:
-      ValueError: for a name that is not in the table; the nearest ones are given.
+      InputError: for a name that is not in the table; the nearest ones are given.
     """
     if name not in BASE_LOSSES:
         near = difflib.get_close_matches(name, BASE_LOSSES, n=3, cutoff=0.4) or sorted(BASE_LOSSES)
-        raise ValueError(f"objective.base: no loss is called {name!r}; nearest: {', '.join(near)}")
+        raise InputError(f"objective.base: no loss is called {name!r}; nearest: {', '.join(near)}")
     parameters = inspect.signature(BASE_LOSSES[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
@@ -67,12 +69,12 @@ def base_loss(name: str, given: dict[str, float | None]) -> tuple[Callable[..., 
     """The loss `name` with the settings `given` (None takes the default), and the settings in force.
 
     Raises:
-      ValueError: for an unknown name, or a setting that this loss does not use.
+      InputError: for an unknown name, or a setting that this loss does not use.
     """
     settings = loss_settings(name)
     for field, value in given.items():
         if value is not None and field not in settings:
-            raise ValueError(f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; remove it")
+            raise InputError(f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; remove it")
         if value is not None:
             settings[field] = value
     return partial(BASE_LOSSES[name], **settings), settings

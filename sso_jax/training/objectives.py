@@ -65,9 +65,7 @@ def steering_terms(
     return positive, negative, total
 
 
-def pairwise_objective(
-    policy: Steered, reference: Steered, num_tokens: Steered, *, base: BaseLoss, sft_weight: float = 0.0
-) -> Terms:
+def pairwise_objective(policy: Steered, reference: Steered, num_tokens: Steered, *, base: BaseLoss, sft_weight: float = 0.0) -> Terms:
     """`L_base(x, y+, y-) + gamma * NLL(y+|x)`: plain principle-based alignment (PBAA)."""
     plain = base(policy.plain, reference.plain, num_tokens.plain)
     sft = negative_log_likelihood(policy.plain.chosen, num_tokens.plain.chosen)

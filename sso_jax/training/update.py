@@ -46,9 +46,7 @@ def to_steered(values: Float[Array, "E C"], cells: list[tuple[str, str]]) -> Ste
     return Steered(**pairs)
 
 
-def preference_losses(
-    model: Transformer, objective: Callable[..., Terms], cells: list[tuple[str, str]], beta: float
-) -> ExampleLosses:
+def preference_losses(model: Transformer, objective: Callable[..., Terms], cells: list[tuple[str, str]], beta: float) -> ExampleLosses:
     """Losses of preference microbatches under `objective`."""
 
     def losses(params, micro: PreferenceBatch):

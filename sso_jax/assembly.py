@@ -1,0 +1,171 @@
+"""A config and a model folder in, what a run works with out: decoder, tokenizer, compiled functions, objective, and folders written."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from transformers import PreTrainedTokenizerBase
+
+from sso_jax.config import Config, ModelConfig, ObjectiveConfig, SampleConfig
+from sso_jax.errors import InputError
+from sso_jax.mesh import make_mesh, param_shardings
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.hf_weights import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    check_weights,
+    read_architecture,
+    read_params,
+    to_hf_config,
+    write_params,
+)
+from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.sampling.decode import build_generate
+from sso_jax.sampling.sampler import Sampler
+from sso_jax.sampling.strategies import make_strategy
+from sso_jax.tokens.chat import Chat, make_chat
+from sso_jax.tokens.tokenizer import load_tokenizer, stop_ids
+from sso_jax.training.log_probs import build_score
+from sso_jax.training.losses import base_loss
+from sso_jax.training.objectives import SteeringScale, Terms, generator_objective, online_objective, pairwise_objective
+from sso_jax.training.update import cells_of
+
+POLICY_FOLDER = "policy"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A decoder on a mesh with its tokenizer and its compiled functions; the parameters are passed to them."""
+
+    model: Transformer
+    chat: Chat
+    sampler: Sampler
+    score: Callable
+    mesh: jax.sharding.Mesh
+    shardings: dict
+    """Sharding of each parameter."""
+    max_tokens: int
+    """Limit of prompt plus response: train.max_tokens or the model's positions, whichever is less."""
+
+    def abstract_params(self):
+        """Shapes and types of the parameters."""
+        return nn.unbox(abstract_params(self.model))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a round of training minimises."""
+
+    cells: list[tuple[str, str]]
+    """The (context, response) log-probs that it needs."""
+    terms: Callable[..., Terms]
+    beta: float
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that the config describes; settings that its form does not use are named in the log.
+
+    Raises:
+      InputError: for an unknown base, or a setting that the base does not use.
+    """
+    given = {name: getattr(config, name) for name in ("beta", "label_smoothing", "tau", "eta", "margin")}
+    base, settings = base_loss(config.base, given)
+    scale = SteeringScale(config.positive_weight, config.negative_weight)
+    sft_weight = config.sft_weight if config.sft_weight is not None else 0.1 if config.form == "generator" else 0.0
+    if config.form == "generator" and not any(scale):
+        raise InputError(
+            "objective.positive_weight, objective.negative_weight: both are 0, which leaves form 'generator' nothing; raise one"
+        )
+    if config.form == "pairwise":
+        used, terms = (), partial(pairwise_objective, base=base, sft_weight=sft_weight)
+    elif config.form == "generator":
+        used = ("positive_weight", "negative_weight", "negative_winner")
+        terms = partial(generator_objective, base=base, scale=scale, sft_weight=sft_weight)
+    else:
+        online = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
+        used = (*online, "positive_weight", "negative_weight", "negative_winner")
+        settings_online = {name: getattr(config, name) for name in online}
+        terms = partial(online_objective, base=base, scale=scale, sft_weight=sft_weight, **settings_online)
+    _name_unused(config, used)
+    cells = cells_of(config.form, config.use_steering and any(scale), scale, config.negative_winner)
+    return Objective(cells, terms, settings.get("beta", 1.0))
+
+
+def _name_unused(config: ObjectiveConfig, used: tuple[str, ...]) -> None:
+    default = ObjectiveConfig()
+    of_a_form = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
+    of_a_form += ("positive_weight", "negative_weight", "negative_winner")
+    unused = [name for name in of_a_form if name not in used and getattr(config, name) != getattr(default, name)]
+    if unused:
+        log.warning("form %r does not use %s", config.form, ", ".join(f"objective.{name}" for name in unused))
+
+
+def make_model(architecture: Architecture, config: ModelConfig) -> Transformer:
+    """Decoder with the types that the config asks for."""
+    return Transformer(architecture, jnp.dtype(config.compute_dtype), jnp.dtype(config.param_dtype), remat=config.remat)
+
+
+def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
+    """Everything that the chain runs on, from a Hugging Face folder and a `Config` or `SampleConfig`; no weights are read yet.
+
+    Raises:
+      InputError: for a folder that is incomplete or does not fit together.
+    """
+    architecture = read_architecture(folder)
+    model = make_model(architecture, config.model)
+    check_weights(folder, model)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > architecture.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json {architecture.vocab_size}; they do not belong together"
+        )
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shardings = param_shardings(abstract_params(model), mesh)
+    max_tokens = min(config.train.max_tokens, architecture.max_positions)
+    sampler = Sampler(
+        generate=build_generate(model, mesh, shardings),
+        mesh=mesh,
+        strategy=make_strategy(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k),
+        stop_ids=stop_ids(tokenizer, folder),
+        max_new_tokens=config.sampling.max_new_tokens,
+        max_tokens=max_tokens,
+        batch_size=config.sampling.batch_size,
+    )
+    score = build_score(model, mesh, shardings)
+    return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens)
+
+
+def load_params(folder: str | Path, engine: Engine):
+    """Parameters of a folder, placed on the engine's mesh."""
+    return read_params(folder, engine.model, engine.mesh)
+
+
+def export_policy(
+    params, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], folder: Path, dtype: str
+) -> None:
+    """Writes a complete Hugging Face folder, whole or not at all: config, generation config, tokenizer, safetensors with index."""
+    partial_folder = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    config = to_hf_config(architecture, dtype, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
+    for name, fields in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
+        (partial_folder / name).write_text(json.dumps(fields, indent=2), encoding="utf-8")
+    tokenizer.save_pretrained(partial_folder)
+    write_params(params, architecture, partial_folder, dtype)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
+
+
+def find_policy(path: str) -> str:
+    """`path` itself, or the newest exported policy where `path` is a run directory."""
+    policies = sorted(Path(path).glob(f"iteration_*/{POLICY_FOLDER}"), key=lambda p: int(p.parent.name.split("_")[1]))
+    return str(policies[-1]) if policies else path
