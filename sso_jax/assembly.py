@@ -169,3 +169,10 @@ def find_policy(path: str) -> str:
     """`path` itself, or the newest exported policy where `path` is a run directory."""
     policies = sorted(Path(path).glob(f"iteration_*/{POLICY_FOLDER}"), key=lambda p: int(p.parent.name.split("_")[1]))
     return str(policies[-1]) if policies else path
+
+
+def enable_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` between runs; an empty name keeps none."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -17,7 +17,17 @@ import numpy as np
 import yaml
 
 from sso_jax import report, stages
-from sso_jax.assembly import POLICY_FOLDER, Engine, Objective, build_engine, build_objective, export_policy, find_policy, load_params
+from sso_jax.assembly import (
+    POLICY_FOLDER,
+    Engine,
+    Objective,
+    build_engine,
+    build_objective,
+    enable_compilation_cache,
+    export_policy,
+    find_policy,
+    load_params,
+)
 from sso_jax.config import Config, to_dict
 from sso_jax.errors import InputError
 from sso_jax.mesh import make_mesh, num_batch_shards
@@ -99,7 +109,7 @@ def run(config: Config) -> None:
         )
     if config.model.path != "toy" and config.queries.path is None:
         raise InputError("queries.path: not given; a model from a folder needs a file or data set of queries")
-    _enable_compilation_cache(config)
+    enable_compilation_cache(config.run.compilation_cache)
     prepared = _prepare(config, directory)
     try:
         _run_rounds(prepared)
@@ -143,12 +153,6 @@ def _changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
         else:
             changed.append(f"{field} ({old.get(name)!r}, now {new.get(name)!r})")
     return changed
-
-
-def _enable_compilation_cache(config: Config) -> None:
-    if config.run.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.run.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _prepare(config: Config, directory: Path) -> Run:
@@ -242,7 +246,8 @@ def _start_params(run: Run, iteration: int):
 def _first_look(run: Run, params):
     """Iteration 0: the policy before any update, measured."""
     evaluation = _evaluate(run, 0, params)
-    stages.finish(run.folder(0), "round", {"dropped": dict(run.environment.dropped), **evaluation})
+    seconds = {"evaluation": evaluation["seconds"]}
+    stages.finish(run.folder(0), "round", {"dropped": dict(run.environment.dropped), **evaluation, "seconds": seconds})
     return params
 
 

@@ -40,6 +40,7 @@ def table(row: dict) -> str:
         lines.append(("policy quality, unsteered, held out", f"{row['policy_quality']:.3f} ({parts})"))
     if row["seconds"] is not None:
         lines.append(("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in row["seconds"].items())))
+    if row["tokens_per_second"] is not None:
         rates = row["tokens_per_second"]
         lines.append(("tokens a second", f"sampling {rates['sampling']:.0f}, training {rates['training']:.0f}"))
     width = max((len(name) for name, _ in lines), default=0)

@@ -48,7 +48,7 @@ SIDES = {
 class Curriculum:
     """Sizes of the supervised start."""
 
-    fact_updates: int = 1000
+    fact_updates: int = 700
     """Updates on right answers with nothing around them, under a system message of their own: what the policy knows."""
     style_updates: int = 600
     """Updates on answers of every quality, with and without principles: what the policy does with it. The two are interleaved."""
