@@ -81,7 +81,7 @@ def steered_rows(engine: Engine, params, queries: list[Query], config: SampleCon
     seed, principles = config.run.seed, config.principles
     texts = name_features(engine.sampler, params, engine.chat, queries, principles.features_per_query, seed, 0)
     steered = [
-        steer(query, choose_features(query, text, principles.features_per_query, principles.concision_probability, f"{seed}/0"))
+        steer(choose_features(query, text, principles.features_per_query, principles.concision_probability, f"{seed}/0"))
         for query, text in zip(queries, texts, strict=True)
     ]
     prompted = [(record, steered_prompts(engine.chat, record)) for record in steered]

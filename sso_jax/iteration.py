@@ -285,7 +285,7 @@ def _principles(run: Run, iteration: int, params, queries: list[Query]) -> tuple
     texts = name_features(engine.sampler, params, engine.chat, queries, count, config.run.seed, iteration)
     seed = f"{config.run.seed}/{iteration}"
     steered = [
-        steer(query, choose_features(query, text, count, config.principles.concision_probability, seed))
+        steer(choose_features(query, text, count, config.principles.concision_probability, seed))
         for query, text in zip(queries, texts, strict=True)
     ]
     random_features = sum(record.num_random_features for record in steered)

@@ -25,6 +25,23 @@ class Query:
 
 
 @dataclass(frozen=True)
+class PrincipledQuery:
+    """A query with the features that steer it, and for each feature the adjective and the principle of both sides."""
+
+    id: str
+    query: str
+    features: tuple[str, ...]
+    good_adjectives: tuple[str, ...]
+    bad_adjectives: tuple[str, ...]
+    good_principles: tuple[str, ...]
+    bad_principles: tuple[str, ...]
+    features_text: str | None = None
+    """What the policy wrote when asked for features; None where it was not asked."""
+    num_random_features: int = 0
+    """How many of the features were drawn at random because the policy did not name enough."""
+
+
+@dataclass(frozen=True)
 class SteeredQuery:
     """A query with what steers it: features, and the system messages p+ and p-."""
 

@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+        return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
 
 
 class Projection(nn.Module):

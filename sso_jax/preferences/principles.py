@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import yaml
 
-from sso_jax.records import Query
+from sso_jax.records import PrincipledQuery, Query
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.tokens.chat import Chat
 from sso_jax.tokens.tokenizer import decode_text
@@ -25,16 +25,6 @@ class Feature(NamedTuple):
     bad_adjective: str
     good: str
     bad: str
-
-
-class NamedFeatures(NamedTuple):
-    """Features of one query and where they come from."""
-
-    features: tuple[str, ...]
-    text: str | None
-    """What the policy wrote; None where it was not asked."""
-    num_random: int
-    """Features that it did not name and that were drawn."""
 
 
 @lru_cache
@@ -67,14 +57,30 @@ def parse_features(text: str, count: int) -> list[str]:
     return list(dict.fromkeys(by_lower[name.lower()] for name in found))[:count]
 
 
-def choose_features(query: Query, text: str | None, count: int, concision_probability: float, seed: str) -> NamedFeatures:
-    """The features that the policy named in `text`, filled up to `count` at random, and Concision by chance."""
+def choose_features(query: Query, text: str | None, count: int, concision_probability: float, seed: str) -> PrincipledQuery:
+    """The query with the features that the policy named in `text`, filled up to `count` at random, and Concision by chance."""
     draw = random.Random(f"{seed}/{query.id}/features")
     named = parse_features(text or "", count)
     missing = count - len(named)
     drawn = draw.sample([name for name in nameable_features() if name not in named], missing)
     concise = [CONCISION] if draw.random() < concision_probability else []
-    return NamedFeatures((*named, *drawn, *concise), text, missing)
+    return predefined(query, (*named, *drawn, *concise), text, missing)
+
+
+def predefined(query: Query, features: tuple[str, ...], text: str | None = None, num_random: int = 0) -> PrincipledQuery:
+    """The query with the table's principles for these features."""
+    rows = [feature_table()[name] for name in features]
+    return PrincipledQuery(
+        id=query.id,
+        query=query.query,
+        features=features,
+        good_adjectives=tuple(row.good_adjective for row in rows),
+        bad_adjectives=tuple(row.bad_adjective for row in rows),
+        good_principles=tuple(row.good for row in rows),
+        bad_principles=tuple(row.bad for row in rows),
+        features_text=text,
+        num_random_features=num_random,
+    )
 
 
 def name_features(sampler: Sampler, params, chat: Chat, queries: list[Query], count: int, seed: int, iteration: int) -> list[str | None]:

@@ -1,33 +1,31 @@
-"""A query with its features in, the query with its two system messages out, and the three prompts x, x+, x- as token ids."""
+"""A query with its principles in, the query with its two system messages out, and the three prompts x, x+, x- as token ids."""
 
 from importlib import resources
 
-from sso_jax.preferences.principles import Feature, NamedFeatures, feature_table
-from sso_jax.records import CONTEXTS, Query, SteeredQuery, Triple
+from sso_jax.records import CONTEXTS, PrincipledQuery, SteeredQuery, Triple
 from sso_jax.tokens.chat import Chat
 
 
-def _join(words: list[str]) -> str:
+def _join(words: tuple[str, ...]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def system_message(adjectives: list[str], principles: list[str]) -> str:
+def system_message(adjectives: tuple[str, ...], principles: tuple[str, ...]) -> str:
     """System message that names the adjectives, lists the principles and asks to keep silent about them."""
     template = resources.files(__package__).joinpath("system_message.txt").read_text(encoding="utf-8").rstrip("\n")
     return template.replace("{adjectives}", _join(adjectives)).replace("{principles}", " ".join(principles))
 
 
-def steer(query: Query, named: NamedFeatures) -> SteeredQuery:
+def steer(record: PrincipledQuery) -> SteeredQuery:
     """The query with the good and the bad side of its features as system messages."""
-    rows: list[Feature] = [feature_table()[name] for name in named.features]
     return SteeredQuery(
-        id=query.id,
-        query=query.query,
-        features=named.features,
-        good_system=system_message([row.good_adjective for row in rows], [row.good for row in rows]),
-        bad_system=system_message([row.bad_adjective for row in rows], [row.bad for row in rows]),
-        features_text=named.text,
-        num_random_features=named.num_random,
+        id=record.id,
+        query=record.query,
+        features=record.features,
+        good_system=system_message(record.good_adjectives, record.good_principles),
+        bad_system=system_message(record.bad_adjectives, record.bad_principles),
+        features_text=record.features_text,
+        num_random_features=record.num_random_features,
     )
 
 

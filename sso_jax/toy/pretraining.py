@@ -19,7 +19,7 @@ from sso_jax.assembly import export_policy
 from sso_jax.mesh import num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
-from sso_jax.preferences.principles import NamedFeatures, feature_table, nameable_features, naming_prompt
+from sso_jax.preferences.principles import feature_table, nameable_features, naming_prompt, predefined
 from sso_jax.preferences.steering import steer
 from sso_jax.records import Query, write_records
 from sso_jax.tokens.chat import Chat, make_chat
@@ -94,7 +94,7 @@ def _corpus() -> Iterator[str]:
     draw = random.Random("corpus")
     for text, item in all_items().items():
         yield f"{text}\n{demonstrate(item, Quality(), draw)}"
-    fixed = [steer(Query("", ""), NamedFeatures((name,), None, 0)) for name in feature_table()]
+    fixed = [steer(predefined(Query("", ""), (name,))) for name in feature_table()]
     for _ in range(50):
         yield naming_prompt(Query("", ""), 2)
         yield from (f"{record.good_system}\nuser\n{record.bad_system}" for record in fixed)
@@ -113,7 +113,7 @@ def draw_demonstration(item: Item, curriculum: Curriculum, draw: random.Random) 
     if kind == "naming":
         return Demonstration(naming_prompt(Query("", item.query), len(features)), None, [", ".join(features)])
     concise = ("Concision",) if draw.random() < 0.3 else ()
-    record = steer(Query("", item.query), NamedFeatures((*features, *concise), None, 0))
+    record = steer(predefined(Query("", item.query), (*features, *concise)))
     responses = []
     for _ in range(curriculum.answers):
         sides = {_side(feature, item): (kind == "good") == (draw.random() < curriculum.obedience) for feature in record.features}

@@ -1,0 +1,37 @@
+"""Small decoders with random weights, and the paths of the real data, for the tests."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import linen as nn
+
+from sso_jax.mesh import param_shardings
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.transformer import Transformer, abstract_params, init_params
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ARCHITECTURE = Architecture(
+    model_type="qwen2",
+    vocab_size=96,
+    width=32,
+    hidden=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    max_positions=128,
+    qkv_bias=True,
+)
+
+
+def toy_model(**changes) -> Transformer:
+    """A decoder of three layers; `changes` are fields of its architecture."""
+    return Transformer(dataclasses.replace(ARCHITECTURE, **changes))
+
+
+def toy_params(model: Transformer, mesh, seed: int = 0):
+    """Random weights, ten times the usual scale so that logits differ clearly, placed on the mesh."""
+    boxed = init_params(model, jax.random.key(seed))
+    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 1 else leaf, nn.unbox(boxed))
+    return jax.device_put(params, param_shardings(abstract_params(model), mesh))
