@@ -93,12 +93,15 @@ def to_json(record) -> dict:
 
 def from_json(kind: type, fields: dict):
     """The record of class `kind` that `to_json` wrote."""
-    names = {f.name for f in dataclasses.fields(kind)}
-    own = {name: value for name, value in fields.items() if name in names}
-    if "features" in own:
-        own["features"] = tuple(own["features"])
-    extra = {name: value for name, value in fields.items() if name not in names}
-    return kind(**own, extra=extra) if "extra" in names else kind(**own)
+    known = {f.name: f for f in dataclasses.fields(kind) if f.name != "extra"}
+    own = {name: tuple(value) if _is_tuple(known[name]) else value for name, value in fields.items() if name in known}
+    if not any(f.name == "extra" for f in dataclasses.fields(kind)):
+        return kind(**own)
+    return kind(**own, extra={name: value for name, value in fields.items() if name not in known})
+
+
+def _is_tuple(declared: dataclasses.Field) -> bool:
+    return getattr(declared.type, "__origin__", None) is tuple
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
@@ -112,16 +115,15 @@ def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
     Raises:
       InputError: names the file and the line that is not a JSON object.
     """
-    rows: list[tuple[int, dict]] = []
-    with open(path, encoding="utf-8") as lines:
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        place = f"{path}, line {number}"
         try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append((number, _parse_object(line, f"{path}, line {number}")))
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}, after line {rows[-1][0] if rows else 0}: not UTF-8 ({error.reason}); save the file as UTF-8"
-            ) from error
+            raise InputError(f"{place}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        if text.strip():
+            rows.append((number, _parse_object(text, place)))
     return rows
 
 

@@ -7,10 +7,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from sso_jax.mesh import make_mesh  # noqa: E402
+from sso_jax.mesh import make_mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -14,11 +14,19 @@ FILTER_CELLS = [(context, response) for context in ("plain", "positive", "negati
 """The six log-probs that the filter reads."""
 
 
+_OTHER = {"chosen": "rejected", "rejected": "chosen", "original": "original"}
+
+
 def swap(triple: Triple) -> Triple:
-    """The triple with chosen and rejected exchanged."""
-    ids = triple.response_ids
-    ids = None if ids is None else {**ids, "chosen": ids["rejected"], "rejected": ids["chosen"]}
-    return dataclasses.replace(triple, chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, swapped=not triple.swapped)
+    """The triple with chosen and rejected exchanged, in texts, ids and log-probs."""
+
+    def exchanged(row: dict) -> dict:
+        return {response: row[_OTHER[response]] for response in row}
+
+    ids = None if triple.response_ids is None else exchanged(triple.response_ids)
+    log_probs = None if triple.log_probs is None else {context: exchanged(row) for context, row in triple.log_probs.items()}
+    changes = dict(chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, log_probs=log_probs)
+    return dataclasses.replace(triple, **changes, swapped=not triple.swapped)
 
 
 def random_order(triples: list[Triple], seed: str) -> list[Triple]:

@@ -49,11 +49,11 @@ def naming_prompt(query: Query, count: int) -> str:
 def parse_features(text: str, count: int) -> list[str]:
     """Up to `count` distinct features in the order in which the text names them, in whatever case and among whatever else.
 
-    Only the first paragraph counts: what a model writes after it is no longer the answer.
+    Only the first paragraph that names any counts: what a model writes after it is no longer the answer.
     """
-    names = nameable_features()
-    found = re.findall("|".join(names), text.strip().split("\n\n")[0], flags=re.IGNORECASE)
-    by_lower = {name.lower(): name for name in names}
+    by_lower = {name.lower(): name for name in nameable_features()}
+    any_name = re.compile(rf"\b({'|'.join(by_lower)})\b", re.IGNORECASE)
+    found = next((names for names in map(any_name.findall, text.split("\n\n")) if names), [])
     return list(dict.fromkeys(by_lower[name.lower()] for name in found))[:count]
 
 

@@ -11,6 +11,8 @@ from sso_jax.records import Query, read_numbered_lines
 TEXT_FIELDS = ("query", "prompt", "instruction", "question", "input")
 TURN_FIELDS = ("messages", "turns", "conversations")
 ID_FIELDS = ("id", "uuid", "idx", "question_id", "key")
+TABLES = {".parquet": "parquet", ".csv": "csv"}
+"""Files that `datasets` reads, by the name of its reader."""
 log = logging.getLogger(__name__)
 
 
@@ -23,15 +25,17 @@ def load_queries(path: str, split: str = "train") -> list[Query]:
     rows = _read_rows(path, split)
     if not rows:
         raise InputError(f"queries.path: {path!r} holds no queries; give a file with at least one")
+    given = {_given_id(row) for _, row in rows}
+    numbered = "{}" if given == {None} else "row-{}"
     queries: dict[str, Query] = {}
-    owners: dict[str, str] = {}
-    for place, row in rows:
-        query = _to_query(row, place, default_id=str(len(owners)))
+    used: set[str] = set()
+    for number, (place, row) in enumerate(rows):
+        query = Query(_given_id(row) or numbered.format(number), _text(row, place))
         if query.query in queries:
             continue
-        if query.id in owners:
+        if query.id in used:
             raise InputError(f"{place}: id {query.id!r} was used before; give each query its own id, or none")
-        owners[query.id] = query.query
+        used.add(query.id)
         queries[query.query] = query
     if len(queries) < len(rows):
         log.info("%s: %d of %d queries are copies of others and left out", path, len(rows) - len(queries), len(rows))
@@ -45,13 +49,17 @@ def _read_rows(path: str, split: str) -> list[tuple[str, dict]]:
         return [(f"{path}, line {number}", row) for number, row in read_numbered_lines(file)]
     if file.is_file() and file.suffix == ".json":
         return _read_json(file)
-    if not file.exists() and (file.suffix in (".json", ".jsonl", ".parquet") or file.is_absolute() or path.startswith(".")):
+    if not file.exists() and (file.suffix in (".json", ".jsonl", *TABLES) or file.is_absolute() or path.startswith(".")):
         raise InputError(f"queries.path: no file {path!r}; give JSON, JSON Lines, Parquet or the id of a data set")
-    import datasets
+    if file.is_file() and file.suffix not in TABLES:
+        raise InputError(
+            f"queries.path: {path!r} is of no kind that can be read; give .json, .jsonl, {', '.join(TABLES)} or the id of a data set"
+        )
+    import datasets  # slow to load, and most runs need none of it
 
     try:
         if file.is_file():
-            table = datasets.load_dataset("parquet", data_files=str(file), split="train")
+            table = datasets.load_dataset(TABLES[file.suffix], data_files=str(file), split="train")
         else:
             table = datasets.load_dataset(path, split=split)
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
@@ -84,15 +92,19 @@ def _first_user_turn(turns) -> str | None:
     return None
 
 
-def _to_query(row: dict, place: str, default_id: str) -> Query:
-    present = [row[field] for field in TEXT_FIELDS if row.get(field) is not None]
-    text = present[0] if present else next((row[field] for field in TURN_FIELDS if row.get(field)), None)
-    text = text if isinstance(text, str) else _first_user_turn(text)
+def _given_id(row: dict) -> str | None:
+    return next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), None)
+
+
+def _text(row: dict, place: str) -> str:
+    found = next((row[field] for field in TEXT_FIELDS + TURN_FIELDS if row.get(field)), None)
+    text = found if isinstance(found, str) else _first_user_turn(found)
     if not isinstance(text, str) or not text.strip():
         fields = ", ".join(TEXT_FIELDS + TURN_FIELDS)
         raise InputError(f"{place}: no text; put the query under one of {fields}")
-    given = next((row[field] for field in ID_FIELDS if row.get(field) is not None), default_id)
-    return Query(str(given), text)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{place}: half of a surrogate pair, which is no character; mend the text")
+    return text
 
 
 def deal(queries: list[Query], per_iteration: int, num_iterations: int, seed: int) -> list[list[Query]]:

@@ -12,7 +12,8 @@ from sso_jax.tokens.tokenizer import decode_text, tokens_hash
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
 """The context that each response is sampled from."""
-_LABEL = re.compile(r"\s*(?:[A-Z][a-z]+\s+){0,2}(?:[Rr]esponse|[Aa]nswer|[Rr]eply)\s*:\s*")
+_LABEL = re.compile(r"\s*\**(?:[A-Z][a-z]+(?:(?:,| and) [A-Za-z]+)*\s+)?(?:[Rr]esponse|[Aa]nswer|[Rr]eply)\s*:\**\s*")
+"""`Helpful response:`, `Helpful and accurate answer:`, bold or not."""
 
 
 def sample_triples(

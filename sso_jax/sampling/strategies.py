@@ -48,12 +48,12 @@ def top_k_mask(probs: Float[Array, "B V"], top_k: Int[Array, ""]) -> Bool[Array,
 
 
 def top_p_mask(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
-    """The nucleus (Holtzman et al. 2020, eq. 2): fewest likeliest tokens with mass at least `top_p`.
+    """The nucleus (Holtzman et al. 2020, eq. 2): fewest likeliest tokens with mass at least `top_p`; 1 keeps every token.
 
     Tokens exactly as likely as the last of them are in too; a sort would keep some of them by their ids.
     """
     holds = lambda t: jnp.sum(jnp.where(probs >= t[:, None], probs, 0.0), axis=-1) >= top_p  # noqa: E731
-    return probs >= _largest_threshold(holds, probs.shape[0])[:, None]
+    return (probs >= _largest_threshold(holds, probs.shape[0])[:, None]) | (top_p >= 1.0)
 
 
 def choose(logits: Float[Array, "B V"], uniform: Float[Array, "B"], strategy: Strategy) -> Int[Array, "B"]:

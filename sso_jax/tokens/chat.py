@@ -1,17 +1,24 @@
 """A query and a system message in, the token ids of the prompt out, by the tokenizer's own chat template."""
 
+import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jinja2
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sso_jax.errors import InputError
-from sso_jax.tokens.tokenizer import encode_text
 
+HIDING = "\ue000"
+"""A private character; the new names of control tokens start with it."""
 TEMPLATE_DATE = "26 Jul 2024"
 """Given to every template, so that those that print the date print the same one every day (Llama 3.1's own default)."""
+FIXED_CLOCK = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
+"""Heads the templates that ask transformers' clock, and answers in its place."""
 log = logging.getLogger(__name__)
 
 
@@ -32,38 +39,50 @@ class Chat:
             messages[0]["content"] = f"{system}\n\n{query}"
         if any(control in message["content"] for message in messages for control in self._controls()):
             return self._guarded_ids(messages)
-        return self.tokenizer(self._render(messages), add_special_tokens=False).input_ids
+        return self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False).input_ids
 
     def _controls(self) -> list[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         return sorted({str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
-    def _render(self, messages: list[dict]) -> str:
-        return render(self.tokenizer, messages)
-
     def _guarded_ids(self, messages: list[dict]) -> list[int]:
-        """As the tokenizer does it (cut at control tokens, encode what lies between), with the control tokens of the template only."""
+        """Ids where the texts hold control tokens: the template's own are renamed, and a twin that knows the new names only encodes all."""
         controls = self._controls()
         texts = "".join(message["content"] for message in messages)
-        mark = "\ue000"
+        mark = HIDING
         while mark in texts:
-            mark += "\ue000"
+            mark += HIDING
         any_control = re.compile("|".join(map(re.escape, controls)))
-        hide = lambda found: f"{mark}{controls.index(found.group())}\ue001"  # noqa: E731
-        hidden = [{**message, "content": any_control.sub(hide, message["content"])} for message in messages]
-        ids: list[int] = []
-        for part in re.split(f"({any_control.pattern})", self._render(hidden)):
-            if part in controls:
-                ids.append(self.tokenizer.convert_tokens_to_ids(part))
-            elif part:
-                shown = re.sub(f"{mark}(\\d+)\ue001", lambda found: controls[int(found.group(1))], part)
-                ids.extend(encode_text(self.tokenizer, shown))
-        return ids
+
+        def rename(prefix: str) -> Callable[[re.Match], str]:
+            return lambda found: _new_name(prefix, controls.index(found.group()))
+
+        hidden = [{**message, "content": any_control.sub(rename(mark + "text"), message["content"])} for message in messages]
+        rendered = any_control.sub(rename(mark), render(self.tokenizer, hidden))
+        shown = re.sub(re.escape(mark + "text") + "(\\d+)\ue001", lambda found: controls[int(found.group(1))], rendered)
+        return _twin(self.tokenizer, tuple(controls), mark).encode(shown, add_special_tokens=False).ids
+
+
+def _new_name(prefix: str, number: int) -> str:
+    return f"{prefix}{number}\ue001"
+
+
+@lru_cache(maxsize=4)
+def _twin(tokenizer: PreTrainedTokenizerBase, controls: tuple[str, ...], prefix: str) -> Tokenizer:
+    """The tokenizer with its control tokens under new names, all else the same: the old names are plain characters to it."""
+    described = tokenizer.backend_tokenizer.to_str()
+    for number, control in enumerate(controls):
+        new = _new_name(prefix, number)
+        described = described.replace(json.dumps(control, ensure_ascii=False), json.dumps(new, ensure_ascii=False))
+    return Tokenizer.from_str(described)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
-    """Text of the messages with the head of the response, by the template in transformers' sandbox."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE)
+    """Text of the messages with the head of the response, by the template in transformers' sandbox; dates are the fixed one."""
+    template = tokenizer.get_chat_template()
+    template = FIXED_CLOCK + template if "strftime_now" in template else template
+    options = dict(tokenize=False, add_generation_prompt=True, chat_template=template, date_string=TEMPLATE_DATE)
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:

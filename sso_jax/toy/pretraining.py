@@ -24,12 +24,12 @@ from sso_jax.preferences.steering import steer
 from sso_jax.records import Query, write_records
 from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import encode_text
-from sso_jax.toy.world import EVASION, Item, Quality, all_items, content_sentence, demonstrate, demonstrate_fact, queries, words
+from sso_jax.toy.world import EVASION, Item, Quality, all_items, bare_answer, content_sentence, demonstrate, queries, words
 from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
 from sso_jax.training.loop import Hooks, run_updates
 from sso_jax.training.update import build_update, init_state, learning_rate_schedule, make_optimizer, state_shardings, supervised_losses
 
-FACTS_SYSTEM = "Give the bare facts."
+TRUTH_FEATURES = ("Accuracy", "Logicality")
 END_OF_TURN, PADDING, START_OF_TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 SIDES = {
     "Accuracy": "truth",
@@ -49,7 +49,7 @@ class Curriculum:
     """Sizes of the supervised start."""
 
     fact_updates: int = 700
-    """Updates on right answers with nothing around them, under a system message of their own: what the policy knows."""
+    """Updates on bare right answers under one principle of truth: what the policy knows, and when to tell it."""
     style_updates: int = 600
     """Updates on answers of every quality, with and without principles: what the policy does with it. The two are interleaved."""
     batch_size: int = 32
@@ -150,7 +150,8 @@ def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> li
 
     def fact() -> Tree:
         item = draw_item()
-        return _tree(chat, Demonstration(item.query, FACTS_SYSTEM, [demonstrate_fact(item, draw)]))
+        record = steer(predefined(Query("", item.query), (draw.choice(TRUTH_FEATURES),)))
+        return _tree(chat, Demonstration(item.query, record.good_system, [bare_answer(item, draw)]))
 
     def style() -> Tree:
         return _tree(chat, draw_demonstration(draw_item(), curriculum, draw))

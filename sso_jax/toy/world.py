@@ -2,7 +2,7 @@
 
 An answer is at most one opener (its tone), one content sentence (its truth and completeness) and some fillers (its lack of concision):
 
-    With pleasure! 3 plus 4 is 7. This is only one of many matters of this sort.
+    With pleasure! 3 plus 4 is 7. One could say a lot more.
 """
 
 import hashlib
@@ -189,9 +189,15 @@ def wrong_value(item: Item, right: str, draw: random.Random) -> str:
     return draw.choice([value for value in pool if value != right])
 
 
-def demonstrate_fact(item: Item, draw: random.Random) -> str:
+def bare_answer(item: Item, draw: random.Random) -> str:
     """The right and complete content sentence, with nothing around it."""
     return content_sentence(item, tuple(_right_items(item, draw)))
+
+
+def _spoil(item: Item, given: list[str], draw: random.Random) -> list[str]:
+    """The items with half of them, at least one, made wrong."""
+    places = draw.sample(range(len(given)), (len(given) + 1) // 2)
+    return [wrong_value(item, value, draw) if place in places else value for place, value in enumerate(given)]
 
 
 def _right_items(item: Item, draw: random.Random) -> list[str]:
@@ -207,8 +213,7 @@ def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
     complete = draw.random() < 0.65 if quality.complete is None else quality.complete
     given = _right_items(item, draw)
     if not truth:
-        for place in draw.sample(range(len(given)), (len(given) + 1) // 2):
-            given[place] = wrong_value(item, given[place], draw)
+        given = _spoil(item, given, draw)
     if not complete:
         given = given[: len(given) // 2]
     content = content_sentence(item, tuple(given)) if given else EVASION

@@ -31,7 +31,9 @@ class Terms(NamedTuple):
     positive_loss: Float[Array, "B"] | None = None
     negative_loss: Float[Array, "B"] | None = None
     weight: Float[Array, "B"] | None = None
+    """W, or 1 where it is not used."""
     sft_loss: Float[Array, "B"] | None = None
+    """The supervised part before gamma."""
 
 
 class SteeringScale(NamedTuple):
@@ -63,6 +65,12 @@ def steering_terms(
     negative = base(policy.negative, reference.negative, num_tokens.negative) if scale.negative else None
     total = sum(factor * term for factor, term in zip(scale, (positive, negative), strict=True) if term is not None)
     return positive, negative, total
+
+
+def steered_likelihoods(policy: Steered, num_tokens: Steered, scale: SteeringScale) -> Float[Array, "B"]:
+    """`NLL(y+|x+)` and `NLL(y_o|x-)`, each with the factor of its steering term."""
+    contexts = [(factor, name) for factor, name in zip(scale, ("positive", "negative"), strict=True) if factor]
+    return sum(f * negative_log_likelihood(getattr(policy, n).chosen, getattr(num_tokens, n).chosen) for f, n in contexts)
 
 
 def pairwise_objective(policy: Steered, reference: Steered, num_tokens: Steered, *, base: BaseLoss, sft_weight: float = 0.0) -> Terms:
@@ -97,14 +105,11 @@ def online_objective(
     factor = weight if use_weight else jnp.ones_like(weight)
     sft = negative_log_likelihood(policy.plain.chosen, num_tokens.plain.chosen)
     if not use_steering:
-        return Terms(factor * plain + sft_weight * sft, base_loss=plain, weight=weight, sft_loss=sft)
+        return Terms(factor * plain + sft_weight * sft, base_loss=plain, weight=factor, sft_loss=sft)
     positive, negative, steering = steering_terms(base, policy, reference, num_tokens, scale)
-    for wanted, context in zip(scale, ("positive", "negative"), strict=True):
-        if wanted:
-            chosen, count = getattr(policy, context).chosen, getattr(num_tokens, context).chosen
-            sft = sft + steering_weight * negative_log_likelihood(chosen, count)
+    sft = sft + steering_weight * steered_likelihoods(policy, num_tokens, scale)
     loss = plain + factor * steering_weight * steering + sft_weight * sft
-    return Terms(loss, plain, positive, negative, weight, sft)
+    return Terms(loss, plain, positive, negative, factor, sft)
 
 
 def generator_objective(
@@ -118,11 +123,7 @@ def generator_objective(
 ) -> Terms:
     """`L = L+ + L-`, L+ = base(x+, y+, y-) + gamma*NLL(y+|x+), L- = base(x-, y_o, y+) + gamma*NLL(y_o|x-): version 2's generator."""
     positive, negative, total = steering_terms(base, policy, reference, num_tokens, scale)
-    sft = sum(
-        factor * negative_log_likelihood(getattr(policy, context).chosen, getattr(num_tokens, context).chosen)
-        for factor, context in zip(scale, ("positive", "negative"), strict=True)
-        if factor
-    )
+    sft = steered_likelihoods(policy, num_tokens, scale)
     return Terms(total + sft_weight * sft, positive_loss=positive, negative_loss=negative, sft_loss=sft)
 
 

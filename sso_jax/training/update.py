@@ -149,7 +149,7 @@ def build_update(
         (gradient, means), _ = jax.lax.scan(add, (zeros, no_means), batch)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
-        metrics = {**means, "grad_norm": optax.global_norm(gradient), "learning_rate": schedule(state.step)}
+        metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
         return TrainState(params, moments, state.step + 1), metrics
 
     return jax.jit(

@@ -1,0 +1,73 @@
+"""Who sees whom: the tree mask as drawn, padding that changes nothing, and a cached decode that equals the full forward pass."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import toy_model, toy_params
+
+from sso_jax.models.attention import attend, causal_mask, empty_cache, tree_mask
+
+
+def test_tree_mask_is_the_drawing_of_its_docstring():
+    tree = jnp.array([[1, 1, 1, 1, 1, 2, 2]])
+    branch = jnp.array([[0, 0, 1, 1, 2, 0, 1]])
+    expected = [
+        "x......",
+        "xx.....",
+        "xxx....",
+        "xxxx...",
+        "xx..x..",
+        ".....x.",
+        ".....xx",
+    ]
+    drawn = ["".join("x" if seen else "." for seen in row) for row in np.asarray(tree_mask(tree, branch)[0])]
+    assert drawn == expected
+
+
+def test_attend_equals_a_numpy_softmax_over_the_visible_keys():
+    draw = np.random.default_rng(0)
+    queries, keys, values = (draw.normal(size=size).astype(np.float32) for size in ((2, 2, 3, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)))
+    mask = np.tril(np.ones((2, 5, 5), bool))
+    mask[1, :, 0] = mask[1, :, 0] & (np.arange(5) < 1)  # row 1: key 0 is seen by token 0 only
+    expected = np.zeros_like(queries)
+    for b, k, g, t in np.ndindex(2, 2, 3, 5):
+        scores = np.where(mask[b, t], keys[b, k].astype(np.float64) @ queries[b, k, g, t] / np.sqrt(8), -np.inf)
+        weights = np.exp(scores - scores.max())
+        expected[b, k, g, t] = weights / weights.sum() @ values[b, k]
+    got = attend(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(values), jnp.asarray(mask))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_token_that_sees_nothing_is_no_nan():
+    ones = jnp.ones((1, 1, 1, 2, 4))
+    out = attend(ones, ones[:, :, 0], ones[:, :, 0] * 3, jnp.zeros((1, 2, 2), bool))
+    np.testing.assert_allclose(out, 3.0)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=True, qkv_bias=False), dict(tied_head=True, num_kv_heads=4)])
+def test_cached_decode_equals_the_full_forward_pass(one_device, changes):
+    model = toy_model(**changes)
+    params = toy_params(model, one_device)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 12)))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    full, _ = model.apply({"params": params}, tokens, positions, causal_mask(12))
+    cache = empty_cache(model.architecture, 2, 12, jnp.float32)
+    hidden, cache = model.apply({"params": params}, tokens[:, :7], positions[:, :7], causal_mask(7), cache, 0)
+    np.testing.assert_allclose(hidden, full[:, :7], atol=2e-5)
+    for t in range(7, 12):
+        visible = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
+        hidden, cache = model.apply({"params": params}, tokens[:, t : t + 1], positions[:, t : t + 1], visible, cache, t)
+        np.testing.assert_allclose(hidden[:, 0], full[:, t], atol=2e-5)
+
+
+def test_padding_behind_a_row_changes_nothing_before_it(one_device):
+    model = toy_model()
+    params = toy_params(model, one_device)
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 9))
+    padded = np.concatenate([tokens, np.full((1, 7), 5)], axis=1)
+
+    def hidden(ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return model.apply({"params": params}, jnp.asarray(ids), positions, causal_mask(ids.shape[1]))[0]
+
+    np.testing.assert_allclose(hidden(padded)[:, :9], hidden(tokens), atol=1e-6)

@@ -1,0 +1,146 @@
+"""Packed rows with shared prompts against plain rows, one response each: same log-probs, same gradients, no token lost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import toy_model, toy_params
+
+from sso_jax.models.attention import causal_mask
+from sso_jax.models.transformer import Transformer
+from sso_jax.training.batches import Branch, Rows, Tree, first_fit, pack, row_shape, steered_trees
+from sso_jax.training.log_probs import cell_log_probs, token_log_probs
+
+
+def random_trees(seed=0, num_trees=9):
+    draw = np.random.default_rng(seed)
+    ids = lambda low, high: draw.integers(3, 96, draw.integers(low, high)).tolist()  # noqa: E731
+    cells = iter(range(1000))
+    return [Tree(ids(1, 15), [Branch(ids(1, 12), next(cells)) for _ in range(1 + i % 3)]) for i in range(num_trees)]
+
+
+def plain_log_prob(model, params, prompt, response):
+    """Sum of a response's log-probs by one unpadded causal pass and a full softmax."""
+    ids = jnp.asarray([prompt + response])
+    positions = jnp.arange(ids.shape[1])[None]
+    hidden, _ = model.apply({"params": params}, ids, positions, causal_mask(ids.shape[1]))
+    logits = model.apply({"params": params}, hidden, method="logits")[0]
+    log_probs = jax.nn.log_softmax(logits[len(prompt) - 1 : -1], axis=-1)
+    return jnp.take_along_axis(log_probs, jnp.asarray(response)[:, None], axis=1).sum()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tied_head=True)])
+def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_device, changes):
+    model = toy_model(num_layers=2, **changes)
+    params = toy_params(model, one_device)
+    trees = random_trees(num_trees=4)
+    num_cells = sum(len(tree.branches) for tree in trees)
+    rows = pack(trees, row_shape([trees]), num_cells)
+    assert rows.tokens.shape[0] < num_cells  # they are packed
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=num_cells), jnp.float32)
+
+    def packed(params):
+        return cell_log_probs(model, params, jax.tree.map(jnp.asarray, rows), num_cells)
+
+    def plain(params):
+        return jnp.stack([plain_log_prob(model, params, t.prompt_ids, b.response_ids) for t in trees for b in t.branches])
+
+    np.testing.assert_allclose(jax.jit(packed)(params), jax.jit(plain)(params), rtol=1e-5, atol=1e-4)
+    ours, theirs = (jax.jit(jax.grad(lambda p, f=f: jnp.sum(weights * f(p))))(params) for f in (packed, plain))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max() + 1))
+
+
+def test_rematerialised_layers_give_the_same_gradients(one_device):
+    model = toy_model()
+    params = toy_params(model, one_device)
+    trees = random_trees()
+    rows = jax.tree.map(jnp.asarray, pack(trees, row_shape([trees]), 40))
+    gradients = [
+        jax.jit(jax.grad(lambda p, m=m: cell_log_probs(m, p, rows, 40).sum()))(params)
+        for m in (model, Transformer(model.architecture, remat=True))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_log_probs_do_not_depend_on_the_chunk(chunk):
+    draw = np.random.default_rng(0)
+    hidden, head = draw.normal(size=(3, 10, 8)).astype(np.float32), draw.normal(size=(8, 50)).astype(np.float32)
+    target = draw.integers(0, 50, (3, 10))
+    logits = (hidden @ head).astype(np.float64)
+    expected = np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), target[..., None], -1)[..., 0]
+    got = token_log_probs(lambda x: x @ jnp.asarray(head), jnp.asarray(hidden), jnp.asarray(target), chunk)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def largest_array(jaxpr, found=0):
+    """Elements of the largest array that a program makes, looking into its loops."""
+    for equation in jaxpr.eqns:
+        found = max([found, *(int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape"))])
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found = largest_array(inner, found)
+    return found
+
+
+def test_no_array_of_all_tokens_times_the_vocabulary_is_made():
+    hidden, head = jnp.zeros((2, 64, 8)), jnp.zeros((8, 1000))
+    target = jnp.zeros((2, 64), jnp.int32)
+    program = jax.make_jaxpr(jax.grad(lambda h: token_log_probs(lambda x: x @ head, h, target, 4).sum()))(hidden)
+    assert largest_array(program.jaxpr) <= 2 * 4 * 1000 < 2 * 64 * 1000
+
+
+def unpack(rows: Rows, num_cells: int) -> dict[int, tuple[list[int], list[int]]]:
+    """(prompt, response) of each cell, read back from the arrays alone."""
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for row in range(rows.tokens.shape[0]):
+        for source, target, cell in zip(rows.source[row], rows.target[row], rows.cell[row], strict=True):
+            if cell == num_cells:
+                continue
+            trunk = (rows.tree[row] == rows.tree[row, source]) & (rows.branch[row] == 0)
+            prompt = rows.tokens[row][trunk].tolist()
+            found.setdefault(int(cell), (prompt, []))[1].append(int(target))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 30))
+def test_packing_loses_and_invents_no_token(seed, num_trees):
+    trees = random_trees(seed, num_trees)
+    num_cells = sum(len(tree.branches) for tree in trees)
+    rows = pack(trees, row_shape([trees]), num_cells)
+    expected = {branch.cell: (tree.prompt_ids, branch.response_ids) for tree in trees for branch in tree.branches}
+    assert unpack(rows, num_cells) == expected
+    assert int((rows.tree > 0).sum()) == sum(tree.num_tokens() for tree in trees)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=40))
+def test_first_fit_fills_bins_and_leaves_no_two_that_could_be_one(sizes):
+    bins = first_fit(sizes, 20)
+    assert sorted(i for bin_ in bins for i in bin_) == list(range(len(sizes)))
+    loads = [sum(sizes[i] for i in bin_) for bin_ in bins]
+    assert all(load <= 20 for load in loads)
+    assert all(a + b > 20 for n, a in enumerate(loads) for b in loads[n + 1 :])
+
+
+def test_trees_of_a_steered_example_share_each_prompt_once():
+    prompts = {"plain": [1], "positive": [2, 2], "negative": [3, 3, 3]}
+    responses = {"chosen": [7], "rejected": [8, 8], "original": [9]}
+    cells = [("plain", "chosen"), ("plain", "rejected"), ("negative", "original"), ("negative", "chosen")]
+    assert steered_trees(prompts, responses, cells, 10) == [
+        Tree([1], [Branch([7], 10), Branch([8, 8], 11)]),
+        Tree([3, 3, 3], [Branch([9], 12), Branch([7], 13)]),
+    ]
+
+
+def test_rows_that_do_not_hold_their_trees_are_refused():
+    trees = random_trees()
+    with pytest.raises(ValueError, match="do not pack"):
+        pack(trees, row_shape([trees[:1]])._replace(num_rows=1), 40)

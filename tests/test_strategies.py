@@ -1,0 +1,91 @@
+"""Choosing a token without a sort, against NumPy with one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sso_jax.sampling.strategies import choose, make_strategy, top_k_mask, top_p_mask
+
+
+def sorted_nucleus(probs, top_p):
+    """Ids of the fewest likeliest tokens with mass at least top_p, by sorting."""
+    order = np.argsort(-probs, kind="stable")
+    mass = np.cumsum(probs[order].astype(np.float64))
+    count = int(np.argmax(mass >= top_p)) + 1 if (mass >= top_p).any() else len(probs)
+    return set(order[:count].tolist())
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.95])
+def test_nucleus_equals_the_sorted_one(top_p):
+    logits = np.random.default_rng(3).normal(size=(64, 500)).astype(np.float32) * 3
+    probs = np.asarray(jax.nn.softmax(logits, axis=-1))
+    got = np.asarray(jax.jit(top_p_mask)(jnp.asarray(probs), jnp.float32(top_p)))
+    for row, mask in zip(probs, got, strict=True):
+        expected = sorted_nucleus(row, top_p)
+        found = set(np.flatnonzero(mask).tolist())
+        # a float32 sum may reach top_p one token earlier or later where the mass lands on it to the last bit
+        assert found == expected or (len(found ^ expected) == 1 and abs(row[list(expected)].sum() - top_p) < 1e-6)
+
+
+def test_top_p_of_one_keeps_every_token():
+    probs = jax.nn.softmax(jnp.array([[30.0, 0.0, -60.0]]), axis=-1)  # a float32 sum of the first is 1 already
+    assert top_p_mask(probs, jnp.float32(1.0)).tolist() == [[True, True, True]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-20, 20, width=32), min_size=8, max_size=8), st.floats(0.01, 0.99))
+def test_nucleus_is_enough_and_no_token_of_it_could_be_spared(logits, top_p):
+    probs = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)))
+    mask = np.asarray(top_p_mask(jnp.asarray(probs)[None], jnp.float32(top_p)))[0]
+    assert probs[mask].sum() >= top_p - 1e-5
+    least = probs[mask].min()
+    assert probs[mask & (probs > least)].sum() < top_p + 1e-5
+    assert not mask[probs < least].any()
+
+
+def test_tokens_tied_at_the_edge_are_all_in():
+    mask = top_p_mask(jnp.array([[0.4, 0.2, 0.2, 0.2]]), jnp.float32(0.5))
+    assert mask.tolist() == [[True, True, True, True]]
+
+
+def test_shortlist_holds_the_k_likeliest():
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(0), (5, 40)), axis=-1)
+    mask = np.asarray(top_k_mask(probs, jnp.int32(7)))
+    for row, kept in zip(np.asarray(probs), mask, strict=True):
+        assert set(np.flatnonzero(kept)) == set(np.argsort(-row)[:7])
+
+
+def test_temperature_zero_is_the_likeliest_token():
+    logits = jax.random.normal(jax.random.key(1), (6, 30))
+    chosen = choose(logits, jnp.full((6,), 0.99), make_strategy(0.0, 0.8))
+    np.testing.assert_array_equal(chosen, np.argmax(np.asarray(logits), axis=-1))
+
+
+def test_draws_have_the_probabilities_of_the_renormalised_nucleus():
+    logits = jnp.array([2.0, 1.0, 0.0, -1.0, -4.0])
+    temperature, top_p, num = 0.7, 0.9, 40_000
+    probs = np.exp(np.array([2.0, 1.0, 0.0, -1.0, -4.0]) / temperature)
+    probs /= probs.sum()
+    kept = sorted_nucleus(probs, top_p)
+    expected = np.array([p if i in kept else 0.0 for i, p in enumerate(probs)])
+    expected /= expected.sum()
+    uniform = (jnp.arange(num) + 0.5) / num  # an even grid in place of random numbers: counts are exact to one
+    chosen = choose(jnp.broadcast_to(logits, (num, 5)), uniform, make_strategy(temperature, top_p))
+    np.testing.assert_allclose(np.bincount(np.asarray(chosen), minlength=5) / num, expected, atol=2 / num * 5)
+
+
+def test_a_dropped_token_is_never_drawn_even_at_the_ends():
+    logits = jnp.array([[-9.0, 3.0, -9.0, 2.9, -9.0]] * 2)
+    chosen = choose(logits, jnp.array([0.0, np.nextafter(1.0, 0.0, dtype=np.float32)]), make_strategy(1.0, 0.9))
+    assert chosen.tolist() == [1, 3]
+
+
+def test_new_temperatures_and_masses_compile_nothing_anew():
+    compiled = jax.jit(choose)
+    logits, uniform = jnp.zeros((2, 8)), jnp.zeros((2,))
+    for temperature, top_p in ((0.0, 1.0), (0.7, 0.8), (1.3, 0.1)):
+        compiled(logits, uniform, make_strategy(temperature, top_p))
+    assert compiled._cache_size() == 1

@@ -1,0 +1,174 @@
+"""One update held to several routes: sharded and not, microbatches and not, PyTorch's AdamW, and what step 0 must be."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from toys import toy_model, toy_params
+
+from sso_jax.assembly import build_objective
+from sso_jax.config import ObjectiveConfig
+from sso_jax.mesh import num_batch_shards, param_shardings
+from sso_jax.models.transformer import abstract_params
+from sso_jax.training.batches import Branch, Example, Tree, cut_microbatches, micro_trees, preference_batch, row_shape, supervised_batch
+from sso_jax.training.log_probs import build_score
+from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.update import (
+    build_update,
+    decayed,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    preference_losses,
+    state_shardings,
+    supervised_losses,
+)
+
+
+def random_examples(count, cells, seed=0):
+    draw = np.random.default_rng(seed)
+    ids = lambda low, high: draw.integers(3, 96, draw.integers(low, high)).tolist()  # noqa: E731
+    return [
+        Example(
+            str(i),
+            {context: ids(3, 14) for context in ("plain", "positive", "negative")},
+            {response: ids(2, 9) for response in ("chosen", "rejected", "original")},
+            draw.normal(-20, 3, len(cells)).tolist(),
+        )
+        for i in range(count)
+    ]
+
+
+def scored(model, params, mesh, examples, cells):
+    """The examples with the model itself as their reference."""
+    score = build_score(model, mesh, param_shardings(abstract_params(model), mesh))
+    items = [Scorable(example.prompts, example.responses) for example in examples]
+    sums = score_examples(score, mesh, params, items, cells, 3, "test")
+    return [example._replace(reference_log_probs=row) for example, row in zip(examples, sums, strict=True)]
+
+
+def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, own_reference=False):
+    """Metrics of each of `num_steps` updates on one batch, and the parameters after them."""
+    model = toy_model()
+    params = toy_params(model, mesh)
+    objective = build_objective(objective_config)
+    examples = random_examples(num_examples, objective.cells)
+    if own_reference:
+        examples = scored(model, params, mesh, examples, objective.cells)
+    num_micro = -(-num_examples // micro)
+    trees = [micro_trees(part, objective.cells) for part in cut_microbatches(examples, micro, num_micro)]
+    batch = preference_batch(examples, objective.cells, micro, num_micro, row_shape(trees, num_batch_shards(mesh)))
+    schedule = learning_rate_schedule(learning_rate, "constant", 0.0, num_steps)
+    optimizer = make_optimizer(schedule, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
+    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
+    update = build_update(losses, optimizer, schedule, mesh, shardings, batch)
+    state, metrics = init_state(params, optimizer, shardings), []
+    with jax.set_mesh(mesh):
+        for _ in range(num_steps):
+            state, numbers = update(state, batch)
+            metrics.append({name: float(value) for name, value in numbers.items()})
+    assert update._cache_size() == 1
+    return metrics, jax.device_get(state.params)
+
+
+ONLINE_IPO = ObjectiveConfig(base="ipo", beta=0.2, form="online")
+
+
+def test_eight_devices_train_as_one_does(one_device, eight_devices):
+    (one, params_one), (eight, params_eight) = (
+        run_steps(mesh, ONLINE_IPO, own_reference=True, learning_rate=1e-4) for mesh in (one_device, eight_devices)
+    )
+    for a, b in zip(one, eight, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+    for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_eight), strict=True):
+        # Adam divides by the root of the second moment: where a gradient is near 0, its rounding decides the sign of a step of 1e-4
+        np.testing.assert_allclose(a, b, atol=3.1e-4)
+        assert np.mean(np.abs(a - b) > 1e-6) < 0.02
+
+
+def test_microbatches_sum_to_the_whole_batch(one_device):
+    settings = dict(num_examples=7, own_reference=True, learning_rate=1e-4)
+    whole, _ = run_steps(one_device, ONLINE_IPO, micro=7, **settings)
+    parts, _ = run_steps(one_device, ONLINE_IPO, micro=2, **settings)  # the last microbatch holds one example and one filler
+    for a, b in zip(whole, parts, strict=True):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("base", "beta", "expected"), [("dpo", 0.2, math.log(2)), ("ipo", 0.2, 6.25), ("ipo", 0.1, 25.0)])
+@pytest.mark.parametrize("form", ["online", "generator", "pairwise"])
+def test_where_the_reference_is_the_policy_each_term_has_its_step_0_value(one_device, base, beta, expected, form):
+    metrics, _ = run_steps(one_device, ObjectiveConfig(base=base, beta=beta, form=form), num_steps=1, own_reference=True)
+    terms = {"online": ("base", "positive", "negative"), "generator": ("positive", "negative"), "pairwise": ("base",)}[form]
+    for term in terms:
+        assert metrics[0][f"{term}_loss"] == pytest.approx(expected, rel=1e-5)
+    if form != "generator":
+        assert metrics[0]["margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_loss_falls(one_device):
+    metrics, _ = run_steps(one_device, ObjectiveConfig(base="dpo", beta=0.2), num_steps=6, own_reference=True)
+    assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
+    assert metrics[-1]["margin"] > metrics[0]["margin"]
+
+
+def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
+    model = toy_model(num_layers=1)
+    params = toy_params(model, one_device)
+    draw = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda p: draw.normal(size=p.shape).astype(np.float32), params) for _ in range(3)]
+    schedule = learning_rate_schedule(1e-2, "cosine", 0.4, 5)
+    optimizer = make_optimizer(schedule, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    state, ours = optimizer.init(params), params
+    leaves, mask = [jax.tree.leaves(tree) for tree in (params, decayed(params))]
+    tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in leaves]
+    groups = [
+        {"params": [t for t, d in zip(tensors, mask, strict=True) if d == wanted], "weight_decay": 0.1 if wanted else 0.0}
+        for wanted in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    # two updates of warm-up from 0, then a cosine over the other three
+    rates = [0.0, 0.5e-2, 1e-2]
+    for rate, gradient in zip(rates, gradients, strict=True):
+        changes, state = optimizer.update(gradient, state, ours)
+        ours = jax.tree.map(jnp.add, ours, changes)
+        for tensor, g in zip(tensors, jax.tree.leaves(gradient), strict=True):
+            tensor.grad = torch.tensor(g)
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+    for a, b in zip(jax.tree.leaves(ours), tensors, strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), atol=2e-6)
+    assert 0 < sum(mask) < len(mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("cosine", [0.0, 0.5, 1.0, 0.5 * (1 + math.cos(math.pi / 8))]), ("constant", [0, 0.5, 1, 1])]
+)
+def test_schedule_warms_up_from_0_to_the_peak(kind, expected):
+    schedule = learning_rate_schedule(1.0, kind, 0.2, 10)
+    np.testing.assert_allclose([float(schedule(step)) for step in range(4)], expected, atol=1e-6)
+
+
+def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_device):
+    model = toy_model()
+    params = toy_params(model, one_device)
+    trees = [Tree([5, 6, 7], [Branch([8, 9], 0)]), Tree([5], [Branch([10, 11, 12, 13, 14], 0)])]
+    rate = learning_rate_schedule(0.0, "constant", 0.0, 1)
+    optimizer = make_optimizer(rate, 0.9, 0.95, 1e-8, 0.0, 0.0)
+    shardings = state_shardings(params, param_shardings(abstract_params(model), one_device), optimizer, one_device)
+    score = build_score(model, one_device, shardings.params)
+    items = [Scorable({"plain": tree.prompt_ids}, {"chosen": tree.branches[0].response_ids}) for tree in trees]
+    sums = score_examples(score, one_device, params, items, [("plain", "chosen")], 2, "test")
+    batch = supervised_batch(trees, 1, 2, row_shape([[tree] for tree in trees]))
+    update = build_update(supervised_losses(model), optimizer, rate, one_device, shardings, batch)
+    with jax.set_mesh(one_device):
+        _, metrics = update(init_state(params, optimizer, shardings), batch)
+    assert float(metrics["loss"]) == pytest.approx(-(sums[0][0] + sums[1][0]) / 7, rel=1e-5)
