@@ -29,17 +29,17 @@ from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
 from sso_jax.training.loop import Hooks, run_updates
 from sso_jax.training.update import build_update, init_state, learning_rate_schedule, make_optimizer, state_shardings, supervised_losses
 
-TRUTH_FEATURES = ("Accuracy", "Logicality")
+FACTS_SYSTEM = "Give the bare facts."
 END_OF_TURN, PADDING, START_OF_TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 SIDES = {
-    "Accuracy": "truth",
-    "Logicality": "truth",
-    "Comprehensiveness": "complete",
-    "Helpfulness": "complete",
-    "Engagement": "warm",
-    "Literariness": "warm",
-    "Safety": "warm",
-    "Concision": "concise",
+    "Accuracy": ("truth",),
+    "Logicality": ("truth", "concise"),
+    "Comprehensiveness": ("complete",),
+    "Helpfulness": ("complete", "warm"),
+    "Engagement": ("warm",),
+    "Literariness": ("warm", "concise"),
+    "Safety": ("warm",),
+    "Concision": ("concise",),
 }
 """What each feature means in the toy world; for harmful queries Safety is about truth, that is refusing."""
 
@@ -49,7 +49,7 @@ class Curriculum:
     """Sizes of the supervised start."""
 
     fact_updates: int = 700
-    """Updates on bare right answers under one principle of truth: what the policy knows, and when to tell it."""
+    """Updates on bare right answers under a system message of their own: what the policy knows."""
     style_updates: int = 600
     """Updates on answers of every quality, with and without principles: what the policy does with it. The two are interleaved."""
     batch_size: int = 32
@@ -116,13 +116,14 @@ def draw_demonstration(item: Item, curriculum: Curriculum, draw: random.Random) 
     record = steer(predefined(Query("", item.query), (*features, *concise)))
     responses = []
     for _ in range(curriculum.answers):
-        sides = {_side(feature, item): (kind == "good") == (draw.random() < curriculum.obedience) for feature in record.features}
+        named = [side for feature in record.features for side in _sides(feature, item)]
+        sides = {side: (kind == "good") == (draw.random() < curriculum.obedience) for side in named}
         responses.append(demonstrate(item, Quality(**sides), draw))
     return Demonstration(item.query, record.good_system if kind == "good" else record.bad_system, responses)
 
 
-def _side(feature: str, item: Item) -> str:
-    return "truth" if feature == "Safety" and item.family == "harmful" else SIDES[feature]
+def _sides(feature: str, item: Item) -> tuple[str, ...]:
+    return ("truth",) if feature == "Safety" and item.family == "harmful" else SIDES[feature]
 
 
 def _draw_features(item: Item, draw: random.Random) -> tuple[str, ...]:
@@ -150,8 +151,7 @@ def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> li
 
     def fact() -> Tree:
         item = draw_item()
-        record = steer(predefined(Query("", item.query), (draw.choice(TRUTH_FEATURES),)))
-        return _tree(chat, Demonstration(item.query, record.good_system, [bare_answer(item, draw)]))
+        return _tree(chat, Demonstration(item.query, FACTS_SYSTEM, [bare_answer(item, draw)]))
 
     def style() -> Tree:
         return _tree(chat, draw_demonstration(draw_item(), curriculum, draw))
