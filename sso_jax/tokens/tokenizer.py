@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sso_jax.errors import InputError
 
 PLAIN_TEMPLATE = (Path(__file__).parent / "plain_template.jinja").read_text(encoding="utf-8")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 log = logging.getLogger(__name__)
 
 
@@ -20,6 +21,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
       InputError: if the folder has no tokenizer, or its tokenizer no end of turn.
     """
+    if not any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):  # transformers would make up an empty one
+        raise InputError(f"{folder}: no tokenizer, none of {', '.join(VOCABULARY_FILES)}; add the model's tokenizer files")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
