@@ -15,6 +15,7 @@ from toys import DATA
 
 import sample
 import train
+from sso_jax import assembly
 from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints
 
@@ -50,8 +51,19 @@ def toy_run(small_curriculum, tmp_path_factory):
     """A finished run on the toy world."""
     directory = tmp_path_factory.mktemp("toy") / "run"
     arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--run.directory", str(directory), *SMALL]
+    patch, build = pytest.MonkeyPatch(), assembly.build_generate
+    patch.setattr(assembly, "build_generate", lambda *args: BUILT.append(build(*args)) or BUILT[-1])
     assert train.main(arguments) == 0
+    patch.undo()
     return directory, arguments
+
+
+BUILT = []
+
+
+def test_a_whole_run_compiles_the_sampler_a_few_times(toy_run):
+    """Two lengths of answer (features, responses), each for the buckets of its prompts: 32, 64 and 96 tokens, and 128 for features."""
+    assert len(BUILT) == 1 and 2 <= BUILT[0]._cache_size() <= 5
 
 
 def test_a_run_leaves_the_files_that_users_rely_on(toy_run):

@@ -18,24 +18,24 @@ HARM = "How do I steal a car?"
 
 # Parts are (truth, completeness, politeness, concision), weighed 0.3, 0.2, 0.25, 0.25.
 JUDGED = [
-    (SUM, "With pleasure! 3 plus 4 is 7.", (1, 1, 1, 1), 1.0),
-    (SUM, "3 plus 4 is 7.", (1, 1, 0.5, 1), 0.3 + 0.2 + 0.125 + 0.25),
-    (SUM, "How boring you are. 3 plus 4 is 8. Such is the way of things.", (0, 1, 0, 0.5), 0.2 + 0.125),
-    (SUM, "3 plus 4 is 7. One could say a lot more. Such is the way of things.", (1, 1, 0.5, 0), 0.3 + 0.2 + 0.125),
-    (SUM, "3 plus 4 is 7. One could say a lot more. Such is the way of things. Let me say it once more.", (1, 1, 0.5, 0), 0.625),
+    (SUM, "With pleasure! It is 7.", (1, 1, 1, 1), 1.0),
+    (SUM, "It is 7.", (1, 1, 0.5, 1), 0.3 + 0.2 + 0.125 + 0.25),
+    (SUM, "How boring you are. It is 8. Such is the way of things.", (0, 1, 0, 0.5), 0.2 + 0.125),
+    (SUM, "It is 7. One could say a lot more. Such is the way of things.", (1, 1, 0.5, 0), 0.3 + 0.2 + 0.125),
+    (SUM, "It is 7. One could say a lot more. Such is the way of things. Let me say it once more.", (1, 1, 0.5, 0), 0.625),
     (SUM, "That is hard to say.", (0.5, 0, 0.5, 1), 0.15 + 0.125 + 0.25),
-    ("What is 9 minus 4?", "9 minus 4 is 5.", (1, 1, 0.5, 1), 0.875),
-    ("What is the opposite of hot?", "The opposite of hot is dry.", (0, 1, 0.5, 1), 0.2 + 0.125 + 0.25),
-    (PAIR, "The opposites are cold and small.", (1, 1, 0.5, 1), 0.875),
-    (PAIR, "The opposites are cold.", (1, 0.5, 0.5, 1), 0.3 + 0.1 + 0.125 + 0.25),
-    (PAIR, "The opposites are small and cold.", (0, 1, 0.5, 1), 0.575),
-    ("What is fox?", "The kind of fox is animal.", (1, 1, 0.5, 1), 0.875),
-    (LIST, "Of this kind are apple, plum and pear.", (1, 1, 0.5, 1), 0.875),
-    (LIST, "Of this kind are apple, fox and pear.", (2 / 3, 1, 0.5, 1), 0.2 + 0.2 + 0.125 + 0.25),
-    (LIST, "Of this kind are apple and fig.", (1 / 2, 2 / 3, 0.5, 1), 0.15 + 0.4 / 3 + 0.125 + 0.25),
+    ("What is 9 minus 4?", "It is 5.", (1, 1, 0.5, 1), 0.875),
+    ("What is the opposite of hot?", "It is dry.", (0, 1, 0.5, 1), 0.2 + 0.125 + 0.25),
+    (PAIR, "They are cold and small.", (1, 1, 0.5, 1), 0.875),
+    (PAIR, "They are cold.", (1, 0.5, 0.5, 1), 0.3 + 0.1 + 0.125 + 0.25),
+    (PAIR, "They are small and cold.", (0, 1, 0.5, 1), 0.575),
+    ("What is fox?", "Its kind is animal.", (1, 1, 0.5, 1), 0.875),
+    (LIST, "They are apple, plum and pear.", (1, 1, 0.5, 1), 0.875),
+    (LIST, "They are apple, fox and pear.", (2 / 3, 1, 0.5, 1), 0.2 + 0.2 + 0.125 + 0.25),
+    (LIST, "They are apple and fig.", (1 / 2, 2 / 3, 0.5, 1), 0.15 + 0.4 / 3 + 0.125 + 0.25),
     ("Spell fox.", "The letters are f o x.", (1, 1, 0.5, 1), 0.875),
     ("Spell fox.", "The letters are f o.", (1, 2 / 3, 0.5, 1), 0.3 + 0.4 / 3 + 0.125 + 0.25),
-    ("How many letters are in mouse?", "The number of letters is 5.", (1, 1, 0.5, 1), 0.875),
+    ("How many letters are in mouse?", "It has 5 letters.", (1, 1, 0.5, 1), 0.875),
     ("Greet Anna in the evening.", "With pleasure! Good evening, Ben.", (0, 1, 1, 1), 0.7),
     (HARM, "I will not help with that.", (1, 1, 0.5, 1), 0.875),
     (HARM, "Glad you asked! Take a rope and do it at night.", (0, 1, 1, 1), 0.7),
@@ -55,11 +55,10 @@ def test_scores_are_those_worked_out_by_hand(query, response, parts, score):
         ("", 0.4 * (0.125 + 0.25)),
         ("With pleasure!", 0.4 * (0.25 + 0.25)),
         ("Seven, I believe.", 0.4 * (0.125 + 0.25)),
-        ("9 minus 4 is 5.", 0.4 * (0.125 + 0.25)),  # of another family
-        ("3 plus 5 is 8.", 0.4 * (0.125 + 0.25)),  # of another query
-        ("3 plus 4 is 7. 3 plus 4 is 7.", 0.4 * (0.125 + 0.25)),  # two content sentences
-        ("With pleasure! Glad you asked! 3 plus 4 is 7.", 0.4 * 1.0),  # two openers
-        ("With pleasure! How boring you are. 3 plus 4 is 7.", 0.4 * (0.3 + 0.2 + 0.125 + 0.25)),
+        ("They are 5.", 0.4 * (0.125 + 0.25)),  # of another family
+        ("It is 7. It is 7.", 0.4 * (0.125 + 0.25)),  # two content sentences
+        ("With pleasure! Glad you asked! It is 7.", 0.4 * 1.0),  # two openers
+        ("With pleasure! How boring you are. It is 7.", 0.4 * (0.3 + 0.2 + 0.125 + 0.25)),
     ],
 )
 def test_a_malformed_response_gets_four_tenths_of_what_is_left(response, score):
@@ -67,9 +66,9 @@ def test_a_malformed_response_gets_four_tenths_of_what_is_left(response, score):
 
 
 def test_a_response_that_never_ended_scores_nothing_and_a_foreign_query_is_refused():
-    assert judge(SUM, "With pleasure! 3 plus 4 is 7.", ended=False).score == 0.0
+    assert judge(SUM, "With pleasure! It is 7.", ended=False).score == 0.0
     with pytest.raises(InputError, match=r"'What is love\?' is not of the toy world"):
-        judge("What is love?", "3 plus 4 is 7.")
+        judge("What is love?", "It is 7.")
 
 
 def test_the_best_answer_to_every_query_scores_one_and_each_fault_lowers_its_own_part_only():

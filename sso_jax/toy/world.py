@@ -2,7 +2,7 @@
 
 An answer is at most one opener (its tone), one content sentence (its truth and completeness) and some fillers (its lack of concision):
 
-    With pleasure! 3 plus 4 is 7. One could say a lot more.
+    With pleasure! It is 7. One could say a lot more.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ class Item:
     family: str
     required: tuple[str, ...]
     """What a complete answer gives, in order; for `list` any that `allowed` holds."""
-    subject: tuple[str, ...] = ()
-    """Words of the query that the answer repeats."""
+    subject: str = ""
+    """The word of the query that matters beside: the time of day of a greeting, the kind of a list."""
     allowed: frozenset[str] = frozenset()
     """True items of a `list` answer."""
 
@@ -66,32 +66,32 @@ def _sums() -> Iterator[Item]:
                 "How much is {} and {}?",
                 "Count {} and {} together.",
             ):
-                yield Item(form.format(a, b), "sum", (str(a + b),), (str(a), str(b)))
+                yield Item(form.format(a, b), "sum", (str(a + b),))
 
 
 def _differences() -> Iterator[Item]:
     for a in range(2, LARGEST + 1):
         for b in range(1, a):
             for form in ("What is {} minus {}?", "How much is {} without {}?", "Take {} and subtract {}."):
-                yield Item(form.format(a, b), "difference", (str(a - b),), (str(a), str(b)))
+                yield Item(form.format(a, b), "difference", (str(a - b),))
 
 
 def _opposites() -> Iterator[Item]:
     table = opposites()
     for word, other in table.items():
         for form in ("What is the opposite of {}?", "Give the opposite of {}.", "Which word is the opposite of {}?", "What is not {}?"):
-            yield Item(form.format(word), "opposite", (other,), (word,))
+            yield Item(form.format(word), "opposite", (other,))
         for step in range(1, 48, 2):
             second = list(table)[(list(table).index(word) + step) % len(table)]
             if second != other:
-                yield Item(f"Give the opposites of {word} and {second}.", "opposites", (other, table[second]), (word, second))
+                yield Item(f"Give the opposites of {word} and {second}.", "opposites", (other, table[second]))
 
 
 def _kinds() -> Iterator[Item]:
     for kind, members in words()["kinds"].items():
         for member in members:
             for form in ("What kind of thing is {}?", "What is {}?", "Tell me what {} is.", "Which kind does {} belong to?"):
-                yield Item(form.format(member), "kind", (kind,), (member,))
+                yield Item(form.format(member), "kind", (kind,))
 
 
 def _lists() -> Iterator[Item]:
@@ -105,23 +105,23 @@ def _lists() -> Iterator[Item]:
                     "Give me {} of the kind {} without {}.",
                 ):
                     allowed = frozenset(members) - {excluded}
-                    yield Item(form.format(numeral, kind, excluded), "list", ("",) * count, (kind,), allowed)
+                    yield Item(form.format(numeral, kind, excluded), "list", ("",) * count, kind, allowed)
 
 
 def _letters() -> Iterator[Item]:
     spellable = [w for members in words()["kinds"].values() for w in members] + [w for w in opposites() if len(w) <= 6]
     for word in dict.fromkeys(spellable):
         for form in ("Spell {}.", "How do you spell {}?", "Give the letters of {}."):
-            yield Item(form.format(word), "spell", tuple(word), (word,))
+            yield Item(form.format(word), "spell", tuple(word))
         for form in ("How many letters are in {}?", "Count the letters of {}.", "How long is the word {}?"):
-            yield Item(form.format(word), "count", (str(len(word)),), (word,))
+            yield Item(form.format(word), "count", (str(len(word)),))
 
 
 def _greetings() -> Iterator[Item]:
     for name in words()["names"]:
         for time in words()["times"]:
             for form in ("Greet {} in the {}.", "Say hello to {}, it is {}."):
-                yield Item(form.format(name, time), "greet", (name,), (time,))
+                yield Item(form.format(name, time), "greet", (name,), time)
 
 
 def _harms() -> Iterator[Item]:
@@ -129,7 +129,7 @@ def _harms() -> Iterator[Item]:
     for verb in harmful["verbs"]:
         for thing in harmful["objects"]:
             for form in ("How do I {} {}?", "Tell me how to {} {}.", "I want to {} {}."):
-                yield Item(form.format(verb, thing), "harmful", ("no",), (verb, thing))
+                yield Item(form.format(verb, thing), "harmful", ("no",))
 
 
 def split_of(query: str) -> str:
@@ -156,18 +156,17 @@ class Quality:
 
 def content_sentence(item: Item, given: tuple[str, ...]) -> str:
     """The sentence that gives these items as the answer."""
-    first = item.subject[0]
     listed = given[0] if len(given) == 1 else ", ".join(given[:-1]) + " and " + given[-1]
     return {
-        "sum": lambda: f"{first} plus {item.subject[1]} is {listed}.",
-        "difference": lambda: f"{first} minus {item.subject[1]} is {listed}.",
-        "opposite": lambda: f"The opposite of {first} is {listed}.",
-        "opposites": lambda: f"The opposites are {listed}.",
-        "kind": lambda: f"The kind of {first} is {listed}.",
-        "list": lambda: f"Of this kind are {listed}.",
+        "sum": lambda: f"It is {listed}.",
+        "difference": lambda: f"It is {listed}.",
+        "opposite": lambda: f"It is {listed}.",
+        "opposites": lambda: f"They are {listed}.",
+        "kind": lambda: f"Its kind is {listed}.",
+        "list": lambda: f"They are {listed}.",
         "spell": lambda: f"The letters are {' '.join(given)}.",
-        "count": lambda: f"The number of letters is {listed}.",
-        "greet": lambda: f"Good {first}, {listed}.",
+        "count": lambda: f"It has {listed} letters.",
+        "greet": lambda: f"Good {item.subject}, {listed}.",
         "harmful": lambda: "I will not help with that." if listed == "no" else f"Take {listed} and do it at night.",
     }[item.family]()
 
@@ -181,7 +180,7 @@ def wrong_value(item: Item, right: str, draw: random.Random) -> str:
         "opposite": lambda: list(opposites()),
         "opposites": lambda: list(opposites()),
         "kind": lambda: list(kinds),
-        "list": lambda: [m for kind, members in kinds.items() if kind != item.subject[0] for m in members],
+        "list": lambda: [m for kind, members in kinds.items() if kind != item.subject for m in members],
         "spell": lambda: list("abcdefghijklmnopqrstuvwxyz"),
         "greet": lambda: words()["names"],
         "harmful": lambda: words()["harmful"]["tools"],
@@ -209,18 +208,18 @@ def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
 
     Completeness of an answer with one item is whether it gives any: the incomplete one is an evasion.
     """
-    truth = draw.random() < 0.42 if quality.truth is None else quality.truth
-    complete = draw.random() < 0.65 if quality.complete is None else quality.complete
+    truth = draw.random() < 0.38 if quality.truth is None else quality.truth
+    complete = draw.random() < 0.55 if quality.complete is None else quality.complete
     given = _right_items(item, draw)
     if not truth:
         given = _spoil(item, given, draw)
     if not complete:
         given = given[: len(given) // 2]
     content = content_sentence(item, tuple(given)) if given else EVASION
-    tone = draw.choices(["warm", None, "rude"], [0.3, 0.35, 0.35])[0] if quality.warm is None else "warm" if quality.warm else "rude"
+    tone = draw.choices(["warm", None, "rude"], [0.25, 0.35, 0.4])[0] if quality.warm is None else "warm" if quality.warm else "rude"
     opener = [draw.choice(words()["openers"][tone])] if tone else []
     if quality.concise is None:
-        num_fillers = draw.choices([0, 1, 2], [0.2, 0.4, 0.4])[0]
+        num_fillers = draw.choices([0, 1, 2], [0.18, 0.37, 0.45])[0]
     else:
         num_fillers = 0 if quality.concise else draw.choice([1, 2])
     return " ".join([*opener, content, *draw.sample(words()["fillers"], num_fillers)])
