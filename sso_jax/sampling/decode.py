@@ -92,12 +92,12 @@ def generate(
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
     """`generate` compiled: rows over the batch axes, weights as they lie. One program for each (B, P, max_new_tokens)."""
 
-    def run(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> Samples:
+    def generate_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> Samples:
         return generate(model, params, prompts, strategy, stop_ids, max_new_tokens)
 
     rows, whole = batch_sharding(mesh), replicated(mesh)
     return jax.jit(
-        run,
+        generate_batch,
         static_argnums=4,
         in_shardings=(param_shardings, rows, whole, whole),
         out_shardings=whole,

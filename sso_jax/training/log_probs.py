@@ -50,8 +50,8 @@ def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Fl
 def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Float[Array, "cells"]]:
     """`cell_log_probs` compiled: rows over the batch axes. One program for each row shape."""
 
-    def score(params, rows: Rows, num_cells: int):
+    def score_batch(params, rows: Rows, num_cells: int):
         return cell_log_probs(model, params, rows, num_cells)
 
     shardings = (param_shardings, batch_sharding(mesh))
-    return jax.jit(score, static_argnums=2, in_shardings=shardings, out_shardings=replicated(mesh))
+    return jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=replicated(mesh))

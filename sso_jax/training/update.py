@@ -137,7 +137,7 @@ def build_update(
         means = {name: jnp.sum(micro.weights * value) for name, value in metrics.items()}
         return jnp.sum(micro.weights * losses), means
 
-    def update(state: TrainState, batch: NamedTuple):
+    def update_batch(state: TrainState, batch: NamedTuple):
         def add(total, micro):
             (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(state.params, micro)
             gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
@@ -153,7 +153,7 @@ def build_update(
         return TrainState(params, moments, state.step + 1), metrics
 
     return jax.jit(
-        update,
+        update_batch,
         donate_argnums=0,
         in_shardings=(shardings, batch_shardings(batch, mesh)),
         out_shardings=(shardings, replicated(mesh)),
