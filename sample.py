@@ -1,6 +1,7 @@
 """`python sample.py --model.path DIR --queries.path FILE --out FILE [--steered true]`: answers or steered triples of a policy."""
 
 import logging
+import os
 import sys
 
 from sso_jax.config import SampleConfig, parse
@@ -9,6 +10,7 @@ from sso_jax.errors import InputError
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 done, 2 for input that cannot be used (one line on standard error)."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sso_jax").setLevel(logging.INFO)
     try:

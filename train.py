@@ -1,6 +1,7 @@
 """`python train.py --config configs/NAME.yaml [--section.field VALUE ...]`: one whole run, or what is left of it."""
 
 import logging
+import os
 import sys
 
 from sso_jax.config import Config, parse
@@ -9,6 +10,7 @@ from sso_jax.errors import InputError
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 done, 2 for input that cannot be used (one line on standard error)."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sso_jax").setLevel(logging.INFO)
     try:

@@ -162,6 +162,9 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         require(self.beta is None or self.beta > 0, "objective.beta", self.beta, "a number above 0")
+        smoothing = self.label_smoothing
+        require(smoothing is None or 0 <= smoothing < 0.5, "objective.label_smoothing", smoothing, "a share in [0, 0.5)")
+        require(self.tau is None or self.tau > 0, "objective.tau", self.tau, "a number above 0")
         alpha = self.weight_alpha
         require(0 <= alpha <= 1, "objective.weight_alpha", alpha, "a share in [0, 1]")
         for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight"):

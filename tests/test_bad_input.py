@@ -65,6 +65,8 @@ BAD_ARGUMENTS = {
     "mesh_that_does_not_fit": ({"--mesh.tensor": "3"}, ("mesh.tensor 3", "number of devices, 8")),
     "unknown_loss": ({"--objective.base": "dop"}, ("objective.base", "'dop'", "dpo")),
     "setting_of_another_loss": ({"--objective.tau": "0.5"}, ("objective.tau", "0.5", "ipo")),
+    "label_smoothing_of_half": ({"--objective.base": "robust", "--objective.label_smoothing": "0.5"}, ("label_smoothing", "[0, 0.5)")),
+    "exo_without_smoothing": ({"--objective.base": "exo", "--objective.label_smoothing": "0"}, ("label_smoothing", "exo")),
     "judge_without_a_judge": ({"--pairs.control": "judge_order"}, ("pairs.control", "judge_order", "toy")),
     "missing_config_file": ({"--config": "no_such.yaml"}, ("config", "no_such.yaml")),
     "missing_queries_file": ({"--queries.path": "no_such.jsonl"}, ("queries.path", "no_such.jsonl")),

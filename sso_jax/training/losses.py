@@ -7,11 +7,13 @@ h = lp_policy - lp_reference, D = h(chosen) - h(rejected).
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sso_jax.errors import InputError
@@ -29,11 +31,21 @@ def log_ratios(policy: Pair, reference: Pair) -> Pair:
     return Pair(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
 
 
+def margin(policy: Pair, reference: Pair) -> Float[Array, "B"]:
+    """D = h(chosen) - h(rejected), in nats."""
+    ratios = log_ratios(policy, reference)
+    return ratios.chosen - ratios.rejected
+
+
+def mean_log_probs(policy: Pair, num_tokens: Pair) -> Pair:
+    """mlp = lp / |y| of both responses, in nats a token."""
+    return Pair(policy.chosen / num_tokens.chosen, policy.rejected / num_tokens.rejected)
+
+
 def dpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """`-log sigmoid(beta * D)` on sums (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). At policy = reference it is ln 2."""
     del num_tokens  # sums, not means
-    ratios = log_ratios(policy, reference)
-    return -jax.nn.log_sigmoid(beta * (ratios.chosen - ratios.rejected))
+    return -jax.nn.log_sigmoid(beta * margin(policy, reference))
 
 
 def ipo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
@@ -46,9 +58,127 @@ def ipo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0
     return (gap - 1.0 / (2.0 * beta)) ** 2
 
 
+def cdpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Float[Array, "B"]:
+    """`-(1-e) log sigmoid(beta*D) - e log sigmoid(-beta*D)`: a share e of labels is wrong (Mitchell 2023, conservative DPO; sums)."""
+    del num_tokens
+    logit = beta * margin(policy, reference)
+    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
+
+
+def robust_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Float[Array, "B"]:
+    """`[-(1-e) log sigmoid(beta*D) + e log sigmoid(-beta*D)] / (1-2e)`, e < 1/2, sums: its mean over flipped labels is DPO's.
+
+    Chowdhury et al. 2024, arXiv 2403.00409.
+    """
+    del num_tokens
+    logit = beta * margin(policy, reference)
+    unscaled = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) + label_smoothing * jax.nn.log_sigmoid(-logit)
+    return unscaled / (1.0 - 2.0 * label_smoothing)
+
+
+def hinge_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+    """`max(0, 1 - beta*D)` on sums (SLiC as a pairwise loss; Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv 2309.06657)."""
+    del num_tokens
+    return jax.nn.relu(1.0 - beta * margin(policy, reference))
+
+
+def simpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 2.0, margin: float = 0.5) -> Float[Array, "B"]:
+    """`-log sigmoid(beta*(mlp(chosen) - mlp(rejected)) - margin)`, on means, without a reference.
+
+    Meng et al. 2024, arXiv 2405.14734, eq. 6.
+    """
+    del reference
+    means = mean_log_probs(policy, num_tokens)
+    return -jax.nn.log_sigmoid(beta * (means.chosen - means.rejected) - margin)
+
+
+def orpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+    """`-mlp(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected))`, on means, without a reference.
+
+    `log odds = mlp - log(1 - exp(mlp))` (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7).
+    """
+    del reference
+    means = mean_log_probs(policy, num_tokens)
+    log_odds = Pair(*(mean - _log1mexp(mean) for mean in means))
+    return -means.chosen - beta * jax.nn.log_sigmoid(log_odds.chosen - log_odds.rejected)
+
+
+def _log1mexp(x: Float[Array, "B"]) -> Float[Array, "B"]:
+    """`log(1 - exp(x))` for x < 0, accurate at both ends; x is kept from 0, where a response is certain and the odds infinite."""
+    x = jnp.minimum(x, -1e-6)
+    near_zero = x > -math.log(2.0)
+    safe = jnp.where(near_zero, x, -1.0), jnp.where(near_zero, -1.0, x)  # the branch not taken must have a finite gradient too
+    return jnp.where(near_zero, jnp.log(-jnp.expm1(safe[0])), jnp.log1p(-jnp.exp(safe[1])))
+
+
+def exo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Float[Array, "B"]:
+    """`q (log q - log(1-e)) + (1-q) (log(1-q) - log e)`, q = sigmoid(beta*D), e > 0, on sums: the reverse KL of the preference.
+
+    Ji et al. 2024, arXiv 2402.00856.
+    """
+    del num_tokens
+    logit = beta * margin(policy, reference)
+    q, log_q, log_not_q = jax.nn.sigmoid(logit), jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
+    return q * (log_q - math.log(1.0 - label_smoothing)) + (1.0 - q) * (log_not_q - math.log(label_smoothing))
+
+
+def nca_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.01) -> Float[Array, "B"]:
+    """`-log sigmoid(beta*a) - 1/2 log sigmoid(-beta*a) - 1/2 log sigmoid(-beta*b)`, a = h(chosen), b = h(rejected), on sums.
+
+    It holds the chosen response's likelihood up (Chen et al. 2024, arXiv 2402.05369).
+    """
+    del num_tokens
+    a, b = (beta * ratio for ratio in log_ratios(policy, reference))
+    return -jax.nn.log_sigmoid(a) - 0.5 * jax.nn.log_sigmoid(-a) - 0.5 * jax.nn.log_sigmoid(-b)
+
+
+def sppo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.001) -> Float[Array, "B"]:
+    """`(h(chosen) - 1/(2 beta))^2 + (h(rejected) + 1/(2 beta))^2`, on sums (Wu et al. 2024, arXiv 2405.00675, hard labels)."""
+    del num_tokens
+    ratios = log_ratios(policy, reference)
+    return (ratios.chosen - 0.5 / beta) ** 2 + (ratios.rejected + 0.5 / beta) ** 2
+
+
+def apo_zero_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+    """`1 - sigmoid(beta*h(chosen)) + sigmoid(beta*h(rejected))`, on sums: chosen up, rejected down (arXiv 2408.06266, APO-zero)."""
+    del num_tokens
+    ratios = log_ratios(policy, reference)
+    return 1.0 - jax.nn.sigmoid(beta * ratios.chosen) + jax.nn.sigmoid(beta * ratios.rejected)
+
+
+def apo_down_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+    """`sigmoid(beta*h(chosen)) + 1 - sigmoid(beta*D)`, on sums: both down, rejected further (arXiv 2408.06266, APO-down)."""
+    del num_tokens
+    ratios = log_ratios(policy, reference)
+    return jax.nn.sigmoid(beta * ratios.chosen) + 1.0 - jax.nn.sigmoid(beta * (ratios.chosen - ratios.rejected))
+
+
+def discopop_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.05, tau: float = 0.05) -> Float[Array, "B"]:
+    """`(1-m) log(1+exp(-u)) + m exp(-u)`, u = beta*D, m = sigmoid(u/tau), on sums (Lu et al. 2024, arXiv 2406.08414, eq. 5).
+
+    At the default tau the slope at zero margin is positive, so that a pair without margin is pushed the wrong way; it is negative
+    for tau >= 0.11.
+    """
+    del num_tokens
+    u = beta * margin(policy, reference)
+    exponential = jnp.exp(jax.nn.log_sigmoid(u / tau) - u)  # m exp(-u), which would be 0 times infinity at a large negative u
+    return jax.nn.sigmoid(-u / tau) * jax.nn.softplus(-u) + exponential
+
+
 BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "dpo": dpo_loss,
     "ipo": ipo_loss,
+    "cdpo": cdpo_loss,
+    "robust": robust_loss,
+    "hinge": hinge_loss,
+    "simpo": simpo_loss,
+    "orpo": orpo_loss,
+    "exo": exo_loss,
+    "nca": nca_loss,
+    "sppo": sppo_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "discopop": discopop_loss,
 }
 
 
@@ -77,4 +207,6 @@ def base_loss(name: str, given: dict[str, float | None]) -> tuple[Callable[..., 
             raise InputError(f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; remove it")
         if value is not None:
             settings[field] = value
+    if name == "exo" and settings["label_smoothing"] == 0:
+        raise InputError("objective.label_smoothing: 0.0 makes base 'exo' infinite; give a share above 0, such as 0.001")
     return partial(BASE_LOSSES[name], **settings), settings

@@ -1,0 +1,112 @@
+"""The pairs of a round and the policy in, the trained policy out, continued from the round's newest checkpoint."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from sso_jax.assembly import Engine, Objective
+from sso_jax.config import Config, OptimizerConfig
+from sso_jax.errors import InputError
+from sso_jax.mesh import num_batch_shards
+from sso_jax.preferences.steering import steered_prompts
+from sso_jax.records import Triple
+from sso_jax.training import checkpoints
+from sso_jax.training.batches import PreferenceBatch, cut_microbatches, make_example, micro_trees, preference_batch, row_shape
+from sso_jax.training.loop import Hooks, run_updates, update_order
+from sso_jax.training.update import (
+    TrainState,
+    build_update,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    preference_losses,
+    state_shardings,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The updates of a round: how many tokens each has, and how its batch is made."""
+
+    num_tokens: list[int]
+    make_batch: Callable[[int], PreferenceBatch]
+
+
+def plan_updates(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
+    """Order and shape of the round's batches; they follow from the pairs and the seed alone."""
+    train, cells = config.train, objective.cells
+    examples = [make_example(triple, steered_prompts(engine.chat, triple), triple.response_ids, cells) for triple in pairs]
+    order = update_order(len(examples), train.batch_size, train.epochs, train.shuffle, f"{config.run.seed}/{iteration}")
+    updates = [[examples[i] for i in update] for update in order]
+    batch_size = min(train.batch_size, len(examples))
+    micro = min(train.microbatch_size or batch_size, batch_size)
+    num_micro = -(-batch_size // micro)
+    micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
+    shape = row_shape([micro_trees(part, cells) for part in micros], num_batch_shards(engine.mesh))
+    num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in updates]
+    return Plan(num_tokens, lambda step: preference_batch(updates[step], cells, micro, num_micro, shape))
+
+
+def _optimizer(config: OptimizerConfig, num_updates: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    schedule = learning_rate_schedule(config.learning_rate, config.schedule, config.warmup_ratio, num_updates)
+    return schedule, make_optimizer(schedule, config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm)
+
+
+def _abstract_state(engine: Engine, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the state."""
+    params = engine.abstract_params()
+    shapes = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), np.int32))
+    return shapes, state_shardings(params, engine.shardings, optimizer, engine.mesh)
+
+
+def train_round(
+    engine: Engine,
+    objective: Objective,
+    config: Config,
+    iteration: int,
+    params,
+    pairs: list[Triple],
+    folder: Path,
+    line: Callable[[dict], None],
+    rewind: Callable[[int], None],
+) -> tuple[dict, dict]:
+    """The parameters after the round, and how it went; the parameters given are used up.
+
+    `line` takes the metrics of each update; `rewind` is first told the update that training goes on from.
+    """
+    plan = plan_updates(engine, objective, config, iteration, pairs)
+    num_updates = len(plan.num_tokens)
+    schedule, optimizer = _optimizer(config.optimizer, num_updates)
+    shapes, shardings = _abstract_state(engine, optimizer)
+    losses = preference_losses(engine.model, objective.terms, objective.cells, objective.beta)
+    update = build_update(losses, optimizer, schedule, engine.mesh, shardings, plan.make_batch(0))
+    with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
+        state = checkpoints.restore(manager, shapes, shardings)
+        done = 0 if state is None else int(state.step)
+        state = init_state(params, optimizer, shardings) if state is None else state
+        rewind(done)
+        hooks = Hooks(line, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps)
+        start, stage = time.perf_counter(), f"iteration {iteration}: updates"
+        state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
+        seconds = time.perf_counter() - start
+    rate = sum(plan.num_tokens[done:]) / seconds
+    return state.params, {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
+
+
+def trained_params(engine: Engine, config: Config, folder: Path):
+    """Parameters of the newest checkpoint of a finished round.
+
+    Raises:
+      InputError: if the folder holds none.
+    """
+    shapes, shardings = _abstract_state(engine, _optimizer(config.optimizer, num_updates=1)[1])
+    with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
+        state = checkpoints.restore(manager, shapes, shardings)
+    if state is None:
+        raise InputError(f"{folder}: no checkpoint, though the round is marked as done; delete {folder.parent} to do it again")
+    return state.params
