@@ -28,7 +28,7 @@ from sso_jax.training.update import (
 )
 
 
-def random_examples(count, cells, seed=0):
+def random_examples(count, seed=0):
     draw = np.random.default_rng(seed)
     ids = lambda low, high: draw.integers(3, 96, draw.integers(low, high)).tolist()  # noqa: E731
     return [
@@ -36,28 +36,30 @@ def random_examples(count, cells, seed=0):
             str(i),
             {context: ids(3, 14) for context in ("plain", "positive", "negative")},
             {response: ids(2, 9) for response in ("chosen", "rejected", "original")},
-            draw.normal(-20, 3, len(cells)).tolist(),
+            [],
         )
         for i in range(count)
     ]
 
 
-def scored(model, params, mesh, examples, cells):
-    """The examples with the model itself as their reference."""
+def scored(model, params, mesh, examples, cells, noise):
+    """The examples with the model itself, plus noise of this deviation, as their reference."""
     score = build_score(model, mesh, param_shardings(abstract_params(model), mesh))
     items = [Scorable(example.prompts, example.responses) for example in examples]
     sums = score_examples(score, mesh, params, items, cells, 3, "test")
-    return [example._replace(reference_log_probs=row) for example, row in zip(examples, sums, strict=True)]
+    off = np.random.default_rng(1).normal(0, noise, (len(examples), len(cells)))
+    return [e._replace(reference_log_probs=(np.array(row) + o).tolist()) for e, row, o in zip(examples, sums, off, strict=True)]
 
 
-def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, own_reference=False):
-    """Metrics of each of `num_steps` updates on one batch, and the parameters after them."""
+def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0):
+    """Metrics of each of `num_steps` updates on one batch, and the parameters after them.
+
+    The reference is the model itself plus `noise` nats, so that margins differ from 0 by more than rounding.
+    """
     model = toy_model()
     params = toy_params(model, mesh)
     objective = build_objective(objective_config)
-    examples = random_examples(num_examples, objective.cells)
-    if own_reference:
-        examples = scored(model, params, mesh, examples, objective.cells)
+    examples = scored(model, params, mesh, random_examples(num_examples), objective.cells, noise)
     num_micro = -(-num_examples // micro)
     trees = [micro_trees(part, objective.cells) for part in cut_microbatches(examples, micro, num_micro)]
     batch = preference_batch(examples, objective.cells, micro, num_micro, row_shape(trees, num_batch_shards(mesh)))
@@ -78,14 +80,19 @@ def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, lear
 ONLINE_IPO = ObjectiveConfig(base="ipo", beta=0.2, form="online")
 
 
-def test_eight_devices_train_as_one_does(one_device, eight_devices):
-    (one, params_one), (eight, params_eight) = (
-        run_steps(mesh, ONLINE_IPO, own_reference=True, learning_rate=1e-4) for mesh in (one_device, eight_devices)
-    )
-    for a, b in zip(one, eight, strict=True):
+def assert_same_metrics(ours, theirs):
+    """Equal to 1e-5. After the first update the gradient's norm (100 here) may differ more: Adam turns the rounding of a gradient near 0
+    into a step of 1e-4 either way."""
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.keys() == b.keys()
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+            relative = 1e-3 if name == "grad_norm" and step > 0 else 1e-5
+            assert a[name] == pytest.approx(b[name], rel=relative, abs=1e-5), (step, name)
+
+
+def test_eight_devices_train_as_one_does(one_device, eight_devices):
+    (one, params_one), (eight, params_eight) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4) for mesh in (one_device, eight_devices))
+    assert_same_metrics(one, eight)
     for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_eight), strict=True):
         # Adam divides by the root of the second moment: where a gradient is near 0, its rounding decides the sign of a step of 1e-4
         np.testing.assert_allclose(a, b, atol=3.1e-4)
@@ -93,18 +100,16 @@ def test_eight_devices_train_as_one_does(one_device, eight_devices):
 
 
 def test_microbatches_sum_to_the_whole_batch(one_device):
-    settings = dict(num_examples=7, own_reference=True, learning_rate=1e-4)
+    settings = dict(num_examples=7, learning_rate=1e-4)
     whole, _ = run_steps(one_device, ONLINE_IPO, micro=7, **settings)
     parts, _ = run_steps(one_device, ONLINE_IPO, micro=2, **settings)  # the last microbatch holds one example and one filler
-    for a, b in zip(whole, parts, strict=True):
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+    assert_same_metrics(whole, parts)
 
 
 @pytest.mark.parametrize(("base", "beta", "expected"), [("dpo", 0.2, math.log(2)), ("ipo", 0.2, 6.25), ("ipo", 0.1, 25.0)])
 @pytest.mark.parametrize("form", ["online", "generator", "pairwise"])
 def test_where_the_reference_is_the_policy_each_term_has_its_step_0_value(one_device, base, beta, expected, form):
-    metrics, _ = run_steps(one_device, ObjectiveConfig(base=base, beta=beta, form=form), num_steps=1, own_reference=True)
+    metrics, _ = run_steps(one_device, ObjectiveConfig(base=base, beta=beta, form=form), num_steps=1, noise=0.0)
     terms = {"online": ("base", "positive", "negative"), "generator": ("positive", "negative"), "pairwise": ("base",)}[form]
     for term in terms:
         assert metrics[0][f"{term}_loss"] == pytest.approx(expected, rel=1e-5)
@@ -113,7 +118,7 @@ def test_where_the_reference_is_the_policy_each_term_has_its_step_0_value(one_de
 
 
 def test_the_loss_falls(one_device):
-    metrics, _ = run_steps(one_device, ObjectiveConfig(base="dpo", beta=0.2), num_steps=6, own_reference=True)
+    metrics, _ = run_steps(one_device, ObjectiveConfig(base="dpo", beta=0.2), num_steps=6)
     assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
     assert metrics[-1]["margin"] > metrics[0]["margin"]
 
