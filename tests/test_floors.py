@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sso_jax"
 FLOORS = {
-    "errors": 0, "records": 0, "config": 0, "progress": 0, "stages": 0,
+    "errors": 0, "records": 0, "config": 0, "progress": 0, "stages": 0, "command": 0,
     "mesh": 1, "models": 1, "tokens": 1,
     "sampling": 2, "training": 2,
     "preferences": 3,
