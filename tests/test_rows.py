@@ -34,7 +34,7 @@ def plain_log_prob(model, params, prompt, response):
 @pytest.mark.parametrize("changes", [{}, dict(tied_head=True)])
 def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_device, changes):
     model = toy_model(num_layers=2, **changes)
-    params = toy_params(model, one_device)
+    params = toy_params(model, one_device, scale=2.0)  # at ten times the usual scale gradients are too ill-conditioned for float32
     trees = random_trees(num_trees=4)
     num_cells = sum(len(tree.branches) for tree in trees)
     rows = pack(trees, row_shape([trees]), num_cells)
@@ -47,10 +47,10 @@ def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_
     def plain(params):
         return jnp.stack([plain_log_prob(model, params, t.prompt_ids, b.response_ids) for t in trees for b in t.branches])
 
-    np.testing.assert_allclose(jax.jit(packed)(params), jax.jit(plain)(params), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(packed)(params), jax.jit(plain)(params), rtol=1e-6, atol=1e-5)
     ours, theirs = (jax.jit(jax.grad(lambda p, f=f: jnp.sum(weights * f(p))))(params) for f in (packed, plain))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max() + 1))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_rematerialised_layers_give_the_same_gradients(one_device):

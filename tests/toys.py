@@ -30,8 +30,8 @@ def toy_model(**changes) -> Transformer:
     return Transformer(dataclasses.replace(ARCHITECTURE, **changes))
 
 
-def toy_params(model: Transformer, mesh, seed: int = 0):
-    """Random weights, ten times the usual scale so that logits differ clearly, placed on the mesh."""
-    boxed = init_params(model, jax.random.key(seed))
-    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 1 else leaf, nn.unbox(boxed))
+def toy_params(model: Transformer, mesh, scale: float = 10.0):
+    """Random weights placed on the mesh; ten times the usual scale makes logits differ clearly."""
+    boxed = init_params(model, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, nn.unbox(boxed))
     return jax.device_put(params, param_shardings(abstract_params(model), mesh))
