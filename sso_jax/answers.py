@@ -31,7 +31,8 @@ def run(config: SampleConfig) -> None:
     if config.model.path == "toy":
         raise InputError("model.path: 'toy' is trained by train.py; give a run directory or a folder with weights")
     queries = _queries(config)
-    engine = build_engine(fetch(find_policy(config.model.path)), config)
+    folder = fetch(find_policy(config.model.path))
+    engine = build_engine(folder, config)
     fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
     if len(fitting) < len(queries):
         dropped = len(queries) - len(fitting)
@@ -41,7 +42,7 @@ def run(config: SampleConfig) -> None:
     if not fitting:
         raise InputError(f"queries: none leaves room for a response within {engine.max_tokens} tokens; give shorter ones")
     enable_compilation_cache(config.run.compilation_cache)
-    params = load_params(fetch(find_policy(config.model.path)), engine)
+    params = load_params(folder, engine)
     rows = steered_rows(engine, params, fitting, config) if config.steered else plain_rows(engine, params, fitting, config.run.seed)
     if config.query is not None:
         for row in rows:
