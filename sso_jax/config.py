@@ -123,6 +123,8 @@ class SamplingConfig:
 class FilterConfig:
     enabled: bool = False
     """Keep only the pairs that the log-probability filter lets through."""
+    min_score_gap: Optional[float] = None
+    """Keep only the given pairs whose chosen response was scored at least this much above the rejected one; null keeps all."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PairsConfig:
+    path: Optional[str] = None
+    """Pairs of recipe `offline`: JSON, JSON Lines, Parquet or a hub data set; steered or plain preferences."""
+    split: str = "train"
+    """Split of a hub data set."""
     control: Literal["none", "random_order", "judge_order"] = "none"
     """Controls: chosen and rejected swapped by a coin, or (toy only) put in the judge's order."""
+
+
+@dataclass(frozen=True)
+class DemonstrationsConfig:
+    path: Optional[str] = None
+    """Prompts with responses for recipe `sft`: JSON, JSON Lines, Parquet or a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +266,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    recipe: Literal["online"] = "online"
-    """`online` is version 1 of the paper: sample, pair, train, repeat."""
+    recipe: Literal["online", "offline", "sft"] = "online"
+    """`online` is version 1 of the paper: sample, pair, train, repeat; `offline` trains on given pairs; `sft` on demonstrations."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -265,6 +279,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     pairs: PairsConfig = PairsConfig()
+    demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 

@@ -21,23 +21,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Environment:
-    """Queries to align on, and what measures: a judge and held-out queries, in the toy world only."""
+    """What measures: a judge and held-out queries, in the toy world only."""
 
-    queries: list[Query]
     held_out: list[Query]
     judge: Callable[[str, str, bool], Judgement] | None
     """(query, response, whether it ended) -> its score and parts."""
-    dropped: Counter
-    """Queries left out before the first round, by reason."""
 
 
 def toy_environment() -> Environment:
-    """The toy world: its alignment queries, and an even selection of its held-out ones."""
+    """The toy world's judge, and an even selection of its held-out queries."""
     held_out = world.queries("evaluation")
-    return Environment(world.queries("alignment"), held_out[:: len(held_out) // NUM_HELD_OUT][:NUM_HELD_OUT], judge, Counter())
+    return Environment(held_out[:: len(held_out) // NUM_HELD_OUT][:NUM_HELD_OUT], judge)
 
 
-def file_environment(engine: Engine, queries: list[Query], path: str) -> Environment:
+def no_judge() -> Environment:
+    """Of a model from a folder: nothing measures it."""
+    return Environment([], None)
+
+
+def toy_queries() -> list[Query]:
+    """The toy world's queries to align on."""
+    return world.queries("alignment")
+
+
+def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> tuple[list[Query], Counter]:
     """Queries whose plain prompt leaves room for a response; the others are counted, and refused if they are all."""
     fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
     too_long, limit = len(queries) - len(fitting), engine.max_tokens
@@ -47,7 +54,7 @@ def file_environment(engine: Engine, queries: list[Query], path: str) -> Environ
         log.warning(
             "%s: %d of %d queries leave no room for a response within %d tokens and are dropped", path, too_long, len(queries), limit
         )
-    return Environment(fitting, [], None, Counter({"query_too_long": too_long} if too_long else {}))
+    return fitting, Counter({"query_too_long": too_long} if too_long else {})
 
 
 def _ended(engine: Engine, response_ids: list[int]) -> bool:
@@ -60,8 +67,8 @@ def judged(environment: Environment, engine: Engine, triple: Triple, response: s
 
 
 def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float]:
-    """Share of pairs whose chosen response the judge scores higher, ties as half; nothing where there is no judge."""
-    if environment.judge is None or not triples:
+    """Share of pairs whose chosen response the judge scores higher, ties as half; nothing where no judge knows the queries."""
+    if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
         return {}
     gaps = np.array([judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples])
     return {"pair_accuracy": float(np.mean((gaps > 0) + 0.5 * (gaps == 0))), "pair_ties": float(np.mean(gaps == 0))}

@@ -1,4 +1,4 @@
-"""The pairs of a round and the policy in, the trained policy out, continued from the round's newest checkpoint."""
+"""What a round trains on and the policy in, the trained policy out, continued from the round's newest checkpoint."""
 
 import time
 from collections.abc import Callable
@@ -16,15 +16,25 @@ from sso_jax.mesh import num_batch_shards
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Triple
 from sso_jax.training import checkpoints
-from sso_jax.training.batches import PreferenceBatch, cut_microbatches, make_example, micro_trees, preference_batch, row_shape
+from sso_jax.training.batches import (
+    PreferenceBatch,
+    SupervisedBatch,
+    Tree,
+    cut_microbatches,
+    make_example,
+    micro_trees,
+    preference_batch,
+    row_shape,
+    supervised_batch,
+)
 from sso_jax.training.loop import Hooks, run_updates, update_order
 from sso_jax.training.update import (
+    ExampleLosses,
     TrainState,
     build_update,
     init_state,
     learning_rate_schedule,
     make_optimizer,
-    preference_losses,
     state_shardings,
 )
 
@@ -34,22 +44,36 @@ class Plan:
     """The updates of a round: how many tokens each has, and how its batch is made."""
 
     num_tokens: list[int]
-    make_batch: Callable[[int], PreferenceBatch]
+    make_batch: Callable[[int], PreferenceBatch | SupervisedBatch]
 
 
-def plan_updates(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
+def plan_preferences(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
     """Order and shape of the round's batches; they follow from the pairs and the seed alone."""
-    train, cells = config.train, objective.cells
+    cells = objective.cells
     examples = [make_example(triple, steered_prompts(engine.chat, triple), triple.response_ids, cells) for triple in pairs]
-    order = update_order(len(examples), train.batch_size, train.epochs, train.shuffle, f"{config.run.seed}/{iteration}")
-    updates = [[examples[i] for i in update] for update in order]
-    batch_size = min(train.batch_size, len(examples))
-    micro = min(train.microbatch_size or batch_size, batch_size)
-    num_micro = -(-batch_size // micro)
+    updates, micro, num_micro = _updates(examples, config, iteration)
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
     shape = row_shape([micro_trees(part, cells) for part in micros], num_batch_shards(engine.mesh))
     num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in updates]
     return Plan(num_tokens, lambda step: preference_batch(updates[step], cells, micro, num_micro, shape))
+
+
+def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: list[Tree]) -> Plan:
+    """Order and shape of the batches of prompts with one response each."""
+    updates, micro, num_micro = _updates(trees, config, iteration)
+    micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
+    shape = row_shape(micros, num_batch_shards(engine.mesh))
+    num_tokens = [sum(tree.num_tokens() for tree in update) for update in updates]
+    return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape))
+
+
+def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], int, int]:
+    """The items of each update, the size of a microbatch, and how many an update has."""
+    train = config.train
+    order = update_order(len(items), train.batch_size, train.epochs, train.shuffle, f"{config.run.seed}/{iteration}")
+    batch_size = min(train.batch_size, len(items))
+    micro = min(train.microbatch_size or batch_size, batch_size)
+    return [[items[i] for i in update] for update in order], micro, -(-batch_size // micro)
 
 
 def _optimizer(config: OptimizerConfig, num_updates: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -66,12 +90,12 @@ def _abstract_state(engine: Engine, optimizer: optax.GradientTransformation) -> 
 
 def train_round(
     engine: Engine,
-    objective: Objective,
+    losses: ExampleLosses,
+    plan: Plan,
     config: Config,
-    iteration: int,
     params,
-    pairs: list[Triple],
     folder: Path,
+    stage: str,
     line: Callable[[dict], None],
     rewind: Callable[[int], None],
 ) -> tuple[dict, dict]:
@@ -79,11 +103,9 @@ def train_round(
 
     `line` takes the metrics of each update; `rewind` is first told the update that training goes on from.
     """
-    plan = plan_updates(engine, objective, config, iteration, pairs)
     num_updates = len(plan.num_tokens)
     schedule, optimizer = _optimizer(config.optimizer, num_updates)
     shapes, shardings = _abstract_state(engine, optimizer)
-    losses = preference_losses(engine.model, objective.terms, objective.cells, objective.beta)
     update = build_update(losses, optimizer, schedule, engine.mesh, shardings, plan.make_batch(0))
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
@@ -91,7 +113,7 @@ def train_round(
         state = init_state(params, optimizer, shardings) if state is None else state
         rewind(done)
         hooks = Hooks(line, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps)
-        start, stage = time.perf_counter(), f"iteration {iteration}: updates"
+        start = time.perf_counter()
         state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds

@@ -58,15 +58,18 @@ class SteeredQuery:
 
 @dataclass(frozen=True)
 class Triple:
-    """A query with its two system messages and its responses y+, y- and y_o: a line of `pairs.jsonl`."""
+    """A query with its two system messages and its responses y+, y- and y_o: a line of `pairs.jsonl`.
+
+    A plain preference pair is a triple without system messages and without y_o.
+    """
 
     id: str
     query: str
-    good_system: str
-    bad_system: str
+    good_system: str | None
+    bad_system: str | None
     chosen: str
     rejected: str
-    original: str
+    original: str | None
     features: tuple[str, ...] = ()
     response_ids: dict[str, list[int]] | None = None
     """Sampled token ids by response, end of turn included; None where only texts are known."""
@@ -76,12 +79,23 @@ class Triple:
     """Reference log-probs, sums in nats, by context and response."""
     swapped: bool = False
     """Whether a control put chosen and rejected in the other order."""
+    history: tuple[dict[str, str], ...] = ()
+    """Messages (`role`, `content`) before the query, a system message of the plain prompt first where there is one."""
+    scores: dict[str, float] | None = None
+    """What somebody gave the responses, by response, where the source has it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of the source file that the chain does not use; they are written back."""
 
-    def system(self, context: str) -> str | None:
-        """System message of a context: none for `plain`."""
-        return {"plain": None, "positive": self.good_system, "negative": self.bad_system}[context]
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt with a response to learn."""
+
+    id: str
+    query: str
+    response: str
+    history: tuple[dict[str, str], ...] = ()
+    """Messages (`role`, `content`) before the query."""
 
 
 def to_json(record) -> dict:

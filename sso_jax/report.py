@@ -29,7 +29,9 @@ def table(row: dict) -> str:
     """The table of one round, for the terminal."""
     title = f"iteration {row['iteration']}" + (" (before any update)" if row["iteration"] == 0 else "")
     lines: list[tuple[str, str]] = []
-    if row["num_queries"] is not None:
+    if row["num_queries"] is not None and row["num_pairs"] is None:
+        lines.append(("demonstrations", str(row["num_queries"])))
+    if row["num_pairs"] is not None:
         lines.append(("pairs kept", f"{row['num_pairs']} of {row['num_queries']} queries"))
         lines += [(f"  dropped: {reason}", str(count)) for reason, count in sorted(row["dropped"].items())]
         if row["pair_accuracy"] is not None:
@@ -44,7 +46,7 @@ def table(row: dict) -> str:
         lines.append(("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in row["seconds"].items())))
     if row["tokens_per_second"] is not None:
         rates = row["tokens_per_second"]
-        lines.append(("tokens a second", f"sampling {rates['sampling']:.0f}, training {rates['training']:.0f}"))
+        lines.append(("tokens a second", ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate is not None)))
     width = max((len(name) for name, _ in lines), default=0)
     body = [f"  {name:<{width}}  {value}" for name, value in lines] or ["  nothing to measure without a judge"]
     return "\n".join([f"== {title} ".ljust(width + 30, "="), *body])

@@ -29,7 +29,8 @@ RECORDS = {
     "texts_only": Triple("1", TEXT, "g", "b", TEXT, "no", "perhaps"),
     "triple": Triple(
         "1", TEXT, "g", "b", TEXT, "no", "perhaps", ("Safety",), {"chosen": [1, 2], "rejected": [], "original": [3]}, "hash",
-        {"plain": {"chosen": -1.1754943508222875e-38, "rejected": -0.1 - 0.2}}, True, {"uuid": "u", "history": [{"von": ["x", None, 1.5]}]},
+        {"plain": {"chosen": -1.1754943508222875e-38, "rejected": -0.1 - 0.2}}, True,
+        extra={"uuid": "u", "origin": [{"von": ["x", None, 1.5]}]},
     ),
 }  # fmt: skip
 
@@ -59,13 +60,6 @@ def test_extra_keys_of_a_pairs_file_are_kept(key):
     record = from_json(Triple, row)
     assert (record.chosen, record.extra[key]) == ("c", {"deep": [1, None]})
     assert {name: to_json(record)[name] for name in row} == row
-
-
-def test_the_system_message_of_a_triple_is_that_of_its_context():
-    record = from_json(Triple, PUBLIC)
-    assert {context: record.system(context) for context in ("plain", "positive", "negative")} == {
-        "plain": None, "positive": "g", "negative": "b"
-    }  # fmt: skip
 
 
 def test_files_are_utf_8_that_people_can_read_and_empty_lines_are_skipped(tmp_path):

@@ -1,4 +1,4 @@
-"""Clean triples in, the pairs to train on out: reordered by a control, scored by the reference, filtered by their log-probs."""
+"""Triples in, the pairs to train on out: given ones made tokens, all reordered by a control, scored by the reference, filtered."""
 
 import dataclasses
 import random
@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from sso_jax.records import RESPONSES, Triple
+from sso_jax.tokens.tokenizer import encode_text, tokens_hash
 
 SCORED_CELLS = [("plain", "chosen"), ("plain", "rejected")]
 FILTER_CELLS = [(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")]
@@ -23,9 +25,9 @@ def swap(triple: Triple) -> Triple:
     def exchanged(row: dict) -> dict:
         return {response: row[_OTHER[response]] for response in row}
 
-    ids = None if triple.response_ids is None else exchanged(triple.response_ids)
+    ids, scores = (None if row is None else exchanged(row) for row in (triple.response_ids, triple.scores))
     log_probs = None if triple.log_probs is None else {context: exchanged(row) for context, row in triple.log_probs.items()}
-    changes = dict(chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, log_probs=log_probs)
+    changes = dict(chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, log_probs=log_probs, scores=scores)
     return dataclasses.replace(triple, **changes, swapped=not triple.swapped)
 
 
@@ -93,12 +95,57 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Counter]:
     return keep(kept, "filter_small_gap", clear_gap), +dropped
 
 
+def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> list[Triple]:
+    """Triples of a file with token ids: the sampled ones where they are this tokenizer's, else the texts' with an end of turn."""
+    hashed = tokens_hash(tokenizer)
+
+    def ids(triple: Triple, response: str) -> list[int]:
+        if triple.tokens_hash == hashed and triple.response_ids is not None and triple.response_ids.get(response):
+            return triple.response_ids[response]
+        return [*encode_text(tokenizer, getattr(triple, response)), tokenizer.eos_token_id]
+
+    def present(triple: Triple) -> list[str]:
+        return [response for response in RESPONSES if getattr(triple, response) is not None]
+
+    return [dataclasses.replace(t, response_ids={r: ids(t, r) for r in present(t)}, tokens_hash=hashed, log_probs=None) for t in triples]
+
+
+def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) -> tuple[list[Triple], Counter]:
+    """Triples in which the responses that `cells` compare differ in text and none is empty; what is dropped, by reason."""
+    compared = {response for _, response in cells}
+    kept, dropped = [], Counter()
+    for triple in triples:
+        texts = {response: getattr(triple, response).strip() for response in compared}
+        if not all(texts.values()):
+            dropped["empty"] += 1
+        elif texts["chosen"] == texts["rejected"]:
+            dropped["chosen_is_rejected"] += 1
+        elif "original" in texts and texts["original"] in (texts["chosen"], texts["rejected"]):
+            dropped["original_is_chosen_or_rejected"] += 1
+        else:
+            kept.append(triple)
+    return kept, dropped
+
+
+def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Counter]:
+    """Triples whose chosen response was scored at least `least` above the rejected one; those without scores are dropped too."""
+    kept, dropped = [], Counter()
+    for triple in triples:
+        if triple.scores is None:
+            dropped["no_scores"] += 1
+        elif triple.scores["chosen"] - triple.scores["rejected"] < least:
+            dropped["small_score_gap"] += 1
+        else:
+            kept.append(triple)
+    return kept, dropped
+
+
 def summarize(triples: list[Triple]) -> dict[str, float | None]:
     """On-policy probabilities of the pairs and their length: `exp(mean log-prob)` under x, averaged, and tokens a response."""
     if not triples:
         return {"chosen_probability": None, "rejected_probability": None, "response_tokens": None}
     tables = [mean_log_probs(t)["plain"] for t in triples]
-    lengths = [len(t.response_ids[response]) for t in triples for response in RESPONSES]
+    lengths = [len(ids) for t in triples for ids in t.response_ids.values()]
     return {
         "chosen_probability": float(np.mean([np.exp(table["chosen"]) for table in tables])),
         "rejected_probability": float(np.mean([np.exp(table["rejected"]) for table in tables])),

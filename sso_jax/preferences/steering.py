@@ -30,6 +30,8 @@ def steer(record: PrincipledQuery) -> SteeredQuery:
 
 
 def steered_prompts(chat: Chat, record: SteeredQuery | Triple) -> dict[str, list[int]]:
-    """Token ids of the prompts x, x+ and x- by context."""
+    """Token ids of the prompts x, x+ and x- by context; those without a system message (plain pairs) are not there."""
     systems = {"plain": None, "positive": record.good_system, "negative": record.bad_system}
-    return {context: chat.prompt_ids(record.query, systems[context]) for context in CONTEXTS}
+    history = record.history if isinstance(record, Triple) else ()
+    contexts = [context for context in CONTEXTS if context == "plain" or systems[context] is not None]
+    return {context: chat.prompt_ids(record.query, systems[context], history) for context in contexts}

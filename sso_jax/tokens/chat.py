@@ -30,13 +30,31 @@ class Chat:
     system_role: bool
     """Whether the template renders system messages."""
 
-    def prompt_ids(self, query: str, system: str | None = None) -> list[int]:
-        """Ids of the prompt up to where the response starts. Control tokens written in the texts stay characters."""
-        messages = [{"role": "user", "content": query}]
+    def prompt_ids(self, query: str, system: str | None = None, history: tuple[dict[str, str], ...] = ()) -> list[int]:
+        """Ids of the prompt up to where the response starts. Control tokens written in the texts stay characters.
+
+        `history` holds the messages before the query; `system` takes the place of a system message there.
+
+        Raises:
+          InputError: for a history that the template does not render.
+        """
+        messages = [*history, {"role": "user", "content": query}]
+        if messages[0]["role"] == "system" and (system is not None or not self.system_role):
+            system = messages[0]["content"] if system is None else system
+            messages = messages[1:]
         if system is not None and self.system_role:
             messages.insert(0, {"role": "system", "content": system})
         elif system is not None:
-            messages[0]["content"] = f"{system}\n\n{query}"
+            messages[0] = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
+        try:
+            return self._ids(messages)
+        except jinja2.TemplateError as error:
+            turns = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"query {query[:60]!r}: the chat template refuses its turns ({turns}): {error}; give turns that alternate"
+            ) from error
+
+    def _ids(self, messages: list[dict]) -> list[int]:
         if any(control in message["content"] for message in messages for control in self._controls()):
             return self._guarded_ids(messages)
         return self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False).input_ids

@@ -132,6 +132,11 @@ def _harms() -> Iterator[Item]:
                 yield Item(form.format(verb, thing), "harmful", ("no",))
 
 
+def knows(query: str) -> bool:
+    """Whether the query is one of the world's."""
+    return query in all_items()
+
+
 def split_of(query: str) -> str:
     """The split that a query belongs to, by the hash of its text."""
     percent = int.from_bytes(hashlib.sha256(query.encode()).digest()[:4], "big") % 100

@@ -1,0 +1,5 @@
+"""What a run can do: the recipe of each name that the config field `recipe` takes."""
+
+from sso_jax.recipes import offline, online, sft
+
+RECIPES = {"online": online.RECIPE, "offline": offline.RECIPE, "sft": sft.RECIPE}

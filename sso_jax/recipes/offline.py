@@ -1,0 +1,61 @@
+"""Recipe `offline`: a round trains the policy on given pairs, steered or plain; its reference is the policy at its start."""
+
+from collections import Counter
+
+from sso_jax import rounds, stages
+from sso_jax.assembly import Engine, build_objective
+from sso_jax.config import Config
+from sso_jax.errors import InputError
+from sso_jax.preferences.pair_files import check_parts, load_pairs
+from sso_jax.preferences.pairs import FILTER_CELLS, drop_empty_contrasts, given_triples
+from sso_jax.records import Triple
+from sso_jax.rounds import Recipe, Run
+
+
+def read(config: Config) -> list[Triple]:
+    """The pairs, after it was seen that they have what the objective needs.
+
+    Raises:
+      InputError: names the ids of the pairs that lack something.
+    """
+    rounds.refuse_fields(config, "offline", {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path})
+    path, objective = config.pairs.path, build_objective(config.objective)
+    if path is None:
+        raise InputError("pairs.path: not given; recipe 'offline' trains on a file or data set of pairs")
+    if config.pairs.control == "judge_order":
+        raise InputError("pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'")
+    pairs = load_pairs(path, config.pairs.split)
+    check_parts(pairs, objective.cells, path, f"objective.form {config.objective.form!r}")
+    if config.filter.enabled:
+        check_parts(pairs, FILTER_CELLS, path, "filter.enabled")
+    if config.filter.min_score_gap is not None and all(pair.scores is None for pair in pairs):
+        raise InputError(f"filter.min_score_gap: no pair of {path} has scores; give pairs with chosen_score and rejected_score, or null")
+    return pairs
+
+
+def settle(config: Config, engine: Engine, pairs: list[Triple]) -> tuple[list[Triple], Counter]:
+    """The pairs as token ids; those without a contrast are dropped when a round chooses its pairs."""
+    return given_triples(engine.chat.tokenizer, pairs), Counter()
+
+
+def round(run: Run, iteration: int, params):
+    """pairs -> updates -> policy; each round passes over the same pairs, scored anew by the policy at its start."""
+    folder, objective = run.folder(iteration), build_objective(run.config.objective)
+
+    def choose() -> tuple[list[Triple], dict]:
+        contrasts, dropped = drop_empty_contrasts(run.material, objective.cells)
+        return rounds.choose_pairs(run, objective, iteration, params, contrasts, dropped)
+
+    pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
+    rounds.require_pairs(pairs, len(run.material), made["dropped"], folder / "pairs.jsonl")
+    params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
+    exported = rounds.export(run, iteration, params)
+    evaluation = rounds.evaluate(run, iteration, params)
+    parts = {"pairs": made, "training": training, "export": exported, "evaluation": evaluation}
+    seconds = {name: part["seconds"] for name, part in parts.items()}
+    rates = {"sampling": None, "training": training["tokens_per_second"]}
+    summary = {**made, "num_queries": len({(pair.query, str(pair.history)) for pair in run.material}), "num_pairs": len(pairs)}
+    return params, {**summary, **evaluation, "seconds": seconds, "tokens_per_second": rates}
+
+
+RECIPE = Recipe(read, settle, round)

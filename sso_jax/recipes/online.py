@@ -1,0 +1,63 @@
+"""Recipe `online`, version 1 of the paper: a round samples triples for its queries, and trains the policy on their contrast."""
+
+from collections import Counter
+
+from sso_jax import rounds, sampled, stages
+from sso_jax.assembly import build_objective
+from sso_jax.config import Config
+from sso_jax.errors import InputError
+from sso_jax.records import Query, Triple
+from sso_jax.rounds import Recipe, Run
+
+
+def read(config: Config) -> list[Query]:
+    """The queries, after the fields that sampling does not use were refused."""
+    build_objective(config.objective)
+    refuse_given_pairs(config)
+    return sampled.read_queries(config)
+
+
+def refuse_given_pairs(config: Config) -> None:
+    """Raises `InputError` for fields of pairs that come from a file, and for the judge's order without a judge."""
+    unused = {
+        "pairs.path": config.pairs.path,
+        "demonstrations.path": config.demonstrations.path,
+        "filter.min_score_gap": config.filter.min_score_gap,
+    }
+    rounds.refuse_fields(config, config.recipe, unused)
+    if config.pairs.control == "judge_order" and config.model.path != "toy":
+        raise InputError("pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control")
+
+
+def round(run: Run, iteration: int, params):
+    """queries -> principles -> responses -> pairs -> updates -> policy."""
+    folder, objective = run.folder(iteration), build_objective(run.config.objective)
+    queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material[iteration - 1], {}))
+    steered, principles = sampled.principles(run, iteration, params, queries)
+    triples, responses = sampled.responses(run, iteration, params, steered, folder)
+
+    def choose() -> tuple[list[Triple], dict]:
+        clean, dropped = sampled.cleaned(run, triples)
+        return rounds.choose_pairs(run, objective, iteration, params, clean, dropped)
+
+    pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
+    rounds.require_pairs(pairs, len(triples), made["dropped"], folder / "responses.jsonl")
+    params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
+    exported = rounds.export(run, iteration, params)
+    evaluation = rounds.evaluate(run, iteration, params)
+    seconds = {
+        "principles": principles["seconds"],
+        "responses": responses["seconds"],
+        "pairs": made["seconds"],
+        "training": training["seconds"],
+        "export": exported["seconds"],
+        "evaluation": evaluation["seconds"],
+    }
+    dropped = Counter(responses["dropped"]) + Counter(made["dropped"])
+    summary = {**made, "num_queries": len(queries), "num_pairs": len(pairs), "dropped": dict(dropped)}
+    rates = {"sampling": responses["tokens_per_second"], "training": training["tokens_per_second"]}
+    numbers = {**summary, **evaluation, "random_features": principles["random_features"], "seconds": seconds, "tokens_per_second": rates}
+    return params, numbers
+
+
+RECIPE = Recipe(read, sampled.settle_queries, round)

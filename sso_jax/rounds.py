@@ -1,0 +1,181 @@
+"""A run's parameters and records in, a stage's out: the stages that the recipes are made of, each resumed where it stopped.
+
+A recipe is a module of `recipes/`; it says what it reads, and in which order a round goes through these stages.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sso_jax import stages
+from sso_jax.assembly import POLICY_FOLDER, Engine, Objective, export_policy, find_policy, load_params
+from sso_jax.config import Config
+from sso_jax.environment import Environment, judged, measure_policy, pair_accuracy
+from sso_jax.errors import InputError
+from sso_jax.metrics import MetricsLog
+from sso_jax.models.hf_weights import fetch
+from sso_jax.policy_training import Plan, plan_preferences, train_round, trained_params
+from sso_jax.preferences import pairs as pair_stage
+from sso_jax.preferences.steering import steered_prompts
+from sso_jax.records import Triple, write_records
+from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.update import ExampleLosses, preference_losses
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the rounds of a run share."""
+
+    config: Config
+    directory: Path
+    engine: Engine
+    environment: Environment
+    material: Any
+    """What the recipe trains on, as its `settle` left it."""
+    dropped: Counter
+    """Material left out before the first round, by reason."""
+    metrics: MetricsLog
+
+    def folder(self, iteration: int) -> Path:
+        return self.directory / f"iteration_{iteration}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to do a run."""
+
+    read: Callable[[Config], Any]
+    """Checks the fields that this recipe needs or does not use, and reads its material, before anything is written."""
+    settle: Callable[[Config, Engine, Any], tuple[Any, Counter]]
+    """What of the material can be used with the engine, and what is dropped by reason."""
+    round: Callable[[Run, int, Any], tuple[Any, dict]]
+    """(run, iteration, parameters) -> the parameters after the round, and the numbers of its row in summary.json."""
+
+
+def refuse_fields(config: Config, recipe: str, unused: dict[str, Any]) -> None:
+    """Raises `InputError` for a field that is set (`unused` holds its value) though the recipe does not use it."""
+    for field, value in unused.items():
+        if value not in (None, False, "none"):
+            raise InputError(f"{field}: {value!r} is not used by recipe {recipe!r}; remove it")
+
+
+def source_folder(config: Config) -> Path:
+    """Folder of the policy that the run starts from, where that is not the toy's."""
+    return fetch(find_policy(config.model.path))
+
+
+def start_params(run: Run, iteration: int):
+    """Parameters at the start of a round: the model folder's, or those of the last checkpoint of the round before."""
+    if iteration <= 1:
+        folder = run.directory / "iteration_0" / "start" if run.config.model.path == "toy" else source_folder(run.config)
+        return load_params(folder, run.engine)
+    return trained_params(run.engine, run.config, run.folder(iteration - 1) / "checkpoints")
+
+
+def choose_pairs(
+    run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Counter
+) -> tuple[list[Triple], dict]:
+    """Clean triples reordered (controls), scored by the reference and filtered; and what there is to say of the pairs."""
+    config, engine = run.config, run.engine
+    if config.pairs.control == "random_order":
+        triples = pair_stage.random_order(triples, f"{config.run.seed}/{iteration}")
+    elif config.pairs.control == "judge_order":
+        triples = pair_stage.judge_order(triples, lambda triple, response: judged(run.environment, engine, triple, response))
+    wanted = [*pair_stage.SCORED_CELLS, *objective.cells, *(pair_stage.FILTER_CELLS if config.filter.enabled else [])]
+    cells = sorted(set(wanted))
+    prompts = [steered_prompts(engine.chat, triple) for triple in triples]
+    fits = [pair_stage.fits(p, t.response_ids, cells, engine.max_tokens) for p, t in zip(prompts, triples, strict=True)]
+    if not all(fits):
+        dropped["pair_too_long"] += fits.count(False)
+    items = [Scorable(p, t.response_ids) for p, t, ok in zip(prompts, triples, fits, strict=True) if ok]
+    triples = [triple for triple, ok in zip(triples, fits, strict=True) if ok]
+    sums = _reference_log_probs(run, iteration, params, items, cells)
+    scored = [pair_stage.with_log_probs(triple, cells, row) for triple, row in zip(triples, sums, strict=True)]
+    return _filtered(run, scored, dropped)
+
+
+def _filtered(run: Run, scored: list[Triple], dropped: Counter) -> tuple[list[Triple], dict]:
+    """The pairs that the filters let through; where one is on, the numbers of all of them are said too."""
+    rules, kept = run.config.filter, scored
+    if rules.min_score_gap is not None:
+        kept, small = pair_stage.keep_clear_scores(kept, rules.min_score_gap)
+        dropped += small
+    if rules.enabled:
+        kept, off = pair_stage.filter_pairs(kept)
+        dropped += off
+    before = {} if kept is scored else {"before_filter": {"num_pairs": len(scored), **_numbers_of_pairs(run, scored)}}
+    return kept, {"dropped": dict(dropped), **_numbers_of_pairs(run, kept), **before}
+
+
+def _numbers_of_pairs(run: Run, pairs: list[Triple]) -> dict:
+    return {**pair_stage.summarize(pairs), **pair_accuracy(run.environment, run.engine, pairs)}
+
+
+def _reference_log_probs(run: Run, iteration: int, params, items: list[Scorable], cells: list[tuple[str, str]]) -> list[list[float]]:
+    """Log-prob sums by the reference: the policy as it is now, or the one that model.reference_path names."""
+    engine, config = run.engine, run.config
+    if config.model.reference_path is not None:
+        params = load_params(fetch(config.model.reference_path), engine)
+    micro = config.train.microbatch_size or config.train.batch_size
+    return score_examples(engine.score, engine.mesh, params, items, cells, micro, f"iteration {iteration}: reference log-probs")
+
+
+def require_pairs(pairs: list[Triple], count: int, dropped: dict, path: Path) -> None:
+    """Raises `InputError` with the reasons where none of `count` candidates was kept."""
+    if not pairs:
+        raise InputError(f"{path.parent}: none of {count} triples was kept ({dropped}); look at {path}")
+
+
+def train_on_pairs(run: Run, objective: Objective, iteration: int, params, pairs: list[Triple]) -> tuple[Any, dict]:
+    """The parameters after the updates of a round on its pairs, and what is said of them."""
+    plan = plan_preferences(run.engine, objective, run.config, iteration, pairs)
+    losses = preference_losses(run.engine.model, objective.terms, objective.cells, objective.beta)
+    return train(run, losses, plan, iteration, params)
+
+
+def train(run: Run, losses: ExampleLosses, plan: Plan, iteration: int, params) -> tuple[Any, dict]:
+    """The updates of a round, their metrics written line by line; what is said of them stays what the first finish said."""
+    folder, before = run.folder(iteration), sum(stages.finished(run.folder(k), "training")["updates"] for k in range(1, iteration))
+    params, stats = train_round(
+        run.engine,
+        losses,
+        plan,
+        run.config,
+        params,
+        folder / "checkpoints",
+        f"iteration {iteration}: updates",
+        line=lambda line: run.metrics.write({"iteration": iteration, **line}, before),
+        rewind=lambda step: run.metrics.rewind(iteration, step),
+    )
+    finished = stages.finished(folder, "training")
+    return params, stages.finish(folder, "training", stats) if finished is None else finished
+
+
+def export(run: Run, iteration: int, params) -> dict:
+    """Writes the policy of the round as a Hugging Face folder."""
+    engine, folder = run.engine, run.folder(iteration)
+    tokenizer, stops, dtype = engine.chat.tokenizer, engine.sampler.stop_ids, run.config.model.export_dtype
+
+    def write() -> dict:
+        export_policy(params, engine.model.architecture, tokenizer, stops, folder / POLICY_FOLDER, dtype)
+        return {}
+
+    return stages.plain_stage(folder, "export", write)
+
+
+def evaluate(run: Run, iteration: int, params) -> dict:
+    """Quality of the unsteered policy on held-out queries, where there is a judge; its answers go to evaluation.jsonl."""
+
+    def measure() -> dict:
+        stage = f"iteration {iteration}: held-out answers"
+        rows, means = measure_policy(run.environment, run.engine, params, run.config.run.seed, stage)
+        if rows:
+            write_records(rows, run.folder(iteration) / "evaluation.jsonl")
+        return means
+
+    return stages.plain_stage(run.folder(iteration), "evaluation", measure)

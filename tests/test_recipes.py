@@ -1,0 +1,164 @@
+"""A run of each recipe on a small random model: the files and numbers it leaves, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from toys import toy_model, toy_params
+
+import train
+from sso_jax.assembly import export_policy
+from sso_jax.tokens.chat import make_chat
+from sso_jax.tokens.tokenizer import encode_text
+from sso_jax.toy.pretraining import train_tokenizer
+
+WORDS = ["fox", "fig", "cat", "red", "ten", "oak"]
+STEERED = [
+    {"id": word, "query": f"Spell {word}.", "good_system": "Be right.", "bad_system": "Be wrong.",
+     "chosen": f"The letters are {' '.join(word)}.", "rejected": "That is hard to say.", "original": f"It is {word}."}
+    for word in WORDS
+]  # fmt: skip
+DEMONSTRATIONS = [{"prompt": row["query"], "response": row["chosen"]} for row in STEERED]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, one_device):
+    """A random policy with a real tokenizer and 128 positions."""
+    tokenizer = train_tokenizer()
+    model = toy_model(vocab_size=1024)
+    folder = tmp_path_factory.mktemp("model") / "policy"
+    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+    return folder
+
+
+def arguments(model_folder, directory, **fields):
+    fixed = {"--model.path": model_folder, "--run.directory": directory, "--run.iterations": 1, "--train.batch_size": 2}
+    return [str(part) for pair in {**fixed, **fields}.items() for part in pair]
+
+
+def refusal(capsys, *argv):
+    capsys.readouterr()
+    assert train.main(list(argv)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py")]
+    return line
+
+
+def test_offline_trains_on_the_given_pairs(model_folder, tmp_path):
+    """Six pairs make three updates; at the first, policy and reference are one, so IPO is 1/(4 beta^2) in every context."""
+    same = {**STEERED[0], "id": "same", "rejected": STEERED[0]["chosen"]}
+    path = write(tmp_path / "pairs.jsonl", [*STEERED, same])
+    argv = ["--config", "configs/offline.yaml", *arguments(model_folder, tmp_path / "run", **{"--pairs.path": path})]
+    assert train.main(argv) == 0
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["iteration"], row["step"]) for row in rows] == [(1, 0), (1, 1), (1, 2)]
+    for name in ("base_loss", "positive_loss", "negative_loss"):
+        assert rows[0][name] == pytest.approx(1 / (4 * 0.2**2), rel=1e-5)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary[1]["num_pairs"] == 6 and summary[1]["dropped"] == {"chosen_is_rejected": 1}
+    assert {row["id"] for row in lines(tmp_path / "run" / "iteration_1" / "pairs.jsonl")} == set(WORDS)
+    assert (tmp_path / "run" / "iteration_1" / "policy" / "model.safetensors").is_file()
+    assert train.main(argv) == 0 and lines(tmp_path / "run" / "metrics.jsonl") == rows
+
+
+def test_offline_takes_plain_pairs_with_scores(model_folder, tmp_path):
+    """Two rounds: each refers to the policy at its start, so that the margin starts from 0 again. Close scores are dropped."""
+    pairs = [
+        {"prompt": row["query"], "chosen": row["chosen"], "rejected": "no", "chosen_score": i, "rejected_score": 1}
+        for i, row in enumerate(STEERED)
+    ]
+    changes = {
+        "--pairs.path": write(tmp_path / "pairs.jsonl", pairs), "--objective.form": "pairwise", "--run.iterations": 2,
+        "--filter.min_score_gap": 2, "--optimizer.learning_rate": 1e-3,
+    }  # fmt: skip
+    assert train.main(["--config", "configs/offline.yaml", *arguments(model_folder, tmp_path / "run", **changes)]) == 0
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["iteration"], row["step"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    starts = [row["margin"] for row in rows if row["step"] == 0]
+    assert np.allclose(starts, 0, atol=1e-4) and abs(rows[1]["margin"]) > 1e-3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary[1]["dropped"] == {"small_score_gap": 3} and summary[1]["num_pairs"] == 3
+    assert summary[1]["before_filter"]["num_pairs"] == 6
+
+
+def test_sft_loss_is_that_of_transformers(model_folder, tmp_path):
+    """The first update's loss: the mean negative log-prob of all response tokens, end of turn included, by PyTorch."""
+    changes = {"--demonstrations.path": write(tmp_path / "d.jsonl", DEMONSTRATIONS), "--train.batch_size": 6, "--recipe": "sft"}
+    assert train.main(arguments(model_folder, tmp_path / "run", **changes)) == 0
+    (row,) = lines(tmp_path / "run" / "metrics.jsonl")
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = train_tokenizer()
+    chat, total, count = make_chat(tokenizer), 0.0, 0
+    for record in DEMONSTRATIONS:
+        prompt, response = chat.prompt_ids(record["prompt"]), [*encode_text(tokenizer, record["response"]), tokenizer.eos_token_id]
+        ids = torch.tensor([[*prompt, *response]])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0].log_softmax(-1)
+        total -= sum(float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(response))
+        count += len(response)
+    assert row["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert row["base_loss"] is None
+
+
+REFUSED = {
+    "offline_without_pairs": ({"--recipe": "offline"}, ("pairs.path", "not given", "offline")),
+    "offline_with_queries": ({"--recipe": "offline", "--queries.path": "q.jsonl"}, ("queries.path", "q.jsonl", "offline")),
+    "sft_without_demonstrations": ({"--recipe": "sft"}, ("demonstrations.path", "not given")),
+    "sft_with_pairs": ({"--recipe": "sft", "--pairs.path": "p.jsonl"}, ("pairs.path", "p.jsonl", "sft")),
+    "online_with_pairs": ({"--recipe": "online", "--pairs.path": "p.jsonl"}, ("pairs.path", "p.jsonl", "online")),
+    "online_with_a_gap_of_scores": ({"--recipe": "online", "--filter.min_score_gap": 1}, ("filter.min_score_gap", "online")),
+    "missing_pairs_file": ({"--recipe": "offline", "--pairs.path": "no.jsonl"}, ("pairs.path", "no.jsonl")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_fields_that_a_recipe_lacks_or_does_not_use(model_folder, tmp_path, capsys, case):
+    changes, words = REFUSED[case]
+    line = refusal(capsys, *arguments(model_folder, tmp_path / "run", **changes))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_that_lack_what_the_objective_needs_are_named(model_folder, tmp_path, capsys):
+    rows = [*STEERED, {"id": "plain-7", "prompt": "q", "chosen": "a", "rejected": "b"}]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    offline = {"--recipe": "offline", "--pairs.path": path}
+    line = refusal(capsys, *arguments(model_folder, tmp_path / "run", **offline))
+    assert all(word in line for word in ("1 of 7 pairs", "'plain-7'", "good_system", "original", "'online'")), line
+    line = refusal(
+        capsys, *arguments(model_folder, tmp_path / "run", **offline, **{"--objective.form": "pairwise", "--filter.enabled": "true"})
+    )
+    assert "'plain-7'" in line and "filter.enabled" in line
+    line = refusal(
+        capsys, *arguments(model_folder, tmp_path / "run", **offline, **{"--objective.form": "pairwise", "--filter.min_score_gap": 1})
+    )
+    assert "has scores" in line
+    assert not (tmp_path / "run").exists()
+
+
+BAD_DEMONSTRATIONS = {
+    "no_response": ([{"prompt": "q"}], ("line 1", "no response")),
+    "no_prompt": ([{"response": "a"}], ("line 1", "no prompt")),
+    "no_assistant": ([{"messages": [{"role": "user", "content": "q"}]}], ("line 1", "turn of the assistant")),
+    "empty": ([{"prompt": "q", "response": " "}], ("line 1", "empty response")),
+    "too_long": ([{"prompt": "fox " * 100, "response": "fox " * 100}], ("none of the 1 demonstrations", "128 tokens")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DEMONSTRATIONS)
+def test_bad_demonstrations(model_folder, tmp_path, capsys, case):
+    rows, words = BAD_DEMONSTRATIONS[case]
+    path = write(tmp_path / "d.jsonl", rows)
+    line = refusal(capsys, *arguments(model_folder, tmp_path / "run", **{"--recipe": "sft", "--demonstrations.path": path}))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
