@@ -3,14 +3,21 @@
 import dataclasses
 import difflib
 import re
+import urllib.parse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Optional
 
 import jsonargparse
+import yaml
 
 from sso_jax.errors import InputError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+KEY_REMEDY = "set the key in the environment (endpoint.key_variable names the variable) and nowhere else"
+_KEY_FIELD = re.compile(r"(?:^|[._-])(?:key|token|secret|password|authorization|bearer)$|apikey$", re.IGNORECASE)
+"""Names under which people put a key into a config."""
 
 
 def require(condition: bool, name: str, value, remedy: str) -> None:
@@ -84,8 +91,10 @@ class QueriesConfig:
 
 @dataclass(frozen=True)
 class PrinciplesConfig:
-    source: Literal["predefined"] = "predefined"
-    """Where the texts of the principles come from: `predefined` is the project's own table."""
+    source: Literal["predefined", "self", "file", "endpoint"] = "predefined"
+    """Where principles come from: the project's own table, the policy itself, a file, or an OpenAI-compatible server."""
+    path: Optional[str] = None
+    """Principles made elsewhere, for source `file`: by query id, `features` with both lists of principles, or both system messages."""
     features_per_query: int = 2
     """Features that the policy names for a query; missing ones are drawn at random."""
     concision_probability: float = 0.2
@@ -96,6 +105,52 @@ class PrinciplesConfig:
         require(1 <= count <= 7, "principles.features_per_query", count, "1 to 7, the features of the table")
         share = self.concision_probability
         require(0 <= share <= 1, "principles.concision_probability", share, "a probability in [0, 1]")
+        if (self.source == "file") != (self.path is not None):
+            raise InputError(f"principles.path: {self.path!r} with principles.source {self.source!r}; path and source `file` need each other")
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    url: Optional[str] = None
+    """Base address of an OpenAI-compatible server, such as http://localhost:8000/v1 (vLLM)."""
+    model: Optional[str] = None
+    """Name of the model there; null takes the one that the server lists, if it lists one only."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, if the server wants one; the key itself never stands in a config."""
+    timeout_seconds: float = 120.0
+    """Longest wait for the server to answer or to go on with its answer."""
+    retries: int = 5
+    """Further tries of a question after a failure that may pass: no connection, no answer, 429, 5xx, an answer without a text."""
+    requests_per_minute: Optional[float] = None
+    """Most requests a minute; null sends as fast as `concurrency` allows."""
+    concurrency: int = 8
+    """Requests under way at once."""
+    temperature: float = 0.7
+    """Temperature for principles; judgments are asked for at 0."""
+
+    def __post_init__(self):
+        if self.url is not None:
+            parts = urllib.parse.urlsplit(self.url)
+            require(parts.scheme in ("http", "https") and bool(parts.hostname), "endpoint.url", self.url, "http(s)://HOST[:PORT]/v1")
+            if parts.username or parts.password or parts.query:
+                raise InputError(f"endpoint.url: holds more than an address ({parts.hostname}); {KEY_REMEDY}")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
+            raise InputError(f"endpoint.key_variable: not the name of an environment variable; {KEY_REMEDY}")
+        require(self.timeout_seconds > 0, "endpoint.timeout_seconds", self.timeout_seconds, "a number above 0")
+        require(self.retries >= 0, "endpoint.retries", self.retries, "0 or more")
+        rate = self.requests_per_minute
+        require(rate is None or rate > 0, "endpoint.requests_per_minute", rate, "a number above 0, or null")
+        require(self.concurrency >= 1, "endpoint.concurrency", self.concurrency, "1 or more")
+        require(self.temperature >= 0, "endpoint.temperature", self.temperature, "0 or more")
+
+
+@dataclass(frozen=True)
+class JudgingConfig:
+    pairs: int = 0
+    """Pairs of each round that the endpoint is asked to judge, twice each with positions swapped; it measures, nothing trains on it."""
+
+    def __post_init__(self):
+        require(self.pairs >= 0, "judging.pairs", self.pairs, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -273,6 +328,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     queries: QueriesConfig = QueriesConfig()
     principles: PrinciplesConfig = PrinciplesConfig()
+    endpoint: EndpointConfig = EndpointConfig()
+    judging: JudgingConfig = JudgingConfig()
     sampling: SamplingConfig = SamplingConfig()
     filter: FilterConfig = FilterConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -297,6 +354,7 @@ class SampleConfig:
     mesh: MeshConfig = MeshConfig()
     queries: QueriesConfig = QueriesConfig()
     principles: PrinciplesConfig = PrinciplesConfig()
+    endpoint: EndpointConfig = EndpointConfig()
     sampling: SamplingConfig = SamplingConfig()
     train: TrainConfig = TrainConfig()
 
@@ -312,6 +370,27 @@ def _nearest(message: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else "; --help lists every field"
 
 
+def _fields_of_file(rows, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a YAML file's contents."""
+    if not isinstance(rows, dict):
+        return [prefix.rstrip(".")]
+    return [name for key, value in rows.items() for name in _fields_of_file(value, f"{prefix}{key}.")]
+
+
+def _refuse_keys(argv: list[str]) -> None:
+    """Raises `InputError` for a key on the command line or in a config file; its value is not repeated."""
+    given = [(part.lstrip("-").split("=")[0], "the command line") for part in argv if part.startswith("--")]
+    files = [part.partition("=")[2] or following for part, following in zip(argv, [*argv[1:], ""], strict=True) if part.split("=")[0] == "--config"]
+    for file in files:
+        try:
+            given += [(name, file) for name in _fields_of_file(yaml.safe_load(Path(file).read_text(encoding="utf-8")))]
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # the parser says what is wrong with it
+    for name, place in given:
+        if _KEY_FIELD.search(name):
+            raise InputError(f"{name}: a key does not belong on the command line or in a config ({place}); {KEY_REMEDY}")
+
+
 def parse(config_class: type, argv: list[str], program: str, description: str):
     """Parses `--config FILE` and dotted overrides into `config_class`.
 
@@ -322,6 +401,7 @@ def parse(config_class: type, argv: list[str], program: str, description: str):
     parser.add_argument("--config", action="config", help="YAML file of fields; later arguments override it.")
     parser.add_class_arguments(config_class, as_group=False)
     known = [action.dest for action in parser._actions]
+    _refuse_keys(argv)
     try:
         namespace = parser.instantiate(parser.parse_args(argv))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:

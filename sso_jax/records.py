@@ -25,6 +25,22 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Question:
+    """Something to ask a model, and the id that its answer is kept under."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: a text, or None with the reason why there is none."""
+
+    text: str | None
+    lost: str | None = None
+
+
+@dataclass(frozen=True)
 class PrincipledQuery:
     """A query with the features that steer it, and for each feature the adjective and the principle of both sides."""
 
@@ -36,9 +52,11 @@ class PrincipledQuery:
     good_principles: tuple[str, ...]
     bad_principles: tuple[str, ...]
     features_text: str | None = None
-    """What the policy wrote when asked for features; None where it was not asked."""
+    """What was written when features were asked for; None where nothing was asked or came back."""
     num_random_features: int = 0
-    """How many of the features were drawn at random because the policy did not name enough."""
+    """How many of the features were drawn at random because not enough were named."""
+    num_fallbacks: int = 0
+    """How many of the features have the table's principles because none could be read from what was written."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +69,11 @@ class SteeredQuery:
     good_system: str
     bad_system: str
     features_text: str | None = None
-    """What the policy wrote when asked for features; None where it was not asked."""
+    """What was written when features were asked for; None where nothing was asked or came back."""
     num_random_features: int = 0
-    """How many of the features were drawn at random because the policy did not name enough."""
+    """How many of the features were drawn at random because not enough were named."""
+    num_fallbacks: int = 0
+    """How many of the features have the table's principles because none could be read from what was written."""
 
 
 @dataclass(frozen=True)

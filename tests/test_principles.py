@@ -1,5 +1,6 @@
 """Features and principles, held to METHOD.md's table: what the policy names, what chance adds, and the prompts x, x+ and x- they make."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -7,9 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from sso_jax.preferences.principles import choose_features, feature_table, name_features, naming_prompt, parse_features, predefined
+from sso_jax.preferences.principles import (
+    ask_policy,
+    choose_features,
+    feature_table,
+    naming_prompt,
+    parse_features,
+    parse_principles,
+    predefined,
+    principles_prompt,
+    with_written,
+)
 from sso_jax.preferences.steering import steer, steered_prompts
-from sso_jax.records import Query
+from sso_jax.records import Answer, Query, Question
+from sso_jax.sampling.sampler import row_key
 from sso_jax.tokens.chat import make_chat
 from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.toy.pretraining import train_tokenizer
@@ -100,8 +112,8 @@ def test_concision_joins_by_chance_as_a_third_feature(probability, low, high):
     assert all(c.num_random_features == 0 for c in chosen)  # it is an addition, not a filled gap
 
 
-def test_policies_are_asked_once_a_query_and_questions_that_do_not_fit_are_left_out(chat):
-    queries = [Query("a", "Short?"), Query("b", "Long? " * 200), Query("c", "Brief?")]
+def test_policies_are_asked_once_a_question_and_those_that_do_not_fit_are_left_out(chat):
+    questions = [Question("a/features", "Short?"), Question("b/features", "Long? " * 400), Question("c/x/features", "Brief?")]
     asked = []
 
     def sample(params, requests, stage, max_new_tokens):
@@ -110,11 +122,72 @@ def test_policies_are_asked_once_a_query_and_questions_that_do_not_fit_are_left_
         return [[*encode_text(chat.tokenizer, "Safety" if short else "Accuracy"), chat.tokenizer.eos_token_id] for short in answers]
 
     sampler = SimpleNamespace(fits=lambda prompt: len(prompt) < 400, sample=sample)
-    assert name_features(sampler, None, chat, queries, 2, seed=0, iteration=1) == ["Safety", None, "Accuracy"]
-    assert [request.prompt_ids for request in asked] == [chat.prompt_ids(naming_prompt(queries[i], 2)) for i in (0, 2)]
-    keys = [request.key for request in asked]
-    name_features(sampler, None, chat, queries[2:], 2, seed=0, iteration=1)
-    assert asked[-1].key == keys[1] != keys[0]  # the key is the query's, wherever it stands
+    answers = ask_policy(sampler, None, chat, questions, 0, 1, "stage", 32)
+    assert answers == [Answer("Safety"), Answer(None, "question_too_long"), Answer("Accuracy")]
+    assert [request.prompt_ids for request in asked] == [chat.prompt_ids("Short?"), chat.prompt_ids("Brief?")]
+    assert [request.key for request in asked] == [row_key(0, 1, "a", "features"), row_key(0, 1, "c/x", "features")]
+
+
+WRITTEN = ("Say only what is true.", "Say what is false, with confidence.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."}',
+        'Sure! Here it is:\n```json\n{"good": "Say only what is true.",\n "bad": "Say what is false, with confidence."}\n```\nAnything else?',
+        "{'good': 'Say only what is true.', 'bad': 'Say what is false, with confidence.'}",
+        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."',
+        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence.',
+        '{"good": "Say only what is true." "bad": "Say what is false, with confidence.",}',
+        '{"Good principle": "Say only what is true.", "bad_principle": " Say what is\n false, with confidence. "}',
+        '<think>{"good": "no"}</think>{good: "Say only what is true.", bad: "Say what is false, with confidence."}',
+        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."}\n\nQuery: Sing!\nAbout: Safety\n{"good": "x", "bad": "y"}',
+        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."\n\nQuery: Sing!\nAbout: Safety\n{"good": "x", "bad": "y"}',
+        '{\n\n"good": "Say only what is true.",\n\n"bad": "Say what is false, with confidence."\n\n}',
+        '{"principles": {"good": "Say only what is true.", "bad": "Say what is false, with confidence."}}',
+    ],
+)
+def test_principles_are_read_from_what_small_models_write(text):
+    assert parse_principles(text) == WRITTEN
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "I cannot help with that.",
+        "good: be true; bad: be false",
+        '{"good": "Say only what is true."}',
+        '{"good": "Say only what is true.", "bad": ["a", "b"]}',
+        '{"good": "Say only what is true.", "bad": "say only what is TRUE."}',
+        '{"good": "true", "bad": "Say what is false, with confidence."}',
+        '{"good": "Say only what is true.", "bad": "' + "on and " * 100 + '"}',
+        "{{{{[[[[",
+        "[1, 2]",
+        "{}",
+    ],
+)
+def test_what_holds_no_two_principles_is_not_read_as_such(text):
+    assert parse_principles(text) is None
+
+
+def test_the_question_for_principles_names_the_feature_and_its_sides_and_ends_with_the_query():
+    question = principles_prompt(Query("1", "Why {feature}? {good} {bad}"), "Engagement")
+    assert question.endswith("Query: Why {feature}? {good} {bad}\nAbout: Engagement")
+    head = question.split("Query:")[0]
+    assert "Engagement" in head and "engaging" in head and "dull" in head
+    examples = re.findall(r"^\{.*\}$", question, re.MULTILINE)
+    assert len(examples) == 2 and all(parse_principles(example) == tuple(json.loads(example).values()) for example in examples)
+
+
+def test_written_principles_replace_the_tables_where_they_could_be_read():
+    record = with_written(predefined(Query("1", "Why?"), ("Safety", "Accuracy")), [None, WRITTEN])
+    assert record.good_principles == (feature_table()["Safety"].good, WRITTEN[0])
+    assert record.bad_principles == (feature_table()["Safety"].bad, WRITTEN[1])
+    assert record.num_fallbacks == 1
+    message = steer(record)
+    assert WRITTEN[0] in message.good_system and WRITTEN[1] not in message.good_system and message.num_fallbacks == 1
 
 
 def test_system_messages_name_the_adjectives_and_principles_of_their_side_only():

@@ -1,21 +1,25 @@
-"""Queries in, the features that steer each of them out: named by the policy, parsed, filled up at random."""
+"""Queries in, what steers each of them out: features named by a model and filled up at random, principles of the table or written."""
 
+import dataclasses
 import random
 import re
 from functools import lru_cache
 from importlib import resources
 from typing import NamedTuple
 
+import json_repair
 import yaml
 
-from sso_jax.records import PrincipledQuery, Query
+from sso_jax.records import Answer, PrincipledQuery, Query, Question
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.tokens.chat import Chat
 from sso_jax.tokens.tokenizer import decode_text
 
 CONCISION = "Concision"
-NAMING_TOKENS = 32
-"""Longest answer to the question for features."""
+NAMING_TOKENS, WRITING_TOKENS = 32, 160
+"""Longest answers to the questions for features and for principles."""
+MIN_PRINCIPLE, MAX_PRINCIPLE = 8, 600
+"""Characters of a principle that can be one."""
 
 
 class Feature(NamedTuple):
@@ -83,13 +87,69 @@ def predefined(query: Query, features: tuple[str, ...], text: str | None = None,
     )
 
 
-def name_features(sampler: Sampler, params, chat: Chat, queries: list[Query], count: int, seed: int, iteration: int) -> list[str | None]:
-    """What the policy writes when asked for the features of each query; None where the question does not fit the model."""
-    prompts = [chat.prompt_ids(naming_prompt(query, count)) for query in queries]
+def principles_prompt(query: Query, feature: str) -> str:
+    """Few-shot user turn that asks for a good and a bad principle of one feature, for this query, as JSON."""
+    template = resources.files(__package__).joinpath("principles_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
+    row = feature_table()[feature]
+    filled = template.replace("{feature}", feature).replace("{good}", row.good_adjective).replace("{bad}", row.bad_adjective)
+    return filled.replace("{query}", query.query)
+
+
+def parse_principles(text: str) -> tuple[str, str] | None:
+    """The good and the bad principle that a model wrote as JSON; None where they cannot be made out.
+
+    What small models write around and into it is forgiven: prose, code fences, a think block, single quotes, a missing brace or comma,
+    `good_principle` or `Good` for a name. What counts is two different sentences, each one line of at most 600 characters.
+    """
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    start = text.find("{")
+    if start < 0:
+        return None
+    rest = text[start:]
+    for piece in (rest.split("\n\n")[0], rest):  # what follows a blank line is mostly no answer any more
+        sides = _find_sides(json_repair.loads(re.match(r"[^}]*\}?", piece).group()))
+        if sides is not None:
+            return sides
+    return None
+
+
+def _find_sides(read) -> tuple[str, str] | None:
+    """The two principles in what was read, at whatever depth."""
+    if isinstance(read, list):
+        return next(filter(None, map(_find_sides, read)), None)
+    if not isinstance(read, dict):
+        return None
+    texts = {_letters(name): value for name, value in read.items()}
+    good, bad = (next((texts[n] for n in (side, f"{side}principle") if n in texts), None) for side in ("good", "bad"))
+    if not (isinstance(good, str) and isinstance(bad, str)):
+        return next(filter(None, map(_find_sides, read.values())), None)
+    good, bad = (" ".join(side.split()) for side in (good, bad))
+    usable = all(MIN_PRINCIPLE <= len(side) <= MAX_PRINCIPLE for side in (good, bad)) and good.lower() != bad.lower()
+    return (good, bad) if usable else None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z]", "", str(name).lower())
+
+
+def with_written(record: PrincipledQuery, written: list[tuple[str, str] | None]) -> PrincipledQuery:
+    """The query with these principles, one pair for each of its features; None keeps the table's and is counted."""
+    pairs = zip(record.good_principles, record.bad_principles, written, strict=True)
+    sides = [(good, bad) if own is None else own for good, bad, own in pairs]
+    return dataclasses.replace(
+        record, good_principles=tuple(s[0] for s in sides), bad_principles=tuple(s[1] for s in sides), num_fallbacks=written.count(None)
+    )
+
+
+def ask_policy(
+    sampler: Sampler, params, chat: Chat, questions: list[Question], seed: int, iteration: int, stage: str, max_tokens: int
+) -> list[Answer]:
+    """What the policy answers to each question; those that do not fit the model are not asked."""
+    prompts = [chat.prompt_ids(question.text) for question in questions]
     asked = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
-    requests = [Request(prompts[i], row_key(seed, iteration, queries[i].id, "features")) for i in asked]
-    sampled = sampler.sample(params, requests, f"iteration {iteration}: features", NAMING_TOKENS)
-    texts: list[str | None] = [None] * len(queries)
+    requests = [Request(prompts[i], row_key(seed, iteration, *questions[i].id.rsplit("/", 1))) for i in asked]
+    sampled = sampler.sample(params, requests, stage, max_tokens)
+    answers = [Answer(None, "question_too_long")] * len(questions)
     for i, ids in zip(asked, sampled, strict=True):
-        texts[i] = decode_text(chat.tokenizer, ids)
-    return texts
+        answers[i] = Answer(decode_text(chat.tokenizer, ids))
+    return answers

@@ -26,6 +26,7 @@ def steer(record: PrincipledQuery) -> SteeredQuery:
         bad_system=system_message(record.bad_adjectives, record.bad_principles),
         features_text=record.features_text,
         num_random_features=record.num_random_features,
+        num_fallbacks=record.num_fallbacks,
     )
 
 

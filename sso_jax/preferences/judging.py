@@ -1,0 +1,81 @@
+"""Pairs in, questions to a judge out, each pair asked twice with positions swapped; then the answers in, what they say of the pairs out.
+
+It measures. Nothing that trains sees it.
+"""
+
+import random
+import re
+from importlib import resources
+
+import json_repair
+
+from sso_jax.records import Answer, Question, Triple
+
+ORDERS = ("chosen_first", "rejected_first")
+VERDICT_TOKENS = 64
+"""Longest answer to a question of judgment."""
+
+
+def draw_pairs(triples: list[Triple], count: int, seed: str) -> list[Triple]:
+    """`count` of the pairs, all where there are fewer, by the seed, in their order."""
+    chosen = random.Random(f"{seed}/judging").sample(range(len(triples)), min(count, len(triples)))
+    return [triples[i] for i in sorted(chosen)]
+
+
+def judging_questions(triples: list[Triple]) -> list[Question]:
+    """Two questions a pair: the chosen response as answer A, then as answer B."""
+    template = resources.files(__package__).joinpath("judging_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
+
+    def question(triple: Triple, order: str) -> Question:
+        answers = (triple.chosen, triple.rejected) if order == ORDERS[0] else (triple.rejected, triple.chosen)
+        texts = {"query": triple.query, "first": answers[0], "second": answers[1]}
+        return Question(f"{triple.id}/{order}", re.sub(r"\{(query|first|second)\}", lambda found: texts[found.group(1)], template))
+
+    return [question(triple, order) for triple in triples for order in ORDERS]
+
+
+def parse_verdict(text: str) -> str | None:
+    """`A`, `B` or `tie` from what a judge wrote, as JSON or in a few words; None where it says none of them, or several."""
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    start = text.find("{")
+    read = json_repair.loads(re.match(r"[^}]*\}?", text[start:]).group()) if start >= 0 else None
+    if isinstance(read, dict) and "better" in read:
+        text = str(read["better"])
+    said = {word.upper() if len(word) == 1 else "tie" for word in re.findall(r"\b(?:A|B)\b|\b[Tt](?:ie|IE)\b", text)}
+    return said.pop() if len(said) == 1 else None
+
+
+def judgments(triples: list[Triple], answers: list[Answer]) -> list[dict]:
+    """A row a pair: what each order preferred, and `outcome`: chosen, rejected, tie (orders that differ are one), or none unread.
+
+    Args:
+      answers: to `judging_questions(triples)`, in its order.
+    """
+    sides = {ORDERS[0]: {"A": "chosen", "B": "rejected"}, ORDERS[1]: {"A": "rejected", "B": "chosen"}}
+    rows = []
+    for triple, pair in zip(triples, zip(answers[::2], answers[1::2], strict=True), strict=True):
+        row: dict = {"id": triple.id}
+        for order, answer in zip(ORDERS, pair, strict=True):
+            verdict = None if answer.text is None else parse_verdict(answer.text)
+            row[order] = None if verdict is None else sides[order].get(verdict, "tie")
+            row[f"{order}_text"] = answer.text if answer.text is not None else f"[{answer.lost}]"
+        first, second = row[ORDERS[0]], row[ORDERS[1]]
+        row["outcome"] = None if first is None or second is None else first if first == second else "tie"
+        rows.append(row)
+    return rows
+
+
+def summarize_judgments(rows: list[dict]) -> dict:
+    """Accuracy (ties as half), ties and consistency over the pairs with two verdicts; how often a verdict was for the first answer."""
+    outcomes = [row["outcome"] for row in rows if row["outcome"] is not None]
+    both = [(row[ORDERS[0]], row[ORDERS[1]]) for row in rows if row["outcome"] is not None]
+    decided = [(place, preferred) for pair in both for place, preferred in enumerate(pair) if preferred != "tie"]
+    share = lambda hits, total: hits / total if total else None  # noqa: E731
+    return {
+        "num_judged": len(outcomes),
+        "num_unread": len(rows) - len(outcomes),
+        "accuracy": share(outcomes.count("chosen") + 0.5 * outcomes.count("tie"), len(outcomes)),
+        "ties": share(outcomes.count("tie"), len(outcomes)),
+        "consistency": share(sum(first == second for first, second in both), len(both)),
+        "first_position": share(sum((preferred == "chosen") == (place == 0) for place, preferred in decided), len(decided)),
+    }
