@@ -4,16 +4,18 @@ import logging
 from pathlib import Path
 
 from sso_jax.assembly import Engine, build_engine, enable_compilation_cache, find_policy, load_params
+from sso_jax.benchmark_answers import check_form, converse, write_answers
 from sso_jax.config import SampleConfig
 from sso_jax.errors import InputError
 from sso_jax.models.hf_weights import fetch
+from sso_jax.preferences.benchmark_questions import load_questions
 from sso_jax.preferences.pairs import fits, mean_log_probs, with_log_probs
-from sso_jax.preferences.principles import choose_features, name_features
 from sso_jax.preferences.queries import load_queries
 from sso_jax.preferences.responses import sample_triples
-from sso_jax.preferences.steering import steer, steered_prompts
-from sso_jax.records import CONTEXTS, RESPONSES, Query, to_json, write_records
+from sso_jax.preferences.steering import steered_prompts
+from sso_jax.records import CONTEXTS, RESPONSES, Query, SteeredQuery, to_json, write_records
 from sso_jax.sampling.sampler import Request, row_key
+from sso_jax.steering_sources import given_principles, open_endpoint, steer_queries
 from sso_jax.tokens.tokenizer import decode_text
 from sso_jax.training.scoring import Scorable, score_examples
 
@@ -28,9 +30,47 @@ def run(config: SampleConfig) -> None:
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.
     """
+    _check_fields(config)
+    if config.form == "records":
+        _write_records(config)
+        return
+    questions = load_questions(config.queries.path, config.queries.split)
+    check_form(config.form, config.out, questions)
+    engine, params = _policy(config)
+    answers = converse(engine, params, questions, config.run.seed)
+    write_answers(config.form, questions, answers, config.generator or Path(config.model.path).name, config.out)
+
+
+def _check_fields(config: SampleConfig) -> None:
+    """Raises `InputError` for fields that do not go together."""
     if config.model.path == "toy":
         raise InputError("model.path: 'toy' is trained by train.py; give a run directory or a folder with weights")
-    queries = _queries(config)
+    if (config.query is None) == (config.queries.path is None):
+        raise InputError("query, queries.path: give one of them")
+    if config.out is None and config.query is None:
+        raise InputError("out: not given; name the file to write")
+    if config.out is not None and not Path(config.out).parent.is_dir():
+        raise InputError(f"out: no folder {str(Path(config.out).parent)!r}; make it, or name another file")
+    if config.form != "records" and (config.steered or config.query is not None):
+        raise InputError(f"form: {config.form!r} is for plain answers to a file of questions; leave out steered and query")
+    if config.form == "records" and config.generator is not None:
+        raise InputError(f"generator: {config.generator!r} is written in the forms of benchmarks only; give a form, or leave it out")
+    if not config.steered and config.principles.source != "predefined":
+        raise InputError(f"principles.source: {config.principles.source!r} is for steered answers; add --steered true, or leave it out")
+
+
+def _policy(config: SampleConfig) -> tuple[Engine, dict]:
+    folder = fetch(find_policy(config.model.path))
+    engine = build_engine(folder, config)
+    enable_compilation_cache(config.run.compilation_cache)
+    return engine, load_params(folder, engine)
+
+
+def _write_records(config: SampleConfig) -> None:
+    """Answers or triples as records, to a file or, of one query, to standard output."""
+    path = config.queries.path
+    queries = [Query("0", config.query)] if path is None else load_queries(path, config.queries.split)
+    given, endpoint = given_principles(config.principles, queries), open_endpoint(config)
     folder = fetch(find_policy(config.model.path))
     engine = build_engine(folder, config)
     fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
@@ -43,7 +83,13 @@ def run(config: SampleConfig) -> None:
         raise InputError(f"queries: none leaves room for a response within {engine.max_tokens} tokens; give shorter ones")
     enable_compilation_cache(config.run.compilation_cache)
     params = load_params(folder, engine)
-    rows = steered_rows(engine, params, fitting, config) if config.steered else plain_rows(engine, params, fitting, config.run.seed)
+    if config.steered:
+        notes = None if config.out is None else Path(f"{config.out}.notes")
+        steered, said = steer_queries(config, given, endpoint, engine, params, fitting, 0, notes)
+        _tell(said, notes)
+        rows = steered_rows(engine, params, steered, config.run.seed)
+    else:
+        rows = plain_rows(engine, params, fitting, config.run.seed)
     if config.query is not None:
         for row in rows:
             print("\n".join(f"{name}: {row[name]}" for name in RESPONSES) if config.steered else row["response"])
@@ -52,16 +98,11 @@ def run(config: SampleConfig) -> None:
         log.info("%d records -> %s", len(rows), config.out)
 
 
-def _queries(config: SampleConfig) -> list[Query]:
-    if (config.query is None) == (config.queries.path is None):
-        raise InputError("query, queries.path: give one of them")
-    if config.query is not None:
-        return [Query("0", config.query)]
-    if config.out is None:
-        raise InputError("out: not given; name the JSON Lines file to write")
-    if not Path(config.out).parent.is_dir():
-        raise InputError(f"out: no folder {str(Path(config.out).parent)!r}; make it, or name another file")
-    return load_queries(config.queries.path, config.queries.split)
+def _tell(said: dict, notes: Path | None) -> None:
+    """What fell back, was not read or not answered, in the log."""
+    counts = {name: value for name, value in said.items() if value and name != "random_features"}
+    if counts:
+        log.warning("principles: %s%s", counts, "" if notes is None else f"; look at {notes}")
 
 
 def plain_rows(engine: Engine, params, queries: list[Query], seed: int) -> list[dict]:
@@ -77,14 +118,8 @@ def plain_rows(engine: Engine, params, queries: list[Query], seed: int) -> list[
     ]
 
 
-def steered_rows(engine: Engine, params, queries: list[Query], config: SampleConfig) -> list[dict]:
+def steered_rows(engine: Engine, params, steered: list[SteeredQuery], seed: int) -> list[dict]:
     """Pairs records with `mean_log_probs` of the three responses in the three contexts, nats a token."""
-    seed, principles = config.run.seed, config.principles
-    texts = name_features(engine.sampler, params, engine.chat, queries, principles.features_per_query, seed, 0)
-    steered = [
-        steer(choose_features(query, text, principles.features_per_query, principles.concision_probability, f"{seed}/0"))
-        for query, text in zip(queries, texts, strict=True)
-    ]
     prompted = [(record, steered_prompts(engine.chat, record)) for record in steered]
     roomy = [item for item in prompted if all(engine.sampler.fits(prompt) for prompt in item[1].values())]
     triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, roomy, seed, 0)
@@ -93,9 +128,9 @@ def steered_rows(engine: Engine, params, queries: list[Query], config: SampleCon
         for triple, (_, prompts) in zip(triples, roomy, strict=True)
         if fits(prompts, triple.response_ids, NINE_CELLS, engine.max_tokens)
     ]
-    if len(whole) < len(queries):
-        missing, limit = len(queries) - len(whole), engine.max_tokens
-        log.warning("%d of %d queries do not fit %d tokens with their principles and responses", missing, len(queries), limit)
+    if len(whole) < len(steered):
+        missing, limit = len(steered) - len(whole), engine.max_tokens
+        log.warning("%d of %d queries do not fit %d tokens with their principles and responses", missing, len(steered), limit)
     items = [Scorable(prompts, triple.response_ids) for triple, prompts in whole]
     sums = score_examples(engine.score, engine.mesh, params, items, NINE_CELLS, SCORING_BATCH, "log-probs")
     scored = [with_log_probs(triple, NINE_CELLS, row) for (triple, _), row in zip(whole, sums, strict=True)]

@@ -106,7 +106,9 @@ class PrinciplesConfig:
         share = self.concision_probability
         require(0 <= share <= 1, "principles.concision_probability", share, "a probability in [0, 1]")
         if (self.source == "file") != (self.path is not None):
-            raise InputError(f"principles.path: {self.path!r} with principles.source {self.source!r}; path and source `file` need each other")
+            raise InputError(
+                f"principles.path: {self.path!r} with principles.source {self.source!r}; path and source `file` need each other"
+            )
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,10 @@ class SampleConfig:
     """JSON Lines file to write; needed with queries.path."""
     steered: bool = False
     """Write steered triples (chosen, rejected, original) in place of plain answers."""
+    form: Literal["records", "alpaca_eval", "mt_bench", "arena_hard"] = "records"
+    """`records` is this project's own; the others are what the tools of that benchmark read."""
+    generator: Optional[str] = None
+    """Name of the policy in a benchmark's file; null takes the last part of model.path."""
     query: Optional[str] = None
     """One query to answer on standard output, in place of a file of queries."""
     run: RunConfig = RunConfig()
@@ -380,7 +386,11 @@ def _fields_of_file(rows, prefix: str = "") -> list[str]:
 def _refuse_keys(argv: list[str]) -> None:
     """Raises `InputError` for a key on the command line or in a config file; its value is not repeated."""
     given = [(part.lstrip("-").split("=")[0], "the command line") for part in argv if part.startswith("--")]
-    files = [part.partition("=")[2] or following for part, following in zip(argv, [*argv[1:], ""], strict=True) if part.split("=")[0] == "--config"]
+    files = [
+        part.partition("=")[2] or following
+        for part, following in zip(argv, [*argv[1:], ""], strict=True)
+        if part.split("=")[0] == "--config"
+    ]
     for file in files:
         try:
             given += [(name, file) for name in _fields_of_file(yaml.safe_load(Path(file).read_text(encoding="utf-8")))]

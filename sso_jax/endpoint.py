@@ -23,6 +23,8 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 """Waits before further tries: doubled from the first to the longest, each times a number drawn from [1/2, 1]."""
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Statuses after which the same question may be answered."""
+JOURNAL_FILE = "endpoint.jsonl"
+"""Where the answers of a folder are kept as they come."""
 log = logging.getLogger(__name__)
 
 
@@ -99,7 +101,9 @@ class Endpoint:
         try:
             response = self._client.get(f"{self.url}/models")
         except httpx2.TimeoutException as error:
-            raise InputError(f"endpoint.url: {self.url} does not answer in time; start the server or raise endpoint.timeout_seconds") from error
+            raise InputError(
+                f"endpoint.url: {self.url} does not answer in time; start the server or raise endpoint.timeout_seconds"
+            ) from error
         except httpx2.HTTPError as error:
             raise InputError(f"endpoint.url: {self.url} cannot be reached ({error}); start the server or mend the address") from error
         self._refuse_status(response)
@@ -127,11 +131,11 @@ class Endpoint:
                 "environment variable to a key of the server"
             )
         if response.status_code == 404 and not response.url.path.endswith("/models"):
-            raise InputError(f"endpoint.url: {response.url} answers 404; give the base address, which often ends with /v1, and a model of it")
+            raise InputError(
+                f"endpoint.url: {response.url} answers 404; give the base address, which often ends with /v1, and a model of it"
+            )
 
-    def ask(
-        self, questions: list[Question], stage: str, max_tokens: int, temperature: float, journal: Path | None = None
-    ) -> list[Answer]:
+    def ask(self, questions: list[Question], stage: str, max_tokens: int, temperature: float, journal: Path | None = None) -> list[Answer]:
         """One answer a question, in the order of the questions.
 
         Answers are written to `journal` (JSON Lines) as they come, and those that it holds from before are not asked for again. A
@@ -161,10 +165,10 @@ class Endpoint:
                         _append(journal, {"key": keys[i], "id": questions[i].id, "text": answer.text})
                     failures_in_row = 0 if answer.text is not None or answer.lost == "refused" else failures_in_row + 1
                     if failures_in_row >= min(patience, len(questions)):
-                        kept = sum(a.text is not None for a in answers.values())
+                        kept = f"{sum(a.text is not None for a in answers.values())} of {len(questions)} answers"
                         raise InputError(
-                            f"endpoint.url: {self.url} failed {failures_in_row} questions in a row ({answer.lost}); {kept} of {len(questions)} "
-                            "answers are kept, the same command goes on from there"
+                            f"endpoint.url: {self.url} failed {failures_in_row} questions in a row ({answer.lost}); {kept} are kept, "
+                            "the same command goes on from there"
                         )
                     bar.update()
         finally:

@@ -18,6 +18,7 @@ from sso_jax.models.hf_weights import check_weights, fetch
 from sso_jax.recipes import RECIPES
 from sso_jax.records import write_text
 from sso_jax.rounds import Run
+from sso_jax.steering_sources import open_endpoint
 from sso_jax.toy import pretraining
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def _first_look(run: Run, params) -> dict:
 def _prepare(config: Config, directory: Path) -> Run:
     """Checks everything that can be checked, then writes the first files. The toy policy is trained here."""
     recipe = RECIPES[config.recipe]
+    endpoint = open_endpoint(config, config.judging.pairs)
     material = recipe.read(config)
     if config.model.path == "toy":
         make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -81,7 +83,7 @@ def _prepare(config: Config, directory: Path) -> Run:
         settled, dropped = recipe.settle(config, engine, material)
         run_folder.begin(directory, config)
     metrics = open_metrics(directory, config.logging, to_dict(config))
-    return Run(config, directory, engine, environment, settled, dropped, metrics)
+    return Run(config, directory, engine, environment, settled, dropped, metrics, endpoint)
 
 
 def _toy_policy(config: Config, directory: Path) -> Path:
@@ -101,7 +103,8 @@ def _toy_policy(config: Config, directory: Path) -> Path:
 
 SUMMARY_FIELDS = (
     "num_queries", "num_pairs", "dropped", "pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "policy_quality",
-    "quality_parts", "response_tokens", "held_out_tokens", "before_filter", "random_features", "seconds", "tokens_per_second",
+    "quality_parts", "response_tokens", "held_out_tokens", "before_filter", "random_features",
+    "fallback_principles", "unparsed", "unanswered", "endpoint_judge", "seconds", "tokens_per_second",
 )  # fmt: skip
 
 

@@ -13,11 +13,13 @@ from typing import Any
 from sso_jax import stages
 from sso_jax.assembly import POLICY_FOLDER, Engine, Objective, export_policy, find_policy, load_params
 from sso_jax.config import Config
+from sso_jax.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.environment import Environment, judged, measure_policy, pair_accuracy
 from sso_jax.errors import InputError
 from sso_jax.metrics import MetricsLog
 from sso_jax.models.hf_weights import fetch
 from sso_jax.policy_training import Plan, plan_preferences, train_round, trained_params
+from sso_jax.preferences import judging
 from sso_jax.preferences import pairs as pair_stage
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Triple, write_records
@@ -40,6 +42,8 @@ class Run:
     dropped: Counter
     """Material left out before the first round, by reason."""
     metrics: MetricsLog
+    endpoint: Endpoint | None = None
+    """Server that writes principles or judges pairs, where the config wants one."""
 
     def folder(self, iteration: int) -> Path:
         return self.directory / f"iteration_{iteration}"
@@ -123,6 +127,24 @@ def _reference_log_probs(run: Run, iteration: int, params, items: list[Scorable]
         params = load_params(fetch(config.model.reference_path), engine)
     micro = config.train.microbatch_size or config.train.batch_size
     return score_examples(engine.score, engine.mesh, params, items, cells, micro, f"iteration {iteration}: reference log-probs")
+
+
+def judge_by_endpoint(run: Run, iteration: int, pairs: list[Triple]) -> dict:
+    """What the endpoint says of a sample of the round's pairs, in `judgments.jsonl` and as numbers; it measures and nothing more."""
+    if not run.config.judging.pairs or not pairs:
+        return {}
+    folder = run.folder(iteration)
+
+    def judge() -> dict:
+        sample = judging.draw_pairs(pairs, run.config.judging.pairs, f"{run.config.run.seed}/{iteration}")
+        questions = judging.judging_questions(sample)
+        stage = f"iteration {iteration}: judgments"
+        rows = judging.judgments(sample, run.endpoint.ask(questions, stage, judging.VERDICT_TOKENS, 0.0, folder / JOURNAL_FILE))
+        write_records(rows, folder / "judgments.jsonl")
+        return judging.summarize_judgments(rows)
+
+    numbers = stages.plain_stage(folder, "judgments", judge)
+    return {"endpoint_judge": {name: value for name, value in numbers.items() if name != "seconds"}}
 
 
 def require_pairs(pairs: list[Triple], count: int, dropped: dict, path: Path) -> None:

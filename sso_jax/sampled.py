@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from sso_jax import stages
@@ -9,16 +10,26 @@ from sso_jax.assembly import Engine
 from sso_jax.config import Config
 from sso_jax.environment import fitting_queries, toy_queries
 from sso_jax.errors import InputError
-from sso_jax.preferences.principles import choose_features, name_features
 from sso_jax.preferences.queries import deal, load_queries
 from sso_jax.preferences.responses import clean_triples, sample_triples
-from sso_jax.preferences.steering import steer, steered_prompts
+from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Query, SteeredQuery, Triple
 from sso_jax.rounds import Run
+from sso_jax.steering_sources import given_principles, steer_queries
 
 
-def read_queries(config: Config) -> list[Query]:
-    """The toy world's queries, or those of the file.
+@dataclass(frozen=True)
+class Queries:
+    """What a recipe that samples works on."""
+
+    rounds: list[list[Query]]
+    """Queries of each round; before they are settled, all of them as one."""
+    principles: dict[str, SteeredQuery]
+    """Given ones by query id, for principles.source `file`."""
+
+
+def read_queries(config: Config) -> Queries:
+    """The toy world's queries, or those of the file, and the principles that are given for them.
 
     Raises:
       InputError: for a file that is missing, not needed or not readable, or with fewer queries than rounds.
@@ -30,31 +41,25 @@ def read_queries(config: Config) -> list[Query]:
         raise InputError("queries.path: not given; a model from a folder needs a file or data set of queries")
     queries = toy_queries() if toy else load_queries(path, config.queries.split)
     deal(queries, config.queries.per_iteration, config.run.iterations, config.run.seed)
-    return queries
+    return Queries([queries], given_principles(config.principles, queries))
 
 
-def settle_queries(config: Config, engine: Engine, queries: list[Query]) -> tuple[list[list[Query]], Counter]:
+def settle_queries(config: Config, engine: Engine, read: Queries) -> tuple[Queries, Counter]:
     """The queries of each round; those without room for a response are dropped and counted."""
-    fitting, dropped = fitting_queries(engine, queries, config.queries.path)
-    return deal(fitting, config.queries.per_iteration, config.run.iterations, config.run.seed), dropped
+    fitting, dropped = fitting_queries(engine, read.rounds[0], config.queries.path)
+    rounds = deal(fitting, config.queries.per_iteration, config.run.iterations, config.run.seed)
+    return Queries(rounds, read.principles), dropped
 
 
 def principles(run: Run, iteration: int, params, queries: list[Query]) -> tuple[list[SteeredQuery], dict]:
-    """The queries with their two system messages, and how many features were drawn at random."""
-    config, engine = run.config, run.engine
-    count = config.principles.features_per_query
+    """The queries with their two system messages, and how much of these was drawn at random, fell back or was not answered."""
+    config, folder = run.config, run.folder(iteration)
 
     def make() -> tuple[list[SteeredQuery], dict]:
-        texts = name_features(engine.sampler, params, engine.chat, queries, count, config.run.seed, iteration)
-        seed = f"{config.run.seed}/{iteration}"
-        steered = [
-            steer(choose_features(query, text, count, config.principles.concision_probability, seed))
-            for query, text in zip(queries, texts, strict=True)
-        ]
-        random_features = sum(record.num_random_features for record in steered)
-        return steered, {"random_features": random_features, "questions_too_long": texts.count(None)}
+        given = run.material.principles
+        return steer_queries(config, given, run.endpoint, run.engine, params, queries, iteration, folder)
 
-    return stages.record_stage(run.folder(iteration), "principles", SteeredQuery, make)
+    return stages.record_stage(folder, "principles", SteeredQuery, make)
 
 
 def responses(run: Run, iteration: int, params, steered: list[SteeredQuery], folder: Path) -> tuple[list[Triple], dict]:

@@ -1,13 +1,14 @@
 """Queries in, steered queries out, wherever their principles come from: the table, the policy, a file or an endpoint."""
 
+import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from sso_jax.assembly import Engine
-from sso_jax.config import Config, EndpointConfig, PrinciplesConfig, SampleConfig
-from sso_jax.endpoint import Endpoint
+from sso_jax.config import Config, PrinciplesConfig, SampleConfig
+from sso_jax.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.errors import InputError
 from sso_jax.preferences.principle_files import load_principles
 from sso_jax.preferences.principles import (
@@ -27,67 +28,67 @@ from sso_jax.records import Answer, PrincipledQuery, Query, Question, SteeredQue
 
 Ask = Callable[[list[Question], str, int], list[Answer]]
 """(questions, stage, longest answer in tokens) -> answers: what the policy and an endpoint have in common."""
-UNPARSED_FILE, JOURNAL_FILE = "unparsed.jsonl", "endpoint.jsonl"
+UNPARSED_FILE = "unparsed.jsonl"
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SteeringSource:
-    """Where principles come from, checked before any work."""
-
-    config: PrinciplesConfig
-    given: dict[str, SteeredQuery]
-    """By query id, for source `file`."""
-    endpoint: Endpoint | None
-    temperature: float
-    """Of what the endpoint writes."""
-
-
-def open_endpoint(config: EndpointConfig) -> Endpoint:
-    """The server that the config names.
+def open_endpoint(config: Config | SampleConfig, judged_pairs: int = 0) -> Endpoint | None:
+    """The server that the config names, where something is to be asked of it.
 
     Raises:
       InputError: if it is not named, does not answer, or is no OpenAI-compatible server.
     """
-    if config.url is None:
+    given = config.endpoint
+    if config.principles.source != "endpoint" and not judged_pairs:
+        if given.url is not None:
+            log.warning("endpoint.url is not used: principles.source is %r, and no pairs are to be judged", config.principles.source)
+        return None
+    if given.url is None:
         raise InputError("endpoint.url: not given; name the server that principles.source `endpoint` and judging.pairs ask")
-    return Endpoint(
-        config.url, config.model, config.key_variable, config.timeout_seconds, config.retries, config.requests_per_minute, config.concurrency
-    )
+    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if field.name != "temperature"}
+    return Endpoint(**options)
 
 
-def open_source(config: Config | SampleConfig, queries: list[Query], endpoint: Endpoint | None) -> SteeringSource:
-    """The source of principles that the config describes, for these queries.
+def given_principles(config: PrinciplesConfig, queries: list[Query]) -> dict[str, SteeredQuery]:
+    """Principles by query id where they come from a file; nothing otherwise.
 
     Raises:
       InputError: for a file that does not go with the queries.
     """
-    principles, given = config.principles, {}
-    if principles.source == "file":
-        adjectives = {name: (row.good_adjective, row.bad_adjective) for name, row in feature_table().items()}
-        read = load_principles(principles.path, queries, adjectives)
-        given = {name: steer(record) if isinstance(record, PrincipledQuery) else record for name, record in read.items()}
-    return SteeringSource(principles, given, endpoint if principles.source == "endpoint" else None, config.endpoint.temperature)
+    if config.source != "file":
+        return {}
+    adjectives = {name: (row.good_adjective, row.bad_adjective) for name, row in feature_table().items()}
+    read = load_principles(config.path, queries, adjectives)
+    return {name: steer(record) if isinstance(record, PrincipledQuery) else record for name, record in read.items()}
 
 
 def steer_queries(
-    source: SteeringSource, engine: Engine, params, queries: list[Query], seed: int, iteration: int, folder: Path | None
+    config: Config | SampleConfig,
+    given: dict[str, SteeredQuery],
+    endpoint: Endpoint | None,
+    engine: Engine,
+    params,
+    queries: list[Query],
+    iteration: int,
+    folder: Path | None,
 ) -> tuple[list[SteeredQuery], dict]:
     """Steered queries and what there is to say of them: how much was drawn at random, fell back, was not answered.
 
     Features are named by the policy or the endpoint; principles are the table's (`predefined`) or written by who named the features.
     What could not be read goes to `folder/unparsed.jsonl` for a look, what an endpoint answers to `folder/endpoint.jsonl`.
     """
-    if source.config.source == "file":
-        return [source.given[query.id] for query in queries], {"random_features": 0}
+    source, seed = config.principles.source, config.run.seed
+    count, probability = config.principles.features_per_query, config.principles.concision_probability
+    if source == "file":
+        return [given[query.id] for query in queries], {"random_features": 0}
 
     def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
         stage = f"iteration {iteration}: {stage}"
-        if source.endpoint is None:
+        if source != "endpoint":
             return ask_policy(engine.sampler, params, engine.chat, questions, seed, iteration, stage, max_tokens)
         journal = None if folder is None else folder / JOURNAL_FILE
-        return source.endpoint.ask(questions, stage, max_tokens, source.temperature, journal)
+        return endpoint.ask(questions, stage, max_tokens, config.endpoint.temperature, journal)
 
-    count, probability = source.config.features_per_query, source.config.concision_probability
     named = ask([Question(f"{query.id}/features", naming_prompt(query, count)) for query in queries], "features", NAMING_TOKENS)
     answers = [
         choose_features(query, answer.text, count, probability, f"{seed}/{iteration}") for query, answer in zip(queries, named, strict=True)
@@ -98,7 +99,7 @@ def steer_queries(
         if answer.text is not None and not parse_features(answer.text, count)
     ]
     lost = Counter(answer.lost for answer in named if answer.text is None)
-    if source.config.source != "predefined":
+    if source != "predefined":
         answers, unread, unanswered = _written(answers, ask)
         unparsed, lost = unparsed + unread, lost + unanswered
     if unparsed and folder is not None:

@@ -70,6 +70,19 @@ BAD_ARGUMENTS = {
     "judge_without_a_judge": ({"--pairs.control": "judge_order"}, ("pairs.control", "judge_order", "toy")),
     "missing_config_file": ({"--config": "no_such.yaml"}, ("config", "no_such.yaml")),
     "missing_queries_file": ({"--queries.path": "no_such.jsonl"}, ("queries.path", "no_such.jsonl")),
+    "endpoint_without_address": ({"--principles.source": "endpoint"}, ("endpoint.url", "not given")),
+    "endpoint_that_is_down": (
+        {"--principles.source": "endpoint", "--endpoint.url": "http://127.0.0.1:9/v1"},
+        ("endpoint.url", "127.0.0.1:9", "cannot be reached"),
+    ),
+    "judging_without_endpoint": ({"--judging.pairs": "5"}, ("endpoint.url", "judging.pairs")),
+    "endpoint_of_another_kind": ({"--endpoint.url": "localhost:8000"}, ("endpoint.url", "localhost:8000", "http")),
+    "principles_file_without_path": ({"--principles.source": "file"}, ("principles.path", "None", "file")),
+    "principles_path_without_file": ({"--principles.path": "p.jsonl"}, ("principles.path", "p.jsonl", "predefined")),
+    "missing_principles_file": (
+        {"--principles.source": "file", "--principles.path": "no_such.jsonl"},
+        ("principles.path", "no_such.jsonl"),
+    ),
     "missing_model_folder": ({"--model.path": "./no_such_folder"}, ("model.path", "no_such_folder")),
     "unreachable_hub_id": ({"--model.path": "nobody/nothing"}, ("model.path", "nobody/nothing")),
 }
@@ -81,6 +94,36 @@ def test_bad_arguments_of_a_run(good, capsys, tmp_path, case):
     line = refusal(train.main, {**good, **changes}, capsys)
     assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
+
+
+SECRET = "sk-4711-very-secret"
+
+
+@pytest.mark.parametrize("field", ["endpoint.key", "endpoint.api_key", "principles.token", "OPENAI_API_KEY"])
+@pytest.mark.parametrize("place", ["file", "argument", "argument_with_equals"])
+def test_a_key_outside_the_environment_is_refused_and_not_repeated(good, capsys, tmp_path, field, place):
+    section, _, name = field.rpartition(".")
+    (tmp_path / "c.yaml").write_text(f"{section}:\n  {name}: {SECRET}\n" if section else f"{name}: {SECRET}\n")
+    if place == "file":
+        extra = {"--config": str(tmp_path / "c.yaml")}
+    else:
+        extra = {f"--{field}": SECRET} if place == "argument" else {f"--{field}={SECRET}": "--run.seed=1"}
+    line = refusal(train.main, {**good, **extra}, capsys)
+    assert field in line and "environment" in line and SECRET not in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"--endpoint.url": f"http://me:{SECRET}@host/v1"},
+        {"--endpoint.url": f"http://host/v1?k={SECRET}"},
+        {"--endpoint.key_variable": SECRET},
+    ],
+)
+def test_a_key_in_another_field_is_refused_and_not_repeated(good, capsys, change):
+    line = refusal(train.main, {**good, **change}, capsys)
+    assert "environment" in line and SECRET not in line and next(iter(change)).lstrip("-") in line
 
 
 BAD_QUERIES = {

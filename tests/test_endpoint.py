@@ -74,7 +74,9 @@ def test_what_does_not_pass_is_counted_by_reason_and_the_others_are_answered():
 
 
 def test_everybody_waits_as_long_as_a_rate_limit_asks():
-    with serve(shout, lambda text, tries: Misbehave.status(429, Retry_After="0.7") if text.endswith(" 0") and tries == 1 else None) as server:
+    with serve(
+        shout, lambda text, tries: Misbehave.status(429, Retry_After="0.7") if text.endswith(" 0") and tries == 1 else None
+    ) as server:
         endpoint = Endpoint(server.url(), concurrency=1)
         assert all(answer.text for answer in endpoint.ask(questions(3), "stage", 7, 0.0))
     assert server.moments[1] - server.moments[0] >= 0.69

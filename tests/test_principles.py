@@ -131,21 +131,25 @@ def test_policies_are_asked_once_a_question_and_those_that_do_not_fit_are_left_o
 WRITTEN = ("Say only what is true.", "Say what is false, with confidence.")
 
 
+GOOD, BAD = (json.dumps(text) for text in WRITTEN)
+NEXT = '\n\nQuery: Sing!\nAbout: Safety\n{"good": "x", "bad": "y"}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."}',
-        'Sure! Here it is:\n```json\n{"good": "Say only what is true.",\n "bad": "Say what is false, with confidence."}\n```\nAnything else?',
+        f'{{"good": {GOOD}, "bad": {BAD}}}',
+        f'Sure! Here it is:\n```json\n{{"good": {GOOD},\n "bad": {BAD}}}\n```\nAnything else?',
         "{'good': 'Say only what is true.', 'bad': 'Say what is false, with confidence.'}",
-        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."',
-        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence.',
-        '{"good": "Say only what is true." "bad": "Say what is false, with confidence.",}',
-        '{"Good principle": "Say only what is true.", "bad_principle": " Say what is\n false, with confidence. "}',
-        '<think>{"good": "no"}</think>{good: "Say only what is true.", bad: "Say what is false, with confidence."}',
-        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."}\n\nQuery: Sing!\nAbout: Safety\n{"good": "x", "bad": "y"}',
-        '{"good": "Say only what is true.", "bad": "Say what is false, with confidence."\n\nQuery: Sing!\nAbout: Safety\n{"good": "x", "bad": "y"}',
-        '{\n\n"good": "Say only what is true.",\n\n"bad": "Say what is false, with confidence."\n\n}',
-        '{"principles": {"good": "Say only what is true.", "bad": "Say what is false, with confidence."}}',
+        f'{{"good": {GOOD}, "bad": {BAD}',
+        f'{{"good": {GOOD}, "bad": {BAD[:-1]}',
+        f'{{"good": {GOOD} "bad": {BAD},}}',
+        f'{{"Good principle": {GOOD}, "bad_principle": " Say what is\n false, with confidence. "}}',
+        f'<think>{{"good": "no"}}</think>{{good: {GOOD}, bad: {BAD}}}',
+        f'{{"good": {GOOD}, "bad": {BAD}}}{NEXT}',
+        f'{{"good": {GOOD}, "bad": {BAD}{NEXT}',
+        f'{{\n\n"good": {GOOD},\n\n"bad": {BAD}\n\n}}',
+        f'{{"principles": {{"good": {GOOD}, "bad": {BAD}}}}}',
     ],
 )
 def test_principles_are_read_from_what_small_models_write(text):

@@ -27,7 +27,9 @@ def load_principles(path: str, queries: list[Query], adjectives: dict[str, tuple
             raise InputError(f"{place}: no id; give the id of the query that the principles are for")
         if name not in by_id:
             near = difflib.get_close_matches(name, by_id, n=1)
-            raise InputError(f"{place}: no query has the id {name!r}{f' (near it is {near[0]!r})' if near else ''}; take the row out, or mend the id")
+            raise InputError(
+                f"{place}: no query has the id {name!r}{f' (near it is {near[0]!r})' if near else ''}; take the row out, or mend the id"
+            )
         if name in found:
             raise InputError(f"{place}: id {name!r} was used before; give each query one row")
         found[name] = _read(row, by_id[name], adjectives, place)
@@ -56,8 +58,9 @@ def _read(row: dict, query: Query, adjectives: dict[str, tuple[str, str]], place
     else:
         unknown = [name for name in features if name not in adjectives]
         if unknown:
+            known = ", ".join(adjectives)
             raise InputError(
-                f"{place}: feature {unknown[0]!r} has no adjectives; give good_adjectives and bad_adjectives, or one of {', '.join(adjectives)}"
+                f"{place}: feature {unknown[0]!r} has no adjectives; give good_adjectives and bad_adjectives, or one of {known}"
             )
         words = [tuple(adjectives[name][side] for name in features) for side in (0, 1)]
     return PrincipledQuery(query.id, query.query, tuple(features), *words, *principles)

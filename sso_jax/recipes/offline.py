@@ -48,6 +48,7 @@ def round(run: Run, iteration: int, params):
 
     pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
     rounds.require_pairs(pairs, len(run.material), made["dropped"], folder / "pairs.jsonl")
+    judged = rounds.judge_by_endpoint(run, iteration, pairs)
     params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
     exported = rounds.export(run, iteration, params)
     evaluation = rounds.evaluate(run, iteration, params)
@@ -55,7 +56,7 @@ def round(run: Run, iteration: int, params):
     seconds = {name: part["seconds"] for name, part in parts.items()}
     rates = {"sampling": None, "training": training["tokens_per_second"]}
     summary = {**made, "num_queries": len({(pair.query, str(pair.history)) for pair in run.material}), "num_pairs": len(pairs)}
-    return params, {**summary, **evaluation, "seconds": seconds, "tokens_per_second": rates}
+    return params, {**summary, **evaluation, **judged, "seconds": seconds, "tokens_per_second": rates}
 
 
 RECIPE = Recipe(read, settle, round)

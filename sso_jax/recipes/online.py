@@ -10,7 +10,7 @@ from sso_jax.records import Query, Triple
 from sso_jax.rounds import Recipe, Run
 
 
-def read(config: Config) -> list[Query]:
+def read(config: Config) -> sampled.Queries:
     """The queries, after the fields that sampling does not use were refused."""
     build_objective(config.objective)
     refuse_given_pairs(config)
@@ -32,7 +32,7 @@ def refuse_given_pairs(config: Config) -> None:
 def round(run: Run, iteration: int, params):
     """queries -> principles -> responses -> pairs -> updates -> policy."""
     folder, objective = run.folder(iteration), build_objective(run.config.objective)
-    queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material[iteration - 1], {}))
+    queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material.rounds[iteration - 1], {}))
     steered, principles = sampled.principles(run, iteration, params, queries)
     triples, responses = sampled.responses(run, iteration, params, steered, folder)
 
@@ -42,6 +42,7 @@ def round(run: Run, iteration: int, params):
 
     pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
     rounds.require_pairs(pairs, len(triples), made["dropped"], folder / "responses.jsonl")
+    judged = rounds.judge_by_endpoint(run, iteration, pairs)
     params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
     exported = rounds.export(run, iteration, params)
     evaluation = rounds.evaluate(run, iteration, params)
@@ -56,8 +57,8 @@ def round(run: Run, iteration: int, params):
     dropped = Counter(responses["dropped"]) + Counter(made["dropped"])
     summary = {**made, "num_queries": len(queries), "num_pairs": len(pairs), "dropped": dict(dropped)}
     rates = {"sampling": responses["tokens_per_second"], "training": training["tokens_per_second"]}
-    numbers = {**summary, **evaluation, "random_features": principles["random_features"], "seconds": seconds, "tokens_per_second": rates}
-    return params, numbers
+    steering = {name: value for name, value in principles.items() if name != "seconds"}
+    return params, {**summary, **evaluation, **steering, **judged, "seconds": seconds, "tokens_per_second": rates}
 
 
 RECIPE = Recipe(read, sampled.settle_queries, round)
