@@ -84,7 +84,7 @@ def _write_records(config: SampleConfig) -> None:
     enable_compilation_cache(config.run.compilation_cache)
     params = load_params(folder, engine)
     if config.steered:
-        notes = None if config.out is None else Path(f"{config.out}.notes")
+        notes = None if config.out is None or config.principles.source == "predefined" else Path(f"{config.out}.notes")
         steered, said = steer_queries(config, given, endpoint, engine, params, fitting, 0, notes)
         _tell(said, notes)
         rows = steered_rows(engine, params, steered, config.run.seed)
@@ -99,10 +99,10 @@ def _write_records(config: SampleConfig) -> None:
 
 
 def _tell(said: dict, notes: Path | None) -> None:
-    """What fell back, was not read or not answered, in the log."""
-    counts = {name: value for name, value in said.items() if value and name != "random_features"}
+    """What was drawn at random, fell back, was not read or not answered, in the log."""
+    counts = {name: value for name, value in said.items() if value}
     if counts:
-        log.warning("principles: %s%s", counts, "" if notes is None else f"; look at {notes}")
+        log.info("steering: %s%s", counts, "" if notes is None else f"; look at {notes}")
 
 
 def plain_rows(engine: Engine, params, queries: list[Query], seed: int) -> list[dict]:

@@ -103,6 +103,7 @@ def steer_queries(
         answers, unread, unanswered = _written(answers, ask)
         unparsed, lost = unparsed + unread, lost + unanswered
     if unparsed and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
         write_records(unparsed, folder / UNPARSED_FILE)
     return [steer(record) for record in answers], _statistics(answers, unparsed, lost)
 
