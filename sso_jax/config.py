@@ -284,6 +284,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class GeneratorConfig:
+    queries: Optional[int] = None
+    """Queries of a round whose triples train the generator of recipe `generator`; null takes all."""
+    batch_size: Optional[int] = None
+    """Examples an update of the generator; null is train.batch_size."""
+    epochs: Optional[int] = None
+    """Passes over the generator's pairs; null is train.epochs."""
+    learning_rate: Optional[float] = None
+    """Peak of the generator's schedule; null is optimizer.learning_rate."""
+
+    def __post_init__(self):
+        for name in ("queries", "batch_size", "epochs"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"generator.{name}", value, "1 or more, or null")
+        rate = self.learning_rate
+        require(rate is None or rate >= 0, "generator.learning_rate", rate, "0 or more, or null")
+
+
+@dataclass(frozen=True)
 class PairsConfig:
     path: Optional[str] = None
     """Pairs of recipe `offline`: JSON, JSON Lines, Parquet or a hub data set; steered or plain preferences."""
@@ -323,8 +342,9 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    recipe: Literal["online", "offline", "sft"] = "online"
-    """`online` is version 1 of the paper: sample, pair, train, repeat; `offline` trains on given pairs; `sft` on demonstrations."""
+    recipe: Literal["online", "generator", "offline", "sft"] = "online"
+    """`online`, the paper's version 1: sample, pair, train, repeat; `generator`, its version 2: train a generator, then the policy on
+    its pairs; `offline` trains on given pairs; `sft` on demonstrations."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -337,6 +357,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    generator: GeneratorConfig = GeneratorConfig()
     pairs: PairsConfig = PairsConfig()
     demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

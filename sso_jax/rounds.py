@@ -153,16 +153,24 @@ def require_pairs(pairs: list[Triple], count: int, dropped: dict, path: Path) ->
         raise InputError(f"{path.parent}: none of {count} triples was kept ({dropped}); look at {path}")
 
 
-def train_on_pairs(run: Run, objective: Objective, iteration: int, params, pairs: list[Triple]) -> tuple[Any, dict]:
-    """The parameters after the updates of a round on its pairs, and what is said of them."""
+def train_on_pairs(
+    run: Run, objective: Objective, iteration: int, params, pairs: list[Triple], folder: Path | None = None, first_step: int = 0
+) -> tuple[Any, dict]:
+    """The parameters after the updates of a round on its pairs, and what is said of them; as `train` otherwise."""
     plan = plan_preferences(run.engine, objective, run.config, iteration, pairs)
     losses = preference_losses(run.engine.model, objective.terms, objective.cells, objective.beta)
-    return train(run, losses, plan, iteration, params)
+    return train(run, losses, plan, iteration, params, folder, first_step)
 
 
-def train(run: Run, losses: ExampleLosses, plan: Plan, iteration: int, params) -> tuple[Any, dict]:
-    """The updates of a round, their metrics written line by line; what is said of them stays what the first finish said."""
-    folder, before = run.folder(iteration), sum(stages.finished(run.folder(k), "training")["updates"] for k in range(1, iteration))
+def train(
+    run: Run, losses: ExampleLosses, plan: Plan, iteration: int, params, folder: Path | None = None, first_step: int = 0
+) -> tuple[Any, dict]:
+    """The updates of a round, their metrics written line by line; what is said of them stays what the first finish said.
+
+    Checkpoints go to `folder`, the round's own unless given; a second training of a round counts its steps on from `first_step`.
+    """
+    folder = folder or run.folder(iteration)
+    before = sum(_num_updates(run.folder(k)) for k in range(1, iteration))
     params, stats = train_round(
         run.engine,
         losses,
@@ -170,12 +178,17 @@ def train(run: Run, losses: ExampleLosses, plan: Plan, iteration: int, params) -
         run.config,
         params,
         folder / "checkpoints",
-        f"iteration {iteration}: updates",
-        line=lambda line: run.metrics.write({"iteration": iteration, **line}, before),
-        rewind=lambda step: run.metrics.rewind(iteration, step),
+        f"iteration {iteration}: updates" + (" of the generator" if folder != run.folder(iteration) else ""),
+        line=lambda line: run.metrics.write({"iteration": iteration, **line, "step": first_step + line["step"]}, before),
+        rewind=lambda step: run.metrics.rewind(iteration, first_step + step),
     )
     finished = stages.finished(folder, "training")
     return params, stages.finish(folder, "training", stats) if finished is None else finished
+
+
+def _num_updates(folder: Path) -> int:
+    """Updates of a finished round: the policy's, and before them those of its generator where it had one."""
+    return sum(stats["updates"] for part in (folder / "generator", folder) if (stats := stages.finished(part, "training")) is not None)
 
 
 def export(run: Run, iteration: int, params) -> dict:

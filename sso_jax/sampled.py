@@ -13,7 +13,7 @@ from sso_jax.errors import InputError
 from sso_jax.preferences.queries import deal, load_queries
 from sso_jax.preferences.responses import clean_triples, sample_triples
 from sso_jax.preferences.steering import steered_prompts
-from sso_jax.records import Query, SteeredQuery, Triple
+from sso_jax.records import RESPONSES, Query, SteeredQuery, Triple
 from sso_jax.rounds import Run
 from sso_jax.steering_sources import given_principles, steer_queries
 
@@ -62,15 +62,17 @@ def principles(run: Run, iteration: int, params, queries: list[Query]) -> tuple[
     return stages.record_stage(folder, "principles", SteeredQuery, make)
 
 
-def responses(run: Run, iteration: int, params, steered: list[SteeredQuery], folder: Path) -> tuple[list[Triple], dict]:
-    """The triples that the policy with `params` samples, written to `folder/responses.jsonl`."""
+def responses(
+    run: Run, iteration: int, params, steered: list[SteeredQuery], folder: Path, wanted: tuple[str, ...] = RESPONSES
+) -> tuple[list[Triple], dict]:
+    """The triples that the policy with `params` samples, or as much of them as is wanted, written to `folder/responses.jsonl`."""
     engine = run.engine
 
     def make() -> tuple[list[Triple], dict]:
         prompted = [(record, steered_prompts(engine.chat, record)) for record in steered]
         fitting = [item for item in prompted if all(engine.sampler.fits(prompt) for prompt in item[1].values())]
         start = time.perf_counter()
-        triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, fitting, run.config.run.seed, iteration)
+        triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, fitting, run.config.run.seed, iteration, wanted)
         num_tokens = sum(len(ids) for triple in triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
         dropped = {"prompt_too_long": len(prompted) - len(fitting)} if len(fitting) < len(prompted) else {}

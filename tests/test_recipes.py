@@ -1,6 +1,7 @@
 """A run of each recipe on a small random model: the files and numbers it leaves, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def write(path, rows):
 def model_folder(tmp_path_factory, one_device):
     """A random policy with a real tokenizer and 128 positions."""
     tokenizer = train_tokenizer()
-    model = toy_model(vocab_size=1024)
+    model = toy_model(vocab_size=640, num_layers=1)
     folder = tmp_path_factory.mktemp("model") / "policy"
     export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
     return folder
@@ -108,6 +109,40 @@ def test_sft_loss_is_that_of_transformers(model_folder, tmp_path):
         count += len(response)
     assert row["loss"] == pytest.approx(total / count, rel=1e-5)
     assert row["base_loss"] is None
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def test_generator_trains_one_model_and_then_the_policy_as_it_was(model_folder, tmp_path):
+    """The generator's updates come first; the policy's begin where its reference is, the policy before either. A run that is taken up
+    after its generator ends with the same numbers."""
+    queries = write(tmp_path / "q.jsonl", [{"query": f"Spell {word}."} for word in [*WORDS, "sun", "sea"]])
+    changes = {
+        "--recipe": "generator", "--queries.path": queries, "--sampling.max_new_tokens": 12, "--sampling.batch_size": 8,
+        "--train.batch_size": 4,
+        "--generator.queries": 6, "--generator.batch_size": 3, "--objective.base": "dpo", "--optimizer.learning_rate": 1e-3,
+    }  # fmt: skip
+    argv = arguments(model_folder, tmp_path / "run", **changes)
+    assert train.main(argv) == 0
+    rows, folder = lines(tmp_path / "run" / "metrics.jsonl"), tmp_path / "run" / "iteration_1"
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    taught = [row for row in rows if row["base_loss"] is None]
+    assert rows[: len(taught)] == taught and len(taught) == -(-len(lines(folder / "generator" / "pairs.jsonl")) // 3)
+    policy = rows[len(taught) :]
+    assert len(policy) == -(-len(lines(folder / "pairs.jsonl")) // 4) and all(row["positive_loss"] is None for row in policy)
+    assert taught[0]["positive_loss"] == pytest.approx(np.log(2), rel=1e-5) and policy[0]["base_loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert {row["original"] for row in lines(folder / "responses.jsonl")} == {None}
+    assert all(row["original"] for row in lines(folder / "generator" / "responses.jsonl"))
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    for name in ("round", "export", "training", "pairs"):
+        (folder / "done" / f"{name}.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    assert train.main(argv) == 0
+    assert without_times(lines(tmp_path / "run" / "metrics.jsonl")) == without_times(rows)
+    again, before = json.loads((tmp_path / "run" / "summary.json").read_bytes()), json.loads(summary)
+    assert [row["chosen_probability"] for row in again] == [row["chosen_probability"] for row in before]
 
 
 REFUSED = {

@@ -23,18 +23,19 @@ def sample_triples(
     steered: list[tuple[SteeredQuery, dict[str, list[int]]]],
     seed: int,
     iteration: int,
+    wanted: tuple[str, ...] = RESPONSES,
 ) -> list[Triple]:
-    """y+ from x+, y- from x- and y_o from x for every (steered query, prompts by context), in one stream."""
+    """y+ from x+, y- from x- and y_o from x for every (steered query, prompts by context), in one stream; y_o only where wanted."""
     requests = [
         Request(prompts[CONTEXT_OF[response]], row_key(seed, iteration, record.id, response))
         for record, prompts in steered
-        for response in RESPONSES
+        for response in wanted
     ]
     sampled = iter(sampler.sample(params, requests, f"iteration {iteration}: responses"))
     triples = []
     for record, _ in steered:
-        ids = {response: next(sampled) for response in RESPONSES}
-        texts = {response: decode_text(tokenizer, ids[response]) for response in RESPONSES}
+        ids = {response: next(sampled) for response in wanted}
+        texts = {response: decode_text(tokenizer, ids[response]) if response in ids else None for response in RESPONSES}
         triples.append(
             Triple(
                 id=record.id,
@@ -70,17 +71,17 @@ def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
     """Triples without labels; dropped are those with a label that cannot be cut, an empty response, or two that are the same."""
     kept, dropped = [], Counter()
     for triple in triples:
-        ids = {response: strip_label(tokenizer, triple.response_ids[response]) for response in RESPONSES}
+        ids = {response: strip_label(tokenizer, sampled) for response, sampled in triple.response_ids.items()}
         if any(value is None for value in ids.values()):
             dropped["label"] += 1
             continue
-        texts = {response: decode_text(tokenizer, ids[response]) for response in RESPONSES}
-        stripped = [text.strip() for text in texts.values()]
-        if not all(stripped):
+        texts = {response: decode_text(tokenizer, kept_ids) for response, kept_ids in ids.items()}
+        stripped = {response: text.strip() for response, text in texts.items()}
+        if not all(stripped.values()):
             dropped["empty"] += 1
-        elif stripped[0] == stripped[1]:
+        elif stripped["chosen"] == stripped["rejected"]:
             dropped["chosen_is_rejected"] += 1
-        elif stripped[2] in stripped[:2]:
+        elif stripped.get("original") in (stripped["chosen"], stripped["rejected"]):
             dropped["original_is_chosen_or_rejected"] += 1
         else:
             kept.append(dataclasses.replace(triple, response_ids=ids, **texts))
