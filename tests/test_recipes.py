@@ -37,7 +37,7 @@ def write(path, rows):
 def model_folder(tmp_path_factory, one_device):
     """A random policy with a real tokenizer and 128 positions."""
     tokenizer = train_tokenizer()
-    model = toy_model(vocab_size=640, num_layers=1)
+    model = toy_model(vocab_size=1024, num_layers=1)
     folder = tmp_path_factory.mktemp("model") / "policy"
     export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
     return folder

@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from sso_jax.records import Triple
 
-ROW_STEP, TARGET_STEP = 32, 16
+ROW_STEP, TARGET_STEP = 32, 64
 
 
 class Branch(NamedTuple):

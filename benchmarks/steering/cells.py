@@ -1,0 +1,113 @@
+"""A cell in, its finished rounds on disk out, resumed where they stopped; and what a finished cell says, read back."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.steering.methods import Cell
+from sso_jax import rounds, stages
+from sso_jax.assembly import Engine, build_engine, load_params
+from sso_jax.config import Config
+from sso_jax.environment import Environment, judged, toy_environment
+from sso_jax.mesh import make_mesh
+from sso_jax.metrics import open_metrics
+from sso_jax.recipes import RECIPES
+from sso_jax.records import Triple, read_records
+from sso_jax.rounds import Run
+from sso_jax.toy import pretraining
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """When to start nothing more."""
+
+    end: float | None
+
+    def up(self) -> bool:
+        return self.end is not None and time.time() >= self.end
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What cells of one width share: compiled functions, and what measures."""
+
+    engine: Engine
+    environment: Environment
+
+
+def start_folder(root: Path, cell: Cell) -> Path:
+    """Folder of what the cells of a seed and width start from: `start/`, the policy, and its numbers."""
+    return root / (f"start_{cell.seed}" if cell.width == 64 else f"start_{cell.seed}_width_{cell.width}")
+
+
+def start_policy(root: Path, cell: Cell) -> Path:
+    """Folder of the policy that a cell starts from; trained where it is not there yet."""
+    folder = start_folder(root, cell)
+
+    def train() -> dict:
+        log.info("supervised start of seed %d, width %d", cell.seed, cell.width)
+        pretraining.write_policy(cell.seed, pretraining.Curriculum(width=cell.width), make_mesh(1, -1, 1), folder / "start")
+        return {}
+
+    stages.plain_stage(folder, "supervised_start", train)
+    return folder / "start"
+
+
+def make_world(root: Path, config: Config, cell: Cell, held_out: int) -> World:
+    """Engine and judge for cells like this one; the tokenizer and the shapes are the same for every seed."""
+    environment = toy_environment()
+    step = max(1, len(environment.held_out) // held_out)
+    few = dataclasses.replace(environment, held_out=environment.held_out[::step][:held_out])
+    return World(build_engine(start_policy(root, cell), config), few)
+
+
+def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock) -> bool:
+    """Does the rounds of a cell that are left, and says whether the cell is whole."""
+    directory, recipe = root / cell.name, RECIPES[config.recipe]
+    link = directory / "iteration_0" / "start"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(start_policy(root, cell).absolute())
+    material, dropped = recipe.settle(config, world.engine, recipe.read(config))
+    run = Run(config, directory, world.engine, world.environment, material, dropped, open_metrics(directory, config.logging, {}))
+    params = None
+    for iteration in range(1, config.run.iterations + 1):
+        if stages.finished(run.folder(iteration), "round") is not None:
+            continue
+        if clock.up():
+            return False
+        params = rounds.start_params(run, iteration) if params is None else params
+        params, numbers = recipe.round(run, iteration, params)
+        stages.finish(run.folder(iteration), "round", {**numbers, **steerability(run, iteration)})
+    run.metrics.close()
+    return True
+
+
+def measure_start(root: Path, world: World, cell: Cell, config: Config) -> None:
+    """Quality of the policy of a seed before any update, once a seed."""
+    directory = start_policy(root, cell).parent
+    run = Run(config, directory, world.engine, world.environment, None, None, open_metrics(directory, config.logging, {}))
+    if stages.finished(run.folder(0), "evaluation") is None:
+        rounds.evaluate(run, 0, load_params(directory / "start", world.engine))
+
+
+def steerability(run: Run, iteration: int) -> dict[str, float]:
+    """How far the policy at the start of the round still follows principles: the judge's score of y+ less that of y-, all triples."""
+    folder = run.folder(iteration)
+    own = folder / "generator" / "responses.jsonl"
+    triples = read_records(Triple, own if own.is_file() else folder / "responses.jsonl")
+    gaps = [judged(run.environment, run.engine, t, "chosen") - judged(run.environment, run.engine, t, "rejected") for t in triples]
+    return {"steerability": float(np.mean(gaps))}
+
+
+def rounds_of(root: Path, cell: Cell) -> list[dict] | None:
+    """The rows of a cell, the start as the first; None where rounds are missing."""
+    start = start_folder(root, cell) / "iteration_0"
+    rows = [stages.finished(start, "evaluation")]
+    rows += [stages.finished(root / cell.name / f"iteration_{k}", "round") for k in range(1, cell.iterations + 1)]
+    return None if None in rows else rows

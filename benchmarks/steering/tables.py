@@ -1,0 +1,169 @@
+"""Finished cells in, tables of means and spreads over seeds and a figure out. A table with cells missing says so first.
+
+What pairs say in a round (accuracy, ties, probabilities, steerability, tokens) is of the policy at its start; quality is after it.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from benchmarks.steering.cells import rounds_of
+from benchmarks.steering.methods import FAMILIES, METHODS, RATES, STUDIES, Cell
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PARTS = ("truth", "completeness", "politeness", "concision")
+OF_PAIRS = ("pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability", "response_tokens")
+TITLES = ("pair accuracy", "ties", "P(chosen)", "P(rejected)", "steerability", "tokens sampled")
+MATCHED_QUALITY = 0.65
+BASELINES = {"v1_ipo": "pbaa_ipo", "v1_ipo_1": "pbaa_ipo_1", "random": "pbaa_dpo", "judge": "pbaa_dpo"}
+"""What a method is compared with, seed by seed; PBAA with DPO where nothing else is named."""
+
+Runs = dict[tuple[str, int], dict[int, list[dict]]]
+"""(method, queries) -> seed -> rows, the start first."""
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """`mean +- sample standard deviation`; the mean alone of one value, `-` of none."""
+    if not values or any(v is None for v in values):
+        return "-"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table with columns of one width."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda row: "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"  # noqa: E731
+    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def finished_runs(root: Path, cells: list[Cell]) -> Runs:
+    """The rows of every cell that is whole."""
+    runs: Runs = {}
+    for cell in cells:
+        rows = rounds_of(root, cell)
+        if rows is not None:
+            runs.setdefault((cell.method, cell.queries), {})[cell.seed] = rows
+    return runs
+
+
+def rates_table(root: Path, cells: list[Cell], rates: dict[str, float]) -> str:
+    """Quality after the choosing cells by family and rate, and what was chosen."""
+    rows = []
+    for family in FAMILIES:
+        found = {cell.rate: rounds_of(root, cell) for cell in cells if cell.method == family}
+        scores = [f"{found[rate][-1]['policy_quality']:.3f}" if found.get(rate) else "-" for rate in RATES]
+        rows.append([family, *scores, f"{rates[family]:g}" if family in rates else "none yet"])
+    return "\n".join(["## Learning rates, chosen on seed 0", "", markdown(["family", *(f"{r:g}" for r in RATES), "chosen"], rows), ""])
+
+
+def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
+    """All tables of a study."""
+    runs = finished_runs(root, cells)
+    done = sum(len(of_seeds) for of_seeds in runs.values())
+    lines = [f"## Study {study}: {STUDIES[study]}", ""]
+    if done < len(cells):
+        missing = [
+            f"{cell.method}/{cell.queries}/{cell.seed}" for cell in cells if cell.seed not in runs.get((cell.method, cell.queries), {})
+        ]
+        lines += [f"PARTIAL: {done} of {len(cells)} cells are done; missing (method/queries/seed): {', '.join(missing)}.", ""]
+    if not runs:
+        return "\n".join([*lines, "Nothing to show yet.", ""])
+    several = len({queries for _, queries in runs}) > 1
+    name = lambda key: METHODS[key[0]].title + (f", {key[1]} queries" if several else "")  # noqa: E731
+    lines += ["### Quality after each iteration", "", _quality_table(runs, name), ""]
+    lines += ["### The last round's pairs (of the policy at its start), and the final policy's length", "", _pairs_table(runs, name), ""]
+    lines += [f"### At matched quality: what the pairs are where the policy that samples them reaches {MATCHED_QUALITY}", ""]
+    return "\n".join([*lines, _matched_table(runs, name), ""])
+
+
+def _iterations(num: int) -> list[int]:
+    """Up to five iterations to show, the last among them."""
+    return sorted({round(k) for k in np.linspace(1, num, min(num, 5))})
+
+
+def _quality_table(runs: Runs, name) -> str:
+    num = max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values())
+    shown = _iterations(num)
+    rows = []
+    for key, of_seeds in runs.items():
+        qualities = [spread([rows[k]["policy_quality"] for rows in of_seeds.values()]) for k in shown]
+        parts = [spread([rows[-1]["quality_parts"][part] for rows in of_seeds.values()], 2) for part in PARTS]
+        rows.append([name(key), str(len(of_seeds)), *qualities, _difference(runs, key), *parts])
+    return markdown(["method", "seeds", *(f"iteration {k}" for k in shown), "less PBAA, by seed", *PARTS], rows)
+
+
+def _difference(runs: Runs, key: tuple[str, int]) -> str:
+    """Final quality less the baseline's, seed by seed: mean and spread, and in how many seeds it is above."""
+    baseline = runs.get((BASELINES.get(key[0], "pbaa_dpo"), key[1]), {})
+    common = sorted(runs[key].keys() & baseline.keys())
+    if not common or runs[key] is baseline:
+        return "-"
+    gaps = [runs[key][seed][-1]["policy_quality"] - baseline[seed][-1]["policy_quality"] for seed in common]
+    return f"{spread(gaps)} ({sum(gap > 0 for gap in gaps)} of {len(gaps)} above)"
+
+
+def _pairs_table(runs: Runs, name) -> str:
+    rows = []
+    for key, of_seeds in runs.items():
+        last = [rows[-1] for rows in of_seeds.values()]
+        values = [spread([row.get(field) for row in last], 1 if field == "response_tokens" else 2) for field in OF_PAIRS]
+        kept = spread([row["num_pairs"] for row in last], 0)
+        rows.append([name(key), kept, *values, spread([row["held_out_tokens"] for row in last], 1)])
+    return markdown(["method", "pairs", *TITLES, "tokens, final"], rows)
+
+
+def _matched_table(runs: Runs, name) -> str:
+    """Linear in quality between rounds; a seed that never samples from a policy that good is left out."""
+    rows = []
+    for key, of_seeds in runs.items():
+        reached = {field: [] for field in OF_PAIRS}
+        for of_rounds in of_seeds.values():
+            for field in OF_PAIRS:
+                value = _at_quality(of_rounds, field)
+                reached[field] += [] if value is None else [value]
+        rows.append(
+            [name(key), str(len(reached[OF_PAIRS[0]])), *(spread(reached[f], 1 if f == "response_tokens" else 2) for f in OF_PAIRS)]
+        )
+    return markdown(["method", "seeds", *TITLES], rows)
+
+
+def _at_quality(of_rounds: list[dict], field: str) -> float | None:
+    """A number of the pairs where the quality of the policy that sampled them first crosses MATCHED_QUALITY."""
+    points = [(before["policy_quality"], after[field]) for before, after in pairwise(of_rounds)]
+    for (low, first), (high, second) in pairwise(points):
+        if low < MATCHED_QUALITY <= high:
+            return first + (second - first) * (MATCHED_QUALITY - low) / (high - low)
+    return None
+
+
+PANELS = (
+    ("policy_quality", "Quality, unsteered, held out"), ("pair_accuracy", "Pair accuracy"), ("pair_ties", "Ties"),
+    ("chosen_probability", "P(chosen), plain prompt"), ("rejected_probability", "P(rejected), plain prompt"),
+    ("steerability", "Steerability at the round's start"), ("response_tokens", "Tokens sampled"), ("held_out_tokens", "Tokens, unsteered"),
+)  # fmt: skip
+
+
+def write_figure(root: Path, study: str, cells: list[Cell]) -> None:
+    """Curves of every method over iterations, means over its seeds with their range, to `study.svg`."""
+    runs = finished_runs(root, cells)
+    if not runs:
+        return
+    shown = [key for key in runs if study != "main" or key[0] in (*FAMILIES, "random", "judge")]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    for axis, (field, title) in zip(axes.flat, PANELS, strict=True):
+        for color, key in zip(plt.cm.tab10(np.linspace(0, 1, 10)), shown, strict=False):
+            values = np.array([[row.get(field, np.nan) for row in rows] for rows in runs[key].values()], float)
+            label = METHODS[key[0]].title + (f", {key[1]}" if study == "data" else "")
+            axis.plot(np.arange(values.shape[1]), values.mean(axis=0), color=color, label=label, marker="o", markersize=3)
+            axis.fill_between(np.arange(values.shape[1]), values.min(axis=0), values.max(axis=0), color=color, alpha=0.12)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("iteration")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(root / f"{study}.svg", metadata={"Date": None})
+    plt.close(figure)
