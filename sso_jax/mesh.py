@@ -1,5 +1,7 @@
 """Sizes of the mesh in, the device mesh and the shardings of everything out. The only file that names mesh axes."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from flax import linen as nn
@@ -49,6 +51,16 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def over_mesh(function: Callable, inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]) -> Callable:
+    """`function` of the part of each array that a device holds, for kernels that the partitioner cannot cut.
+
+    `inputs` and `output` are the logical names of the arrays' axes. Without a mesh in context it is `function`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=tuple(spec(*names) for names in inputs), out_specs=spec(*output), check_vma=False)
 
 
 def param_shardings(boxed_params, mesh: jax.sharding.Mesh):

@@ -1,11 +1,13 @@
 """Who sees whom: the tree mask as drawn, padding that changes nothing, and a cached decode that equals the full forward pass."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import toy_model, toy_params
 
-from sso_jax.models.attention import attend, causal_mask, empty_cache, tree_mask
+from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, plain_attend, splash_attend
+from sso_jax.models.attention import causal_mask, empty_cache, tree_mask
 
 
 def test_tree_mask_is_the_drawing_of_its_docstring():
@@ -34,13 +36,13 @@ def test_attend_equals_a_numpy_softmax_over_the_visible_keys():
         scores = np.where(mask[b, t], keys[b, k].astype(np.float64) @ queries[b, k, g, t] / np.sqrt(8), -np.inf)
         weights = np.exp(scores - scores.max())
         expected[b, k, g, t] = weights / weights.sum() @ values[b, k]
-    got = attend(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(values), jnp.asarray(mask))
+    got = plain_attend(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(values), jnp.asarray(mask))
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_a_token_that_sees_nothing_is_no_nan():
     ones = jnp.ones((1, 1, 1, 2, 4))
-    out = attend(ones, ones[:, :, 0], ones[:, :, 0] * 3, jnp.zeros((1, 2, 2), bool))
+    out = plain_attend(ones, ones[:, :, 0], ones[:, :, 0] * 3, jnp.zeros((1, 2, 2), bool))
     np.testing.assert_allclose(out, 3.0)
 
 
@@ -71,3 +73,60 @@ def test_padding_behind_a_row_changes_nothing_before_it(one_device):
         return model.apply({"params": params}, jnp.asarray(ids), positions, causal_mask(ids.shape[1]))[0]
 
     np.testing.assert_allclose(hidden(padded)[:, :9], hidden(tokens), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def packed_rows():
+    """Queries, keys, values of two packed rows of 40 tokens, the last 5 padding, and which tokens are real."""
+    draw = np.random.default_rng(1)
+    queries = draw.normal(size=(2, 2, 3, 40, 16)).astype(np.float32)
+    keys, values = draw.normal(size=(2, 2, 2, 40, 16)).astype(np.float32)
+    tree = np.array([[1] * 20 + [2] * 15 + [0] * 5, [1] * 35 + [0] * 5])
+    branch = np.array([[0] * 8 + [1] * 6 + [2] * 6 + [0] * 5 + [1] * 10 + [0] * 5, [0] * 10 + [1] * 20 + [2] * 5 + [0] * 5])
+    return tuple(jnp.asarray(x) for x in (queries, keys, values)), tree_mask(jnp.asarray(tree), jnp.asarray(branch)), tree > 0
+
+
+def _value_and_gradients(attend, inputs, mask, real):
+    """The attended real tokens, and gradients of a sum over them that weights every number differently."""
+    weights = np.random.default_rng(2).normal(size=inputs[0].shape).astype(np.float32) * real[:, None, None, :, None]
+    loss = lambda *inputs: jnp.sum(attend(*inputs, mask) * weights)  # noqa: E731
+    return attend(*inputs, mask) * real[:, None, None, :, None], jax.grad(loss, argnums=(0, 1, 2))(*inputs)
+
+
+FAST = {"splash": ATTEND["splash_interpreted"], "dot_product": lambda *a: cudnn_attend(*a, implementation="xla")}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_attention_equals_the_plain_one_with_its_gradients(name, packed_rows):
+    inputs, mask, real = packed_rows
+    got, expected = (_value_and_gradients(attend, inputs, mask, real) for attend in (FAST[name], plain_attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_splash_attention_is_cut_over_the_mesh(packed_rows, eight_devices):
+    (queries, keys, values), mask, real = packed_rows
+    four = lambda x: jnp.concatenate([x, x * 0.5])  # noqa: E731
+    inputs = tuple(four(x) for x in (queries, keys, values))
+    mask, real = jnp.concatenate([mask, mask]), np.concatenate([real, real])
+    with jax.set_mesh(eight_devices):
+        got = jax.jit(lambda *inputs: splash_attend(*inputs, mask, interpret=True))(*inputs)
+    expected = plain_attend(*inputs, mask)
+    np.testing.assert_allclose(got * real[:, None, None, :, None], expected * real[:, None, None, :, None], atol=2e-5)
+
+
+def test_cudnn_attention_leaves_float32_to_the_plain_one(packed_rows):
+    inputs, mask, _ = packed_rows  # the kernel itself needs a GPU; what it does not take must not reach it
+    np.testing.assert_array_equal(cudnn_attend(*inputs, mask), plain_attend(*inputs, mask))
+
+
+def test_a_decoder_gives_the_same_hidden_states_with_either_attention(one_device):
+    plain = toy_model()
+    params = toy_params(plain, one_device, scale=2.0)
+    tokens = jnp.arange(48).reshape(2, 24)
+    positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
+    run = lambda model: model.apply({"params": params}, tokens, positions, causal_mask(24))[0]  # noqa: E731
+    np.testing.assert_allclose(run(plain.clone(attend="splash_interpreted")), run(plain), atol=1e-5)
+
+
+def test_each_platform_has_its_attention():
+    assert [fastest(name) for name in ("cpu", "gpu", "cuda", "tpu")] == ["plain", "cudnn", "cudnn", "splash"]

@@ -1,6 +1,5 @@
 """Activations and a mask in, attended activations and an updated key/value cache out."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
+from sso_jax.models.attend import ATTEND, plain_attend
 from sso_jax.models.layers import Projection, RMSNorm, Rotation, rotate
-
-HIDDEN_SCORE = -1e30
-"""Added to the score of a key that must not be seen: large enough to swallow it, small enough to stay finite."""
 
 
 class Cache(NamedTuple):
@@ -55,33 +52,14 @@ def causal_mask(num_tokens: int) -> Bool[Array, "1 T T"]:
     return jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
 
 
-@jax.checkpoint
-def attend(
-    queries: Float[Array, "B K G T H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B T S"],
-) -> Float[Array, "B K G T H"]:
-    """`softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
-
-    Nothing of size [T, S] is kept for the backward pass, which computes the scores anew. A token that sees nothing (padding may) gets
-    the plain mean of the values, never NaN.
-    """
-    scale = 1.0 / math.sqrt(queries.shape[-1])
-    scores = jnp.einsum("bkgth,bksh->bkgts", queries * scale, keys, preferred_element_type=jnp.float32)
-    scores = scores + jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return (mixed / total).astype(values.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; with a cache it writes its keys and values at `slot`."""
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    attend: str = "plain"
+    """Name in `ATTEND` of what attends where whole sequences are run; a decoding step is always plain."""
 
     def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
         width, head_size = self.architecture.width, self.architecture.head_size
@@ -121,6 +99,7 @@ class Attention(nn.Module):
             if length == 1:  # decoding looks back at the cache; a prefill starts it and sees its own tokens only
                 keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)  # [B, K, S, H]
                 values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)  # [B, K, S, H]
+        attend = plain_attend if length == 1 else ATTEND[self.attend]
         out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")

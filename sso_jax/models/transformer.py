@@ -17,6 +17,7 @@ class Layer(nn.Module):
     architecture: Architecture
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    attend: str
 
     @nn.compact
     def __call__(self, carry, layer, turn, mask, slot):
@@ -24,7 +25,9 @@ class Layer(nn.Module):
         x = constrain(x, "batch", None, None)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
-        attended, cache = Attention(self.architecture, **types, name="attention")(normed, turn, mask, cache, layer, slot)
+        attended, cache = Attention(self.architecture, **types, attend=self.attend, name="attention")(
+            normed, turn, mask, cache, layer, slot
+        )
         x = x + attended
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
         return (x + GatedUnit(self.architecture, **types, name="unit")(normed), cache), None
@@ -33,13 +36,15 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The decoder of `architecture`; its layers are one scanned layer, so that compile time does not grow with depth.
 
-    `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes each layer in the backward pass.
+    `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes each layer in the backward pass;
+    `attend` names the attention of whole sequences (`attend.ATTEND`).
     """
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    attend: str = "plain"
 
     def setup(self):
         a = self.architecture
@@ -54,7 +59,7 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(a, self.dtype, self.param_dtype)
+        )(a, self.dtype, self.param_dtype, self.attend)
         self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
         if not a.tied_head:
             head = nn.with_logical_partitioning(init, ("width", "vocab"))
