@@ -82,3 +82,9 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Number of parts into which the first axis of a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_shards_in_context() -> int:
+    """As `num_batch_shards` of the mesh in context (`jax.set_mesh`); 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else num_batch_shards(mesh)

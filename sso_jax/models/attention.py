@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import ATTEND, plain_attend
-from sso_jax.models.layers import Projection, RMSNorm, Rotation, rotate
+from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, rotate
 
 
 class Cache(NamedTuple):
@@ -60,11 +60,15 @@ class Attention(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     attend: str = "plain"
     """Name in `ATTEND` of what attends where whole sequences are run; a decoding step is always plain."""
+    adapters: Adapters = Adapters()
+
+    def _types(self) -> dict:
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters)
 
     def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
         width, head_size = self.architecture.width, self.architecture.head_size
         bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        types = self._types()
         return Projection("btd,dmh->btmh", (width, num_heads, head_size), ("width", axis, "head_size"), bias_axes, **types, name=name)
 
     @nn.compact
@@ -103,4 +107,4 @@ class Attention(nn.Module):
         out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")
-        return Projection("btnh,nhd->btd", shape, axes, dtype=self.dtype, param_dtype=self.param_dtype, name="out")(out), cache
+        return Projection("btnh,nhd->btd", shape, axes, **self._types(), name="out")(out), cache

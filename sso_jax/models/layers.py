@@ -30,8 +30,26 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
 
 
+class Adapters(NamedTuple):
+    """Low-rank additions to projections (Hu et al. 2021, LoRA, eq. 3): which ones, of which rank, and how strong."""
+
+    rank: int = 0
+    """0 is none."""
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+    """Names of the projections: query, key, value, out, gate, up, down."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 class Projection(nn.Module):
-    """`einsum(equation, x, kernel) + bias`, with a logical name for each axis of the kernel."""
+    """`einsum(equation, x, kernel) + bias`, with a logical name for each axis of the kernel.
+
+    With adapters on this projection, `scale * (x A) B` is added, A normal and B zero at the start, both float32 whatever the weights
+    are: a fresh adapter changes nothing.
+    """
 
     equation: str
     shape: tuple[int, ...]
@@ -40,6 +58,7 @@ class Projection(nn.Module):
     """Names of the output axes, the last ones of the kernel; empty for no bias."""
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    adapters: Adapters = Adapters()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
@@ -50,7 +69,19 @@ class Projection(nn.Module):
             shape = self.shape[-len(self.bias_axes) :]
             bias = self.param("bias", init, shape, self.param_dtype).astype(self.dtype)
             out = out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
-        return out
+        return out + self._low_rank(x) if self.name in self.adapters.targets else out
+
+    def _low_rank(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """`scale * (x A) B` for A [inputs..., R] and B [R, outputs...]."""
+        num_inputs = x.ndim - 2
+        shapes = (*self.shape[:num_inputs], self.adapters.rank), (self.adapters.rank, *self.shape[num_inputs:])
+        axes = (*self.axes[:num_inputs], None), (None, *self.axes[num_inputs:])
+        spread = nn.initializers.normal(1.0 / math.sqrt(math.prod(self.shape[:num_inputs])))
+        inits = [nn.with_logical_partitioning(init, names) for init, names in zip((spread, nn.initializers.zeros), axes, strict=True)]
+        down = self.param("adapter_a", inits[0], shapes[0], jnp.float32).astype(self.dtype)
+        up = self.param("adapter_b", inits[1], shapes[1], jnp.float32).astype(self.dtype)
+        narrow = jnp.tensordot(x, down, num_inputs)  # [B, T, R]
+        return self.adapters.scale * jnp.tensordot(narrow, up, 1)
 
 
 class GatedUnit(nn.Module):
@@ -59,11 +90,12 @@ class GatedUnit(nn.Module):
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    adapters: Adapters = Adapters()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width, hidden = self.architecture.width, self.architecture.hidden
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters)
         gate = Projection("btd,df->btf", (width, hidden), ("width", "hidden"), **types, name="gate")(x)
         up = Projection("btd,df->btf", (width, hidden), ("width", "hidden"), **types, name="up")(x)
         inner = constrain(nn.silu(gate) * up, "batch", None, "hidden")

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, Cache, causal_mask
-from sso_jax.models.layers import GatedUnit, RMSNorm, rotation
+from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, rotation
 
 
 class Layer(nn.Module):
@@ -18,12 +18,13 @@ class Layer(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     attend: str
+    adapters: Adapters
 
     @nn.compact
     def __call__(self, carry, layer, turn, mask, slot):
         x, cache = carry
         x = constrain(x, "batch", None, None)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
         attended, cache = Attention(self.architecture, **types, attend=self.attend, name="attention")(
             normed, turn, mask, cache, layer, slot
@@ -37,7 +38,7 @@ class Transformer(nn.Module):
     """The decoder of `architecture`; its layers are one scanned layer, so that compile time does not grow with depth.
 
     `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes each layer in the backward pass;
-    `attend` names the attention of whole sequences (`attend.ATTEND`).
+    `attend` names the attention of whole sequences (`attend.ATTEND`), `adapters` adds low-rank parameters to projections.
     """
 
     architecture: Architecture
@@ -45,6 +46,7 @@ class Transformer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     remat: bool = False
     attend: str = "plain"
+    adapters: Adapters = Adapters()
 
     def setup(self):
         a = self.architecture
@@ -59,7 +61,7 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(a, self.dtype, self.param_dtype, self.attend)
+        )(a, self.dtype, self.param_dtype, self.attend, self.adapters)
         self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
         if not a.tied_head:
             head = nn.with_logical_partitioning(init, ("width", "vocab"))
@@ -74,16 +76,25 @@ class Transformer(nn.Module):
         slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None)."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)  # [B, T, D]
+        table = constrain(self.embedding.astype(self.dtype), "vocab", None)  # gathered over its width: rows are cut by batch
+        x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         layers = jnp.arange(self.architecture.num_layers)
         (x, cache), _ = self.layers((x, cache), layers, rotation(positions, self.architecture), mask, jnp.asarray(slot))
         return self.final_norm(x), cache
 
+    def head_matrix(self) -> Float[Array, "D V"]:
+        """What hidden states are multiplied with, in the type of the arithmetic; each device holds all of the width that it needs."""
+        head = self.embedding.T if self.architecture.tied_head else self.head
+        return constrain(head.astype(self.dtype), None, "vocab")
+
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32."""
-        if self.architecture.tied_head:
-            return jnp.einsum("...d,vd->...v", hidden, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
-        return jnp.einsum("...d,dv->...v", hidden, self.head.astype(self.dtype), preferred_element_type=jnp.float32)
+        return project(hidden, self.head_matrix())
+
+
+def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
+    """Scores of the next token, float32, from hidden states and `Transformer.head_matrix`."""
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
 def init_params(model: Transformer, key: jax.Array):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sso_jax.mesh import batch_sharding, replicated
 from sso_jax.models.attention import Cache, causal_mask, empty_cache
-from sso_jax.models.transformer import Transformer
+from sso_jax.models.transformer import Transformer, project
 from sso_jax.sampling.strategies import Strategy, choose
 
 
@@ -58,11 +58,12 @@ def generate(
     """Samples up to `max_new_tokens` tokens a row; a row ends with the first token of `stop_ids`."""
     batch_size, prompt_slots = prompts.tokens.shape
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
+    head = model.apply({"params": params}, method="head_matrix")
     slots = jnp.arange(prompt_slots + max_new_tokens)
 
     def pick(hidden: Float[Array, "B D"], state: _State) -> _State:
         """Draws token number `state.step` of each row from the hidden state before it."""
-        logits = model.apply({"params": params}, hidden, method="logits")  # [B, V]
+        logits = project(hidden, head)  # [B, V]
         token = jnp.where(state.done, 0, choose(logits, _uniform(prompts.keys, state.step), strategy))
         samples = Samples(
             tokens=jax.lax.dynamic_update_slice(state.samples.tokens, token[:, None], (0, state.step)),

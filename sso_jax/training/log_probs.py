@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sso_jax.mesh import batch_sharding, constrain, replicated
+from sso_jax.mesh import batch_sharding, batch_shards_in_context, constrain, replicated
 from sso_jax.models.attention import tree_mask
-from sso_jax.models.transformer import Transformer
+from sso_jax.models.transformer import Transformer, project
 from sso_jax.training.batches import Rows
 
 MAX_CHUNK_LOGITS = 2**25
-"""Logits that are alive at once; response tokens are projected to the vocabulary in chunks of about that many."""
+"""Logits that a device holds at once; response tokens are projected to the vocabulary in chunks of about that many."""
 
 
-def token_log_probs(project: Callable, hidden: Float[Array, "R M D"], target: Int[Array, "R M"], chunk: int) -> Float[Array, "R M"]:
-    """`log softmax(project(hidden))[target]` in float32, `chunk` tokens of each row at a time, recomputed in the backward pass."""
+def token_log_probs(head: Float[Array, "D V"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], chunk: int) -> Float[Array, "R M"]:
+    """`log softmax(hidden head)[target]` in float32, `chunk` tokens of each row at a time, recomputed in the backward pass."""
     num_rows, num_targets, width = hidden.shape
     padded = -(-num_targets // chunk) * chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padded - num_targets), (0, 0)))
@@ -26,7 +26,7 @@ def token_log_probs(project: Callable, hidden: Float[Array, "R M D"], target: In
 
     @jax.checkpoint
     def of_chunk(hidden: Float[Array, "R C D"], target: Int[Array, "R C"]) -> Float[Array, "R C"]:
-        logits = constrain(project(hidden), "batch", None, "vocab")  # [R, C, V]
+        logits = constrain(project(hidden, head), "batch", None, "vocab")  # [R, C, V]
         chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -39,10 +39,11 @@ def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Fl
     mask = tree_mask(rows.tree, rows.branch)
     hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask)
     hidden = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)  # [R, M, D]
-    project = lambda part: model.apply({"params": params}, part, method="logits")  # noqa: E731
+    head = model.apply({"params": params}, method="head_matrix")  # gathered here, once for all chunks
     num_rows, num_targets = rows.target.shape
-    chunk = max(1, min(num_targets, MAX_CHUNK_LOGITS // (num_rows * model.architecture.vocab_size)))
-    log_probs = token_log_probs(project, hidden, rows.target, chunk)
+    rows_of_device = -(-num_rows // batch_shards_in_context())
+    chunk = max(1, min(num_targets, MAX_CHUNK_LOGITS // (rows_of_device * model.architecture.vocab_size)))
+    log_probs = token_log_probs(head, hidden, rows.target, chunk)
     sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
     return sums[:num_cells]
 

@@ -1,0 +1,57 @@
+"""A traced program in, its floating-point operations out: matrix products only, counted before compilation.
+
+XLA's own `cost_analysis` counts the body of a loop once; here a scan counts its length, and a while loop the trips that the caller names.
+"""
+
+import math
+
+from jax import core
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count_flops(program: ClosedJaxpr, while_trips: int = 1) -> int:
+    """Operations of the matrix products of `program` (`jax.make_jaxpr(f)(*shapes)`), two a multiply-add.
+
+    Worked example: a scan over 10 layers of [4, 8] @ [8, 16] counts 10 * 2 * 4*8*16 = 10,240.
+
+    Args:
+      while_trips: trips of each while loop, whose number a program does not tell.
+    """
+    return _count(program.jaxpr, while_trips)
+
+
+def _count(jaxpr: Jaxpr, while_trips: int) -> int:
+    return sum(_of_equation(equation, while_trips) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation, while_trips: int) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _of_product(equation)
+    if name == "cond":
+        return max(_count(branch.jaxpr, while_trips) for branch in params["branches"])
+    inner = sum(_count(_open(value), while_trips) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr))
+    return inner * _repeats(name, params, while_trips)
+
+
+def _repeats(name: str, params: dict, while_trips: int) -> int:
+    """How often the program inside an operation runs: over its steps, over its blocks, over the devices that each run it."""
+    if name == "scan":
+        return params["length"]
+    if name == "while":
+        return while_trips
+    if name == "pallas_call":
+        return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
+    if name == "shard_map":
+        return params["mesh"].size
+    return 1
+
+
+def _open(program: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def _of_product(equation) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left: core.ShapedArray = equation.invars[0].aval
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[axis] for axis in contracted)
