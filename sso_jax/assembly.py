@@ -11,12 +11,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.config import Config, ModelConfig, ObjectiveConfig, SampleConfig
+from sso_jax.config import Config, LoraConfig, ModelConfig, ObjectiveConfig, SampleConfig
 from sso_jax.errors import InputError
-from sso_jax.mesh import make_mesh, param_shardings
+from sso_jax.mesh import check_divides, make_mesh, param_shardings
+from sso_jax.models.adapters import fresh_adapters
 from sso_jax.models.architecture import Architecture
+from sso_jax.models.attend import fastest
 from sso_jax.models.hf_weights import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -26,6 +29,7 @@ from sso_jax.models.hf_weights import (
     to_hf_config,
     write_params,
 )
+from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.sampling.decode import build_generate
 from sso_jax.sampling.sampler import Sampler
@@ -54,6 +58,8 @@ class Engine:
     """Sharding of each parameter."""
     max_tokens: int
     """Limit of prompt plus response: train.max_tokens or the model's positions, whichever is less."""
+    seed: int = 0
+    """Of fresh adapters."""
 
     def abstract_params(self):
         """Shapes and types of the parameters."""
@@ -108,9 +114,38 @@ def _name_unused(config: ObjectiveConfig, used: tuple[str, ...]) -> None:
         log.warning("form %r does not use %s", config.form, ", ".join(f"objective.{name}" for name in unused))
 
 
-def make_model(architecture: Architecture, config: ModelConfig) -> Transformer:
-    """Decoder with the types that the config asks for."""
-    return Transformer(architecture, jnp.dtype(config.compute_dtype), jnp.dtype(config.param_dtype), remat=config.remat)
+def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:
+    """Raises `InputError` if the mesh cannot cut the model's matrices evenly."""
+    a = architecture
+    check_divides(mesh, "heads", "num_attention_heads", a.num_heads)
+    check_divides(mesh, "kv_heads", "num_key_value_heads", a.num_kv_heads)
+    check_divides(mesh, "hidden", "intermediate_size", a.hidden)
+    check_divides(mesh, "vocab", "vocab_size", a.vocab_size)
+    check_divides(mesh, "width", "hidden_size", a.width)
+
+
+def build_decoder(architecture: Architecture, config: Config | SampleConfig, mesh: jax.sharding.Mesh) -> tuple[Transformer, dict]:
+    """Decoder with the types, the attention and the adapters that the config asks for, and the sharding of each parameter.
+
+    Raises:
+      InputError: if the mesh cannot cut the model evenly.
+    """
+    _check_mesh(mesh, architecture)
+    model, lora = config.model, config.lora if isinstance(config, Config) else LoraConfig()
+    attend = fastest(mesh.devices.flat[0].platform) if model.attention == "auto" else model.attention
+    adapters = Adapters(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else Adapters()
+    types = jnp.dtype(model.compute_dtype), jnp.dtype(model.param_dtype)
+    decoder = Transformer(architecture, *types, remat=model.remat, attend=attend, adapters=adapters)
+    return decoder, param_shardings(abstract_params(decoder), mesh)
+
+
+def set_precision(config: ModelConfig) -> None:
+    """Tells JAX how exact matrix products are: float32 ones are, unless the config says otherwise.
+
+    A TPU multiplies float32 in one bfloat16 pass by default, and a recent NVIDIA GPU in TF32: wrong in the third digit.
+    """
+    precision = config.matmul_precision or ("highest" if config.compute_dtype == "float32" else None)
+    jax.config.update("jax_default_matmul_precision", precision)
 
 
 def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
@@ -120,15 +155,15 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
       InputError: for a folder that is incomplete or does not fit together.
     """
     architecture = read_architecture(folder)
-    model = make_model(architecture, config.model)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model, shardings = build_decoder(architecture, config, mesh)
+    set_precision(config.model)
     check_weights(folder, model)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > architecture.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json {architecture.vocab_size}; they do not belong together"
         )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    shardings = param_shardings(abstract_params(model), mesh)
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
     sampler = Sampler(
         generate=build_generate(model, mesh, shardings),
@@ -140,16 +175,23 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
         batch_size=config.sampling.batch_size,
     )
     score = build_score(model, mesh, shardings)
-    return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens)
+    return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens, config.run.seed)
 
 
 def load_params(folder: str | Path, engine: Engine):
-    """Parameters of a folder, placed on the engine's mesh."""
-    return read_params(folder, engine.model, engine.mesh)
+    """Parameters of a folder, placed on the engine's mesh, with fresh adapters where the engine has any."""
+    params = flatten_dict(read_params(folder, engine.model, engine.mesh), sep="/")
+    return unflatten_dict({**params, **fresh_adapters(engine.model, engine.mesh, engine.seed)}, sep="/")
 
 
 def export_policy(
-    params, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...], folder: Path, dtype: str
+    params,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: tuple[int, ...],
+    folder: Path,
+    dtype: str,
+    adapters: Adapters = Adapters(),
 ) -> None:
     """Writes a complete Hugging Face folder, whole or not at all: config, generation config, tokenizer, safetensors with index."""
     partial_folder = folder.with_name(folder.name + ".partial")
@@ -160,7 +202,7 @@ def export_policy(
     for name, fields in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
         (partial_folder / name).write_text(json.dumps(fields, indent=2), encoding="utf-8")
     tokenizer.save_pretrained(partial_folder)
-    write_params(params, architecture, partial_folder, dtype)
+    write_params(params, architecture, partial_folder, dtype, adapters)
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
 

@@ -57,6 +57,10 @@ class ModelConfig:
     """Hugging Face folder of another reference than the policy at the start of the round."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
+    """Attention of whole sequences: `plain` runs anywhere, `cudnn` is for NVIDIA, `splash` for TPU; `auto` takes the platform's."""
+    matmul_precision: Optional[Literal["default", "high", "highest"]] = None
+    """Exactness of matrix products; null is `highest` for float32 arithmetic and the platform's own for bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,29 @@ class DemonstrationsConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of the adapters that are trained in place of the weights; 0 trains the weights themselves."""
+    alpha: float = 32.0
+    """Adapters are multiplied by alpha/rank."""
+    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = (
+        "query",
+        "key",
+        "value",
+        "out",
+        "gate",
+        "up",
+        "down",
+    )
+    """Projections that get adapters."""
+
+    def __post_init__(self):
+        require(self.rank >= 0, "lora.rank", self.rank, "0 (none) or more")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        require(self.rank == 0 or len(self.targets) > 0, "lora.targets", self.targets, "at least one projection")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 100
     """Updates between checkpoints; the end of a round is always one."""
@@ -345,6 +372,8 @@ class Config:
     recipe: Literal["online", "generator", "offline", "sft"] = "online"
     """`online`, the paper's version 1: sample, pair, train, repeat; `generator`, its version 2: train a generator, then the policy on
     its pairs; `offline` trains on given pairs; `sft` on demonstrations."""
+    dry_run: Optional[str] = None
+    """A TPU topology such as v5e:4x4: compile every program for it, print bytes and operations, and do nothing else."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -360,6 +389,7 @@ class Config:
     generator: GeneratorConfig = GeneratorConfig()
     pairs: PairsConfig = PairsConfig()
     demonstrations: DemonstrationsConfig = DemonstrationsConfig()
+    lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 

@@ -8,7 +8,7 @@ import json
 import logging
 from pathlib import Path
 
-from sso_jax import report, rounds, run_folder, stages
+from sso_jax import dry_run, report, rounds, run_folder, stages
 from sso_jax.assembly import build_engine, enable_compilation_cache
 from sso_jax.config import Config, to_dict
 from sso_jax.environment import no_judge, toy_environment
@@ -30,6 +30,8 @@ def run(config: Config) -> None:
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.
     """
+    if config.dry_run is not None:
+        return dry_run.run(config)
     directory = Path(config.run.directory)
     run_folder.check(directory, config)
     if stages.finished(directory / f"iteration_{config.run.iterations}", "round") is not None:

@@ -41,6 +41,13 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def check_divides(mesh: jax.sharding.Mesh, logical: str, name: str, size: int) -> None:
+    """Raises `InputError` if the mesh axis of a logical axis does not divide its size, which users know as `name`."""
+    axis = RULES[logical]
+    if size % mesh.shape[axis]:
+        raise InputError(f"mesh.{axis}: {mesh.shape[axis]} does not divide the model's {name} {size}; give a divisor of it")
+
+
 def spec(*logical: str | None) -> PartitionSpec:
     """Partition spec of an array whose axes have these logical names."""
     return PartitionSpec(*(RULES[name] if name else None for name in logical))

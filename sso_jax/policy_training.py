@@ -13,6 +13,7 @@ from sso_jax.assembly import Engine, Objective
 from sso_jax.config import Config, OptimizerConfig
 from sso_jax.errors import InputError
 from sso_jax.mesh import num_batch_shards
+from sso_jax.models.adapters import split_trainable
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Triple
 from sso_jax.training import checkpoints
@@ -76,16 +77,19 @@ def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], i
     return [[items[i] for i in update] for update in order], micro, -(-batch_size // micro)
 
 
-def _optimizer(config: OptimizerConfig, num_updates: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+def build_optimizer(config: OptimizerConfig, num_updates: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Learning rate by update, and the AdamW that follows it."""
     schedule = learning_rate_schedule(config.learning_rate, config.schedule, config.warmup_ratio, num_updates)
     return schedule, make_optimizer(schedule, config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm)
 
 
-def _abstract_state(engine: Engine, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of the state."""
-    params = engine.abstract_params()
-    shapes = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), np.int32))
-    return shapes, state_shardings(params, engine.shardings, optimizer, engine.mesh)
+def abstract_state(
+    params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the state, from those of the parameters."""
+    trainable, frozen = split_trainable(params)
+    shapes = TrainState(trainable, jax.eval_shape(optimizer.init, trainable), jax.ShapeDtypeStruct((), np.int32), frozen)
+    return shapes, state_shardings(params, param_shardings, optimizer, mesh)
 
 
 def train_round(
@@ -104,31 +108,33 @@ def train_round(
     `line` takes the metrics of each update; `rewind` is first told the update that training goes on from.
     """
     num_updates = len(plan.num_tokens)
-    schedule, optimizer = _optimizer(config.optimizer, num_updates)
-    shapes, shardings = _abstract_state(engine, optimizer)
+    schedule, optimizer = build_optimizer(config.optimizer, num_updates)
+    shapes, shardings = abstract_state(engine.abstract_params(), engine.shardings, optimizer, engine.mesh)
     update = build_update(losses, optimizer, schedule, engine.mesh, shardings, plan.make_batch(0))
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
         done = 0 if state is None else int(state.step)
-        state = init_state(params, optimizer, shardings) if state is None else state
+        frozen = split_trainable(params)[1]
+        state = init_state(params, optimizer, shardings) if state is None else state._replace(frozen=frozen)
         rewind(done)
         hooks = Hooks(line, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps)
         start = time.perf_counter()
         state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
-    return state.params, {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
+    return state.whole_params(), {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
 
 
-def trained_params(engine: Engine, config: Config, folder: Path):
-    """Parameters of the newest checkpoint of a finished round.
+def trained_params(engine: Engine, config: Config, folder: Path, base: Callable[[], dict]):
+    """Parameters of the newest checkpoint of a finished round; `base` gives those of the start, for what training left as it was.
 
     Raises:
       InputError: if the folder holds none.
     """
-    shapes, shardings = _abstract_state(engine, _optimizer(config.optimizer, num_updates=1)[1])
+    optimizer = build_optimizer(config.optimizer, num_updates=1)[1]
+    shapes, shardings = abstract_state(engine.abstract_params(), engine.shardings, optimizer, engine.mesh)
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
     if state is None:
         raise InputError(f"{folder}: no checkpoint, though the round is marked as done; delete {folder.parent} to do it again")
-    return state.params
+    return state._replace(frozen=split_trainable(base())[1]).whole_params() if shapes.frozen else state.params

@@ -75,10 +75,14 @@ def source_folder(config: Config) -> Path:
 
 def start_params(run: Run, iteration: int):
     """Parameters at the start of a round: the model folder's, or those of the last checkpoint of the round before."""
-    if iteration <= 1:
+
+    def first_params():
         folder = run.directory / "iteration_0" / "start" if run.config.model.path == "toy" else source_folder(run.config)
         return load_params(folder, run.engine)
-    return trained_params(run.engine, run.config, run.folder(iteration - 1) / "checkpoints")
+
+    if iteration <= 1:
+        return first_params()
+    return trained_params(run.engine, run.config, run.folder(iteration - 1) / "checkpoints", first_params)
 
 
 def choose_pairs(
@@ -194,10 +198,11 @@ def _num_updates(folder: Path) -> int:
 def export(run: Run, iteration: int, params) -> dict:
     """Writes the policy of the round as a Hugging Face folder."""
     engine, folder = run.engine, run.folder(iteration)
-    tokenizer, stops, dtype = engine.chat.tokenizer, engine.sampler.stop_ids, run.config.model.export_dtype
+    model, tokenizer, dtype = engine.model, engine.chat.tokenizer, run.config.model.export_dtype
 
     def write() -> dict:
-        export_policy(params, engine.model.architecture, tokenizer, stops, folder / POLICY_FOLDER, dtype)
+        out = folder / POLICY_FOLDER
+        export_policy(params, model.architecture, tokenizer, engine.sampler.stop_ids, out, dtype, model.adapters)
         return {}
 
     return stages.plain_stage(folder, "export", write)

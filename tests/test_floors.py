@@ -8,12 +8,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "sso_jax"
 FLOORS = {
     "errors": 0, "records": 0, "row_files": 0, "conversations": 0, "config": 0, "progress": 0, "stages": 0, "command": 0,
-    "endpoint": 1, "mesh": 1, "models": 1, "tokens": 1,
+    "endpoint": 1, "mesh": 1, "models": 1, "tokens": 1, "flops": 1,
     "sampling": 2, "training": 2,
     "preferences": 3,
     "assembly": 4, "toy": 4, "metrics": 4, "report": 4, "answers": 4, "iteration": 4,
     "benchmark_answers": 4, "steering_sources": 4,
-    "environment": 4, "run_folder": 4, "policy_training": 4, "rounds": 4, "sampled": 4, "recipes": 4,
+    "environment": 4, "dry_run": 4, "run_folder": 4, "policy_training": 4, "rounds": 4, "sampled": 4, "recipes": 4,
 }  # fmt: skip
 ONLY_IN = {"orbax": "training/checkpoints.py", "tensorboardX": "metrics.py", "matplotlib": "report.py", "httpx2": "endpoint.py"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -20,7 +20,9 @@ from safetensors.numpy import save_file
 
 from sso_jax.errors import InputError
 from sso_jax.mesh import param_shardings
+from sso_jax.models.adapters import is_adapter, merged
 from sso_jax.models.architecture import Architecture, RopeScaling
+from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -282,6 +284,12 @@ def _expected_tensors(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tu
     }
 
 
+def _stored_params(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the parameters that folders hold: all but adapters."""
+    flat = flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+    return {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+
+
 def _open_checked(folder: str | Path, model: Transformer, abstract: dict[str, jax.ShapeDtypeStruct]) -> _Folder:
     source = _Folder(Path(folder))
     if model.architecture.tied_head:
@@ -292,17 +300,17 @@ def _open_checked(folder: str | Path, model: Transformer, abstract: dict[str, ja
 
 def check_weights(folder: str | Path, model: Transformer) -> None:
     """Reads the heads of a folder's safetensors and raises what `read_params` would; no weights are read."""
-    _open_checked(folder, model, flatten_dict(nn.unbox(abstract_params(model)), sep="/"))
+    _open_checked(folder, model, _stored_params(model))
 
 
 def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh):
-    """Parameters of `model` from a folder's safetensors, each device getting only the slices that it holds.
+    """Parameters of `model`, adapters apart, from a folder's safetensors, each device getting only the slices that it holds.
 
     Raises:
       InputError: names a tensor that is missing, extra, mis-shaped or of another type, or a file that is truncated.
     """
     boxed = abstract_params(model)
-    abstract = flatten_dict(nn.unbox(boxed), sep="/")
+    abstract = _stored_params(model)
     shardings = flatten_dict(param_shardings(boxed, mesh), sep="/")
     source = _open_checked(folder, model, abstract)
 
@@ -322,16 +330,24 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
     return unflatten_dict(params, sep="/")
 
 
-def write_params(params, architecture: Architecture, folder: str | Path, dtype: str, max_shard_bytes: int = 5 * 2**30) -> None:
-    """Writes parameters as sharded safetensors with an index, at most `max_shard_bytes` of tensors held on the host."""
+def write_params(
+    params,
+    architecture: Architecture,
+    folder: str | Path,
+    dtype: str,
+    adapters: Adapters = Adapters(),
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes parameters as sharded safetensors with an index, at most `max_shard_bytes` of tensors held on the host.
+
+    Adapters are merged into the weights that they belong to.
+    """
     folder = Path(folder)
     element_type = jnp.dtype(dtype)
-    tensors = [
-        (name, path, row)
-        for path, leaf in flatten_dict(params, sep="/").items()
-        for row, name in enumerate(_tensor_names(path, leaf.shape))
-    ]
     flat = flatten_dict(params, sep="/")
+    tensors = [
+        (name, path, row) for path, leaf in flat.items() if not is_adapter(path) for row, name in enumerate(_tensor_names(path, leaf.shape))
+    ]
     sizes = {name: int(np.prod(_unit_shape(path, flat[path].shape))) * element_type.itemsize for name, path, _ in tensors}
     shards: list[list[tuple[str, str, int]]] = [[]]
     held = 0
@@ -346,7 +362,7 @@ def write_params(params, architecture: Architecture, folder: str | Path, dtype: 
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {}
         for name, path, row in shard:
-            value = flat[path][row] if path.startswith("layers/") else flat[path]
+            value = merged(flat, path, row, adapters) if path.startswith("layers/") else flat[path]
             arrays[name] = _to_hf(RULES[path], np.asarray(jax.device_get(value)).astype(element_type))
             weight_map[name] = file
         save_file(arrays, folder / file, metadata={"format": "pt"})

@@ -15,14 +15,19 @@ def open_checkpoints(folder: str | Path, keep: int) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, num_updates: int) -> None:
-    """Starts to save the state after `num_updates` updates; training may go on meanwhile."""
-    checkpoints.save(num_updates, args=ocp.args.StandardSave(state._asdict()))
+    """Starts to save the state after `num_updates` updates, frozen parameters apart; training may go on meanwhile."""
+    checkpoints.save(num_updates, args=ocp.args.StandardSave(_changing(state)))
 
 
 def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, shardings: TrainState) -> TrainState | None:
-    """The newest checkpoint, each part placed by `shardings`; None where there is none."""
+    """The newest checkpoint, each part placed by `shardings`, without frozen parameters; None where there is none."""
     newest = checkpoints.latest_step()
     if newest is None:
         return None
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-    return TrainState(**checkpoints.restore(newest, args=ocp.args.StandardRestore(target._asdict())))
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings))
+    return TrainState(**checkpoints.restore(newest, args=ocp.args.StandardRestore(target)))
+
+
+def _changing(state: TrainState) -> dict:
+    """What updates change, and a checkpoint therefore holds."""
+    return {"params": state.params, "optimizer": state.optimizer, "step": state.step}

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sso_jax.mesh import replicated, spec
+from sso_jax.models.adapters import join, split_trainable
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
 from sso_jax.training.log_probs import cell_log_probs
@@ -19,11 +20,18 @@ from sso_jax.training.objectives import Steered, Terms, pair_metrics
 
 
 class TrainState(NamedTuple):
-    """All that an update changes."""
+    """What an update changes, and what it only reads."""
 
     params: dict
+    """All parameters, or the adapters alone where there are any."""
     optimizer: optax.OptState
     step: Int[Array, ""]
+    frozen: dict = {}  # noqa: RUF012 (an empty tree of arrays)
+    """The parameters beneath the adapters."""
+
+    def whole_params(self) -> dict:
+        """The decoder's parameters, as sampling and scoring take them."""
+        return join(self.params, self.frozen)
 
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
@@ -97,18 +105,20 @@ def make_optimizer(
 
 def state_shardings(params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """Sharding of each part of the state: moments lie as their parameters, counters everywhere."""
-    abstract = jax.eval_shape(optimizer.init, params)
+    trainable, _ = split_trainable(params)
+    placed, frozen = split_trainable(param_shardings)
+    abstract = jax.eval_shape(optimizer.init, trainable)
     whole = replicated(mesh)
-    moments = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, abstract, param_shardings, transform_non_params=lambda _: whole
-    )
-    return TrainState(param_shardings, moments, whole)
+    moments = optax.tree.map_params(optimizer, lambda _, sharding: sharding, abstract, placed, transform_non_params=lambda _: whole)
+    return TrainState(placed, moments, whole, frozen)
 
 
 def init_state(params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """State before the first update; `params` are taken over, not copied."""
-    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
-    return TrainState(params, moments, jax.device_put(jnp.int32(0), shardings.step))
+    trainable, frozen = split_trainable(params)
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
+    step = jax.jit(lambda: jnp.int32(0), out_shardings=shardings.step)()
+    return TrainState(trainable, moments, step, frozen)
 
 
 def batch_shardings(batch: NamedTuple, mesh: jax.sharding.Mesh):
@@ -132,25 +142,28 @@ def build_update(
     Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate of this update.
     """
 
-    def weighted(params, micro):
-        losses, metrics = example_losses(params, micro)
+    def weighted(params, frozen, micro):
+        losses, metrics = example_losses(join(params, frozen), micro)
         means = {name: jnp.sum(micro.weights * value) for name, value in metrics.items()}
         return jnp.sum(micro.weights * losses), means
 
-    def update_batch(state: TrainState, batch: NamedTuple):
-        def add(total, micro):
-            (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(state.params, micro)
-            gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
-            return jax.tree.map(jnp.add, total, (gradient, means)), None
+    def gradient_of(state: TrainState, micro):
+        """Gradient of one microbatch in float32, and its share of the metrics."""
+        (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(state.params, state.frozen, micro)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), means
 
+    def update_batch(state: TrainState, batch: NamedTuple):
         first = jax.tree.map(lambda part: part[0], batch)
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        no_means = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(weighted, state.params, first)[1])
-        (gradient, means), _ = jax.lax.scan(add, (zeros, no_means), batch)
+        if batch.weights.shape[0] == 1:  # nothing to add up, and no second gradient in memory
+            gradient, means = gradient_of(state, first)
+        else:
+            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(gradient_of, state, first))
+            add = lambda total, micro: (jax.tree.map(jnp.add, total, gradient_of(state, micro)), None)  # noqa: E731
+            (gradient, means), _ = jax.lax.scan(add, zeros, batch)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
         metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
-        return TrainState(params, moments, state.step + 1), metrics
+        return TrainState(params, moments, state.step + 1, state.frozen), metrics
 
     return jax.jit(
         update_batch,
