@@ -93,7 +93,7 @@ def test_the_export_merges_adapters_into_the_weights(trained, one_device, tmp_pa
 
 
 def test_split_and_join_are_inverse_and_without_adapters_everything_is_trained(one_device):
-    model, params = adapted(toy_params(toy_model(), one_device), one_device)
+    _, params = adapted(toy_params(toy_model(), one_device), one_device)
     jax.tree.map(np.testing.assert_array_equal, join(*split_trainable(params)), params)
     plain = nn.unbox(abstract_params(toy_model()))
     assert split_trainable(plain) == (plain, {})
