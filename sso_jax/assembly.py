@@ -37,11 +37,14 @@ from sso_jax.sampling.strategies import make_strategy
 from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import load_tokenizer, stop_ids
 from sso_jax.training.log_probs import build_score
-from sso_jax.training.losses import base_loss
+from sso_jax.training.losses import BASE_LOSSES, base_loss, check_name
 from sso_jax.training.objectives import SteeringScale, Terms, generator_objective, online_objective, pairwise_objective
+from sso_jax.training.plain_losses import PLAIN_LOSSES, plain_loss
 from sso_jax.training.update import cells_of
 
 POLICY_FOLDER = "policy"
+LOSS_SETTINGS = ("beta", "label_smoothing", "tau", "eta", "margin", "alpha", "rho", "t_min", "t_max", "clip")
+"""Config fields that are settings of a base loss."""
 log = logging.getLogger(__name__)
 
 
@@ -82,8 +85,15 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     Raises:
       InputError: for an unknown base, or a setting that the base does not use.
     """
-    given = {name: getattr(config, name) for name in ("beta", "label_smoothing", "tau", "eta", "margin")}
-    base, settings = base_loss(config.base, given)
+    given = {name: getattr(config, name) for name in LOSS_SETTINGS}
+    check_name(config.base, [*BASE_LOSSES, *PLAIN_LOSSES])
+    if config.base in PLAIN_LOSSES:
+        plain, settings = plain_loss(config.base, given)
+        base, _ = base_loss("dpo", {"beta": settings["beta"]})
+        more = PLAIN_LOSSES[config.base].cells
+    else:
+        base, settings = base_loss(config.base, given)
+        plain, more = None, ()
     scale = SteeringScale(config.positive_weight, config.negative_weight)
     sft_weight = config.sft_weight if config.sft_weight is not None else 0.1 if config.form == "generator" else 0.0
     if config.form == "generator" and not any(scale):
@@ -91,7 +101,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             "objective.positive_weight, objective.negative_weight: both are 0, which leaves form 'generator' nothing; raise one"
         )
     if config.form == "pairwise":
-        used, terms = (), partial(pairwise_objective, base=base, sft_weight=sft_weight)
+        used, terms = (), partial(pairwise_objective, base=base, plain=plain, sft_weight=sft_weight)
     elif config.form == "generator":
         used = ("positive_weight", "negative_weight", "negative_winner")
         terms = partial(generator_objective, base=base, scale=scale, sft_weight=sft_weight)
@@ -99,9 +109,11 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         online = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
         used = (*online, "positive_weight", "negative_weight", "negative_winner")
         settings_online = {name: getattr(config, name) for name in online}
-        terms = partial(online_objective, base=base, scale=scale, sft_weight=sft_weight, **settings_online)
+        terms = partial(online_objective, base=base, plain=plain, scale=scale, sft_weight=sft_weight, **settings_online)
     _name_unused(config, used)
-    cells = cells_of(config.form, config.use_steering and any(scale), scale, config.negative_winner)
+    if plain is not None and config.form == "generator":
+        log.warning("form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base)
+    cells = cells_of(config.form, config.use_steering and any(scale), scale, config.negative_winner, more)
     return Objective(cells, terms, settings.get("beta", 1.0))
 
 

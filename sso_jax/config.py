@@ -191,7 +191,8 @@ class FilterConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     base: str = "ipo"
-    """Pairwise loss that the objective is built from."""
+    """Loss that the objective is built from: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero, apo_down, discopop,
+    aps, clipped in every context; rpo, selm, opo, reward_conditioned on the plain prompt."""
     beta: Optional[float] = None
     """Strength of the base loss; null takes the base's own default."""
     label_smoothing: Optional[float] = None
@@ -202,6 +203,16 @@ class ObjectiveConfig:
     """Weight of the supervised part of the bases that have one."""
     margin: Optional[float] = None
     """Target margin of the bases that have one."""
+    alpha: Optional[float] = None
+    """Weight of the exploration term of base `selm`."""
+    rho: Optional[float] = None
+    """Base `aps`: how far the entropy of a pair's preference is kept below ln 2, in nats."""
+    t_min: Optional[float] = None
+    """Base `aps`: least scale of a pair."""
+    t_max: Optional[float] = None
+    """Base `aps`: largest scale of a pair."""
+    clip: Optional[float] = None
+    """Base `clipped`: reward beyond which nothing more is earned."""
     form: Literal["online", "generator", "pairwise"] = "online"
     """`online`: base + W*g*G (version 1); `generator`: L+ + L- (version 2); `pairwise`: the plain pair alone (PBAA)."""
     steering_weight: float = 0.1
@@ -230,7 +241,11 @@ class ObjectiveConfig:
         require(self.tau is None or self.tau > 0, "objective.tau", self.tau, "a number above 0")
         alpha = self.weight_alpha
         require(0 <= alpha <= 1, "objective.weight_alpha", alpha, "a share in [0, 1]")
-        for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight"):
+        require(self.rho is None or 0 < self.rho < 0.693, "objective.rho", self.rho, "a number of nats in (0, ln 2)")
+        for name in ("t_min", "t_max", "clip"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"objective.{name}", value, "a number above 0")
+        for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight", "eta", "alpha"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"objective.{name}", value, "0 or more")
 

@@ -101,7 +101,8 @@ def differences(formula, policy):
 def gradient(objective, policy, reference, num_tokens):
     """d loss_i / d policy_i as [3, 2, B], from the gradient of the sum, so that a leak between examples would show."""
     loss = jax.grad(lambda p: objective(p, steered(reference), steered(num_tokens)).loss.sum())
-    return np.array(loss(steered(policy)))
+    slopes = loss(steered(policy))
+    return np.array([slopes.plain, slopes.positive, slopes.negative])
 
 
 def call(objective, arrays, contexts=(PLAIN, POSITIVE, NEGATIVE), **settings):

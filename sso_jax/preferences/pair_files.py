@@ -154,7 +154,7 @@ def _own_parts(row: dict, place: str) -> dict[str, Any]:
 
 def check_parts(pairs: list[Triple], cells: list[tuple[str, str]], path: str, needed_by: str, field: str = "pairs.path") -> None:
     """Raises `InputError` with ids if pairs lack a system message or response that the (context, response) `cells` are made of."""
-    parts = {"positive": "good_system", "negative": "bad_system"}
+    parts = {"positive": "good_system", "negative": "bad_system", "told_chosen": "scores", "told_rejected": "scores"}
     wanted = {parts[context] for context, _ in cells if context in parts} | {response for _, response in cells}
     lacking = {part: [pair.id for pair in pairs if getattr(pair, part) is None] for part in sorted(wanted)}
     lacking = {part: ids for part, ids in lacking.items() if ids}
@@ -163,5 +163,5 @@ def check_parts(pairs: list[Triple], cells: list[tuple[str, str]], path: str, ne
         shown = ", ".join(map(repr, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
         raise InputError(
             f"{field}: {len(ids)} of {len(pairs)} pairs of {path} lack {', '.join(lacking)}, which {needed_by} needs: ids {shown}; "
-            "give steered pairs, or an objective that trains on the plain pair alone (objective.form pairwise)"
+            "give pairs that have it, or an objective on the plain pair alone (objective.form pairwise with a pairwise base)"
         )

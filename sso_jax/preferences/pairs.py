@@ -111,8 +111,12 @@ def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
 
 
 def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) -> tuple[list[Triple], Counter]:
-    """Triples in which the responses that `cells` compare differ in text and none is empty; what is dropped, by reason."""
+    """Triples in which the responses that `cells` compare differ in text and none is empty; what is dropped, by reason.
+
+    Where the prompts tell scores, pairs whose scores are equal have no contrast either.
+    """
     compared = {response for _, response in cells}
+    told = any(context.startswith("told_") for context, _ in cells)
     kept, dropped = [], Counter()
     for triple in triples:
         texts = {response: getattr(triple, response).strip() for response in compared}
@@ -122,6 +126,8 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) ->
             dropped["chosen_is_rejected"] += 1
         elif "original" in texts and texts["original"] in (texts["chosen"], texts["rejected"]):
             dropped["original_is_chosen_or_rejected"] += 1
+        elif told and triple.scores["chosen"] == triple.scores["rejected"]:
+            dropped["equal_scores"] += 1
         else:
             kept.append(triple)
     return kept, dropped

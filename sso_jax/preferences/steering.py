@@ -30,9 +30,22 @@ def steer(record: PrincipledQuery) -> SteeredQuery:
     )
 
 
+def target_score(score: float) -> str:
+    """System message that tells which score the response is to deserve."""
+    template = resources.files(__package__).joinpath("target_score.txt").read_text(encoding="utf-8").rstrip("\n")
+    return template.replace("{score}", f"{score:g}")
+
+
 def steered_prompts(chat: Chat, record: SteeredQuery | Triple) -> dict[str, list[int]]:
-    """Token ids of the prompts x, x+ and x- by context; those without a system message (plain pairs) are not there."""
+    """Token ids of the prompts x, x+ and x- by context; those without a system message (plain pairs) are not there.
+
+    A pair with scores has two more: x told the score of y+ (`told_chosen`) and that of y- (`told_rejected`).
+    """
     systems = {"plain": None, "positive": record.good_system, "negative": record.bad_system}
-    history = record.history if isinstance(record, Triple) else ()
-    contexts = [context for context in CONTEXTS if context == "plain" or systems[context] is not None]
-    return {context: chat.prompt_ids(record.query, systems[context], history) for context in contexts}
+    history, scores = (record.history, record.scores) if isinstance(record, Triple) else ((), None)
+    contexts = {context: systems[context] for context in CONTEXTS if context == "plain" or systems[context] is not None}
+    if scores is not None:
+        own = [history[0]["content"]] if history and history[0]["role"] == "system" else []
+        told = {f"told_{r}": "\n\n".join([*own, target_score(scores[r])]) for r in ("chosen", "rejected")}
+        contexts |= told
+    return {context: chat.prompt_ids(record.query, system, history) for context, system in contexts.items()}

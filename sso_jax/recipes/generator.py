@@ -10,13 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 from sso_jax import rounds, sampled, stages
-from sso_jax.assembly import Objective, build_objective
+from sso_jax.assembly import LOSS_SETTINGS, Objective, build_objective
 from sso_jax.config import Config
-from sso_jax.recipes.online import refuse_given_pairs
+from sso_jax.recipes.online import refuse_given_pairs, refuse_scores
 from sso_jax.records import Query, SteeredQuery, Triple
 from sso_jax.rounds import Recipe, Run
 
-PAIR = ("chosen", "rejected")
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +27,7 @@ def objectives(config: Config) -> tuple[Objective, Objective]:
     of_policy = type(given)(
         form="pairwise",
         sft_weight=0.0,
-        **{field: getattr(given, field) for field in ("base", "beta", "label_smoothing", "tau", "eta", "margin")},
+        **{field: getattr(given, field) for field in ("base", *LOSS_SETTINGS)},
     )
     return build_objective(dataclasses.replace(given, form="generator")), build_objective(of_policy)
 
@@ -48,7 +47,7 @@ def generator_config(config: Config) -> Config:
 
 def read(config: Config) -> sampled.Queries:
     """The queries, after the fields that do not go with this recipe were refused."""
-    objectives(config)
+    refuse_scores(config, objectives(config)[1])
     generator_config(config)
     refuse_given_pairs(config)
     return sampled.read_queries(config)
@@ -62,7 +61,8 @@ def round(run: Run, iteration: int, params):
     steered, principles = sampled.principles(run, iteration, params, queries)
     if stages.finished(folder, "responses") is None:
         params = _train_generator(run, of_generator, iteration, params, steered[: run.config.generator.queries], folder / "generator")
-    triples, responses = sampled.responses(run, iteration, params, steered, folder, PAIR)
+    wanted = tuple(dict.fromkeys(response for _, response in of_policy.cells))
+    triples, responses = sampled.responses(run, iteration, params, steered, folder, wanted)
     if stages.finished(folder / "generator", "training") is not None:
         params = rounds.start_params(run, iteration)
 

@@ -25,7 +25,7 @@ def read(config: Config) -> list[Triple]:
     if config.pairs.control == "judge_order":
         raise InputError("pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'")
     pairs = load_pairs(path, config.pairs.split)
-    check_parts(pairs, objective.cells, path, f"objective.form {config.objective.form!r}")
+    check_parts(pairs, objective.cells, path, f"objective.form {config.objective.form!r} with base {config.objective.base!r}")
     if config.filter.enabled:
         check_parts(pairs, FILTER_CELLS, path, "filter.enabled")
     if config.filter.min_score_gap is not None and all(pair.scores is None for pair in pairs):

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from sso_jax import rounds, sampled, stages
-from sso_jax.assembly import build_objective
+from sso_jax.assembly import Objective, build_objective
 from sso_jax.config import Config
 from sso_jax.errors import InputError
 from sso_jax.records import Query, Triple
@@ -12,9 +12,18 @@ from sso_jax.rounds import Recipe, Run
 
 def read(config: Config) -> sampled.Queries:
     """The queries, after the fields that sampling does not use were refused."""
-    build_objective(config.objective)
+    refuse_scores(config, build_objective(config.objective))
     refuse_given_pairs(config)
     return sampled.read_queries(config)
+
+
+def refuse_scores(config: Config, objective: Objective) -> None:
+    """Raises `InputError` for an objective that needs scores, which sampled pairs do not have."""
+    if any(context.startswith("told_") for context, _ in objective.cells):
+        raise InputError(
+            f"objective.base: {config.objective.base!r} needs pairs with scores, and recipe {config.recipe!r} samples pairs without; "
+            "give recipe offline and a pairs file with scores, or another base"
+        )
 
 
 def refuse_given_pairs(config: Config) -> None:

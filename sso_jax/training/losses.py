@@ -8,7 +8,7 @@ h = lp_policy - lp_reference, D = h(chosen) - h(rejected).
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +24,23 @@ class Pair(NamedTuple):
 
     chosen: Float[Array, "B"]
     rejected: Float[Array, "B"]
+
+
+class Steered(NamedTuple):
+    """The numbers of an example by context; what an objective does not use is None."""
+
+    plain: Pair | None = None
+    """(x; y+, y-)"""
+    positive: Pair | None = None
+    """(x+; y+, y-)"""
+    negative: Pair | None = None
+    """(x-; y_o, y+), or y- in place of y_o"""
+    original: Float[Array, "B"] | None = None
+    """(x; y_o)"""
+    told_chosen: Pair | None = None
+    """(x told the score of y+; y+, y-)"""
+    told_rejected: Pair | None = None
+    """(x told the score of y-; y-, y+)"""
 
 
 def log_ratios(policy: Pair, reference: Pair) -> Pair:
@@ -165,6 +182,47 @@ def discopop_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: floa
     return jax.nn.sigmoid(-u / tau) * jax.nn.softplus(-u) + exponential
 
 
+def aps_loss(
+    policy: Pair,
+    reference: Pair,
+    num_tokens: Pair,
+    *,
+    beta: float = 0.1,
+    rho: float = 0.1,
+    t_min: float = 0.1,
+    t_max: float = 5.0,
+) -> Float[Array, "B"]:
+    """`min over t in [t_min, t_max] of -t log sigmoid(z/t) + (rho - ln 2) t`, z = beta*D, on sums: each pair has a scale of its own.
+
+    Adaptive preference scaling (Hong et al. 2024, arXiv 2406.02764, "Ada-DPO"). The slope in t is `H(sigmoid(z/t)) + rho - ln 2` with
+    the entropy H in nats, so the minimum lies at `t* = clip(|z|/u*, t_min, t_max)` with `H(sigmoid(u*)) = ln 2 - rho`. t* takes no
+    gradient: where it is not clipped the loss is level in t.
+    """
+    del num_tokens
+    z = beta * margin(policy, reference)
+    t = jax.lax.stop_gradient(jnp.clip(jnp.abs(z) / _logit_of_entropy(math.log(2.0) - rho), t_min, t_max))
+    return -t * jax.nn.log_sigmoid(z / t) + (rho - math.log(2.0)) * t
+
+
+def _logit_of_entropy(entropy: float) -> float:
+    """The u > 0 with `H(sigmoid(u)) = entropy`, for an entropy in (0, ln 2), by bisection."""
+    low, high = 0.0, 100.0
+    while high - low > 1e-12 * high:
+        u = (low + high) / 2
+        low, high = (u, high) if math.log1p(math.exp(-u)) + u * math.exp(-u) / (1.0 + math.exp(-u)) > entropy else (low, u)
+    return (low + high) / 2
+
+
+def clipped_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, clip: float = 2.0) -> Float[Array, "B"]:
+    """`-log sigmoid(min(beta*h(chosen), c) - max(beta*h(rejected), -c))`, on sums: a reward beyond c earns nothing more.
+
+    This is this project's own reading of TSO (arXiv 2409.02118), of which only a reward clipped on both sides is known; so is c = 2.
+    """
+    del num_tokens
+    a, b = (beta * ratio for ratio in log_ratios(policy, reference))
+    return -jax.nn.log_sigmoid(jnp.minimum(a, clip) - jnp.maximum(b, -clip))
+
+
 BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "dpo": dpo_loss,
     "ipo": ipo_loss,
@@ -179,29 +237,37 @@ BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "apo_zero": apo_zero_loss,
     "apo_down": apo_down_loss,
     "discopop": discopop_loss,
+    "aps": aps_loss,
+    "clipped": clipped_loss,
 }
+"""Losses of a pair in any context; `plain_losses.py` has those that need more."""
 
 
 def loss_settings(name: str) -> dict[str, float]:
-    """Settings of a base loss with their defaults.
+    """Settings of a pairwise loss with their defaults; raises `InputError` for an unknown name."""
+    check_name(name, BASE_LOSSES)
+    return keyword_settings(BASE_LOSSES[name])
 
-    Raises:
-      InputError: for a name that is not in the table; the nearest ones are given.
-    """
-    if name not in BASE_LOSSES:
-        near = difflib.get_close_matches(name, BASE_LOSSES, n=3, cutoff=0.4) or sorted(BASE_LOSSES)
+
+def keyword_settings(loss: Callable) -> dict[str, float]:
+    """Settings of a loss function with their defaults: its keyword-only arguments."""
+    return {p.name: p.default for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def check_name(name: str, names: Iterable[str]) -> None:
+    """Raises `InputError` with the nearest names if `name` is none of the losses."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)
         raise InputError(f"objective.base: no loss is called {name!r}; nearest: {', '.join(near)}")
-    parameters = inspect.signature(BASE_LOSSES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def base_loss(name: str, given: dict[str, float | None]) -> tuple[Callable[..., Float[Array, "B"]], dict[str, float]]:
-    """The loss `name` with the settings `given` (None takes the default), and the settings in force.
+def bind_loss(name: str, loss: Callable, given: dict[str, float | None]) -> tuple[Callable, dict[str, float]]:
+    """The loss with the settings `given` (None takes the default), and the settings in force.
 
     Raises:
-      InputError: for an unknown name, or a setting that this loss does not use.
+      InputError: for a setting that this loss does not use, or a value that makes it infinite.
     """
-    settings = loss_settings(name)
+    settings = keyword_settings(loss)
     for field, value in given.items():
         if value is not None and field not in settings:
             raise InputError(f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; remove it")
@@ -209,4 +275,16 @@ def base_loss(name: str, given: dict[str, float | None]) -> tuple[Callable[..., 
             settings[field] = value
     if name == "exo" and settings["label_smoothing"] == 0:
         raise InputError("objective.label_smoothing: 0.0 makes base 'exo' infinite; give a share above 0, such as 0.001")
-    return partial(BASE_LOSSES[name], **settings), settings
+    if name == "aps" and settings["t_min"] > settings["t_max"]:
+        raise InputError(f"objective.t_min: {settings['t_min']} is above objective.t_max {settings['t_max']}; give less")
+    return partial(loss, **settings), settings
+
+
+def base_loss(name: str, given: dict[str, float | None]) -> tuple[Callable[..., Float[Array, "B"]], dict[str, float]]:
+    """The pairwise loss `name` with the settings `given` (None takes the default), and the settings in force.
+
+    Raises:
+      InputError: for an unknown name, or a setting that this loss does not use.
+    """
+    check_name(name, BASE_LOSSES)
+    return bind_loss(name, BASE_LOSSES[name], given)

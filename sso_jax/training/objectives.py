@@ -10,17 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sso_jax.training.losses import Pair, log_ratios
+from sso_jax.training.losses import Pair, Steered, log_ratios
 
 BaseLoss = Callable[[Pair, Pair, Pair], Float[Array, "B"]]
-
-
-class Steered(NamedTuple):
-    """The pair of each context; a context that the objective does not use is None."""
-
-    plain: Pair | None = None
-    positive: Pair | None = None
-    negative: Pair | None = None
+PlainLoss = Callable[[Steered, Steered, Steered], Float[Array, "B"]]
+"""A loss of the plain context that needs more than its pair; see plain_losses.py."""
 
 
 class Terms(NamedTuple):
@@ -73,9 +67,18 @@ def steered_likelihoods(policy: Steered, num_tokens: Steered, scale: SteeringSca
     return sum(f * negative_log_likelihood(getattr(policy, n).chosen, getattr(num_tokens, n).chosen) for f, n in contexts)
 
 
-def pairwise_objective(policy: Steered, reference: Steered, num_tokens: Steered, *, base: BaseLoss, sft_weight: float = 0.0) -> Terms:
+def plain_term(base: BaseLoss, plain: PlainLoss | None, policy: Steered, reference: Steered, num_tokens: Steered) -> Float[Array, "B"]:
+    """`L_base(x, y+, y-)`, or the loss `plain` where one takes its place."""
+    if plain is not None:
+        return plain(policy, reference, num_tokens)
+    return base(policy.plain, reference.plain, num_tokens.plain)
+
+
+def pairwise_objective(
+    policy: Steered, reference: Steered, num_tokens: Steered, *, base: BaseLoss, plain: PlainLoss | None = None, sft_weight: float = 0.0
+) -> Terms:
     """`L_base(x, y+, y-) + gamma * NLL(y+|x)`: plain principle-based alignment (PBAA)."""
-    plain = base(policy.plain, reference.plain, num_tokens.plain)
+    plain = plain_term(base, plain, policy, reference, num_tokens)
     sft = negative_log_likelihood(policy.plain.chosen, num_tokens.plain.chosen)
     return Terms(plain + sft_weight * sft, base_loss=plain, sft_loss=sft)
 
@@ -86,6 +89,7 @@ def online_objective(
     num_tokens: Steered,
     *,
     base: BaseLoss,
+    plain: PlainLoss | None = None,
     steering_weight: float = 0.1,
     weight_alpha: float = 0.66,
     use_weight: bool = True,
@@ -97,9 +101,10 @@ def online_objective(
     """`L = L_base(x, y+, y-) + W*g*G`, version 1 (arXiv 2410.17131v1), and its ablations.
 
     Without G, W multiplies the base loss, as in the authors' code; without W it is 1. The gradient flows through W unless
-    `detach_weight`. The supervised term is `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, its last two with G only.
+    `detach_weight`. Where `plain` is given it takes the place of the base loss of the plain pair. The supervised term is
+    `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, its last two with G only.
     """
-    plain = base(policy.plain, reference.plain, num_tokens.plain)
+    plain = plain_term(base, plain, policy, reference, num_tokens)
     weight = policy_weight(policy.plain, num_tokens.plain, weight_alpha)
     weight = jax.lax.stop_gradient(weight) if detach_weight else weight
     factor = weight if use_weight else jnp.ones_like(weight)
@@ -139,4 +144,6 @@ def pair_metrics(terms: Terms, policy: Steered, reference: Steered, beta: float)
             margin=margin,
             accuracy=(margin > 0).astype(jnp.float32),
         )
+    if policy.original is not None:
+        metrics["original_log_prob"] = policy.original
     return metrics

@@ -15,8 +15,8 @@ from sso_jax.models.adapters import join, split_trainable
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
 from sso_jax.training.log_probs import cell_log_probs
-from sso_jax.training.losses import Pair
-from sso_jax.training.objectives import Steered, Terms, pair_metrics
+from sso_jax.training.losses import Pair, Steered
+from sso_jax.training.objectives import Terms, pair_metrics
 
 
 class TrainState(NamedTuple):
@@ -38,9 +38,11 @@ ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, 
 """(params, microbatch) -> loss and metrics of each example."""
 
 
-def cells_of(form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str) -> list[tuple[str, str]]:
-    """The (context, response) log-probs that an objective needs: winner before loser in each context."""
-    plain = [("plain", "chosen"), ("plain", "rejected")]
+def cells_of(
+    form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str, more: tuple[tuple[str, str], ...] = ()
+) -> list[tuple[str, str]]:
+    """The (context, response) log-probs that an objective needs: winner before loser in each context; `more` go with the plain pair."""
+    plain = [("plain", "chosen"), ("plain", "rejected"), *more]
     positive = [("positive", "chosen"), ("positive", "rejected")] if scale[0] else []
     negative = [("negative", negative_winner), ("negative", "chosen")] if scale[1] else []
     steered = positive + negative
@@ -48,10 +50,11 @@ def cells_of(form: str, use_steering: bool, scale: tuple[float, float], negative
 
 
 def to_steered(values: Float[Array, "E C"], cells: list[tuple[str, str]]) -> Steered:
-    """Columns of `values`, one a cell, as pairs by context: the first cell of a context is its winner."""
-    contexts = [context for context, _ in cells[::2]]
-    pairs = {context: Pair(values[:, 2 * i], values[:, 2 * i + 1]) for i, context in enumerate(contexts)}
-    return Steered(**pairs)
+    """Columns of `values`, one a cell, by context: of a context's responses the winner comes first, then the loser; y_o of x apart."""
+    columns: dict[str, list] = {}
+    for i, cell in enumerate(cells):
+        columns.setdefault("original" if cell == ("plain", "original") else cell[0], []).append(values[:, i])
+    return Steered(**{name: of_context[0] if name == "original" else Pair(*of_context) for name, of_context in columns.items()})
 
 
 def preference_losses(model: Transformer, objective: Callable[..., Terms], cells: list[tuple[str, str]], beta: float) -> ExampleLosses:
