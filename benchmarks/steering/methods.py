@@ -53,6 +53,12 @@ METHODS = {
     "pbaa_ipo_1": Method("PBAA, IPO, beta 1", "pbaa_ipo", {**PBAA, **REACHABLE}),
     "v1_ipo_1": Method("SSO v1, IPO, beta 1", "v1_ipo", {**V1, **REACHABLE}),
 }  # fmt: skip
+GROUPS = (
+    ("pbaa_dpo", "v1_dpo", "v2", "pbaa_ipo", "v1_ipo", "random", "judge"),
+    ("v1_g_1", "v1_positive", "v1_negative", "v1_naive", "v1_without_w", "v1_without_g"),
+    ("v2_positive", "v2_negative", "v2_naive", "pbaa_filter", "v1_filter", "pbaa_ipo_1", "v1_ipo_1"),
+)
+"""The order of study main: every seed of a group before the next group."""
 FAMILIES = ("pbaa_ipo", "pbaa_dpo", "v1_ipo", "v1_dpo", "v2")
 
 
@@ -85,9 +91,9 @@ STUDIES = {
 
 
 def cells_of_study(study: str, seeds: list[int], queries: int) -> list[Cell]:
-    """The cells of a study, in the order in which they are run: all methods of a seed before the next seed."""
+    """The cells of a study, in the order in which they are run."""
     if study == "main":
-        return [Cell(study, method, seed, 3, queries) for seed in seeds for method in METHODS]
+        return [Cell(study, method, seed, 3, queries) for group in GROUPS for seed in seeds for method in group]
     if study == "endurance":
         return [Cell(study, method, seed, 10, 96) for seed in seeds for method in ("pbaa_dpo", "v1_dpo", "v2", "pbaa_ipo", "v1_ipo")]
     if study == "data":
