@@ -1,7 +1,9 @@
 """A run of each recipe on a small random model: the files and numbers it leaves, and what it refuses."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ import transformers
 from toys import toy_model, toy_params
 
 import train
+from sso_jax import report
 from sso_jax.assembly import export_policy
 from sso_jax.tokens.chat import make_chat
 from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.toy.pretraining import train_tokenizer
+from sso_jax.training.losses import BASE_LOSSES
 
 WORDS = ["fox", "fig", "cat", "red", "ten", "oak"]
 STEERED = [
@@ -43,8 +47,16 @@ def model_folder(tmp_path_factory, one_device):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_figures(request, monkeypatch):
+    """Reports, whose figures take longer than these runs, of two recipes only."""
+    if request.node.name not in ("test_offline_trains_on_the_given_pairs", "test_sft_loss_is_that_of_transformers"):
+        monkeypatch.setattr(report, "write", lambda directory: None)
+
+
 def arguments(model_folder, directory, **fields):
     fixed = {"--model.path": model_folder, "--run.directory": directory, "--run.iterations": 1, "--train.batch_size": 2}
+    fixed |= {"--model.remat": "false", "--logging.tensorboard": "false"}
     return [str(part) for pair in {**fixed, **fields}.items() for part in pair]
 
 
@@ -69,6 +81,7 @@ def test_offline_trains_on_the_given_pairs(model_folder, tmp_path):
     assert summary[1]["num_pairs"] == 6 and summary[1]["dropped"] == {"chosen_is_rejected": 1}
     assert {row["id"] for row in lines(tmp_path / "run" / "iteration_1" / "pairs.jsonl")} == set(WORDS)
     assert (tmp_path / "run" / "iteration_1" / "policy" / "model.safetensors").is_file()
+    assert "Over updates" in (tmp_path / "run" / "report.html").read_text()
     assert train.main(argv) == 0 and lines(tmp_path / "run" / "metrics.jsonl") == rows
 
 
@@ -145,7 +158,37 @@ def test_generator_trains_one_model_and_then_the_policy_as_it_was(model_folder, 
     assert [row["chosen_probability"] for row in again] == [row["chosen_probability"] for row in before]
 
 
+def test_the_readme_s_research_change_runs(model_folder, tmp_path, monkeypatch):
+    """The block as it stands, its run pointed at given pairs and a small model: (1 - 0)^2 = 1 before the first update."""
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "BASE_LOSSES[" in part]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    path, real = write(tmp_path / "pairs.jsonl", STEERED), train.main
+    more = ["--recipe", "offline", *arguments(model_folder, tmp_path / "run", **{"--pairs.path": path})]
+    monkeypatch.setattr(train, "main", lambda argv: statuses.append(real([*argv, *more])))
+    statuses: list[int] = []
+    exec(block, {})
+    assert statuses == [0] and BASE_LOSSES.pop("squared_hinge")
+    row = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["base_loss"] == pytest.approx(1.0, rel=1e-5) and row["positive_loss"] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_offline_with_scores_in_the_prompt(model_folder, tmp_path):
+    """reward_conditioned: ln 2 at the start, pairs with equal scores dropped; without scores refused by id."""
+    pairs = [{**row, "chosen_score": 3, "rejected_score": 3 if row["id"] == "fox" else 1} for row in STEERED]
+    changes = {"--recipe": "offline", "--objective.base": "reward_conditioned", "--pairs.path": write(tmp_path / "p.jsonl", pairs)}
+    assert train.main(arguments(model_folder, tmp_path / "run", **changes, **{"--train.batch_size": 5})) == 0
+    (row,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert row["base_loss"] == pytest.approx(np.log(2), rel=1e-5) and row["positive_loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())[1]["dropped"] == {"equal_scores": 1}
+
+
 REFUSED = {
+    "scores_that_sampled_pairs_lack": (
+        {"--recipe": "online", "--objective.base": "reward_conditioned", "--queries.path": "q.jsonl"},
+        ("objective.base", "reward_conditioned", "scores", "offline"),
+    ),
+    "setting_of_another_plain_loss": ({"--objective.base": "selm", "--objective.tau": 1}, ("objective.tau", "1.0", "selm", "alpha")),
     "offline_without_pairs": ({"--recipe": "offline"}, ("pairs.path", "not given", "offline")),
     "offline_with_queries": ({"--recipe": "offline", "--queries.path": "q.jsonl"}, ("queries.path", "q.jsonl", "offline")),
     "sft_without_demonstrations": ({"--recipe": "sft"}, ("demonstrations.path", "not given")),
