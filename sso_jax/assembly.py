@@ -3,7 +3,8 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.config import Config, LoraConfig, ModelConfig, ObjectiveConfig, SampleConfig
+from sso_jax.config import Config, EvaluateConfig, LoraConfig, ModelConfig, ObjectiveConfig, SampleConfig
 from sso_jax.errors import InputError
 from sso_jax.mesh import check_divides, make_mesh, param_shardings
 from sso_jax.models.adapters import fresh_adapters
@@ -136,7 +137,9 @@ def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:
     check_divides(mesh, "width", "hidden_size", a.width)
 
 
-def build_decoder(architecture: Architecture, config: Config | SampleConfig, mesh: jax.sharding.Mesh) -> tuple[Transformer, dict]:
+def build_decoder(
+    architecture: Architecture, config: Config | SampleConfig | EvaluateConfig, mesh: jax.sharding.Mesh
+) -> tuple[Transformer, dict]:
     """Decoder with the types, the attention and the adapters that the config asks for, and the sharding of each parameter.
 
     Raises:
@@ -206,23 +209,35 @@ def export_policy(
     adapters: Adapters = Adapters(),
 ) -> None:
     """Writes a complete Hugging Face folder, whole or not at all: config, generation config, tokenizer, safetensors with index."""
+    config = to_hf_config(architecture, dtype, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
+    with whole_folder(folder) as partial_folder:
+        for name, fields in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
+            (partial_folder / name).write_text(json.dumps(fields, indent=2), encoding="utf-8")
+        tokenizer.save_pretrained(partial_folder)
+        write_params(params, architecture, partial_folder, dtype, adapters)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` once the `with` is left without an error."""
     partial_folder = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
-    config = to_hf_config(architecture, dtype, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
-    for name, fields in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
-        (partial_folder / name).write_text(json.dumps(fields, indent=2), encoding="utf-8")
-    tokenizer.save_pretrained(partial_folder)
-    write_params(params, architecture, partial_folder, dtype, adapters)
+    yield partial_folder
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
 
 
 def find_policy(path: str) -> str:
     """`path` itself, or the newest exported policy where `path` is a run directory."""
-    policies = sorted(Path(path).glob(f"iteration_*/{POLICY_FOLDER}"), key=lambda p: int(p.parent.name.split("_")[1]))
-    return str(policies[-1]) if policies else path
+    return newest_folder(path, POLICY_FOLDER)
+
+
+def newest_folder(path: str, name: str) -> str:
+    """`path` itself, or where it is a run directory the folder of this name in its newest round that has one."""
+    found = sorted(Path(path).glob(f"iteration_*/{name}"), key=lambda p: int(p.parent.name.split("_")[1]))
+    return str(found[-1]) if found else path
 
 
 def enable_compilation_cache(folder: str) -> None:

@@ -185,7 +185,16 @@ class FilterConfig:
     enabled: bool = False
     """Keep only the pairs that the log-probability filter lets through."""
     min_score_gap: Optional[float] = None
-    """Keep only the given pairs whose chosen response was scored at least this much above the rejected one; null keeps all."""
+    """Keep only pairs whose chosen response was scored at least this much above the rejected one, by the file or the reward model."""
+    reward_path: Optional[str] = None
+    """Folder of a reward model that scores the pairs; alone it drops those whose rejected response it prefers."""
+    reward_share: float = 1.0
+    """Share of the pairs that is kept after that: those whose chosen response leads by most."""
+
+    def __post_init__(self):
+        require(0 < self.reward_share <= 1, "filter.reward_share", self.reward_share, "a share in (0, 1]")
+        if self.reward_share < 1 and self.reward_path is None:
+            raise InputError(f"filter.reward_share: {self.reward_share} needs a reward model; give filter.reward_path, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -324,11 +333,39 @@ class GeneratorConfig:
 @dataclass(frozen=True)
 class PairsConfig:
     path: Optional[str] = None
-    """Pairs of recipe `offline`: JSON, JSON Lines, Parquet or a hub data set; steered or plain preferences."""
+    """Pairs of recipes `offline` and `reward`: JSON, JSON Lines, Parquet or a hub data set; steered or plain preferences."""
     split: str = "train"
     """Split of a hub data set."""
     control: Literal["none", "random_order", "judge_order"] = "none"
     """Controls: chosen and rejected swapped by a coin, or (toy only) put in the judge's order."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be in the wrong order."""
+    margin: float = 0.0
+    """Lead of the chosen response that the loss asks for."""
+    centring: float = 0.0
+    """Weight of the squared sum of a pair's rewards, which keeps them near 0; 0.01 is usual."""
+    held_out: float = 0.1
+    """Share of the pairs, by query, that is not trained on: accuracy is measured on them at every checkpoint."""
+    annotated_path: Optional[str] = None
+    """Annotated pairs that are mixed in: any file or data set that pairs.path takes."""
+    annotated_split: str = "train"
+    """Split of a hub data set."""
+    annotated_share: Optional[float] = None
+    """Share of the training pairs that is annotated; what is too many of either is left out. Null takes all of both."""
+
+    def __post_init__(self):
+        require(0 <= self.label_smoothing < 0.5, "reward.label_smoothing", self.label_smoothing, "a share in [0, 0.5)")
+        require(self.margin >= 0, "reward.margin", self.margin, "0 or more")
+        require(self.centring >= 0, "reward.centring", self.centring, "0 or more")
+        require(0 <= self.held_out < 1, "reward.held_out", self.held_out, "a share in [0, 1)")
+        share = self.annotated_share
+        require(share is None or 0 < share < 1, "reward.annotated_share", share, "a share in (0, 1), or null")
+        if share is not None and self.annotated_path is None:
+            raise InputError(f"reward.annotated_share: {share} of no annotated pairs; give reward.annotated_path, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -384,9 +421,9 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    recipe: Literal["online", "generator", "offline", "sft"] = "online"
+    recipe: Literal["online", "generator", "offline", "sft", "reward"] = "online"
     """`online`, the paper's version 1: sample, pair, train, repeat; `generator`, its version 2: train a generator, then the policy on
-    its pairs; `offline` trains on given pairs; `sft` on demonstrations."""
+    its pairs; `offline` trains on given pairs; `sft` on demonstrations; `reward` trains a reward model."""
     dry_run: Optional[str] = None
     """A TPU topology such as v5e:4x4: compile every program for it, print bytes and operations, and do nothing else."""
     run: RunConfig = RunConfig()
@@ -405,6 +442,7 @@ class Config:
     pairs: PairsConfig = PairsConfig()
     demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     lora: LoraConfig = LoraConfig()
+    reward: RewardConfig = RewardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -429,6 +467,16 @@ class SampleConfig:
     endpoint: EndpointConfig = EndpointConfig()
     sampling: SamplingConfig = SamplingConfig()
     train: TrainConfig = TrainConfig()
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    out: Optional[str] = None
+    """JSON file to write."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    pairs: PairsConfig = PairsConfig()
 
 
 def _nearest(message: str, known: list[str]) -> str:

@@ -74,6 +74,19 @@ def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple
     return {"pair_accuracy": float(np.mean((gaps > 0) + 0.5 * (gaps == 0))), "pair_ties": float(np.mean(gaps == 0))}
 
 
+def order_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float | None]:
+    """How often the scores of the triples order a pair as the judge does, a tie of scores as half; pairs that the judge ties are left out.
+
+    Nothing where no judge knows the queries.
+    """
+    if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
+        return {}
+    gaps = np.array([judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples])
+    leads = np.array([triple.scores["chosen"] - triple.scores["rejected"] for triple in triples])
+    agreement = ((gaps * leads > 0) + 0.5 * (leads == 0))[gaps != 0]
+    return {"judge_accuracy": float(agreement.mean()) if agreement.size else None, "judge_ties": float(np.mean(gaps == 0))}
+
+
 def measure_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
     """Judged answers of the unsteered policy to the held-out queries, and their means; nothing where there is no judge."""
     if environment.judge is None:

@@ -17,6 +17,7 @@ from sso_jax.metrics import check_logging, open_metrics
 from sso_jax.models.hf_weights import check_weights, fetch
 from sso_jax.recipes import RECIPES
 from sso_jax.records import write_text
+from sso_jax.reward_model import find_reward_model
 from sso_jax.rounds import Run
 from sso_jax.steering_sources import open_endpoint
 from sso_jax.toy import pretraining
@@ -72,6 +73,8 @@ def _prepare(config: Config, directory: Path) -> Run:
     """Checks everything that can be checked, then writes the first files. The toy policy is trained here."""
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config, config.judging.pairs)
+    if config.filter.reward_path is not None:
+        find_reward_model(config.filter.reward_path, "filter.reward_path")
     material = recipe.read(config)
     if config.model.path == "toy":
         make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -106,7 +109,7 @@ def _toy_policy(config: Config, directory: Path) -> Path:
 SUMMARY_FIELDS = (
     "num_queries", "num_pairs", "dropped", "pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "policy_quality",
     "quality_parts", "response_tokens", "held_out_tokens", "before_filter", "random_features",
-    "fallback_principles", "unparsed", "unanswered", "endpoint_judge", "seconds", "tokens_per_second",
+    "fallback_principles", "unparsed", "unanswered", "endpoint_judge", "reward", "seconds", "tokens_per_second",
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from sso_jax.training.batches import (
     supervised_batch,
 )
 from sso_jax.training.loop import Hooks, run_updates, update_order
+from sso_jax.training.rewards import Rated, RewardBatch, pair_trees, reward_batch
 from sso_jax.training.update import (
     ExampleLosses,
     TrainState,
@@ -45,7 +46,7 @@ class Plan:
     """The updates of a round: how many tokens each has, and how its batch is made."""
 
     num_tokens: list[int]
-    make_batch: Callable[[int], PreferenceBatch | SupervisedBatch]
+    make_batch: Callable[[int], PreferenceBatch | SupervisedBatch | RewardBatch]
 
 
 def plan_preferences(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
@@ -66,6 +67,15 @@ def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: l
     shape = row_shape(micros, num_batch_shards(engine.mesh))
     num_tokens = [sum(tree.num_tokens() for tree in update) for update in updates]
     return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape))
+
+
+def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[Rated]) -> Plan:
+    """Order and shape of the batches of a reward model's pairs."""
+    updates, micro, num_micro = _updates(pairs, config, iteration)
+    micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
+    shape = row_shape([pair_trees(part) for part in micros], num_batch_shards(engine.mesh))
+    num_tokens = [sum(pair.num_tokens() for pair in update) for update in updates]
+    return Plan(num_tokens, lambda step: reward_batch(updates[step], micro, num_micro, shape))
 
 
 def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], int, int]:
@@ -102,10 +112,12 @@ def train_round(
     stage: str,
     line: Callable[[dict], None],
     rewind: Callable[[int], None],
+    look: Callable[[dict], dict] | None = None,
 ) -> tuple[dict, dict]:
     """The parameters after the round, and how it went; the parameters given are used up.
 
-    `line` takes the metrics of each update; `rewind` is first told the update that training goes on from.
+    `line` takes the metrics of each update; `rewind` is first told the update that training goes on from. Where there is a checkpoint
+    `look` sees the parameters, and what it says of them joins the line of that update.
     """
     num_updates = len(plan.num_tokens)
     schedule, optimizer = build_optimizer(config.optimizer, num_updates)
@@ -117,12 +129,38 @@ def train_round(
         frozen = split_trainable(params)[1]
         state = init_state(params, optimizer, shardings) if state is None else state._replace(frozen=frozen)
         rewind(done)
-        hooks = Hooks(line, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps)
+        hooks = _hooks(line, look, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps, num_updates)
         start = time.perf_counter()
         state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
     return state.whole_params(), {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
+
+
+def _hooks(
+    line: Callable[[dict], None],
+    look: Callable[[dict], dict] | None,
+    save: Callable[[TrainState, int], None],
+    every_steps: int,
+    num_updates: int,
+) -> Hooks:
+    """Hooks that hold back the line of an update with a checkpoint until `look` has seen the parameters."""
+    if look is None:
+        return Hooks(line, save, every_steps)
+    held: list[dict] = []
+
+    def hold(numbers: dict) -> None:
+        done = numbers["step"] + 1
+        if done % every_steps == 0 or done == num_updates:
+            held.append(numbers)
+        else:
+            line(numbers)
+
+    def look_and_save(state: TrainState, step: int) -> None:
+        line({**held.pop(), **look(state.whole_params())})
+        save(state, step)
+
+    return Hooks(hold, look_and_save, every_steps)
 
 
 def trained_params(engine: Engine, config: Config, folder: Path, base: Callable[[], dict]):

@@ -3,6 +3,7 @@
 A recipe is a module of `recipes/`; it says what it reads, and in which order a round goes through these stages.
 """
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 from sso_jax import stages
 from sso_jax.assembly import POLICY_FOLDER, Engine, Objective, export_policy, find_policy, load_params
-from sso_jax.config import Config
+from sso_jax.config import Config, ObjectiveConfig
 from sso_jax.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.environment import Environment, judged, measure_policy, pair_accuracy
 from sso_jax.errors import InputError
@@ -23,6 +24,7 @@ from sso_jax.preferences import judging
 from sso_jax.preferences import pairs as pair_stage
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Triple, write_records
+from sso_jax.reward_model import keep_widest, open_rater, with_rewards
 from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import ExampleLosses, preference_losses
 
@@ -59,6 +61,14 @@ class Recipe:
     """What of the material can be used with the engine, and what is dropped by reason."""
     round: Callable[[Run, int, Any], tuple[Any, dict]]
     """(run, iteration, parameters) -> the parameters after the round, and the numbers of its row in summary.json."""
+
+
+def warn_unused_objective(given: ObjectiveConfig) -> None:
+    """Names in the log the fields of the objective that are set though the recipe has a loss of its own."""
+    default = ObjectiveConfig()
+    unused = [f"objective.{f.name}" for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(default, f.name)]
+    if unused:
+        log.warning("this recipe does not use %s", ", ".join(unused))
 
 
 def refuse_fields(config: Config, recipe: str, unused: dict[str, Any]) -> None:
@@ -104,15 +114,34 @@ def choose_pairs(
     triples = [triple for triple, ok in zip(triples, fits, strict=True) if ok]
     sums = _reference_log_probs(run, iteration, params, items, cells)
     scored = [pair_stage.with_log_probs(triple, cells, row) for triple, row in zip(triples, sums, strict=True)]
-    return _filtered(run, scored, dropped)
+    return filtered(run, scored, dropped)
 
 
-def _filtered(run: Run, scored: list[Triple], dropped: Counter) -> tuple[list[Triple], dict]:
+def within_limit(run: Run, triples: list[Triple], dropped: Counter) -> list[Triple]:
+    """Triples whose plain prompt leaves room for both sides of the pair; the others are dropped."""
+    prompts = [run.engine.chat.prompt_ids(triple.query, history=triple.history) for triple in triples]
+    sides = [max(len(triple.response_ids[side]) for side in ("chosen", "rejected")) for triple in triples]
+    longest = [len(prompt) + side for prompt, side in zip(prompts, sides, strict=True)]
+    kept = [triple for triple, length in zip(triples, longest, strict=True) if length <= run.engine.max_tokens]
+    if len(kept) < len(triples):
+        dropped["pair_too_long"] += len(triples) - len(kept)
+    return kept
+
+
+def filtered(run: Run, scored: list[Triple], dropped: Counter) -> tuple[list[Triple], dict]:
     """The pairs that the filters let through; where one is on, the numbers of all of them are said too."""
     rules, kept = run.config.filter, scored
-    if rules.min_score_gap is not None:
-        kept, small = pair_stage.keep_clear_scores(kept, rules.min_score_gap)
+    least = rules.min_score_gap
+    if rules.reward_path is not None and kept:
+        rater = open_rater(rules.reward_path, run.config.model, run.engine.mesh)
+        kept = with_rewards(kept, rater.rewards(kept, "filter: rewards"))
+        least = 0.0 if least is None else least
+    if least is not None:
+        kept, small = pair_stage.keep_clear_scores(kept, least)
         dropped += small
+    if rules.reward_share < 1 and kept:
+        kept, low = keep_widest(kept, rules.reward_share)
+        dropped += low
     if rules.enabled:
         kept, off = pair_stage.filter_pairs(kept)
         dropped += off
@@ -167,16 +196,25 @@ def train_on_pairs(
 
 
 def train(
-    run: Run, losses: ExampleLosses, plan: Plan, iteration: int, params, folder: Path | None = None, first_step: int = 0
+    run: Run,
+    losses: ExampleLosses,
+    plan: Plan,
+    iteration: int,
+    params,
+    folder: Path | None = None,
+    first_step: int = 0,
+    engine: Engine | None = None,
+    look: Callable[[dict], dict] | None = None,
 ) -> tuple[Any, dict]:
     """The updates of a round, their metrics written line by line; what is said of them stays what the first finish said.
 
     Checkpoints go to `folder`, the round's own unless given; a second training of a round counts its steps on from `first_step`.
+    `engine` is the run's unless another model than the policy is trained; `look` as in `train_round`.
     """
     folder = folder or run.folder(iteration)
     before = sum(_num_updates(run.folder(k)) for k in range(1, iteration))
     params, stats = train_round(
-        run.engine,
+        engine or run.engine,
         losses,
         plan,
         run.config,
@@ -185,6 +223,7 @@ def train(
         f"iteration {iteration}: updates" + (" of the generator" if folder != run.folder(iteration) else ""),
         line=lambda line: run.metrics.write({"iteration": iteration, **line, "step": first_step + line["step"]}, before),
         rewind=lambda step: run.metrics.rewind(iteration, first_step + step),
+        look=look,
     )
     finished = stages.finished(folder, "training")
     return params, stages.finish(folder, "training", stats) if finished is None else finished

@@ -28,6 +28,15 @@ class Queries:
     """Given ones by query id, for principles.source `file`."""
 
 
+def check_sampling(config: Config) -> None:
+    """Raises `InputError` for the judge's order without a judge, and for a gap of scores where nothing scores the pairs."""
+    if config.pairs.control == "judge_order" and config.model.path != "toy":
+        raise InputError("pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control")
+    gap = config.filter.min_score_gap
+    if gap is not None and config.filter.reward_path is None:
+        raise InputError(f"filter.min_score_gap: {gap} of pairs that nobody scores; give filter.reward_path, or leave it out")
+
+
 def read_queries(config: Config) -> Queries:
     """The toy world's queries, or those of the file, and the principles that are given for them.
 

@@ -45,6 +45,7 @@ class TensorRule(NamedTuple):
 RULES: dict[str, TensorRule] = {
     "embedding": TensorRule("model.embed_tokens.weight"),
     "head": TensorRule("lm_head.weight", True),
+    "score": TensorRule("score.weight"),
     "final_norm/scale": TensorRule("model.norm.weight"),
     "layers/attention_norm/scale": TensorRule("model.layers.{}.input_layernorm.weight"),
     "layers/unit_norm/scale": TensorRule("model.layers.{}.post_attention_layernorm.weight"),
@@ -63,8 +64,8 @@ RULES: dict[str, TensorRule] = {
 }
 
 
-def fetch(path: str) -> Path:
-    """Local folder of a model: `path` itself, or the hub's snapshot of that id.
+def fetch(path: str, field: str = "model.path") -> Path:
+    """Local folder of a model: `path` itself, or the hub's snapshot of that id; errors name the config's `field`.
 
     Raises:
       InputError: if it is neither.
@@ -73,7 +74,7 @@ def fetch(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
-        raise InputError(f"model.path: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy")
+        raise InputError(f"{field}: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -81,9 +82,7 @@ def fetch(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"model.path: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network"
-        ) from error
+        raise InputError(f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error
 
 
 def _read_json(path: Path) -> dict:
@@ -201,6 +200,30 @@ def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos
     if a.rope_scaling is not None:
         config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return config
+
+
+REWARD_CLASS = "ForSequenceClassification"
+
+
+def to_hf_reward_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int, pad_id: int) -> dict:
+    """config.json of a reward model: Hugging Face's sequence classification with one label."""
+    config = to_hf_config(architecture, dtype, bos_id, eos_id)
+    classes = [_CLASSES[architecture.model_type].replace("ForCausalLM", REWARD_CLASS)]
+    return {**config, "architectures": classes, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "pad_token_id": pad_id}
+
+
+def check_reward_folder(folder: str | Path) -> None:
+    """Raises `InputError` unless config.json says sequence classification with one label."""
+    path = Path(folder) / CONFIG_FILE
+    config = _read_json(path)
+    kinds = config.get("architectures") or []
+    if not any(kind.endswith(REWARD_CLASS) for kind in kinds):
+        raise InputError(
+            f"{path}: architectures {kinds} is no reward model; give a folder of {REWARD_CLASS[3:]}, such as recipe reward writes"
+        )
+    num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
+    if num_labels != 1:
+        raise InputError(f"{path}: {num_labels} labels; a reward model has one")
 
 
 class _Folder:

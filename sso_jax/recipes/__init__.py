@@ -1,5 +1,11 @@
 """What a run can do: the recipe of each name that the config field `recipe` takes."""
 
-from sso_jax.recipes import generator, offline, online, sft
+from sso_jax.recipes import generator, offline, online, reward, sft
 
-RECIPES = {"online": online.RECIPE, "generator": generator.RECIPE, "offline": offline.RECIPE, "sft": sft.RECIPE}
+RECIPES = {
+    "online": online.RECIPE,
+    "generator": generator.RECIPE,
+    "offline": offline.RECIPE,
+    "sft": sft.RECIPE,
+    "reward": reward.RECIPE,
+}

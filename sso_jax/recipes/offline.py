@@ -28,7 +28,8 @@ def read(config: Config) -> list[Triple]:
     check_parts(pairs, objective.cells, path, f"objective.form {config.objective.form!r} with base {config.objective.base!r}")
     if config.filter.enabled:
         check_parts(pairs, FILTER_CELLS, path, "filter.enabled")
-    if config.filter.min_score_gap is not None and all(pair.scores is None for pair in pairs):
+    rules = config.filter
+    if rules.min_score_gap is not None and rules.reward_path is None and all(pair.scores is None for pair in pairs):
         raise InputError(f"filter.min_score_gap: no pair of {path} has scores; give pairs with chosen_score and rejected_score, or null")
     return pairs
 

@@ -5,7 +5,6 @@ from collections import Counter
 from sso_jax import rounds, sampled, stages
 from sso_jax.assembly import Objective, build_objective
 from sso_jax.config import Config
-from sso_jax.errors import InputError
 from sso_jax.records import Query, Triple
 from sso_jax.rounds import Recipe, Run
 
@@ -28,14 +27,8 @@ def refuse_scores(config: Config, objective: Objective) -> None:
 
 def refuse_given_pairs(config: Config) -> None:
     """Raises `InputError` for fields of pairs that come from a file, and for the judge's order without a judge."""
-    unused = {
-        "pairs.path": config.pairs.path,
-        "demonstrations.path": config.demonstrations.path,
-        "filter.min_score_gap": config.filter.min_score_gap,
-    }
-    rounds.refuse_fields(config, config.recipe, unused)
-    if config.pairs.control == "judge_order" and config.model.path != "toy":
-        raise InputError("pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control")
+    rounds.refuse_fields(config, config.recipe, {"pairs.path": config.pairs.path, "demonstrations.path": config.demonstrations.path})
+    sampled.check_sampling(config)
 
 
 def round(run: Run, iteration: int, params):

@@ -1,0 +1,16 @@
+"""`python evaluate.py --model.path DIR --pairs.path FILE --out FILE`: preference pairs scored by a reward model."""
+
+import sys
+
+from sso_jax.command import run_command
+from sso_jax.config import EvaluateConfig
+
+
+def main(argv: list[str]) -> int:
+    """Exit status of the evaluation."""
+    description = "Scores preference pairs with a reward model: accuracy in all, by section and by domain."
+    return run_command("evaluate.py", description, EvaluateConfig, "sso_jax.evaluation", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

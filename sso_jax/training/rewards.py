@@ -1,0 +1,149 @@
+"""Rewards of pairs in, the Bradley-Terry loss out; and the batches that both are made from: packed rows with the end of each response.
+
+A reward is read at the last token of a response, its end of turn.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sso_jax.mesh import batch_sharding, num_batch_shards, replicated
+from sso_jax.models.attention import tree_mask
+from sso_jax.models.reward import RewardModel
+from sso_jax.progress import progress_bar
+from sso_jax.training.batches import Branch, Rows, RowShape, Tree, cut_microbatches, first_fit, pack
+from sso_jax.training.losses import Pair
+from sso_jax.training.update import ExampleLosses
+
+SHORTEST_ROW = 128
+
+
+class Rated(NamedTuple):
+    """A prompt and the two responses to it, as token ids; each response ends with an end of turn."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    def num_tokens(self) -> int:
+        return sum(map(len, self))
+
+
+class RewardBatch(NamedTuple):
+    """An update's pairs in A microbatches of E pairs; ends are [chosen of pair 0, rejected of pair 0, chosen of pair 1, ...]."""
+
+    rows: Rows
+    """Leading axis A."""
+    ends: Int[np.ndarray, "A 2E 2"]
+    """Row and column of the last token of each response."""
+    weights: np.ndarray
+    """[A, E]; they sum to 1 over the update, and are 0 for pairs that only fill it."""
+
+
+def bradley_terry_loss(rewards: Pair, *, label_smoothing: float = 0.0, margin: float = 0.0, centring: float = 0.0) -> Float[Array, "E"]:
+    """`-(1-e) log sigmoid(d - m) - e log sigmoid(-d - m) + c (r_chosen + r_rejected)^2`, d = r_chosen - r_rejected.
+
+    e = 0, m = 0, c = 0 is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1, and ln 2 where both rewards are equal. The margin m is that of
+    Touvron et al. 2023 (2307.09288), eq. 2; the centring term c that of Eisenstein et al. 2023 (2312.09244), sec. 3, which keeps
+    rewards near 0, where differences alone would let them drift; e is the share of labels that are taken to be wrong.
+    """
+    gap = rewards.chosen - rewards.rejected
+    kept = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap - margin)
+    flipped = -label_smoothing * jax.nn.log_sigmoid(-gap - margin)
+    return kept + flipped + centring * (rewards.chosen + rewards.rejected) ** 2
+
+
+def pair_trees(pairs: list[Rated]) -> list[Tree]:
+    """One tree a pair: the prompt with both responses, which are cells 2e and 2e + 1."""
+    return [Tree(p.prompt_ids, [Branch(p.chosen_ids, 2 * e), Branch(p.rejected_ids, 2 * e + 1)]) for e, p in enumerate(pairs)]
+
+
+def branch_ends(trees: list[Tree], shape: RowShape, num_cells: int) -> Int[np.ndarray, "cells 2"]:
+    """Row and column of the last token of each cell's response, where `pack(trees, shape, ...)` puts it; [0, 0] for cells not there."""
+    ends = np.zeros((num_cells, 2), np.int32)
+    for row, members in enumerate(first_fit([tree.num_tokens() for tree in trees], shape.num_tokens)):
+        at = 0
+        for member in members:
+            at += len(trees[member].prompt_ids)
+            for branch in trees[member].branches:
+                at += len(branch.response_ids)
+                ends[branch.cell] = row, at - 1
+    return ends
+
+
+def reward_batch(pairs: list[Rated], micro_size: int, num_micro: int, shape: RowShape) -> RewardBatch:
+    """Pairs of one update (at most `micro_size * num_micro`) as arrays."""
+    rows, ends = [], []
+    weights = np.zeros((num_micro, micro_size), np.float32)
+    for a, micro in enumerate(cut_microbatches(pairs, micro_size, num_micro)):
+        trees = pair_trees(micro)
+        rows.append(pack(trees, shape, 2 * micro_size))
+        ends.append(branch_ends(trees, shape, 2 * micro_size))
+        weights[a, : len(micro)] = 1.0 / len(pairs)
+    return RewardBatch(Rows(*(np.stack(parts) for parts in zip(*rows, strict=True))), np.stack(ends), weights)
+
+
+def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
+    """Rewards at the ends of responses, float32."""
+    hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch))
+    return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")
+
+
+def reward_losses(model: RewardModel, label_smoothing: float, margin: float, centring: float) -> ExampleLosses:
+    """Bradley-Terry losses of reward microbatches, with the rewards, their gap and how often it is above 0 (ties as half)."""
+
+    def losses(params, micro: RewardBatch):
+        rewards = end_rewards(model, params, micro.rows, micro.ends)
+        pair = Pair(rewards[0::2], rewards[1::2])
+        loss = bradley_terry_loss(pair, label_smoothing=label_smoothing, margin=margin, centring=centring)
+        gap = pair.chosen - pair.rejected
+        accuracy = (gap > 0) + 0.5 * (gap == 0)
+        metrics = {"loss": loss, "chosen_reward": pair.chosen, "rejected_reward": pair.rejected, "margin": gap, "accuracy": accuracy}
+        return loss, metrics
+
+    return losses
+
+
+def build_rate(model: RewardModel, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Float[Array, "C"]]:
+    """`end_rewards` compiled: rows over the batch axes. One program for each row shape."""
+
+    def rate_batch(params, rows: Rows, ends: Int[Array, "C 2"]):
+        return end_rewards(model, params, rows, ends)
+
+    shardings = (param_shardings, batch_sharding(mesh), replicated(mesh))
+    return jax.jit(rate_batch, in_shardings=shardings, out_shardings=replicated(mesh))
+
+
+def _row_tokens(length: int) -> int:
+    """The smallest of 128 times 1, 1.5, 2, 3, 4, 6, 8, ... that holds `length`: few shapes to compile."""
+    size = SHORTEST_ROW
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def rate_pairs(
+    rate: Callable, mesh: jax.sharding.Mesh, params, pairs: list[Rated], tokens_at_once: int, stage: str
+) -> list[tuple[float, float]]:
+    """(reward of chosen, reward of rejected) of every pair; each response has a row of its own, longer ones come in smaller batches."""
+    shards = num_batch_shards(mesh)
+    trees = [Tree(p.prompt_ids, [Branch(response, 0)]) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
+    rewards = np.zeros(len(trees), np.float32)
+    lengths: dict[int, list[int]] = {}
+    for i, tree in enumerate(trees):
+        lengths.setdefault(_row_tokens(tree.num_tokens()), []).append(i)
+    with progress_bar(stage, len(trees), "response") as bar:
+        for length, members in sorted(lengths.items()):
+            num_rows = -(-max(1, tokens_at_once // length) // shards) * shards
+            shape = RowShape(num_rows, length, length)
+            for start in range(0, len(members), num_rows):
+                batch = members[start : start + num_rows]
+                rows = [Tree(trees[i].prompt_ids, [trees[i].branches[0]._replace(cell=cell)]) for cell, i in enumerate(batch)]
+                with jax.set_mesh(mesh):
+                    values = jax.device_get(rate(params, pack(rows, shape, num_rows), branch_ends(rows, shape, num_rows)))
+                rewards[batch] = values[: len(batch)]
+                bar.update(len(batch))
+    return [(float(a), float(b)) for a, b in rewards.reshape(-1, 2)]
