@@ -15,6 +15,7 @@ from sso_jax.environment import no_judge, toy_environment
 from sso_jax.mesh import make_mesh
 from sso_jax.metrics import check_logging, open_metrics
 from sso_jax.models.hf_weights import check_weights, fetch
+from sso_jax.pairs_out import write_pairs_out
 from sso_jax.recipes import RECIPES
 from sso_jax.records import write_text
 from sso_jax.reward_model import find_reward_model
@@ -57,6 +58,7 @@ def _run_rounds(run: Run) -> None:
                 numbers = _first_look(run, params)
             else:
                 params, numbers = RECIPES[run.config.recipe].round(run, iteration, params)
+            write_pairs_out(run.folder(iteration))
             stages.finish(run.folder(iteration), "round", numbers)
             _summarize(run)
             report.write(run.directory)

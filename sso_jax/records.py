@@ -16,6 +16,10 @@ RESPONSES = ("chosen", "rejected", "original")
 """The responses y+, y- and y_o."""
 
 
+Dropped = dict[str, str]
+"""Records that are left out: the reason by id."""
+
+
 @dataclass(frozen=True)
 class Query:
     """One user turn, x."""

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from sso_jax.models.hf_weights import (
 )
 from sso_jax.models.reward import RewardModel, reward_model
 from sso_jax.models.transformer import Transformer, abstract_params
-from sso_jax.records import Triple
+from sso_jax.records import Dropped, Triple
 from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import encode_text, load_tokenizer, tokens_hash
 from sso_jax.training.rewards import Rated, build_rate, rate_pairs
@@ -161,10 +160,9 @@ def with_rewards(triples: list[Triple], rewards: list[tuple[float, float]]) -> l
     return [dataclasses.replace(t, scores={"chosen": a, "rejected": b}) for t, (a, b) in zip(triples, rewards, strict=True)]
 
 
-def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Counter]:
+def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Dropped]:
     """The share of the scored triples whose chosen response leads by most, at least one, in their order; the rest is dropped."""
     lead = [triple.scores["chosen"] - triple.scores["rejected"] for triple in triples]
-    best = sorted(range(len(triples)), key=lambda i: (-lead[i], i))[: max(1, round(share * len(triples)))]
-    kept = [triples[i] for i in sorted(best)]
-    dropped = len(triples) - len(kept)
-    return kept, Counter({"reward_rank": dropped} if dropped else {})
+    best = set(sorted(range(len(triples)), key=lambda i: (-lead[i], i))[: max(1, round(share * len(triples)))])
+    kept = [triple for i, triple in enumerate(triples) if i in best]
+    return kept, {triple.id: "reward_rank" for i, triple in enumerate(triples) if i not in best}

@@ -23,7 +23,7 @@ from sso_jax.policy_training import Plan, plan_preferences, train_round, trained
 from sso_jax.preferences import judging
 from sso_jax.preferences import pairs as pair_stage
 from sso_jax.preferences.steering import steered_prompts
-from sso_jax.records import Triple, write_records
+from sso_jax.records import Dropped, Triple, write_records
 from sso_jax.reward_model import keep_widest, open_rater, with_rewards
 from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import ExampleLosses, preference_losses
@@ -96,7 +96,7 @@ def start_params(run: Run, iteration: int):
 
 
 def choose_pairs(
-    run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Counter
+    run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Dropped
 ) -> tuple[list[Triple], dict]:
     """Clean triples reordered (controls), scored by the reference and filtered; and what there is to say of the pairs."""
     config, engine = run.config, run.engine
@@ -108,8 +108,7 @@ def choose_pairs(
     cells = sorted(set(wanted))
     prompts = [steered_prompts(engine.chat, triple) for triple in triples]
     fits = [pair_stage.fits(p, t.response_ids, cells, engine.max_tokens) for p, t in zip(prompts, triples, strict=True)]
-    if not all(fits):
-        dropped["pair_too_long"] += fits.count(False)
+    dropped |= {triple.id: "pair_too_long" for triple, ok in zip(triples, fits, strict=True) if not ok}
     items = [Scorable(p, t.response_ids) for p, t, ok in zip(prompts, triples, fits, strict=True) if ok]
     triples = [triple for triple, ok in zip(triples, fits, strict=True) if ok]
     sums = _reference_log_probs(run, iteration, params, items, cells)
@@ -117,18 +116,17 @@ def choose_pairs(
     return filtered(run, scored, dropped)
 
 
-def within_limit(run: Run, triples: list[Triple], dropped: Counter) -> list[Triple]:
+def within_limit(run: Run, triples: list[Triple], dropped: Dropped) -> list[Triple]:
     """Triples whose plain prompt leaves room for both sides of the pair; the others are dropped."""
     prompts = [run.engine.chat.prompt_ids(triple.query, history=triple.history) for triple in triples]
     sides = [max(len(triple.response_ids[side]) for side in ("chosen", "rejected")) for triple in triples]
     longest = [len(prompt) + side for prompt, side in zip(prompts, sides, strict=True)]
-    kept = [triple for triple, length in zip(triples, longest, strict=True) if length <= run.engine.max_tokens]
-    if len(kept) < len(triples):
-        dropped["pair_too_long"] += len(triples) - len(kept)
-    return kept
+    limit = run.engine.max_tokens
+    dropped |= {triple.id: "pair_too_long" for triple, length in zip(triples, longest, strict=True) if length > limit}
+    return [triple for triple, length in zip(triples, longest, strict=True) if length <= limit]
 
 
-def filtered(run: Run, scored: list[Triple], dropped: Counter) -> tuple[list[Triple], dict]:
+def filtered(run: Run, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
     """The pairs that the filters let through; where one is on, the numbers of all of them are said too."""
     rules, kept = run.config.filter, scored
     least = rules.min_score_gap
@@ -138,15 +136,16 @@ def filtered(run: Run, scored: list[Triple], dropped: Counter) -> tuple[list[Tri
         least = 0.0 if least is None else least
     if least is not None:
         kept, small = pair_stage.keep_clear_scores(kept, least)
-        dropped += small
+        dropped |= small
     if rules.reward_share < 1 and kept:
         kept, low = keep_widest(kept, rules.reward_share)
-        dropped += low
+        dropped |= low
     if rules.enabled:
         kept, off = pair_stage.filter_pairs(kept)
-        dropped += off
+        dropped |= off
     before = {} if kept is scored else {"before_filter": {"num_pairs": len(scored), **_numbers_of_pairs(run, scored)}}
-    return kept, {"dropped": dict(dropped), **_numbers_of_pairs(run, kept), **before}
+    counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
+    return kept, {**counts, **_numbers_of_pairs(run, kept), **before}
 
 
 def _numbers_of_pairs(run: Run, pairs: list[Triple]) -> dict:

@@ -84,12 +84,14 @@ def responses(
         triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, fitting, run.config.run.seed, iteration, wanted)
         num_tokens = sum(len(ids) for triple in triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
-        dropped = {"prompt_too_long": len(prompted) - len(fitting)} if len(fitting) < len(prompted) else {}
-        return triples, {"dropped": dropped, "tokens_per_second": rate}
+        roomy = {record.id for record, _ in fitting}
+        dropped: Dropped = {record.id: "prompt_too_long" for record in steered if record.id not in roomy}
+        counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
+        return triples, {**counts, "tokens_per_second": rate}
 
     return stages.record_stage(folder, "responses", Triple, make)
 
 
-def cleaned(run: Run, triples: list[Triple]) -> tuple[list[Triple], Counter]:
-    """Sampled triples without labels, empty responses and copies; what is dropped, by reason."""
+def cleaned(run: Run, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
+    """Sampled triples without labels, empty responses and copies; what is dropped, with the reason."""
     return clean_triples(run.engine.chat.tokenizer, triples)

@@ -159,28 +159,28 @@ def test_given_texts_become_ids_with_an_end_of_turn_and_sampled_ids_stay(tokeniz
 
 
 def test_contrasts_without_a_difference_are_dropped_by_reason():
-    def pair(chosen, rejected, original):
-        return Triple("a", "q", "g", "b", chosen, rejected, original)
+    def pair(name, chosen, rejected, original):
+        return Triple(name, "q", "g", "b", chosen, rejected, original)
 
     plain, steered = [("plain", "chosen"), ("plain", "rejected")], [("plain", "chosen"), ("negative", "original"), ("plain", "rejected")]
-    pairs = [pair("a", "b", "c"), pair("a ", "a", "c"), pair("a", " ", "c"), pair("a", "b", "a")]
+    pairs = [pair("0", "a", "b", "c"), pair("1", "a ", "a", "c"), pair("2", "a", " ", "c"), pair("3", "a", "b", "a")]
     kept, dropped = drop_empty_contrasts(pairs, steered)
-    assert kept == pairs[:1] and dropped == {"chosen_is_rejected": 1, "empty": 1, "original_is_chosen_or_rejected": 1}
+    assert kept == pairs[:1] and dropped == {"1": "chosen_is_rejected", "2": "empty", "3": "original_is_chosen_or_rejected"}
     assert drop_empty_contrasts(pairs, plain)[0] == [pairs[0], pairs[3]]
 
 
 def test_a_gap_of_scores_is_asked_for():
-    def pair(scores):
-        return Triple("a", "q", None, None, "a", "b", None, scores=scores)
+    def pair(name, scores):
+        return Triple(name, "q", None, None, "a", "b", None, scores=scores)
 
     pairs = [
-        pair({"chosen": 4.0, "rejected": 2.0}),
-        pair({"chosen": 3.0, "rejected": 2.0}),
-        pair({"chosen": 1.0, "rejected": 2.0}),
-        pair(None),
+        pair("0", {"chosen": 4.0, "rejected": 2.0}),
+        pair("1", {"chosen": 3.0, "rejected": 2.0}),
+        pair("2", {"chosen": 1.0, "rejected": 2.0}),
+        pair("3", None),
     ]
     kept, dropped = keep_clear_scores(pairs, 1.5)
-    assert kept == pairs[:1] and dropped == {"small_score_gap": 2, "no_scores": 1}
+    assert kept == pairs[:1] and dropped == {"1": "small_score_gap", "2": "small_score_gap", "3": "no_scores"}
     assert keep_clear_scores(pairs, 1.0)[0] == pairs[:2]
 
 

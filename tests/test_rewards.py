@@ -223,7 +223,7 @@ def test_rewards_rank_pairs_and_count_ties_as_half():
     rewards = [(1.0, 0.0), (0.0, 2.0), (3.0, 3.0), (5.0, 1.0)]
     assert accuracy_of(rewards) == 2.5 / 4
     kept, dropped = keep_widest(with_rewards(triples(4), rewards), 0.5)
-    assert [t.id for t in kept] == ["own0", "own3"] and dropped == {"reward_rank": 2}
+    assert [t.id for t in kept] == ["own0", "own3"] and dropped == {"own1": "reward_rank", "own2": "reward_rank"}
     assert kept[1].scores == {"chosen": 5.0, "rejected": 1.0}
 
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 import random
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.records import RESPONSES, Triple
+from sso_jax.records import RESPONSES, Dropped, Triple
 from sso_jax.tokens.tokenizer import encode_text, tokens_hash
 
 SCORED_CELLS = [("plain", "chosen"), ("plain", "rejected")]
@@ -62,14 +61,14 @@ def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
     }
 
 
-def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Counter]:
+def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
     """The log-probability filter of SSO's release, on mean log-probs; `p`, `o`, `n` are the contexts x+, x, x-.
 
     1. order: keep p_chosen > o_chosen > n_chosen and n_rejected > o_rejected > p_rejected;
     2. near on-policy: keep o_chosen and o_rejected at or above their means over what is left;
     3. clear gap: keep p_chosen - n_chosen and n_rejected - p_rejected above their means over what is left.
     """
-    dropped: Counter = Counter()
+    dropped: Dropped = {}
 
     def keep(rows: list[Triple], reason: str, test: Callable[[np.ndarray], np.ndarray]) -> list[Triple]:
         if not rows:
@@ -77,7 +76,7 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Counter]:
         tables = [mean_log_probs(t) for t in rows]
         values = np.array([[table[c][r] for c, r in FILTER_CELLS] for table in tables])  # columns: oc, or, pc, pr, nc, nr
         mask = test(values)
-        dropped[reason] += int((~mask).sum())
+        dropped.update({row.id: reason for row, kept in zip(rows, mask, strict=True) if not kept})
         return [row for row, kept in zip(rows, mask, strict=True) if kept]
 
     def ordered(v: np.ndarray) -> np.ndarray:
@@ -92,7 +91,7 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Counter]:
 
     kept = keep(triples, "filter_order", ordered)
     kept = keep(kept, "filter_off_policy", near_policy)
-    return keep(kept, "filter_small_gap", clear_gap), +dropped
+    return keep(kept, "filter_small_gap", clear_gap), dropped
 
 
 def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> list[Triple]:
@@ -110,48 +109,62 @@ def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
     return [dataclasses.replace(t, response_ids={r: ids(t, r) for r in present(t)}, tokens_hash=hashed, log_probs=None) for t in triples]
 
 
-def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) -> tuple[list[Triple], Counter]:
+def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) -> tuple[list[Triple], Dropped]:
     """Triples in which the responses that `cells` compare differ in text and none is empty; what is dropped, by reason.
 
     Where the prompts tell scores, pairs whose scores are equal have no contrast either.
     """
     compared = {response for _, response in cells}
     told = any(context.startswith("told_") for context, _ in cells)
-    kept, dropped = [], Counter()
+    kept: list[Triple] = []
+    dropped: Dropped = {}
     for triple in triples:
         texts = {response: getattr(triple, response).strip() for response in compared}
         if not all(texts.values()):
-            dropped["empty"] += 1
+            dropped[triple.id] = "empty"
         elif texts["chosen"] == texts["rejected"]:
-            dropped["chosen_is_rejected"] += 1
+            dropped[triple.id] = "chosen_is_rejected"
         elif "original" in texts and texts["original"] in (texts["chosen"], texts["rejected"]):
-            dropped["original_is_chosen_or_rejected"] += 1
+            dropped[triple.id] = "original_is_chosen_or_rejected"
         elif told and triple.scores["chosen"] == triple.scores["rejected"]:
-            dropped["equal_scores"] += 1
+            dropped[triple.id] = "equal_scores"
         else:
             kept.append(triple)
     return kept, dropped
 
 
-def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Counter]:
+def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Dropped]:
     """Triples whose chosen response was scored at least `least` above the rejected one; those without scores are dropped too."""
-    kept, dropped = [], Counter()
+    kept: list[Triple] = []
+    dropped: Dropped = {}
     for triple in triples:
         if triple.scores is None:
-            dropped["no_scores"] += 1
+            dropped[triple.id] = "no_scores"
         elif triple.scores["chosen"] - triple.scores["rejected"] < least:
-            dropped["small_score_gap"] += 1
+            dropped[triple.id] = "small_score_gap"
         else:
             kept.append(triple)
     return kept, dropped
+
+
+def to_preference(triple: Triple) -> dict:
+    """A row of a preference dataset as TRL and others read it: `prompt, chosen, rejected`, each a list of messages."""
+    prompt = [*triple.history, {"role": "user", "content": triple.query}]
+    answers = {side: [{"role": "assistant", "content": getattr(triple, side)}] for side in ("chosen", "rejected")}
+    return {"prompt": prompt, **answers}
 
 
 def summarize(triples: list[Triple]) -> dict[str, float | None]:
-    """On-policy probabilities of the pairs and their length: `exp(mean log-prob)` under x, averaged, and tokens a response."""
+    """On-policy probabilities of the pairs and their length: `exp(mean log-prob)` under x, averaged, and tokens a response.
+
+    Pairs that were not scored have no probabilities.
+    """
     if not triples:
         return {"chosen_probability": None, "rejected_probability": None, "response_tokens": None}
-    tables = [mean_log_probs(t)["plain"] for t in triples]
     lengths = [len(ids) for t in triples for ids in t.response_ids.values()]
+    if any(t.log_probs is None for t in triples):
+        return {"chosen_probability": None, "rejected_probability": None, "response_tokens": float(np.mean(lengths))}
+    tables = [mean_log_probs(t)["plain"] for t in triples]
     return {
         "chosen_probability": float(np.mean([np.exp(table["chosen"]) for table in tables])),
         "rejected_probability": float(np.mean([np.exp(table["rejected"]) for table in tables])),

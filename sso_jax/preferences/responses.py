@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
-from collections import Counter
 
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.records import RESPONSES, SteeredQuery, Triple
+from sso_jax.records import RESPONSES, Dropped, SteeredQuery, Triple
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.tokens.tokenizer import decode_text, tokens_hash
 
@@ -67,22 +66,23 @@ def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
     return None
 
 
-def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> tuple[list[Triple], Counter]:
+def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
     """Triples without labels; dropped are those with a label that cannot be cut, an empty response, or two that are the same."""
-    kept, dropped = [], Counter()
+    kept: list[Triple] = []
+    dropped: Dropped = {}
     for triple in triples:
         ids = {response: strip_label(tokenizer, sampled) for response, sampled in triple.response_ids.items()}
         if any(value is None for value in ids.values()):
-            dropped["label"] += 1
+            dropped[triple.id] = "label"
             continue
         texts = {response: decode_text(tokenizer, kept_ids) for response, kept_ids in ids.items()}
         stripped = {response: text.strip() for response, text in texts.items()}
         if not all(stripped.values()):
-            dropped["empty"] += 1
+            dropped[triple.id] = "empty"
         elif stripped["chosen"] == stripped["rejected"]:
-            dropped["chosen_is_rejected"] += 1
+            dropped[triple.id] = "chosen_is_rejected"
         elif stripped.get("original") in (stripped["chosen"], stripped["rejected"]):
-            dropped["original_is_chosen_or_rejected"] += 1
+            dropped[triple.id] = "original_is_chosen_or_rejected"
         else:
             kept.append(dataclasses.replace(triple, response_ids=ids, **texts))
     return kept, dropped

@@ -69,7 +69,7 @@ def read(config: Config) -> Material:
 def settle(config: Config, engine: Engine, read: Material) -> tuple[Material, Counter]:
     """Token ids of the pairs, or the queries of the round; annotated pairs without a contrast are dropped."""
     annotated, dropped = drop_empty_contrasts(given_triples(engine.chat.tokenizer, read.annotated), PLAIN_PAIR)
-    dropped = Counter({f"annotated_{reason}": count for reason, count in dropped.items()})
+    dropped = Counter(f"annotated_{reason}" for reason in dropped.values())
     if read.pairs is not None:
         return replace(read, pairs=given_triples(engine.chat.tokenizer, read.pairs), annotated=annotated), dropped
     queries, unfit = sampled.settle_queries(config, engine, sampled.Queries(read.rounds, read.principles))
