@@ -13,7 +13,7 @@ from sso_jax.errors import InputError
 from sso_jax.preferences.queries import deal, load_queries
 from sso_jax.preferences.responses import clean_triples, sample_triples
 from sso_jax.preferences.steering import steered_prompts
-from sso_jax.records import RESPONSES, Query, SteeredQuery, Triple
+from sso_jax.records import RESPONSES, Dropped, Query, SteeredQuery, Triple
 from sso_jax.rounds import Run
 from sso_jax.steering_sources import given_principles, steer_queries
 

@@ -177,7 +177,7 @@ def _train(run: Run, engine: Engine, iteration: int, params, train: list[Triple]
         rater = Rater(engine.model, params, engine.chat, rate, engine.mesh)
         return {"held_out_accuracy": accuracy_of(rater.rewards(held_out, "held-out pairs"))} if held_out else {}
 
-    return rounds.train(run, losses, plan, iteration, params, engine, look)
+    return rounds.train(run, losses, plan, iteration, params, engine=engine, look=look)
 
 
 def _measure(run: Run, engine: Engine, iteration: int, params, held_out: list[Triple]) -> dict:
