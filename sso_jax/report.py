@@ -12,9 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from sso_jax.records import Triple, read_json_lines, read_records, write_text
+from sso_jax.records import read_json_lines, write_text
+from sso_jax.report_triples import page_rows, script_json
 
-NUM_TRIPLES = 12
 INK, MUTED = "#1f2933", "#7b8794"
 STYLE = {"font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "svg.hashsalt": "sso_jax"}
 """Of every figure; the salt makes equal runs write equal files."""
@@ -39,6 +39,7 @@ def table(row: dict) -> str:
         probabilities = f"{_number(row['chosen_probability'])} / {_number(row['rejected_probability'])}"
         lines.append(("on-policy probability, chosen / rejected", probabilities))
         lines.append(("tokens a response", _number(row["response_tokens"], 1)))
+    lines += _judged_lines(row)
     if row["policy_quality"] is not None:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in row["quality_parts"].items())
         lines.append(("policy quality, unsteered, held out", f"{row['policy_quality']:.3f} ({parts})"))
@@ -50,6 +51,20 @@ def table(row: dict) -> str:
     width = max((len(name) for name, _ in lines), default=0)
     body = [f"  {name:<{width}}  {value}" for name, value in lines] or ["  nothing to measure without a judge"]
     return "\n".join([f"== {title} ".ljust(width + 30, "="), *body])
+
+
+def _judged_lines(row: dict) -> list[tuple[str, str]]:
+    """Lines of a round's endpoint judge and of its reward model, where it has them."""
+    lines = []
+    judged, reward = row.get("endpoint_judge"), row.get("reward")
+    if judged:
+        numbers = f"{_number(judged['accuracy'])} of {judged['num_judged']} (ties {_number(judged['ties'])}, as half)"
+        lines.append(("pair accuracy by the endpoint", f"{numbers}; both orders agree {_number(judged['consistency'])}"))
+    if reward:
+        lines.append(("reward model, held-out accuracy", f"{_number(reward.get('held_out_accuracy'))} of {reward['num_held_out']} pairs"))
+        if reward.get("judge_accuracy") is not None:
+            lines.append(("reward model, in the judge's order", f"{_number(reward['judge_accuracy'])}"))
+    return lines
 
 
 def _figure(panels: list[tuple[str, str, list[tuple[str, list, list]]]], columns: int) -> str:
@@ -106,7 +121,8 @@ def _panels_of_updates(metrics: list[dict]) -> list:
     panels = [
         ("Loss", [_curve(metrics, name, field) for name, field in losses]),
         ("Margin of the plain pair", [_curve(metrics, "margin", "margin")]),
-        ("Accuracy of the plain pair", [_curve(metrics, "accuracy", "accuracy")]),
+        ("Accuracy of the pair", [_curve(metrics, "of the batch", "accuracy"), _curve(metrics, "held out", "held_out_accuracy")]),
+        ("Rewards", [_curve(metrics, name, f"{name}_reward") for name in ("chosen", "rejected")]),
         ("Log-prob sums, nats", [_curve(metrics, n, f"{n}_log_prob") for n in ("chosen", "rejected")]),
         ("Weight W", [_curve(metrics, "W", "weight")]),
         ("Gradient norm", [_curve(metrics, "norm", "grad_norm")]),
@@ -115,13 +131,8 @@ def _panels_of_updates(metrics: list[dict]) -> list:
     return [(title, "update", curves) for title, curves in panels if curves]
 
 
-def _triples(directory: Path, iteration: int) -> list[Triple]:
-    """A few triples of a round, spread over its pairs."""
-    path = directory / f"iteration_{iteration}" / "pairs.jsonl"
-    if not path.is_file():
-        return []
-    triples = read_records(Triple, path)
-    return triples[:: max(1, len(triples) // NUM_TRIPLES)][:NUM_TRIPLES]
+def _resource(name: str) -> str:
+    return resources.files("sso_jax").joinpath(name).read_text(encoding="utf-8")
 
 
 def write(directory: Path) -> None:
@@ -137,12 +148,13 @@ def write(directory: Path) -> None:
         figures.append(("Over updates", _figure(updates, columns=3)))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
-    template = environment.from_string(resources.files("sso_jax").joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(_resource("report.html.jinja"))
     html = template.render(
         name=directory.name,
         config=(directory / "config.yaml").read_text(encoding="utf-8"),
         summary=summary,
         figures=figures,
-        rounds=[(row["iteration"], _triples(directory, row["iteration"])) for row in reversed(summary) if row["iteration"]],
+        triples=script_json(page_rows(directory, [row["iteration"] for row in summary if row["iteration"]])),
+        script=_resource("report.js"),
     )
     write_text(html, directory / "report.html")
