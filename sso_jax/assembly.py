@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerBase
 
 from sso_jax.config import Config, EvaluateConfig, LoraConfig, ModelConfig, ObjectiveConfig, SampleConfig
 from sso_jax.errors import InputError
+from sso_jax.hosts import is_first
 from sso_jax.mesh import check_divides, make_mesh, param_shardings
 from sso_jax.models.adapters import fresh_adapters
 from sso_jax.models.architecture import Architecture
@@ -32,6 +35,7 @@ from sso_jax.models.hf_weights import (
 )
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.records import is_remote
 from sso_jax.sampling.decode import build_generate
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.sampling.strategies import make_strategy
@@ -180,14 +184,19 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json {architecture.vocab_size}; they do not belong together"
         )
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
+    own = config.sampling.mesh
+    sampling_mesh = mesh if own is None else make_mesh(own.data, own.fsdp, own.tensor)
+    _check_mesh(sampling_mesh, architecture)
+    sampling_shardings = param_shardings(abstract_params(model), sampling_mesh)
     sampler = Sampler(
-        generate=build_generate(model, mesh, shardings),
-        mesh=mesh,
+        generate=build_generate(model, sampling_mesh, sampling_shardings),
+        mesh=sampling_mesh,
         strategy=make_strategy(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k),
         stop_ids=stop_ids(tokenizer, folder),
         max_new_tokens=config.sampling.max_new_tokens,
         max_tokens=max_tokens,
         batch_size=config.sampling.batch_size,
+        shardings=None if own is None else sampling_shardings,
     )
     score = build_score(model, mesh, shardings)
     return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens, config.run.seed)
@@ -220,13 +229,24 @@ def export_policy(
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` once the `with` is left without an error."""
-    partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    yield partial_folder
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
+    """A new folder to write into, which takes the place of `folder` once the `with` is left without an error.
+
+    In an object store, which renames nothing in one step, its files are copied there one by one. Of several processes only the first
+    one's folder is kept.
+    """
+    if is_first() and not is_remote(folder):
+        partial_folder = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir(parents=True)
+        yield partial_folder
+        shutil.rmtree(folder, ignore_errors=True)
+        partial_folder.rename(folder)
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield Path(local)
+        for file in sorted(Path(local).iterdir()) if is_first() else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def find_policy(path: str) -> str:
@@ -236,7 +256,7 @@ def find_policy(path: str) -> str:
 
 def newest_folder(path: str, name: str) -> str:
     """`path` itself, or where it is a run directory the folder of this name in its newest round that has one."""
-    found = sorted(Path(path).glob(f"iteration_*/{name}"), key=lambda p: int(p.parent.name.split("_")[1]))
+    found = sorted(epath.Path(path).glob(f"iteration_*/{name}"), key=lambda p: int(p.parent.name.split("_")[1]))
     return str(found[-1]) if found else path
 
 

@@ -81,6 +81,23 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    initialize: bool = False
+    """Join the other processes of a TPU pod, SLURM, Open MPI or Kubernetes job; JAX finds them by itself."""
+    coordinator: Optional[str] = None
+    """HOST:PORT of the first process, where JAX cannot find it by itself."""
+    num_processes: Optional[int] = None
+    """Processes of the run, with hosts.coordinator."""
+    process_id: Optional[int] = None
+    """Number of this process from 0, with hosts.coordinator."""
+
+    def __post_init__(self):
+        given = (self.coordinator, self.num_processes, self.process_id)
+        whole = all(value is None for value in given) or all(value is not None for value in given)
+        require(whole, "hosts", given, "coordinator, num_processes and process_id together, or none of them")
+
+
+@dataclass(frozen=True)
 class QueriesConfig:
     path: Optional[str] = None
     """JSON, JSON Lines, Parquet or a hub data set; the toy world brings its own queries."""
@@ -171,6 +188,8 @@ class SamplingConfig:
     """Longest response, end of turn included."""
     batch_size: int = 64
     """Responses sampled together; the last batch of a stage is padded to it."""
+    mesh: Optional[MeshConfig] = None
+    """Another mesh to sample on, for a second copy of the weights meanwhile; with `data` the number of hosts, hosts decode apart."""
 
     def __post_init__(self):
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
@@ -429,6 +448,7 @@ class Config:
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     queries: QueriesConfig = QueriesConfig()
     principles: PrinciplesConfig = PrinciplesConfig()
     endpoint: EndpointConfig = EndpointConfig()

@@ -8,10 +8,13 @@ import json
 import logging
 from pathlib import Path
 
+from etils import epath
+
 from sso_jax import dry_run, report, rounds, run_folder, stages
 from sso_jax.assembly import build_engine, enable_compilation_cache
 from sso_jax.config import Config, to_dict
 from sso_jax.environment import no_judge, toy_environment
+from sso_jax.hosts import is_first, join_hosts
 from sso_jax.mesh import make_mesh
 from sso_jax.metrics import check_logging, open_metrics
 from sso_jax.models.hf_weights import check_weights, fetch
@@ -34,7 +37,8 @@ def run(config: Config) -> None:
     """
     if config.dry_run is not None:
         return dry_run.run(config)
-    directory = Path(config.run.directory)
+    join_hosts(config.hosts)
+    directory = epath.Path(config.run.directory)
     run_folder.check(directory, config)
     if stages.finished(directory / f"iteration_{config.run.iterations}", "round") is not None:
         log.info("%s is finished; see %s", directory, directory / "report.html")
@@ -61,7 +65,8 @@ def _run_rounds(run: Run) -> None:
             write_pairs_out(run.folder(iteration))
             stages.finish(run.folder(iteration), "round", numbers)
             _summarize(run)
-            report.write(run.directory)
+            if is_first():
+                report.write(run.directory)
     log.info("done: %s", run.directory / "report.html")
 
 
@@ -89,7 +94,7 @@ def _prepare(config: Config, directory: Path) -> Run:
             check_weights(fetch(config.model.reference_path), engine.model)
         settled, dropped = recipe.settle(config, engine, material)
         run_folder.begin(directory, config)
-    metrics = open_metrics(directory, config.logging, to_dict(config))
+    metrics = open_metrics(directory, config.logging, to_dict(config), writes=is_first())
     return Run(config, directory, engine, environment, settled, dropped, metrics, endpoint)
 
 
@@ -123,4 +128,5 @@ def _summarize(run: Run) -> None:
         if numbers is not None:
             rows.append({"iteration": iteration, **{field: numbers.get(field) for field in SUMMARY_FIELDS}})
     write_text(json.dumps(rows, indent=2), run.directory / "summary.json")
-    print(report.table(rows[-1]), flush=True)
+    if is_first():
+        print(report.table(rows[-1]), flush=True)

@@ -86,6 +86,23 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(tree, shardings):
+    """Arrays of the host on the mesh, where it spans several hosts: each one hands over what its devices hold of arrays that all have.
+
+    On a mesh of one host they are left for the compiled function to take. `shardings` is one sharding, or a tree like `tree`.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
+        return tree
+
+    def put(leaf, sharding: NamedSharding) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda window: leaf[window])
+
+    return jax.tree.map(put, tree, shardings)
+
+
 def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Number of parts into which the first axis of a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from sso_jax.config import LoggingConfig
 from sso_jax.errors import InputError
-from sso_jax.records import read_json_lines, write_records
+from sso_jax.records import append_line, read_json_lines, write_records
 
 LINE_FIELDS = (
     "iteration", "step", "loss", "base_loss", "positive_loss", "negative_loss", "weight", "chosen_log_prob", "rejected_log_prob",
@@ -33,8 +33,7 @@ class MetricsLog:
     def write(self, line: dict, updates_before: int) -> None:
         """Appends a line; `updates_before` counts the updates of earlier rounds, for curves over the whole run."""
         line = {**{field: line.get(field) for field in LINE_FIELDS}, **line}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(json.dumps(line), self.path)
         scalars = {name: value for name, value in line.items() if isinstance(value, float)}
         step = updates_before + line["step"]
         if self.tensorboard is not None:
@@ -62,9 +61,11 @@ def check_logging(config: LoggingConfig) -> None:
             ) from error
 
 
-def open_metrics(directory: Path, config: LoggingConfig, run_config: dict) -> MetricsLog:
-    """Opens the sinks that the config asks for."""
+def open_metrics(directory: Path, config: LoggingConfig, run_config: dict, writes: bool) -> MetricsLog:
+    """Opens the sinks that the config asks for; none but the file where another process `writes`."""
     tensorboard = wandb_run = None
+    if not writes:
+        return MetricsLog(directory / "metrics.jsonl", None, None)
     if config.tensorboard:
         from tensorboardX import SummaryWriter
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from sso_jax.errors import InputError
 
 CONTEXTS = ("plain", "positive", "negative")
@@ -142,6 +144,26 @@ def _is_tuple(declared: dataclasses.Field) -> bool:
     return getattr(declared.type, "__origin__", None) is tuple
 
 
+@dataclass
+class _Writer:
+    """Whether this process writes what a run writes once."""
+
+    here: bool = True
+
+
+_WRITER = _Writer()
+
+
+def leave_writing_to_another() -> None:
+    """From now on this process writes no text: of the processes of a run only the first does."""
+    _WRITER.here = False
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path lies in an object store (`gs://...`), which has neither renaming in one step nor appending."""
+    return "://" in os.fspath(path)
+
+
 def read_json_lines(path: str | Path) -> list[dict]:
     """Objects of a JSON Lines file, empty lines skipped."""
     return [row for _, row in read_numbered_lines(path)]
@@ -154,7 +176,7 @@ def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
       InputError: names the file and the line that is not a JSON object.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), start=1):
         place = f"{path}, line {number}"
         try:
             text = line.decode("utf-8")
@@ -188,11 +210,29 @@ def write_records(records: Iterable, path: str | Path) -> None:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Writes a text file whole or not at all: a temporary file is synced, then renamed."""
-    path = Path(path)
+    """Writes a text file whole or not at all: a temporary file is synced, then renamed; an object store writes whole objects anyway.
+
+    Only the process that writes for a run does anything (`leave_writing_to_another`).
+    """
+    path = epath.Path(path)
+    if not _WRITER.here:
+        return
+    if is_remote(path):
+        path.write_text(text)
+        return
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def append_line(text: str, path: str | Path) -> None:
+    """Adds a line to a text file; where nothing can be appended the file is written anew. As `write_text` otherwise."""
+    path = epath.Path(path)
+    if is_remote(path):
+        write_text((path.read_text() if path.exists() else "") + text + "\n", path)
+    elif _WRITER.here:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")

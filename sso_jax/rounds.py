@@ -17,6 +17,7 @@ from sso_jax.config import Config, ObjectiveConfig
 from sso_jax.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.environment import Environment, judged, measure_policy, pair_accuracy
 from sso_jax.errors import InputError
+from sso_jax.hosts import once
 from sso_jax.metrics import MetricsLog
 from sso_jax.models.hf_weights import fetch
 from sso_jax.policy_training import Plan, plan_preferences, train_round, trained_params
@@ -171,7 +172,8 @@ def judge_by_endpoint(run: Run, iteration: int, pairs: list[Triple]) -> dict:
         sample = judging.draw_pairs(pairs, run.config.judging.pairs, f"{run.config.run.seed}/{iteration}")
         questions = judging.judging_questions(sample)
         stage = f"iteration {iteration}: judgments"
-        rows = judging.judgments(sample, run.endpoint.ask(questions, stage, judging.VERDICT_TOKENS, 0.0, folder / JOURNAL_FILE))
+        ask = lambda: run.endpoint.ask(questions, stage, judging.VERDICT_TOKENS, 0.0, folder / JOURNAL_FILE)  # noqa: E731
+        rows = once(lambda: judging.judgments(sample, ask()))
         write_records(rows, folder / "judgments.jsonl")
         return judging.summarize_judgments(rows)
 

@@ -9,7 +9,7 @@ from sso_jax.config import Config, to_dict
 from sso_jax.errors import InputError
 from sso_jax.records import write_text
 
-MAY_CHANGE = ("mesh", "logging", "run.compilation_cache", "run.directory")
+MAY_CHANGE = ("mesh", "hosts", "sampling.mesh", "dry_run", "logging", "run.compilation_cache", "run.directory")
 """Fields in which a continued run may differ from its start."""
 CONFIG_FILE = "config.yaml"
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sso_jax.hosts import agree, once
 from sso_jax.records import read_records, write_records, write_text
 
 
@@ -13,13 +14,14 @@ def _marker(folder: Path, name: str) -> Path:
 
 
 def finished(folder: Path, name: str) -> dict | None:
-    """What a finished stage left to be said (counts, seconds), or None where it is still to do."""
+    """What a finished stage left to be said (counts, seconds), or None where it is still to do; one answer for all processes."""
     marker = _marker(folder, name)
-    return json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+    return once(lambda: json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None)
 
 
 def finish(folder: Path, name: str, stats: dict) -> dict:
-    """Marks a stage as done, after its files were written."""
+    """Marks a stage as done, after its files were written; what is said of it is what the first process says."""
+    stats = agree(stats)
     marker = _marker(folder, name)
     marker.parent.mkdir(parents=True, exist_ok=True)
     write_text(json.dumps(stats, indent=2), marker)

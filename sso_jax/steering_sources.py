@@ -10,6 +10,7 @@ from sso_jax.assembly import Engine
 from sso_jax.config import Config, PrinciplesConfig, SampleConfig
 from sso_jax.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.errors import InputError
+from sso_jax.hosts import once
 from sso_jax.preferences.principle_files import load_principles
 from sso_jax.preferences.principles import (
     NAMING_TOKENS,
@@ -24,7 +25,7 @@ from sso_jax.preferences.principles import (
     with_written,
 )
 from sso_jax.preferences.steering import steer
-from sso_jax.records import Answer, PrincipledQuery, Query, Question, SteeredQuery, write_records
+from sso_jax.records import Answer, PrincipledQuery, Query, Question, SteeredQuery, from_json, to_json, write_records
 
 Ask = Callable[[list[Question], str, int], list[Answer]]
 """(questions, stage, longest answer in tokens) -> answers: what the policy and an endpoint have in common."""
@@ -87,7 +88,8 @@ def steer_queries(
         if source != "endpoint":
             return ask_policy(engine.sampler, params, engine.chat, questions, seed, iteration, stage, max_tokens)
         journal = None if folder is None else folder / JOURNAL_FILE
-        return endpoint.ask(questions, stage, max_tokens, config.endpoint.temperature, journal)
+        answers = once(lambda: [to_json(a) for a in endpoint.ask(questions, stage, max_tokens, config.endpoint.temperature, journal)])
+        return [from_json(Answer, answer) for answer in answers]
 
     named = ask([Question(f"{query.id}/features", naming_prompt(query, count)) for query in queries], "features", NAMING_TOKENS)
     answers = [

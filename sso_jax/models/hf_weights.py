@@ -5,6 +5,7 @@ The only file that knows Hugging Face's names. Safetensors only: nothing is unpi
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,17 +14,20 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from etils import epath
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sso_jax.errors import InputError
+from sso_jax.hosts import is_first, whole
 from sso_jax.mesh import param_shardings
 from sso_jax.models.adapters import is_adapter, merged
 from sso_jax.models.architecture import Architecture, RopeScaling
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.records import is_remote, write_text
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -70,6 +74,8 @@ def fetch(path: str, field: str = "model.path") -> Path:
     Raises:
       InputError: if it is neither.
     """
+    if is_remote(path):
+        return _copied(epath.Path(path))
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -83,6 +89,17 @@ def fetch(path: str, field: str = "model.path") -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error
+
+
+def _copied(folder: epath.Path) -> Path:
+    """A folder of an object store, copied to this machine: safetensors are read in slices, which needs a file."""
+    if not folder.is_dir():
+        raise InputError(f"model.path: no folder {str(folder)!r}; check the name and the rights to read it")
+    local = Path(tempfile.mkdtemp(prefix="sso_jax-"))
+    for file in folder.iterdir():
+        if not file.is_dir():
+            file.copy(local / file.name)
+    return local
 
 
 def _read_json(path: Path) -> dict:
@@ -386,8 +403,9 @@ def write_params(
         arrays = {}
         for name, path, row in shard:
             value = merged(flat, path, row, adapters) if path.startswith("layers/") else flat[path]
-            arrays[name] = _to_hf(RULES[path], np.asarray(jax.device_get(value)).astype(element_type))
+            arrays[name] = _to_hf(RULES[path], whole(value).astype(element_type))
             weight_map[name] = file
-        save_file(arrays, folder / file, metadata={"format": "pt"})
+        if is_first():
+            save_file(arrays, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_text(json.dumps(index, indent=2), folder / INDEX_FILE)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sso_jax.errors import InputError
-from sso_jax.mesh import num_batch_shards
+from sso_jax.mesh import batch_sharding, num_batch_shards, place, replicated
 from sso_jax.progress import progress_bar
 from sso_jax.sampling.decode import Prompts, Samples
 from sso_jax.sampling.strategies import Strategy
@@ -68,6 +68,8 @@ class Sampler:
     max_tokens: int
     """Limit of prompt plus response."""
     batch_size: int
+    shardings: dict | None = None
+    """Where the parameters lie while sampling, if not where they lie anyway: they are copied there for a stage."""
 
     def fits(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt leaves room for at least one token of response."""
@@ -91,11 +93,13 @@ class Sampler:
             raise InputError(
                 f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {self.max_tokens}; shorten it"
             )
+        params = params if self.shardings is None else jax.device_put(params, self.shardings)
+        strategy, stops = place((self.strategy, stops), replicated(self.mesh))
         with progress_bar(stage, len(requests), "response") as bar:
             for batch in cut_batches(lengths, batch_size):
                 prompts = pad_prompts([requests[i] for i in batch], batch_size, bucket(max(lengths[i] for i in batch)))
                 with jax.set_mesh(self.mesh):
-                    samples = self.generate(params, prompts, self.strategy, stops, budget)
+                    samples = self.generate(params, place(prompts, batch_sharding(self.mesh)), strategy, stops, budget)
                 tokens, num_tokens = jax.device_get(samples)
                 for row, i in enumerate(batch):
                     responses[i] = tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist()

@@ -4,14 +4,17 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from sso_jax.records import is_remote
 from sso_jax.training.update import TrainState
 
 
 def open_checkpoints(folder: str | Path, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of one round, `folder/STEP`, the newest `keep` of them. Leaving its `with` waits for saves under way."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+    folder = epath.Path(folder)
+    return ocp.CheckpointManager(folder if is_remote(folder) else folder.absolute(), options=options)
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, num_updates: int) -> None:

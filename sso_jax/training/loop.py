@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import jax
 
+from sso_jax.mesh import place
 from sso_jax.progress import progress_bar
-from sso_jax.training.update import TrainState
+from sso_jax.training.update import TrainState, batch_shardings
 
 
 class Hooks(NamedTuple):
@@ -61,6 +62,7 @@ def run_updates(
         waiting: tuple[int, dict] | None = None
         for step in range(start, len(num_tokens)):
             batch = make_batch(step)
+            batch = place(batch, batch_shardings(batch, mesh))
             with jax.set_mesh(mesh):
                 state, metrics = update(state, batch)
             if waiting is not None:

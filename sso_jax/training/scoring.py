@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from sso_jax.mesh import num_batch_shards
+from sso_jax.mesh import batch_sharding, num_batch_shards, place
 from sso_jax.progress import progress_bar
 from sso_jax.training.batches import pack, row_shape, steered_trees
 
@@ -34,7 +34,8 @@ def score_examples(
     with progress_bar(stage, len(items), "example") as bar:
         for start, trees in zip(starts, batches, strict=True):
             with jax.set_mesh(mesh):
-                values = jax.device_get(score(params, pack(trees, shape, num_cells), num_cells)).reshape(batch_size, len(cells))
+                rows = place(pack(trees, shape, num_cells), batch_sharding(mesh))
+                values = jax.device_get(score(params, rows, num_cells)).reshape(batch_size, len(cells))
             count = min(batch_size, len(items) - start)
             sums.extend(values[:count].tolist())
             bar.update(count)

@@ -1,0 +1,72 @@
+"""What one process of a run has in, what all of them have out. With a single process every function here does next to nothing."""
+
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sso_jax.config import HostsConfig
+from sso_jax.errors import InputError
+from sso_jax.records import leave_writing_to_another
+
+
+def join_hosts(config: HostsConfig) -> None:
+    """Joins the processes of a run; called before anything else asks JAX for a device.
+
+    Raises:
+      InputError: if the cluster cannot be found or joined.
+    """
+    if not config.initialize and config.coordinator is None:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of use where the devices are CPUs, as in tests
+    try:
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"hosts: the processes cannot be joined ({reason}); start one on each host, or give hosts.coordinator HOST:PORT, "
+            "hosts.num_processes and hosts.process_id"
+        ) from error
+    if not is_first():
+        leave_writing_to_another()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def agree(value):
+    """The first process's `value`, anything that JSON holds, in every process. All of them must call it, in the same order."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode() if is_first() else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    padded = np.zeros((size,), np.uint8)
+    padded[: text.size] = text
+    return json.loads(multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes())
+
+
+def once(make: Callable[[], object]):
+    """What `make` returns (anything that JSON holds), called by the first process alone and shared, or the `InputError` that it raises."""
+    if jax.process_count() == 1:
+        return make()
+    outcome = None
+    if is_first():
+        try:
+            outcome = {"value": make()}
+        except InputError as error:
+            outcome = {"error": str(error)}
+    outcome = agree(outcome)
+    if "error" in outcome:
+        raise InputError(outcome["error"])
+    return outcome["value"]
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array that lies over all hosts, on each of them. All processes must call it, in the same order."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(jax.device_get(array))
