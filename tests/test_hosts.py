@@ -1,0 +1,119 @@
+"""Two real processes of four devices each against one of eight: same responses, same losses, files once, a checkpoint that one reads."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from toys import toy_model, toy_params
+
+import train
+from sso_jax.assembly import export_policy
+from sso_jax.config import HostsConfig, OptimizerConfig
+from sso_jax.errors import InputError
+from sso_jax.hosts import agree, once, whole
+from sso_jax.mesh import param_shardings
+from sso_jax.models.hf_weights import read_params
+from sso_jax.models.transformer import abstract_params
+from sso_jax.policy_training import abstract_state, build_optimizer
+from sso_jax.toy.pretraining import train_tokenizer
+from sso_jax.training import checkpoints
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = toy_model(vocab_size=1024, num_layers=1)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_process(arguments: list[str], port: int, number: int, log: Path) -> subprocess.Popen:
+    hosts = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num_processes", "2", "--hosts.process_id", str(number)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    with open(log, "w") as file:
+        command = [sys.executable, "train.py", *arguments, *hosts]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, one_device):
+    """(directory of one process, directory of two, what the two printed)."""
+    folder = tmp_path_factory.mktemp("hosts")
+    tokenizer = train_tokenizer()
+    export_policy(toy_params(MODEL, one_device), MODEL.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "model", "float32")
+    queries = folder / "queries.jsonl"
+    queries.write_text("".join(json.dumps({"query": f"Spell {word}."}) + "\n" for word in ("fox", "fig", "cat", "red", "ten", "oak")))
+    fields = {
+        "model.path": folder / "model", "queries.path": queries, "queries.per_iteration": 6, "run.iterations": 1, "sampling.batch_size": 8,
+        "sampling.max_new_tokens": 8, "train.batch_size": 2, "objective.base": "dpo", "optimizer.learning_rate": 1e-3,
+        "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.compilation_cache": "",
+    }  # fmt: skip
+    arguments = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+    port, logs = free_port(), [folder / f"process_{i}.log" for i in range(2)]
+    apart = ["--sampling.mesh", '{"data": 2, "fsdp": 4}', "--run.directory", str(folder / "two")]
+    processes = [start_process([*arguments, *apart], port, i, log) for i, log in enumerate(logs)]
+    assert train.main([*arguments, "--run.directory", str(folder / "one")]) == 0
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
+    return folder / "one", folder / "two", [log.read_text() for log in logs]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_processes_sample_the_same_tokens_as_one(runs):
+    one, two, _ = runs
+    ids = [[row["response_ids"] for row in rows(run / "iteration_1" / "responses.jsonl")] for run in (one, two)]
+    assert ids[0] == ids[1] and len(ids[0]) == 6
+
+
+def test_two_processes_have_the_losses_and_log_probs_of_one(runs):
+    one, two, _ = runs
+    lines = [rows(run / "metrics.jsonl") for run in (one, two)]
+    for field in ("loss", "chosen_log_prob", "rejected_log_prob", "margin", "grad_norm"):
+        count = 1 if field == "grad_norm" else 3  # later ones differ where Adam divided a gradient near 0 by its own size
+        values = [[line[field] for line in of_run][:count] for of_run in lines]
+        assert len(values[0]) == count
+        np.testing.assert_allclose(values[1], values[0], rtol=1e-5, atol=1e-5, err_msg=field)
+    pairs = [[list(row["log_probs"]["plain"].values()) for row in rows(run / "iteration_1" / "pairs.jsonl")] for run in (one, two)]
+    np.testing.assert_allclose(pairs[1], pairs[0], rtol=1e-5)
+
+
+def test_what_is_written_once_is_written_by_the_first(runs):
+    _, two, printed = runs
+    assert ["tokens a second" in text for text in printed] == [True, False]  # the table of a round
+    updates = [(row["iteration"], row["step"]) for row in rows(two / "metrics.jsonl")]
+    assert updates == sorted(set(updates))  # each line once
+    assert not list(two.rglob("*.partial"))
+
+
+def test_a_checkpoint_of_two_processes_is_restored_by_one_on_another_mesh(runs, one_device):
+    _, two, _ = runs
+    shardings = param_shardings(abstract_params(MODEL), one_device)
+    optimizer = build_optimizer(OptimizerConfig(), 1)[1]
+    with checkpoints.open_checkpoints(two / "iteration_1" / "checkpoints", 1) as manager:
+        state = checkpoints.restore(manager, *abstract_state(nn.unbox(abstract_params(MODEL)), shardings, optimizer, one_device))
+    exported = read_params(two / "iteration_1" / "policy", MODEL, one_device)
+    jax.tree.map(np.testing.assert_array_equal, state.params, exported)
+    assert int(state.step) == 3
+
+
+def test_one_process_agrees_with_itself(one_device):
+    assert agree({"a": [1, None]}) == {"a": [1, None]} and once(lambda: 3) == 3
+    np.testing.assert_array_equal(whole(jax.numpy.arange(3)), [0, 1, 2])
+    with pytest.raises(InputError, match="mine"):
+        once(lambda: (_ for _ in ()).throw(InputError("mine")))
+
+
+def test_half_given_processes_are_refused():
+    with pytest.raises(InputError, match=r"hosts: .*give coordinator, num_processes and process_id together"):
+        HostsConfig(coordinator="127.0.0.1:1")
