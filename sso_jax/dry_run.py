@@ -81,8 +81,8 @@ def run(config: Config) -> None:
     Raises:
       InputError: without libtpu, for an unknown topology or model, or a mesh that does not fit.
     """
-    plan = make_plan(config, _devices(config.dry_run))
-    chip_bytes = _chip_gib(config.dry_run) * GIB
+    plan = make_plan(config, find_devices(config.dry_run))
+    chip_bytes = chip_gib(config.dry_run) * GIB
     log.info("dry run: %s on %s, mesh %s", config.model.path, config.dry_run, dict(plan.mesh.shape))
     programs = []
     for name, compile_program in PROGRAMS.items():
@@ -91,9 +91,14 @@ def run(config: Config) -> None:
     print(table(plan, programs, chip_bytes))
 
 
-def _devices(topology: str) -> list:
+def find_devices(topology: str) -> list:
+    """Descriptions of the topology's chips, to compile for.
+
+    Raises:
+      InputError: for what is no topology, or without libtpu.
+    """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server where there is no TPU
-    _chip_gib(topology)
+    chip_gib(topology)
     from jax.experimental import topologies
 
     try:
@@ -106,7 +111,8 @@ def _devices(topology: str) -> list:
         ) from error
 
 
-def _chip_gib(topology: str) -> int:
+def chip_gib(topology: str) -> int:
+    """Memory of one chip of the topology."""
     generation = topology.split(":")[0]
     if generation not in CHIP_GIB or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
         raise InputError(f"dry_run: {topology!r} is no topology; give GENERATION:SIZES with one of {', '.join(CHIP_GIB)}, such as v5e:4x4")

@@ -80,13 +80,13 @@ def test_the_table_names_what_does_not_fit_and_says_what_to_do(programs):
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "4x4", "v5e:4"])
 def test_what_is_no_topology_is_refused(topology):
     with pytest.raises(InputError, match=r"dry_run: .* is no topology; give GENERATION:SIZES with one of v4, v5e, v5p, v6e"):
-        dry_run._devices(topology)
+        dry_run.find_devices(topology)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_one_line_says_what_to_install():
     with pytest.raises(InputError, match=r"dry_run: 'v5e:2x2' cannot be compiled for .*requirements-dry-run.txt"):
-        dry_run._devices("v5e:2x2")
+        dry_run.find_devices("v5e:2x2")
 
 
 def test_a_model_that_the_mesh_does_not_cut_is_refused(folder):

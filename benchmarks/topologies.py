@@ -1,0 +1,100 @@
+"""Dry runs of 7B and 8B updates on TPU topologies in, the README's tables of bytes a chip out. Needs requirements-dry-run.txt, no TPU.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.topologies --out topologies.json
+
+One pair a chip of 2,048 tokens, both recipes' objectives, bfloat16 arithmetic on float32 masters, fsdp over all chips. What is compiled
+is kept in the file, and a second call goes on where the first one stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sso_jax import dry_run
+from sso_jax.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from sso_jax.progress import progress_bar
+
+MODELS = ("Qwen/Qwen2-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+FORMS = {"online": ObjectiveConfig(base="ipo", beta=0.2), "generator": ObjectiveConfig(base="dpo", form="generator")}
+ASKED = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4")
+SMALLER = ("v5p:2x2x1", "v6e:2x4")
+"""Half the chips, for the objective that needs more; half a v5e:4x4 cannot even hold parameters, moments and gradient."""
+SCALING = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
+Cell = tuple[str, str, str]
+"""Model, objective, topology."""
+
+
+def cells() -> list[Cell]:
+    """Every update to compile: what is asked for first, then smaller topologies, then the scaling of one model."""
+    asked = [(model, form, topology) for topology in ASKED for model in MODELS for form in FORMS]
+    smaller = [(model, "online", topology) for topology in SMALLER for model in MODELS]
+    return list(dict.fromkeys([*asked, *((MODELS[0], "online", topology) for topology in SCALING), *smaller]))
+
+
+def compile_cell(cell: Cell) -> dict:
+    """Bytes a chip of one update of as many pairs as there are chips."""
+    model, form, topology = cell
+    devices = dry_run.find_devices(topology)
+    config = Config(
+        dry_run=topology,
+        model=ModelConfig(path=model, compute_dtype="bfloat16"),
+        objective=FORMS[form],
+        train=TrainConfig(batch_size=len(devices), max_tokens=2048),
+    )
+    program = dry_run.compile_update(dry_run.make_plan(config, devices), "update")
+    return {**dataclasses.asdict(program), "other_bytes": program.other_bytes, "chips": len(devices)}
+
+
+def compile_missing(path: Path) -> dict[Cell, dict]:
+    """All cells, those that the file holds read from it, the others compiled and added to it one by one."""
+    done = {tuple(row["cell"]): row for row in json.loads(path.read_text())} if path.is_file() else {}
+    missing = [cell for cell in cells() if cell not in done]
+    with progress_bar("updates", len(missing), "program") as bar:
+        for cell in missing:
+            done[cell] = {"cell": list(cell), **compile_cell(cell)}
+            path.write_text(json.dumps(list(done.values()), indent=1))
+            print(
+                f"{cell}: {done[cell]['total_bytes'] / dry_run.GIB:.2f} GiB in {done[cell]['seconds']:.0f} s", file=sys.stderr, flush=True
+            )
+            bar.update()
+    return done
+
+
+def tables(done: dict[Cell, dict]) -> str:
+    """Both tables in Markdown."""
+    lines = ["| model | recipe | topology | chips | parameters | optimizer | activations and the rest | GiB a chip | of the chip | fits |"]
+    lines.append("|---" * 10 + "|")
+    for cell in (cell for cell in done if cell[2] in ASKED + SMALLER):
+        row, chip = done[cell], dry_run.chip_gib(cell[2])
+        parts = [row[name] / dry_run.GIB for name in ("params_bytes", "optimizer_bytes", "other_bytes", "total_bytes")]
+        sizes = " | ".join(f"{part:.2f}" for part in parts)
+        verdict = "yes" if row["fits"] else "no"
+        lines.append(
+            f"| {cell[0].split('/')[1]} | {cell[1]} | {cell[2]} | {row['chips']} | {sizes} | {100 * parts[3] / chip:.0f}% | {verdict} |"
+        )
+    lines += [
+        "",
+        "| topology | chips | parameters and optimizer GiB a chip | times chips | activations and the rest GiB a chip |",
+        "|---" * 5 + "|",
+    ]
+    for topology in SCALING:
+        row = done[MODELS[0], "online", topology]
+        held = (row["params_bytes"] + row["optimizer_bytes"]) / dry_run.GIB
+        rest = row["other_bytes"] / dry_run.GIB
+        lines.append(f"| {topology} | {row['chips']} | {held:.3f} | {held * row['chips']:.1f} | {rest:.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("topologies.json"), help="file that keeps what is compiled")
+    logging.basicConfig(level=logging.WARNING)
+    print(tables(compile_missing(parser.parse_args(argv).out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
