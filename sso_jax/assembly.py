@@ -48,7 +48,7 @@ from sso_jax.training.plain_losses import PLAIN_LOSSES, plain_loss
 from sso_jax.training.update import cells_of
 
 POLICY_FOLDER = "policy"
-LOSS_SETTINGS = ("beta", "label_smoothing", "tau", "eta", "margin", "alpha", "rho", "t_min", "t_max", "clip")
+LOSS_SETTINGS = ("beta", "label_smoothing", "tau", "eta", "margin", "alpha", "rho", "t_min", "t_max", "clip", "degree_weight")
 """Config fields that are settings of a base loss."""
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,9 @@ class Objective:
     """The (context, response) log-probs that it needs."""
     terms: Callable[..., Terms]
     beta: float
+    degree_weight: float | None = None
+    """gamma of base `spo`, where the cross-entropy of its degree head is added."""
+    degree_removal: str = "keywords"
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
@@ -119,7 +122,10 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     if plain is not None and config.form == "generator":
         log.warning("form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base)
     cells = cells_of(config.form, config.use_steering and any(scale), scale, config.negative_winner, more)
-    return Objective(cells, terms, settings.get("beta", 1.0))
+    if config.degree_removal != "keywords" and config.base != "spo":
+        raise InputError(f"objective.degree_removal: {config.degree_removal!r} is not used by base {config.base!r}; remove it")
+    degree_weight = settings.get("degree_weight") if config.form != "generator" else None
+    return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
 
 
 def _name_unused(config: ObjectiveConfig, used: tuple[str, ...]) -> None:

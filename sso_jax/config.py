@@ -220,7 +220,7 @@ class FilterConfig:
 class ObjectiveConfig:
     base: str = "ipo"
     """Loss that the objective is built from: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero, apo_down, discopop,
-    aps, clipped in every context; rpo, selm, opo, reward_conditioned on the plain prompt."""
+    aps, clipped in every context; rpo, selm, opo, reward_conditioned, spo on the plain prompt."""
     beta: Optional[float] = None
     """Strength of the base loss; null takes the base's own default."""
     label_smoothing: Optional[float] = None
@@ -241,6 +241,10 @@ class ObjectiveConfig:
     """Base `aps`: largest scale of a pair."""
     clip: Optional[float] = None
     """Base `clipped`: reward beyond which nothing more is earned."""
+    degree_weight: Optional[float] = None
+    """gamma of base `spo`: weight of the cross-entropy of its degree head."""
+    degree_removal: Literal["keywords", "random"] = "keywords"
+    """What the variants of base `spo` lack: key phrases, or as many words drawn at random (a control)."""
     form: Literal["online", "generator", "pairwise"] = "online"
     """`online`: base + W*g*G (version 1); `generator`: L+ + L- (version 2); `pairwise`: the plain pair alone (PBAA)."""
     steering_weight: float = 0.1
@@ -273,7 +277,7 @@ class ObjectiveConfig:
         for name in ("t_min", "t_max", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"objective.{name}", value, "a number above 0")
-        for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight", "eta", "alpha"):
+        for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight", "eta", "alpha", "degree_weight"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"objective.{name}", value, "0 or more")
 

@@ -12,12 +12,15 @@ import optax
 from sso_jax.assembly import Engine, Objective
 from sso_jax.config import Config, OptimizerConfig
 from sso_jax.errors import InputError
-from sso_jax.mesh import num_batch_shards
+from sso_jax.mesh import num_batch_shards, replicated
 from sso_jax.models.adapters import split_trainable
+from sso_jax.preferences.keywords import graded_variants, random_variants
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Triple
+from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.training import checkpoints
 from sso_jax.training.batches import (
+    Example,
     PreferenceBatch,
     SupervisedBatch,
     Tree,
@@ -28,6 +31,7 @@ from sso_jax.training.batches import (
     row_shape,
     supervised_batch,
 )
+from sso_jax.training.degree import DEGREE_CELLS, HEAD, init_head
 from sso_jax.training.loop import Hooks, run_updates, update_order
 from sso_jax.training.rewards import Rated, RewardBatch, pair_trees, reward_batch
 from sso_jax.training.update import (
@@ -51,13 +55,38 @@ class Plan:
 
 def plan_preferences(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
     """Order and shape of the round's batches; they follow from the pairs and the seed alone."""
+    examples = [make_example(triple, steered_prompts(engine.chat, triple), triple.response_ids, objective.cells) for triple in pairs]
     cells = objective.cells
-    examples = [make_example(triple, steered_prompts(engine.chat, triple), triple.response_ids, cells) for triple in pairs]
+    if objective.degree_weight is not None:
+        cells = [*cells, *DEGREE_CELLS]
+        variants = [degree_ids(engine, triple, objective.degree_removal, config.run.seed) for triple in pairs]
+        examples = [with_degrees(example, own) for example, own in zip(examples, variants, strict=True)]
     updates, micro, num_micro = _updates(examples, config, iteration)
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
     shape = row_shape([micro_trees(part, cells) for part in micros], num_batch_shards(engine.mesh))
     num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in updates]
     return Plan(num_tokens, lambda step: preference_batch(updates[step], cells, micro, num_micro, shape))
+
+
+def degree_ids(engine: Engine, triple: Triple, removal: str, seed: int) -> dict[str, list[int]]:
+    """Token ids of the graded variants of y+, end of turn included, by the response's name in DEGREE_CELLS."""
+    texts = graded_variants(triple.chosen) if removal == "keywords" else random_variants(triple.chosen, f"{seed}/{triple.id}")
+    tokenizer = engine.chat.tokenizer
+    ids = [[*encode_text(tokenizer, text), tokenizer.eos_token_id] for text in texts]
+    return {response: own for (_, response), own in zip(DEGREE_CELLS, ids, strict=True)}
+
+
+def with_degrees(example: Example, variants: dict[str, list[int]]) -> Example:
+    """The example with its variants; they have no reference, for no log-ratio is taken of them."""
+    references = [*example.reference_log_probs, *([0.0] * len(variants))]
+    return example._replace(responses={**example.responses, **variants}, reference_log_probs=references)
+
+
+def new_parts(engine: Engine, config: Config) -> dict:
+    """Parameters beside the decoder's that a round trains, and which end with it: the degree head of base `spo`."""
+    if config.recipe == "sft" or config.objective.base != "spo":
+        return {}
+    return {HEAD: init_head(config.run.seed, engine.model.architecture.width)}
 
 
 def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: list[Tree]) -> Plan:
@@ -102,6 +131,18 @@ def abstract_state(
     return shapes, state_shardings(params, param_shardings, optimizer, mesh)
 
 
+def _shapes_with(parts: dict, engine: Engine, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the state of the decoder's parameters and these parts, which lie on every device."""
+    whole = jax.tree.map(lambda _: replicated(engine.mesh), parts)
+    abstract = jax.eval_shape(lambda: parts)
+    return abstract_state({**engine.abstract_params(), **abstract}, {**engine.shardings, **whole}, optimizer, engine.mesh)
+
+
+def without_parts(params: dict, parts: dict) -> dict:
+    """The decoder's own parameters."""
+    return {name: part for name, part in params.items() if name not in parts}
+
+
 def train_round(
     engine: Engine,
     losses: ExampleLosses,
@@ -121,20 +162,21 @@ def train_round(
     """
     num_updates = len(plan.num_tokens)
     schedule, optimizer = build_optimizer(config.optimizer, num_updates)
-    shapes, shardings = abstract_state(engine.abstract_params(), engine.shardings, optimizer, engine.mesh)
+    parts = new_parts(engine, config)
+    shapes, shardings = _shapes_with(parts, engine, optimizer)
     update = build_update(losses, optimizer, schedule, engine.mesh, shardings, plan.make_batch(0))
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
         done = 0 if state is None else int(state.step)
         frozen = split_trainable(params)[1]
-        state = init_state(params, optimizer, shardings) if state is None else state._replace(frozen=frozen)
+        state = init_state({**params, **parts}, optimizer, shardings) if state is None else state._replace(frozen=frozen)
         rewind(done)
         hooks = _hooks(line, look, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps, num_updates)
         start = time.perf_counter()
         state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
-    return state.whole_params(), {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
+    return without_parts(state.whole_params(), parts), {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
 
 
 def _hooks(
@@ -170,9 +212,11 @@ def trained_params(engine: Engine, config: Config, folder: Path, base: Callable[
       InputError: if the folder holds none.
     """
     optimizer = build_optimizer(config.optimizer, num_updates=1)[1]
-    shapes, shardings = abstract_state(engine.abstract_params(), engine.shardings, optimizer, engine.mesh)
+    parts = new_parts(engine, config)
+    shapes, shardings = _shapes_with(parts, engine, optimizer)
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
     if state is None:
         raise InputError(f"{folder}: no checkpoint, though the round is marked as done; delete {folder.parent} to do it again")
-    return state._replace(frozen=split_trainable(base())[1]).whole_params() if shapes.frozen else state.params
+    whole = state._replace(frozen=split_trainable(base())[1]).whole_params() if shapes.frozen else state.params
+    return without_parts(whole, parts)

@@ -26,6 +26,7 @@ from sso_jax.preferences import pairs as pair_stage
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Dropped, Triple, write_records
 from sso_jax.reward_model import keep_widest, open_rater, with_rewards
+from sso_jax.training.degree import DEGREE_CELLS, spo_losses
 from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import ExampleLosses, preference_losses
 
@@ -192,7 +193,11 @@ def train_on_pairs(
 ) -> tuple[Any, dict]:
     """The parameters after the updates of a round on its pairs, and what is said of them; as `train` otherwise."""
     plan = plan_preferences(run.engine, objective, run.config, iteration, pairs)
-    losses = preference_losses(run.engine.model, objective.terms, objective.cells, objective.beta)
+    if objective.degree_weight is None:
+        losses = preference_losses(run.engine.model, objective.terms, objective.cells, objective.beta)
+    else:
+        cells = [*objective.cells, *DEGREE_CELLS]
+        losses = spo_losses(run.engine.model, objective.terms, cells, objective.beta, objective.degree_weight)
     return train(run, losses, plan, iteration, params, folder, first_step)
 
 

@@ -18,12 +18,15 @@ def is_adapter(path: str) -> bool:
 
 
 def split_trainable(params) -> tuple[dict, dict]:
-    """What training changes and what stays: the adapters and the rest, or everything and nothing where there are no adapters."""
+    """What training changes and what stays: the adapters and the rest, or everything and nothing where there are no adapters.
+
+    Parts whose name ends in `_head` are no part of the decoder and always change.
+    """
     flat = flatten_dict(params, sep="/")
-    trainable = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
-    if not trainable:
+    if not any(map(is_adapter, flat)):
         return params, {}
-    frozen = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+    trainable = {path: leaf for path, leaf in flat.items() if is_adapter(path) or path.split("/")[0].endswith("_head")}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
 
 

@@ -36,9 +36,32 @@ def token_log_probs(head: Float[Array, "D V"], hidden: Float[Array, "R M D"], ta
 
 def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Float[Array, "cells"]:
     """Sum of the log-probs of each cell's tokens under the model at temperature 1, in nats, float32."""
+    return _cell_sums(model, params, rows, _hidden_at_sources(model, params, rows), num_cells)
+
+
+def cell_log_probs_and_means(
+    model: Transformer, params, rows: Rows, num_cells: int
+) -> tuple[Float[Array, "cells"], Float[Array, "cells D"]]:
+    """`cell_log_probs`, and the mean of the final hidden states over each cell's tokens but its last, in float32; 0 of a single one."""
+    hidden = _hidden_at_sources(model, params, rows)
+    inside = (jnp.take_along_axis(rows.branch, rows.source, axis=1) > 0).astype(jnp.float32).reshape(-1)  # 0 at the prompt's last token
+    flat = hidden.astype(jnp.float32).reshape(-1, hidden.shape[-1])
+    totals, counts = (
+        jax.ops.segment_sum(values, rows.cell.reshape(-1), num_segments=num_cells + 1)[:num_cells]
+        for values in (flat * inside[:, None], inside)
+    )
+    means = totals / jnp.maximum(counts, 1.0)[:, None]
+    return _cell_sums(model, params, rows, hidden, num_cells), means
+
+
+def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
+    """Final hidden states where response tokens are predicted from."""
     mask = tree_mask(rows.tree, rows.branch)
     hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask)
-    hidden = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)  # [R, M, D]
+    return jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
+
+
+def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells"]:
     head = model.apply({"params": params}, method="head_matrix")  # gathered here, once for all chunks
     num_rows, num_targets = rows.target.shape
     rows_of_device = -(-num_rows // batch_shards_in_context())

@@ -61,6 +61,14 @@ def opo_loss(policy: Steered, reference: Steered, num_tokens: Steered, *, beta: 
     return -jnp.einsum("i,bij,j->b", jnp.asarray(discounts), places, jnp.asarray(gains)) / ideal
 
 
+def spo_loss(
+    policy: Steered, reference: Steered, num_tokens: Steered, *, beta: float = 0.1, degree_weight: float = 0.1
+) -> Float[Array, "B"]:
+    """The alignment loss of SPO, dpo (arXiv 2409.17791); `degree_weight` times the cross-entropy of `degree.py` is added to the whole."""
+    del degree_weight
+    return dpo_loss(policy.plain, reference.plain, num_tokens.plain, beta=beta)
+
+
 def neural_sort(scores: Float[Array, "B K"], tau: float) -> Float[Array, "B K K"]:
     """`P_ij = softmax_j([(K+1-2i) s_j - sum_m |s_j - s_m|] / tau)`: row i is where the i-th largest score is (Grover et al. 2019)."""
     num = scores.shape[-1]
@@ -96,6 +104,7 @@ PLAIN_LOSSES: dict[str, PlainLossEntry] = {
     "selm": PlainLossEntry(selm_loss, (ORIGINAL,)),
     "opo": PlainLossEntry(opo_loss, (ORIGINAL,)),
     "reward_conditioned": PlainLossEntry(reward_conditioned_loss, TOLD),
+    "spo": PlainLossEntry(spo_loss, ()),
 }
 
 
