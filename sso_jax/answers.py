@@ -47,6 +47,8 @@ def _check_fields(config: SampleConfig) -> None:
         raise InputError("model.path: 'toy' is trained by train.py; give a run directory or a folder with weights")
     if (config.query is None) == (config.queries.path is None):
         raise InputError("query, queries.path: give one of them")
+    if config.sampling.policies != 1:
+        raise InputError(f"sampling.policies: {config.sampling.policies} is for the rounds of train.py; leave it out")
     if config.out is None and config.query is None:
         raise InputError("out: not given; name the file to write")
     if config.out is not None and not Path(config.out).parent.is_dir():

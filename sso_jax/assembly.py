@@ -1,5 +1,6 @@
 """A config and a model folder in, what a run works with out: decoder, tokenizer, compiled functions, objective, and folders written."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -126,6 +127,15 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         raise InputError(f"objective.degree_removal: {config.degree_removal!r} is not used by base {config.base!r}; remove it")
     degree_weight = settings.get("degree_weight") if config.form != "generator" else None
     return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
+
+
+def with_original(objective: Objective) -> Objective:
+    """The objective with the log-prob of y_o under x beside those of the plain pair: it is logged, and no part of the loss."""
+    rejected, original = ("plain", "rejected"), ("plain", "original")
+    if rejected not in objective.cells or original in objective.cells:
+        return objective
+    at = objective.cells.index(rejected) + 1
+    return dataclasses.replace(objective, cells=[*objective.cells[:at], original, *objective.cells[at:]])
 
 
 def _name_unused(config: ObjectiveConfig, used: tuple[str, ...]) -> None:

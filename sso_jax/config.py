@@ -190,6 +190,8 @@ class SamplingConfig:
     """Responses sampled together; the last batch of a stage is padded to it."""
     mesh: Optional[MeshConfig] = None
     """Another mesh to sample on, for a second copy of the weights meanwhile; with `data` the number of hosts, hosts decode apart."""
+    policies: int = 1
+    """Policies that y+ and y- are drawn from: the present one and so many less one of earlier rounds (TSO's model matrix)."""
 
     def __post_init__(self):
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
@@ -197,6 +199,7 @@ class SamplingConfig:
         require(self.top_k is None or self.top_k >= 1, "sampling.top_k", self.top_k, "1 or more, or null")
         require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "1 or more")
         require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "1 or more")
+        require(self.policies >= 1, "sampling.policies", self.policies, "1 (the present one) or more")
 
 
 @dataclass(frozen=True)
@@ -324,6 +327,8 @@ class TrainConfig:
     """Limit of prompt plus response; longer examples are dropped and counted."""
     shuffle: bool = True
     """Draw the order of the examples anew each epoch, by the seed."""
+    log_original: bool = True
+    """Run y_o under the plain prompt too, so that metrics.jsonl shows the log-probs of chosen, rejected and other responses apart."""
 
     def __post_init__(self):
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")

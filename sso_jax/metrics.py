@@ -11,7 +11,7 @@ from sso_jax.records import append_line, read_json_lines, write_records
 
 LINE_FIELDS = (
     "iteration", "step", "loss", "base_loss", "positive_loss", "negative_loss", "weight", "chosen_log_prob", "rejected_log_prob",
-    "margin", "accuracy", "grad_norm", "learning_rate", "tokens_per_second",
+    "original_log_prob", "margin", "accuracy", "grad_norm", "learning_rate", "tokens_per_second",
 )  # fmt: skip
 """Fields of every line; one that the objective does not have is null."""
 

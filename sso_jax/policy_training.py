@@ -84,7 +84,7 @@ def with_degrees(example: Example, variants: dict[str, list[int]]) -> Example:
 
 def new_parts(engine: Engine, config: Config) -> dict:
     """Parameters beside the decoder's that a round trains, and which end with it: the degree head of base `spo`."""
-    if config.recipe == "sft" or config.objective.base != "spo":
+    if config.recipe in ("sft", "reward") or config.objective.base != "spo":
         return {}
     return {HEAD: init_head(config.run.seed, engine.model.architecture.width)}
 

@@ -123,7 +123,7 @@ def _panels_of_updates(metrics: list[dict]) -> list:
         ("Margin of the plain pair", [_curve(metrics, "margin", "margin")]),
         ("Accuracy of the pair", [_curve(metrics, "of the batch", "accuracy"), _curve(metrics, "held out", "held_out_accuracy")]),
         ("Rewards", [_curve(metrics, name, f"{name}_reward") for name in ("chosen", "rejected")]),
-        ("Log-prob sums, nats", [_curve(metrics, n, f"{n}_log_prob") for n in ("chosen", "rejected")]),
+        ("Log-prob sums, nats", [_curve(metrics, n, f"{n}_log_prob") for n in ("chosen", "rejected", "original")]),
         ("Weight W", [_curve(metrics, "W", "weight")]),
         ("Gradient norm", [_curve(metrics, "norm", "grad_norm")]),
     ]

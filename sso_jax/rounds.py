@@ -97,6 +97,11 @@ def start_params(run: Run, iteration: int):
     return trained_params(run.engine, run.config, run.folder(iteration - 1) / "checkpoints", first_params)
 
 
+def earlier_params(run: Run, iteration: int):
+    """Parameters of the policy that a finished round exported; of round 0, those that the run started from."""
+    return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine) if iteration else start_params(run, 0)
+
+
 def choose_pairs(
     run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Dropped
 ) -> tuple[list[Triple], dict]:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sso_jax import stages
@@ -14,7 +15,7 @@ from sso_jax.preferences.queries import deal, load_queries
 from sso_jax.preferences.responses import clean_triples, sample_triples
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import RESPONSES, Dropped, Query, SteeredQuery, Triple
-from sso_jax.rounds import Run
+from sso_jax.rounds import Run, earlier_params
 from sso_jax.steering_sources import given_principles, steer_queries
 
 
@@ -72,16 +73,26 @@ def principles(run: Run, iteration: int, params, queries: list[Query]) -> tuple[
 
 
 def responses(
-    run: Run, iteration: int, params, steered: list[SteeredQuery], folder: Path, wanted: tuple[str, ...] = RESPONSES
+    run: Run,
+    iteration: int,
+    params,
+    steered: list[SteeredQuery],
+    folder: Path,
+    wanted: tuple[str, ...] = RESPONSES,
+    policies: int = 1,
 ) -> tuple[list[Triple], dict]:
-    """The triples that the policy with `params` samples, or as much of them as is wanted, written to `folder/responses.jsonl`."""
+    """The triples that the policy with `params` samples, or as much of them as is wanted, written to `folder/responses.jsonl`.
+
+    With more `policies`, y+ and y- come from those of so many rounds, as far as there are any, this one's included.
+    """
     engine = run.engine
+    earlier = [partial(earlier_params, run, iteration - 1 - back) for back in range(1, min(policies, iteration))]
 
     def make() -> tuple[list[Triple], dict]:
         prompted = [(record, steered_prompts(engine.chat, record)) for record in steered]
         fitting = [item for item in prompted if all(engine.sampler.fits(prompt) for prompt in item[1].values())]
         start = time.perf_counter()
-        triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, fitting, run.config.run.seed, iteration, wanted)
+        triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, fitting, run.config.run.seed, iteration, wanted, earlier)
         num_tokens = sum(len(ids) for triple in triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
         roomy = {record.id for record, _ in fitting}

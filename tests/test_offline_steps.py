@@ -88,10 +88,12 @@ def loss_of(base, form, policy, reference):
 
 
 def torch_losses(folder, base, form):
-    """Loss before each of five AdamW steps with a cosine, clipping at 1 and decay of matrices."""
+    """Loss before each of five AdamW steps with a cosine, clipping at 1 and decay of matrices; and y_o's log-prob in the first."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
+        first = PAIRS[:BATCH]
+        originals = sum(float(log_prob(model, tokenizer, None, row["query"], row["original"])[0]) for row in first) / BATCH
         references = [[(p.detach(), n) for p, n in numbers(model, tokenizer, row)] for row in PAIRS]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -108,7 +110,7 @@ def torch_losses(folder, base, form):
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return losses
+    return losses, originals
 
 
 CASES = [("online", "dpo", True), ("online", "ipo", False), ("generator", "dpo", False), ("generator", "ipo", True)]
@@ -125,7 +127,9 @@ def test_five_steps_follow_pytorch(folders, tmp_path, monkeypatch, form, base, t
         "--optimizer.learning_rate": RATE, "--optimizer.warmup_ratio": 0, "--model.remat": "false", "--logging.tensorboard": "false",
     }  # fmt: skip
     assert train.main(["--config", "configs/offline.yaml", *(str(part) for pair in changes.items() for part in pair)]) == 0
-    got = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    expected = torch_losses(folders[tied], base, form)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    got = [row["loss"] for row in rows]
+    expected, originals = torch_losses(folders[tied], base, form)
     assert max(abs(a - expected[0]) / expected[0] for a in expected) > 0.005  # the steps do something
     assert got == pytest.approx(expected, rel=1e-4)
+    assert rows[0]["original_log_prob"] == (pytest.approx(originals, rel=1e-4) if form == "online" else None)

@@ -194,7 +194,7 @@ REFUSED = {
     "sft_without_demonstrations": ({"--recipe": "sft"}, ("demonstrations.path", "not given")),
     "sft_with_pairs": ({"--recipe": "sft", "--pairs.path": "p.jsonl"}, ("pairs.path", "p.jsonl", "sft")),
     "online_with_pairs": ({"--recipe": "online", "--pairs.path": "p.jsonl"}, ("pairs.path", "p.jsonl", "online")),
-    "online_with_a_gap_of_scores": ({"--recipe": "online", "--filter.min_score_gap": 1}, ("filter.min_score_gap", "online")),
+    "online_with_a_gap_of_scores": ({"--recipe": "online", "--filter.min_score_gap": 1}, ("filter.min_score_gap", "1.0")),
     "missing_pairs_file": ({"--recipe": "offline", "--pairs.path": "no.jsonl"}, ("pairs.path", "no.jsonl")),
 }
 

@@ -46,6 +46,30 @@ def test_each_response_is_sampled_from_its_own_prompt_with_its_own_key(toy):
     assert all(keys[tuple(request.prompt_ids)] == request.key for request in seen)  # whatever else is in the batch
 
 
+def test_responses_of_several_policies_are_told_apart(toy):
+    """Policies "now", "one back", "two back": each answers its share of y+ and y-, y_o is always of now, places are kept."""
+    records = [SteeredQuery(str(n), f"query {n}", ("Safety",), "good", "bad") for n in range(300)]
+    prompts = [{"plain": [n, 0], "positive": [n, 1], "negative": [n, 2]} for n in range(300)]
+    calls = []
+
+    def sample(params, requests, stage):
+        calls.append((params, stage))
+        return [ended(toy, f"{params} {request.prompt_ids}") for request in requests]
+
+    earlier = [lambda: "one back", lambda: "two back"]
+    steered = list(zip(records, prompts, strict=True))
+    triples = sample_triples(SimpleNamespace(sample=sample), "now", toy, steered, seed=0, iteration=4, earlier=earlier)
+    assert [params for params, _ in calls] == ["now", "one back", "two back"] and "2 rounds back" in calls[2][1]
+    names = ("now", "one back", "two back")
+    for n, triple in enumerate(triples):
+        back = triple.extra["policies"]
+        assert triple.chosen == f"{names[back['chosen']]} [{n}, 1]" and triple.rejected == f"{names[back['rejected']]} [{n}, 2]"
+        assert triple.original == f"now [{n}, 0]"
+    counts = [sum(t.extra["policies"][r] == k for t in triples for r in ("chosen", "rejected")) for k in range(3)]
+    assert all(abs(count - 200) < 60 for count in counts)  # five standard deviations of sqrt(600 * 2/9) = 11.5
+    assert any(t.extra["policies"]["chosen"] != t.extra["policies"]["rejected"] for t in triples)
+
+
 LABELED = {
     "Helpful response: 7 .": "7 .",
     "Response: With pleasure! 7.": "With pleasure! 7.",

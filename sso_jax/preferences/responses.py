@@ -1,7 +1,10 @@
 """Steered queries in, triples of sampled responses out; then triples in, clean triples out, what is dropped counted by reason."""
 
 import dataclasses
+import random
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,17 +26,28 @@ def sample_triples(
     seed: int,
     iteration: int,
     wanted: tuple[str, ...] = RESPONSES,
+    earlier: Sequence[Callable[[], Any]] = (),
 ) -> list[Triple]:
-    """y+ from x+, y- from x- and y_o from x for every (steered query, prompts by context), in one stream; y_o only where wanted."""
-    requests = [
-        Request(prompts[CONTEXT_OF[response]], row_key(seed, iteration, record.id, response))
-        for record, prompts in steered
-        for response in wanted
-    ]
-    sampled = iter(sampler.sample(params, requests, f"iteration {iteration}: responses"))
+    """y+ from x+, y- from x- and y_o from x for every (steered query, prompts by context), in one stream; y_o only where wanted.
+
+    `earlier` loads the parameters of earlier policies, newest first: y+ and y- are then each sampled from one of all these and the
+    present one, by a draw of its own, and the triple's extra key `policies` says how many rounds back. y_o stays the present policy's.
+    """
+    asked = [(record.id, response, prompts[CONTEXT_OF[response]]) for record, prompts in steered for response in wanted]
+    requests = [Request(prompt, row_key(seed, iteration, name, response)) for name, response, prompt in asked]
+    backs = [rounds_back(f"{seed}/{iteration}/{name}/{response}", response, len(earlier)) for name, response, _ in asked]
+    answers: list[list[int]] = [[]] * len(requests)
+    for back in sorted(set(backs)):
+        places = [i for i, own in enumerate(backs) if own == back]
+        stage = f"iteration {iteration}: responses" + (f" by the policy {back} rounds back" if back else "")
+        own = params if back == 0 else earlier[back - 1]()
+        for place, ids in zip(places, sampler.sample(own, [requests[i] for i in places], stage), strict=True):
+            answers[place] = ids
+    sampled, drawn = iter(answers), iter(backs)
     triples = []
     for record, _ in steered:
         ids = {response: next(sampled) for response in wanted}
+        from_policies = {response: next(drawn) for response in wanted}
         texts = {response: decode_text(tokenizer, ids[response]) if response in ids else None for response in RESPONSES}
         triples.append(
             Triple(
@@ -44,10 +58,16 @@ def sample_triples(
                 features=record.features,
                 response_ids=ids,
                 tokens_hash=tokens_hash(tokenizer),
+                extra={"policies": from_policies} if earlier else {},
                 **texts,
             )
         )
     return triples
+
+
+def rounds_back(seed: str, response: str, num_earlier: int) -> int:
+    """How many rounds back the policy lies that gives this response: 0 to `num_earlier` alike, 0 for y_o."""
+    return 0 if response == "original" else random.Random(f"{seed}/policy").randrange(num_earlier + 1)
 
 
 def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:

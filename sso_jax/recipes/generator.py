@@ -90,7 +90,7 @@ def round(run: Run, iteration: int, params):
 
 def _train_generator(run: Run, objective: Objective, iteration: int, params, steered: list[SteeredQuery], folder: Path):
     """Parameters of the generator; those of the policy are used up. Its stages lie in `iteration_K/generator`."""
-    triples, _ = sampled.responses(run, iteration, params, steered, folder)
+    triples, _ = sampled.responses(run, iteration, params, steered, folder, policies=run.config.sampling.policies)
 
     def choose() -> tuple[list[Triple], dict]:
         clean, dropped = sampled.cleaned(run, triples)

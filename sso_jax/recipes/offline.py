@@ -3,7 +3,7 @@
 from collections import Counter
 
 from sso_jax import rounds, stages
-from sso_jax.assembly import Engine, build_objective
+from sso_jax.assembly import Engine, build_objective, with_original
 from sso_jax.config import Config
 from sso_jax.errors import InputError
 from sso_jax.preferences.pair_files import check_parts, load_pairs
@@ -42,9 +42,12 @@ def settle(config: Config, engine: Engine, pairs: list[Triple]) -> tuple[list[Tr
 def round(run: Run, iteration: int, params):
     """pairs -> updates -> policy; each round passes over the same pairs, scored anew by the policy at its start."""
     folder, objective = run.folder(iteration), build_objective(run.config.objective)
+    compared = objective.cells
+    if run.config.train.log_original and all(pair.original is not None for pair in run.material):
+        objective = with_original(objective)
 
     def choose() -> tuple[list[Triple], dict]:
-        contrasts, dropped = drop_empty_contrasts(run.material, objective.cells)
+        contrasts, dropped = drop_empty_contrasts(run.material, compared)
         return rounds.choose_pairs(run, objective, iteration, params, contrasts, dropped)
 
     pairs, made = stages.record_stage(folder, "pairs", Triple, choose)

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from sso_jax import rounds, sampled, stages
-from sso_jax.assembly import Objective, build_objective
+from sso_jax.assembly import Objective, build_objective, with_original
 from sso_jax.config import Config
 from sso_jax.records import Query, Triple
 from sso_jax.rounds import Recipe, Run
@@ -34,9 +34,10 @@ def refuse_given_pairs(config: Config) -> None:
 def round(run: Run, iteration: int, params):
     """queries -> principles -> responses -> pairs -> updates -> policy."""
     folder, objective = run.folder(iteration), build_objective(run.config.objective)
+    objective = with_original(objective) if run.config.train.log_original else objective
     queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material.rounds[iteration - 1], {}))
     steered, principles = sampled.principles(run, iteration, params, queries)
-    triples, responses = sampled.responses(run, iteration, params, steered, folder)
+    triples, responses = sampled.responses(run, iteration, params, steered, folder, policies=run.config.sampling.policies)
 
     def choose() -> tuple[list[Triple], dict]:
         clean, dropped = sampled.cleaned(run, triples)
