@@ -5,6 +5,7 @@ from collections import Counter
 from sso_jax import rounds, sampled, stages
 from sso_jax.assembly import Objective, build_objective, with_original
 from sso_jax.config import Config
+from sso_jax.errors import InputError
 from sso_jax.records import Query, Triple
 from sso_jax.rounds import Recipe, Run
 
