@@ -1,5 +1,6 @@
 """A config and a TPU topology in, a table of bytes and operations out: every program of a run compiled, without TPU or weights."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -17,18 +18,20 @@ from sso_jax.assembly import Objective, build_decoder, build_objective, set_prec
 from sso_jax.config import Config
 from sso_jax.errors import InputError
 from sso_jax.flops import count_flops
-from sso_jax.mesh import make_mesh, num_batch_shards
+from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import empty_cache
 from sso_jax.models.hf_weights import fetch, read_architecture
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.policy_training import abstract_state, build_optimizer
+from sso_jax.reward_model import as_reward_model
 from sso_jax.sampling.decode import Prompts, build_generate
 from sso_jax.sampling.sampler import bucket
 from sso_jax.sampling.strategies import make_strategy
 from sso_jax.training.batches import Branch, Example, Rows, Tree, micro_trees, pack, preference_batch, row_shape, supervised_batch
 from sso_jax.training.log_probs import build_score
+from sso_jax.training.rewards import Rated, pair_trees, reward_batch, reward_losses
 from sso_jax.training.update import build_update, preference_losses, supervised_losses
 
 log = logging.getLogger(__name__)
@@ -215,6 +218,13 @@ def _objective(plan: Plan) -> Objective:
     return build_objective(plan.config.objective)
 
 
+def _of_reward_model(plan: Plan) -> Plan:
+    """The plan with a reward model on its decoder."""
+    model = as_reward_model(plan.model)
+    boxed = abstract_params(model)
+    return dataclasses.replace(plan, model=model, shardings=param_shardings(boxed, plan.mesh), params=nn.unbox(boxed))
+
+
 def compile_update(plan: Plan, name: str) -> Program:
     """One update of train.batch_size examples, in microbatches."""
     train, objective = plan.config.train, _objective(plan)
@@ -223,6 +233,11 @@ def compile_update(plan: Plan, name: str) -> Program:
         trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * train.batch_size
         shape = row_shape([trees[:micro]], num_batch_shards(plan.mesh))
         batch, losses = supervised_batch(trees, micro, train.batch_size // micro, shape), supervised_losses(plan.model)
+    elif plan.config.recipe == "reward":
+        plan = _of_reward_model(plan)
+        pairs = [Rated([0] * plan.prompt_tokens, *[[0] * plan.response_tokens] * 2)] * train.batch_size
+        shape = row_shape([pair_trees(pairs[:micro])], num_batch_shards(plan.mesh))
+        batch, losses = reward_batch(pairs, micro, train.batch_size // micro, shape), reward_losses(plan.model, 0.0, 0.0, 0.0)
     else:
         examples = _examples(plan, train.batch_size, objective.cells)
         shape = row_shape([micro_trees(examples[:micro], objective.cells)], num_batch_shards(plan.mesh))

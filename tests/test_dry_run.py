@@ -55,6 +55,13 @@ def test_bytes_of_parameters_and_optimizer_are_those_of_their_shapes(programs):
     assert compiled["scoring"].optimizer_bytes == 0
 
 
+def test_the_update_of_a_reward_model_has_no_vocabulary(folder, programs):
+    """No head and one row in its place: less arithmetic than the policy's update, and fewer bytes of optimizer."""
+    plan = dataclasses.replace(programs[0], config=dataclasses.replace(programs[0].config, recipe="reward"))
+    program, of_policy = dry_run.compile_update(plan, "update"), programs[1]["update"]
+    assert program.optimizer_bytes < of_policy.optimizer_bytes and 0 < program.flops < of_policy.flops
+
+
 def test_the_cache_holds_keys_and_values_of_all_slots(programs):
     plan, compiled = programs
     a, slots = plan.model.architecture, 32 + 8  # the shortest prompt bucket and the new tokens
