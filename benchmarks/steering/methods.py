@@ -55,8 +55,11 @@ METHODS = {
 }  # fmt: skip
 GROUPS = (
     ("pbaa_dpo", "v1_dpo", "v2", "pbaa_ipo", "v1_ipo", "random", "judge"),
-    ("v1_g_1", "v1_positive", "v1_negative", "v1_naive", "v1_without_w", "v1_without_g"),
-    ("v2_positive", "v2_negative", "v2_naive", "pbaa_filter", "v1_filter", "pbaa_ipo_1", "v1_ipo_1"),
+    ("v1_g_1", "v1_positive", "v1_negative", "v1_naive"),
+    ("pbaa_filter", "v1_filter"),
+    ("v1_without_w", "v1_without_g"),
+    ("v2_positive", "v2_negative", "v2_naive"),
+    ("pbaa_ipo_1", "v1_ipo_1"),
 )
 """The order of study main: every seed of a group before the next group."""
 FAMILIES = ("pbaa_ipo", "pbaa_dpo", "v1_ipo", "v1_dpo", "v2")
