@@ -115,7 +115,7 @@ def _toy_policy(config: Config, directory: Path) -> Path:
 
 SUMMARY_FIELDS = (
     "num_queries", "num_pairs", "dropped", "pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "policy_quality",
-    "quality_parts", "response_tokens", "held_out_tokens", "before_filter", "random_features",
+    "quality_parts", "response_tokens", "held_out_tokens", "held_out_log_prob", "before_filter", "random_features",
     "fallback_principles", "unparsed", "unanswered", "endpoint_judge", "reward", "seconds", "tokens_per_second",
 )  # fmt: skip
 

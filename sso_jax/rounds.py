@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from sso_jax import stages
 from sso_jax.assembly import POLICY_FOLDER, Engine, Objective, export_policy, find_policy, load_params
 from sso_jax.config import Config, ObjectiveConfig
@@ -24,12 +27,14 @@ from sso_jax.policy_training import Plan, plan_preferences, train_round, trained
 from sso_jax.preferences import judging
 from sso_jax.preferences import pairs as pair_stage
 from sso_jax.preferences.steering import steered_prompts
-from sso_jax.records import Dropped, Triple, write_records
+from sso_jax.records import Dropped, Triple, read_json_lines, write_records
 from sso_jax.reward_model import keep_widest, open_rater, with_rewards
+from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.training.degree import DEGREE_CELLS, spo_losses
 from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import ExampleLosses, preference_losses
 
+ANSWERS_SCORED_TOGETHER = 64
 log = logging.getLogger(__name__)
 
 
@@ -259,13 +264,28 @@ def export(run: Run, iteration: int, params) -> dict:
 
 
 def evaluate(run: Run, iteration: int, params) -> dict:
-    """Quality of the unsteered policy on held-out queries, where there is a judge; its answers go to evaluation.jsonl."""
+    """Quality of the unsteered policy on held-out queries, where there is a judge; its answers go to evaluation.jsonl.
+
+    `held_out_log_prob` is what the policy thinks of the answers that the policy before any update gave: they are in no pair.
+    """
 
     def measure() -> dict:
         stage = f"iteration {iteration}: held-out answers"
         rows, means = measure_policy(run.environment, run.engine, params, run.config.run.seed, stage)
         if rows:
             write_records(rows, run.folder(iteration) / "evaluation.jsonl")
+        first = run.folder(0) / "evaluation.jsonl"
+        if rows and jax.process_count() == 1 and first.is_file():  # other hosts may not see the file
+            means = {**means, "held_out_log_prob": _mean_log_prob(run, params, read_json_lines(first), f"{stage}: log-probs")}
         return means
 
     return stages.plain_stage(run.folder(iteration), "evaluation", measure)
+
+
+def _mean_log_prob(run: Run, params, rows: list[dict], stage: str) -> float:
+    """Log-prob a token, in nats, of the answers (`query`, `response`) under the plain prompt: where mass goes that pairs do not show."""
+    chat, cells = run.engine.chat, [("plain", "answer")]
+    ids = [[*encode_text(chat.tokenizer, row["response"]), chat.tokenizer.eos_token_id] for row in rows]
+    items = [Scorable({"plain": chat.prompt_ids(row["query"])}, {"answer": own}) for row, own in zip(rows, ids, strict=True)]
+    sums = score_examples(run.engine.score, run.engine.mesh, params, items, cells, ANSWERS_SCORED_TOGETHER, stage)
+    return float(np.mean([total / len(own) for (total,), own in zip(sums, ids, strict=True)]))

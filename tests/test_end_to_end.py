@@ -84,10 +84,10 @@ class Compilations(logging.Handler):
 
 def test_a_whole_run_compiles_few_programs(toy_run):
     """Counted over two rounds: answers to prompts of up to 32, 48, 64 and 96 tokens, features for questions of up to 96 and 128; the
-    supervised start has two shapes of batch; scoring and updates have one shape a round."""
+    supervised start has two shapes of batch; scoring pairs and updates have one shape a round, scoring held-out answers one in all."""
     counts = collections.Counter(COMPILED)
     assert 2 <= counts["generate_batch"] <= 6, counts
-    assert 1 <= counts["score_batch"] <= 2 and counts["update_batch"] <= 4, counts
+    assert 1 <= counts["score_batch"] <= 3 and counts["update_batch"] <= 4, counts
 
 
 def test_a_run_leaves_the_files_that_users_rely_on(toy_run):
@@ -125,6 +125,24 @@ def test_summary_counts_every_query(toy_run):
         assert 0 <= row["pair_accuracy"] <= 1 and 0 < row["chosen_probability"] < 1
         assert set(row["seconds"]) >= {"principles", "responses", "pairs", "training"}
     assert all(0 <= row["policy_quality"] <= 1 for row in rows)
+
+
+def test_mass_that_leaves_the_pairs_is_seen(toy_run):
+    """The log-prob a token of the first policy's held-out answers under the policy of round 1, by transformers."""
+    directory, _ = toy_run
+    rows = json.loads((directory / "summary.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory / "iteration_1" / "policy", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "iteration_1" / "policy")
+    means = []
+    for row in lines(directory / "iteration_0" / "evaluation.jsonl"):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": row["query"]}], add_generation_prompt=True, tokenize=False)
+        prompt, answer = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, row["response"]))
+        answer.append(tokenizer.eos_token_id)
+        with torch.no_grad():
+            log_probs = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        means.append(float(log_probs.gather(1, torch.tensor(answer)[:, None]).mean()))
+    assert rows[1]["held_out_log_prob"] == pytest.approx(np.mean(means), rel=1e-4)
+    assert all(row["original_log_prob"] < 0 for row in lines(directory / "metrics.jsonl"))
 
 
 def test_rounds_share_no_query_and_measure_on_none_of_them(toy_run):

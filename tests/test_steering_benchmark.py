@@ -1,0 +1,84 @@
+"""The steering study: its methods are configs that can be run, and its tables say what made-up cells hold, and what is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.steering.__main__ import chosen_rates
+from benchmarks.steering.cells import rounds_of, start_folder
+from benchmarks.steering.methods import FAMILIES, GROUPS, METHODS, RATES, STUDIES, Cell, cell_config, cells_of_study, choosing_cells
+from benchmarks.steering.tables import MATCHED_QUALITY, rates_table, spread, study_tables, write_figure
+from sso_jax.recipes import RECIPES
+
+
+def finish(folder: Path, name: str, numbers: dict) -> None:
+    (folder / "done").mkdir(parents=True, exist_ok=True)
+    (folder / "done" / f"{name}.json").write_text(json.dumps(numbers))
+
+
+def row(quality: float, accuracy: float = 0.8) -> dict:
+    parts = dict.fromkeys(("truth", "completeness", "politeness", "concision"), quality)
+    pairs = {"pair_accuracy": accuracy, "pair_ties": 0.1, "chosen_probability": 0.6, "rejected_probability": 0.5, "steerability": 0.3}
+    return {"policy_quality": quality, "quality_parts": parts, "held_out_tokens": 9.0, "response_tokens": 11.0, "num_pairs": 100, **pairs}
+
+
+def fill(root: Path, cell: Cell, qualities: list[float], accuracies: list[float]) -> None:
+    """A cell whose rounds end with these qualities, from a start of 0.5."""
+    finish(start_folder(root, cell) / "iteration_0", "evaluation", row(0.5))
+    for k, (quality, accuracy) in enumerate(zip(qualities, accuracies, strict=True), start=1):
+        finish(root / cell.name / f"iteration_{k}", "round", row(quality, accuracy))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_config_that_its_recipe_takes(method, tmp_path):
+    config = cell_config(Cell("main", method, 1, 3, 64), 1e-4, tmp_path)
+    assert sum(map(len, RECIPES[config.recipe].read(config).rounds)) >= 3 * 64
+    assert config.optimizer.learning_rate == 1e-4 and METHODS[method].family in FAMILIES
+
+
+def test_studies_have_every_method_once_a_seed():
+    cells = cells_of_study("main", [1, 2, 3], 64)
+    assert sorted(cell.method for cell in cells if cell.seed == 2) == sorted(METHODS) == sorted(sum(GROUPS, ()))
+    for study in STUDIES:
+        assert len({cell.name for cell in cells_of_study(study, [1, 2], 64)}) == len(cells_of_study(study, [1, 2], 64))
+
+
+def test_a_rate_is_chosen_when_all_were_tried(tmp_path):
+    cells = choosing_cells(64)
+    assert {cell.seed for cell in cells} == {0}
+    for cell in cells:
+        if cell.method == "v2" or (cell.method == "v1_dpo" and cell.rate != RATES[0]):
+            fill(tmp_path, cell, [0.5, {RATES[0]: 0.6, RATES[1]: 0.8, RATES[2]: 0.7}[cell.rate]], [1, 1])
+    rates = chosen_rates(tmp_path, cells)
+    assert rates == {"v2": RATES[1]}
+    table = rates_table(tmp_path, cells, rates)
+    assert "none yet" in table and "0.800" in table
+
+
+def test_tables_by_hand(tmp_path):
+    """PBAA over two seeds ends at 0.7 and 0.8: 0.750 with a sample deviation of 0.0707; v1 is above it by 0.02 and below by 0.04."""
+    cells = [Cell("main", method, seed, 2, 64) for seed in (1, 2) for method in ("pbaa_dpo", "v1_dpo", "v2")]
+    ends = {("pbaa_dpo", 1): 0.7, ("pbaa_dpo", 2): 0.8, ("v1_dpo", 1): 0.72, ("v1_dpo", 2): 0.76}
+    for cell in cells:
+        if (end := ends.get((cell.method, cell.seed))) is not None:
+            fill(tmp_path, cell, [0.6, end], [0.9, 0.7])
+    text = study_tables(tmp_path, "main", cells)
+    assert "PARTIAL: 4 of 6 cells are done; missing (method/queries/seed): v2/64/1, v2/64/2." in text
+    assert "0.750 ± 0.071" in text and "-0.010 ± 0.042 (1 of 2 above)" in text
+    assert "Nothing to show" in study_tables(tmp_path, "main", cells[2:3])
+    assert rounds_of(tmp_path, cells[2]) is None
+    write_figure(tmp_path, "main", cells)
+    assert (tmp_path / "main.svg").stat().st_size > 1000
+
+
+def test_pairs_at_matched_quality_are_those_of_the_policy_that_samples_them(tmp_path):
+    """Qualities 0.5 (start), 0.6, 0.7; the pairs of rounds 2 and 3 are of the policies at 0.6 and 0.7, so at 0.65 halfway between."""
+    cell = Cell("main", "pbaa_dpo", 1, 3, 64)
+    fill(tmp_path, cell, [0.6, 0.7, 0.75], [0.9, 0.8, 0.6])
+    assert MATCHED_QUALITY == 0.65
+    assert "| PBAA, DPO | 1     | 0.70 " in study_tables(tmp_path, "main", [cell])
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and spread([0.5]) == "0.500" and spread([]) == "-" == spread([None])
