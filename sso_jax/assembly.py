@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -44,7 +44,15 @@ from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import load_tokenizer, stop_ids
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.losses import BASE_LOSSES, base_loss, check_name
-from sso_jax.training.objectives import SteeringScale, Terms, generator_objective, online_objective, pairwise_objective
+from sso_jax.training.objectives import (
+    BaseLoss,
+    PlainLoss,
+    SteeringScale,
+    Terms,
+    generator_objective,
+    online_objective,
+    pairwise_objective,
+)
 from sso_jax.training.plain_losses import PLAIN_LOSSES, plain_loss
 from sso_jax.training.update import cells_of
 
@@ -88,45 +96,50 @@ class Objective:
     degree_removal: str = "keywords"
 
 
+ONLINE_FIELDS = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
+STEERING_FIELDS = ("positive_weight", "negative_weight", "negative_winner")
+USED_FIELDS = {"pairwise": (), "generator": STEERING_FIELDS, "online": ONLINE_FIELDS + STEERING_FIELDS}
+"""Config fields that a form uses, of those that belong to forms."""
+
+
+@lru_cache  # so that what is not used is named once, and not each round
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that the config describes; settings that its form does not use are named in the log.
 
     Raises:
-      InputError: for an unknown base, or a setting that the base does not use.
+      InputError: for an unknown base, or a setting that the base or the form does not use.
     """
-    given = {name: getattr(config, name) for name in LOSS_SETTINGS}
-    check_name(config.base, [*BASE_LOSSES, *PLAIN_LOSSES])
-    if config.base in PLAIN_LOSSES:
-        plain, settings = plain_loss(config.base, given)
-        base, _ = base_loss("dpo", {"beta": settings["beta"]})
-        more = PLAIN_LOSSES[config.base].cells
-    else:
-        base, settings = base_loss(config.base, given)
-        plain, more = None, ()
-    scale = SteeringScale(config.positive_weight, config.negative_weight)
-    sft_weight = config.sft_weight if config.sft_weight is not None else 0.1 if config.form == "generator" else 0.0
-    if config.form == "generator" and not any(scale):
+    base, plain, settings, more = _choose_losses(config)
+    scale, form = SteeringScale(config.positive_weight, config.negative_weight), config.form
+    sft_weight = config.sft_weight if config.sft_weight is not None else 0.1 if form == "generator" else 0.0
+    if form == "generator" and not any(scale):
         raise InputError(
             "objective.positive_weight, objective.negative_weight: both are 0, which leaves form 'generator' nothing; raise one"
         )
-    if config.form == "pairwise":
-        used, terms = (), partial(pairwise_objective, base=base, plain=plain, sft_weight=sft_weight)
-    elif config.form == "generator":
-        used = ("positive_weight", "negative_weight", "negative_winner")
+    _name_unused(config, plain)
+    if form == "pairwise":
+        terms = partial(pairwise_objective, base=base, plain=plain, sft_weight=sft_weight)
+    elif form == "generator":
         terms = partial(generator_objective, base=base, scale=scale, sft_weight=sft_weight)
     else:
-        online = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
-        used = (*online, "positive_weight", "negative_weight", "negative_winner")
-        settings_online = {name: getattr(config, name) for name in online}
-        terms = partial(online_objective, base=base, plain=plain, scale=scale, sft_weight=sft_weight, **settings_online)
-    _name_unused(config, used)
-    if plain is not None and config.form == "generator":
-        log.warning("form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base)
-    cells = cells_of(config.form, config.use_steering and any(scale), scale, config.negative_winner, more)
+        own = {name: getattr(config, name) for name in ONLINE_FIELDS}
+        terms = partial(online_objective, base=base, plain=plain, scale=scale, sft_weight=sft_weight, **own)
+    cells = cells_of(form, config.use_steering and any(scale), scale, config.negative_winner, more)
+    degree_weight = settings.get("degree_weight") if form != "generator" else None
+    return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
+
+
+def _choose_losses(config: ObjectiveConfig) -> tuple[BaseLoss, PlainLoss | None, dict[str, float], tuple[tuple[str, str], ...]]:
+    """The pairwise loss, the loss of the plain prompt where it is another, the settings in force, and the cells that it needs beside."""
+    given = {name: getattr(config, name) for name in LOSS_SETTINGS}
+    check_name(config.base, [*BASE_LOSSES, *PLAIN_LOSSES])
     if config.degree_removal != "keywords" and config.base != "spo":
         raise InputError(f"objective.degree_removal: {config.degree_removal!r} is not used by base {config.base!r}; remove it")
-    degree_weight = settings.get("degree_weight") if config.form != "generator" else None
-    return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
+    if config.base not in PLAIN_LOSSES:
+        base, settings = base_loss(config.base, given)
+        return base, None, settings, ()
+    plain, settings = plain_loss(config.base, given)
+    return base_loss("dpo", {"beta": settings["beta"]})[0], plain, settings, PLAIN_LOSSES[config.base].cells
 
 
 def with_original(objective: Objective) -> Objective:
@@ -138,13 +151,13 @@ def with_original(objective: Objective) -> Objective:
     return dataclasses.replace(objective, cells=[*objective.cells[:at], original, *objective.cells[at:]])
 
 
-def _name_unused(config: ObjectiveConfig, used: tuple[str, ...]) -> None:
-    default = ObjectiveConfig()
-    of_a_form = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
-    of_a_form += ("positive_weight", "negative_weight", "negative_winner")
-    unused = [name for name in of_a_form if name not in used and getattr(config, name) != getattr(default, name)]
+def _name_unused(config: ObjectiveConfig, plain: PlainLoss | None) -> None:
+    default, used = ObjectiveConfig(), USED_FIELDS[config.form]
+    unused = [name for name in USED_FIELDS["online"] if name not in used and getattr(config, name) != getattr(default, name)]
     if unused:
         log.warning("form %r does not use %s", config.form, ", ".join(f"objective.{name}" for name in unused))
+    if plain is not None and config.form == "generator":
+        log.warning("form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base)
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:

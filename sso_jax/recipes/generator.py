@@ -27,7 +27,7 @@ def objectives(config: Config) -> tuple[Objective, Objective]:
     of_policy = type(given)(
         form="pairwise",
         sft_weight=0.0,
-        **{field: getattr(given, field) for field in ("base", *LOSS_SETTINGS)},
+        **{field: getattr(given, field) for field in ("base", "degree_removal", *LOSS_SETTINGS)},
     )
     return build_objective(dataclasses.replace(given, form="generator")), build_objective(of_policy)
 

@@ -25,6 +25,7 @@ def read(config: Config) -> list[Demonstration]:
         "model.reference_path": config.model.reference_path,
     }
     rounds.refuse_fields(config, "sft", unused)
+    rounds.warn_unused_objective(config.objective)
     if config.demonstrations.path is None:
         raise InputError("demonstrations.path: not given; recipe 'sft' trains on a file or data set of prompts with responses")
     return load_demonstrations(config.demonstrations.path, config.demonstrations.split)
