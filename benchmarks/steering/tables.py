@@ -19,7 +19,7 @@ PARTS = ("truth", "completeness", "politeness", "concision")
 OF_PAIRS = ("pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability", "response_tokens")
 TITLES = ("pair accuracy", "ties", "P(chosen)", "P(rejected)", "steerability", "tokens sampled")
 MATCHED_QUALITY = 0.65
-BASELINES = {"v1_ipo": "pbaa_ipo", "v1_ipo_1": "pbaa_ipo_1", "random": "pbaa_dpo", "judge": "pbaa_dpo"}
+BASELINES = {"pbaa_ipo": "pbaa_ipo", "v1_ipo": "pbaa_ipo", "pbaa_ipo_1": "pbaa_ipo_1", "v1_ipo_1": "pbaa_ipo_1"}
 """What a method is compared with, seed by seed; PBAA with DPO where nothing else is named."""
 
 Runs = dict[tuple[str, int], dict[int, list[dict]]]
@@ -77,6 +77,7 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
     name = lambda key: METHODS[key[0]].title + (f", {key[1]} queries" if several else "")  # noqa: E731
     lines += ["### Quality after each iteration", "", _quality_table(runs, name), ""]
     lines += ["### The last round's pairs (of the policy at its start), and the final policy's length", "", _pairs_table(runs, name), ""]
+    lines += ["### The same less PBAA with the same base loss, seed by seed", "", _differences_table(runs, name), ""]
     lines += [f"### At matched quality: what the pairs are where the policy that samples them reaches {MATCHED_QUALITY}", ""]
     return "\n".join([*lines, _matched_table(runs, name), ""])
 
@@ -97,14 +98,21 @@ def _quality_table(runs: Runs, name) -> str:
     return markdown(["method", "seeds", *(f"iteration {k}" for k in shown), "less PBAA, by seed", *PARTS], rows)
 
 
-def _difference(runs: Runs, key: tuple[str, int]) -> str:
-    """Final quality less the baseline's, seed by seed: mean and spread, and in how many seeds it is above."""
+def _difference(runs: Runs, key: tuple[str, int], field: str = "policy_quality") -> str:
+    """A number of the last round less the baseline's, seed by seed: mean and spread, and in how many seeds it is above."""
     baseline = runs.get((BASELINES.get(key[0], "pbaa_dpo"), key[1]), {})
     common = sorted(runs[key].keys() & baseline.keys())
     if not common or runs[key] is baseline:
         return "-"
-    gaps = [runs[key][seed][-1]["policy_quality"] - baseline[seed][-1]["policy_quality"] for seed in common]
+    gaps = [runs[key][seed][-1][field] - baseline[seed][-1][field] for seed in common]
     return f"{spread(gaps)} ({sum(gap > 0 for gap in gaps)} of {len(gaps)} above)"
+
+
+def _differences_table(runs: Runs, name) -> str:
+    fields = ("pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability", "held_out_tokens")
+    compared = [key for key, of_seeds in runs.items() if _difference(runs, key) != "-"]
+    rows = [[name(key), *(_difference(runs, key, field) for field in fields)] for key in compared]
+    return markdown(["method less PBAA, by seed", *TITLES[:5], "tokens, final"], rows)
 
 
 def _pairs_table(runs: Runs, name) -> str:
