@@ -224,6 +224,14 @@ def test_pairs_that_lack_what_the_objective_needs_are_named(model_folder, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_without_any_contrast_is_refused_with_the_reasons(model_folder, tmp_path, capsys):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "a "}, {"prompt": "q", "chosen": "", "rejected": "b"}]
+    changes = {"--recipe": "offline", "--objective.form": "pairwise", "--pairs.path": write(tmp_path / "p.jsonl", rows)}
+    line = refusal(capsys, *arguments(model_folder, tmp_path / "run", **changes))
+    assert "none of the 2 pairs" in line and "'chosen_is_rejected': 1" in line and "'empty': 1" in line
+    assert not (tmp_path / "run").exists()
+
+
 BAD_DEMONSTRATIONS = {
     "no_response": ([{"prompt": "q"}], ("line 1", "no response")),
     "no_prompt": ([{"response": "a"}], ("line 1", "no prompt")),

@@ -31,6 +31,9 @@ def read(config: Config) -> list[Triple]:
     rules = config.filter
     if rules.min_score_gap is not None and rules.reward_path is None and all(pair.scores is None for pair in pairs):
         raise InputError(f"filter.min_score_gap: no pair of {path} has scores; give pairs with chosen_score and rejected_score, or null")
+    contrasts, dropped = drop_empty_contrasts(pairs, objective.cells)
+    if not contrasts:
+        raise InputError(f"pairs.path: none of the {len(pairs)} pairs of {path} has a contrast ({dict(Counter(dropped.values()))})")
     return pairs
 
 
