@@ -25,6 +25,13 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _before(numbers: dict) -> str:
+    """The pairs that came to the filters, for comparison with what they left."""
+    accuracy = "" if numbers.get("pair_accuracy") is None else f", accuracy {numbers['pair_accuracy']:.3f}"
+    probabilities = " / ".join(_number(numbers[f"{side}_probability"]) for side in ("chosen", "rejected"))
+    return f"{numbers['num_pairs']} pairs{accuracy}, on-policy probability {probabilities}"
+
+
 def table(row: dict) -> str:
     """The table of one round, for the terminal."""
     title = f"iteration {row['iteration']}" + (" (before any update)" if row["iteration"] == 0 else "")
@@ -34,6 +41,8 @@ def table(row: dict) -> str:
     if row["num_pairs"] is not None:
         lines.append(("pairs kept", f"{row['num_pairs']} of {row['num_queries']} queries"))
         lines += [(f"  dropped: {reason}", str(count)) for reason, count in sorted(row["dropped"].items())]
+        if row.get("before_filter") is not None:
+            lines.append(("  before the filters", _before(row["before_filter"])))
         if row["pair_accuracy"] is not None:
             lines.append(("pair accuracy", f"{row['pair_accuracy']:.3f} (ties {row['pair_ties']:.3f}, as half)"))
         probabilities = f"{_number(row['chosen_probability'])} / {_number(row['rejected_probability'])}"

@@ -229,6 +229,13 @@ def test_the_table_leaves_out_what_was_not_measured():
     assert "nothing to measure without a judge" in nothing
 
 
+def test_the_table_says_what_came_to_the_filters_and_where_mass_went():
+    before = {"num_pairs": 62, "pair_accuracy": 0.6875, "chosen_probability": 0.5, "rejected_probability": 0.25}
+    rows = rows_of(report.table({**ROUND, "before_filter": before, "held_out_log_prob": -0.625}))
+    assert rows["before the filters"] == "62 pairs, accuracy 0.688, on-policy probability 0.500 / 0.250"
+    assert rows["log-prob a token of the first policy's answers"] == "-0.625 (they are in no pair)"
+
+
 def test_the_table_says_what_an_endpoint_and_a_reward_model_said():
     judged = {"num_judged": 40, "num_unread": 1, "accuracy": 0.8125, "ties": 0.125, "consistency": 0.875, "first_position": 0.5}
     reward = {"num_trained": 90, "num_held_out": 10, "held_out_accuracy": 0.9, "judge_accuracy": 0.75, "judge_ties": 0.2}
