@@ -9,7 +9,9 @@ import os
 import random
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,30 +153,38 @@ class Endpoint:
         answers = {i: Answer(known[key]) for i, key in enumerate(keys) if key in known}
         if answers:
             log.info("%s: %d of %d answers are there from before", stage, len(answers), len(questions))
-        missing = [i for i in range(len(questions)) if i not in answers]
+        missing = {i: question.text for i, question in enumerate(questions) if i not in answers}
+        failures_in_row = 0
+        with progress_bar(stage, len(questions), "answer", initial=len(answers)) as bar, closing(self._stream(missing, asked)) as stream:
+            for i, answer in stream:
+                answers[i] = answer
+                if answer.text is not None:
+                    _append(journal, {"key": keys[i], "id": questions[i].id, "text": answer.text})
+                failures_in_row = failures_in_row + 1 if answer.text is None else 0
+                self._refuse_silence(failures_in_row, answer, answers, len(questions))
+                bar.update()
+        return [answers[i] for i in range(len(questions))]
+
+    def _refuse_silence(self, failures_in_row: int, last: Answer, answers: dict[int, Answer], num_questions: int) -> None:
+        """Raises where so many questions failed in a row that the server must be gone, or takes none of them."""
+        if failures_in_row >= min(max(8, 2 * self.concurrency), num_questions):
+            kept = f"{sum(answer.text is not None for answer in answers.values())} of {num_questions} answers"
+            raise InputError(
+                f"endpoint.url: {self.url} failed {failures_in_row} questions in a row ({last.lost}); {kept} are kept, "
+                "the same command goes on from there"
+            )
+
+    def _stream(self, texts: dict[int, str], asked: dict) -> Iterator[tuple[int, Answer]]:
+        """Answers as they come, `concurrency` at a time; closing it stops what is under way."""
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
-        futures = {pool.submit(self._answer, questions[i].text, asked): i for i in missing}
-        failures_in_row, patience = 0, max(8, 2 * self.concurrency)
+        futures = {pool.submit(self._answer, text, asked): i for i, text in texts.items()}
         try:
-            with progress_bar(stage, len(questions), "answer", initial=len(answers)) as bar:
-                for future in as_completed(futures):
-                    i, answer = futures[future], future.result()
-                    answers[i] = answer
-                    if answer.text is not None:
-                        _append(journal, {"key": keys[i], "id": questions[i].id, "text": answer.text})
-                    failures_in_row = 0 if answer.text is not None or answer.lost == "refused" else failures_in_row + 1
-                    if failures_in_row >= min(patience, len(questions)):
-                        kept = f"{sum(a.text is not None for a in answers.values())} of {len(questions)} answers"
-                        raise InputError(
-                            f"endpoint.url: {self.url} failed {failures_in_row} questions in a row ({answer.lost}); {kept} are kept, "
-                            "the same command goes on from there"
-                        )
-                    bar.update()
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-        return [answers[i] for i in range(len(questions))]
 
     def _answer(self, text: str, asked: dict) -> Answer:
         """Tries until there is an answer, a failure that will not pass, or no try left."""
@@ -223,7 +233,7 @@ def _read_journal(path: Path | None) -> dict[str, str]:
     if path is None or not path.is_file():
         return {}
     texts = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
             texts[row["key"]] = row["text"]

@@ -73,6 +73,14 @@ def test_what_does_not_pass_is_counted_by_reason_and_the_others_are_answered():
     assert server.asked["question 1"] == 1 and all(server.asked[f"question {i}"] == 2 for i in (3, 5, 7, 9))
 
 
+def test_a_server_that_takes_no_question_at_all_stops_the_work():
+    with (
+        serve(shout, lambda text, tries: Misbehave.status(400)) as server,
+        pytest.raises(InputError, match=r"8 questions in a row \(refused\)"),
+    ):
+        Endpoint(server.url(), concurrency=2).ask(questions(40), "stage", 7, 0.0)
+
+
 def test_everybody_waits_as_long_as_a_rate_limit_asks():
     with serve(
         shout, lambda text, tries: Misbehave.status(429, Retry_After="0.7") if text.endswith(" 0") and tries == 1 else None

@@ -16,6 +16,7 @@ from sso_jax.evaluation import evaluate as evaluate_pairs
 from sso_jax.evaluation import rewardbench, rewardbench_scores
 from sso_jax.preferences.pair_files import load_pairs
 from sso_jax.records import Triple
+from sso_jax.tokens.tokenizer import load_tokenizer
 from sso_jax.toy.pretraining import train_tokenizer
 from sso_jax.training import checkpoints
 
@@ -229,6 +230,11 @@ def test_a_reward_model_filters_and_ranks_the_pairs_of_another_run(reward_run, m
     )
     assert table.column_names == ["prompt", "chosen", "rejected"] and len(table) == 4
     assert table[0]["prompt"][-1]["role"] == "user" and table[0]["chosen"][0]["role"] == "assistant"
+    from trl.data_utils import is_conversational, maybe_apply_chat_template  # slow to load
+
+    rendered = maybe_apply_chat_template(table[0], load_tokenizer(model_folder))
+    assert is_conversational(table[0]) and rendered["chosen"].startswith(table[0]["chosen"][0]["content"])
+    assert table[0]["prompt"][-1]["content"] in rendered["prompt"]
     back, given = load_pairs(str(folder / "preference_dataset.jsonl")), {row["id"]: row for row in rows}
     assert [(t.query, t.chosen, t.rejected) for t in back] == [
         (given[name]["prompt"][0]["content"], given[name]["chosen"][0]["content"], given[name]["rejected"][0]["content"]) for name in kept

@@ -207,7 +207,8 @@ def test_no_query_is_on_both_sides_of_the_split():
 
 
 @pytest.mark.parametrize(
-    ("own", "annotated", "share", "expected"), [(90, 100, 0.1, (90, 10)), (90, 5, 0.1, (45, 5)), (10, 100, 0.5, (10, 10))]
+    ("own", "annotated", "share", "expected"),
+    [(90, 100, 0.1, (90, 10)), (31, 9, 0.1, (31, 3)), (90, 5, 0.1, (45, 5)), (10, 100, 0.5, (10, 10))],
 )
 def test_annotated_pairs_have_their_share(own, annotated, share, expected):
     rules = RewardConfig(annotated_path="x", annotated_share=share)

@@ -157,8 +157,10 @@ def mix(own: list[Triple], annotated: list[Triple], config: RewardConfig, seed: 
     if not annotated or config.annotated_share is None:
         return own + annotated
     share = config.annotated_share
-    num_annotated = min(len(annotated), int(len(own) * share / (1 - share) + 0.5))
-    num_own = min(len(own), int(num_annotated * (1 - share) / share + 0.5))
+    wanted = int(len(own) * share / (1 - share) + 0.5)  # beside all of our own
+    enough = len(annotated) >= wanted
+    num_annotated = wanted if enough else len(annotated)
+    num_own = len(own) if enough else min(len(own), int(len(annotated) * (1 - share) / share + 0.5))
     if not num_annotated or not num_own:
         counts = f"{len(own)} own and {len(annotated)} annotated pairs"
         raise InputError(f"reward.annotated_share: {share} of {counts} leaves nothing of one side; give more pairs, or null")
