@@ -7,6 +7,7 @@ import pytest
 
 import evaluate
 import train
+from sso_jax import environment
 from sso_jax.toy import pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,7 @@ def tiny_reward(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     small = pretraining.Curriculum(fact_updates=4, style_updates=6, batch_size=8, width=32, num_layers=1)
     patch.setattr(pretraining, "Curriculum", lambda: small)
+    patch.setattr(environment, "NUM_HELD_OUT", 16)
     directory = tmp_path_factory.mktemp("tiny_reward") / "run"
     arguments = ["--config", str(ROOT / "configs" / "tiny_reward.yaml"), "--run.directory", str(directory), "--queries.per_iteration", "24"]
     assert train.main([*arguments, "--sampling.batch_size", "16", "--sampling.max_new_tokens", "12", "--train.epochs", "1"]) == 0
