@@ -165,6 +165,7 @@ def write(directory: Path) -> None:
         config=(directory / "config.yaml").read_text(encoding="utf-8"),
         summary=summary,
         figures=figures,
+        judged=[(row["iteration"], _judged_lines(row)) for row in summary],
         triples=script_json(page_rows(directory, [row["iteration"] for row in summary if row["iteration"]])),
         script=_resource("report.js"),
     )

@@ -236,10 +236,15 @@ def test_the_table_says_what_came_to_the_filters_and_where_mass_went():
     assert rows["log-prob a token of the first policy's answers"] == "-0.625 (they are in no pair)"
 
 
-def test_the_table_says_what_an_endpoint_and_a_reward_model_said():
+def test_table_and_page_say_what_an_endpoint_and_a_reward_model_said(tmp_path):
     judged = {"num_judged": 40, "num_unread": 1, "accuracy": 0.8125, "ties": 0.125, "consistency": 0.875, "first_position": 0.5}
     reward = {"num_trained": 90, "num_held_out": 10, "held_out_accuracy": 0.9, "judge_accuracy": 0.75, "judge_ties": 0.2}
     rows = rows_of(report.table({**ROUND, "endpoint_judge": judged, "reward": reward}))
     assert rows["pair accuracy by the endpoint"] == "0.812 of 40 (ties 0.125, as half); both orders agree 0.875"
     assert rows["reward model, held-out accuracy"] == "0.900 of 10 pairs"
     assert rows["reward model, in the judge's order"] == "0.750"
+    folder = make_run(tmp_path / "run", [START, {**ROUND, "endpoint_judge": judged, "reward": reward}], [])
+    report.write(folder)
+    text = re.sub(r"\s+", " ", Page((folder / "report.html").read_text(encoding="utf-8")).text)
+    assert "iteration 1: pair accuracy by the endpoint 0.812 of 40" in text and "held-out accuracy 0.900 of 10 pairs" in text
+    assert "iteration 0:" not in text
