@@ -22,6 +22,10 @@ MATCHED_QUALITY = 0.65
 BASELINES = {"pbaa_ipo": "pbaa_ipo", "v1_ipo": "pbaa_ipo", "pbaa_ipo_1": "pbaa_ipo_1", "v1_ipo_1": "pbaa_ipo_1"}
 """What a method is compared with, seed by seed; PBAA with DPO where nothing else is named."""
 
+WHOLES = {part: "v1_g_1" for part in ("v1_positive", "v1_negative", "v1_naive")}
+WHOLES |= {part: "v2" for part in ("v2_positive", "v2_negative", "v2_naive")}
+"""The objective that an ablation of G is a part or a variant of."""
+
 Runs = dict[tuple[str, int], dict[int, list[dict]]]
 """(method, queries) -> seed -> rows, the start first."""
 
@@ -77,7 +81,10 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
     name = lambda key: METHODS[key[0]].title + (f", {key[1]} queries" if several else "")  # noqa: E731
     lines += ["### Quality after each iteration", "", _quality_table(runs, name), ""]
     lines += ["### The last round's pairs (of the policy at its start), and the final policy's length", "", _pairs_table(runs, name), ""]
-    lines += ["### The same less PBAA with the same base loss, seed by seed", "", _differences_table(runs, name), ""]
+    lines += ["### Pairs of each round", "", _rounds_table(runs, name), ""]
+    lines += ["### Less PBAA with the same base loss, seed by seed", "", _differences_table(runs, name), ""]
+    if any(_difference(runs, key, baselines=WHOLES) != "-" for key in runs):
+        lines += ["### Parts of G less the whole, seed by seed", "", _differences_table(runs, name, WHOLES), ""]
     lines += [f"### At matched quality: what the pairs are where the policy that samples them reaches {MATCHED_QUALITY}", ""]
     return "\n".join([*lines, _matched_table(runs, name), ""])
 
@@ -98,9 +105,10 @@ def _quality_table(runs: Runs, name) -> str:
     return markdown(["method", "seeds", *(f"iteration {k}" for k in shown), "less PBAA, by seed", *PARTS], rows)
 
 
-def _difference(runs: Runs, key: tuple[str, int], field: str = "policy_quality") -> str:
+def _difference(runs: Runs, key: tuple[str, int], field: str = "policy_quality", baselines: dict[str, str] | None = None) -> str:
     """A number of the last round less the baseline's, seed by seed: mean and spread, and in how many seeds it is above."""
-    baseline = runs.get((BASELINES.get(key[0], "pbaa_dpo"), key[1]), {})
+    wanted = BASELINES.get(key[0], "pbaa_dpo") if baselines is None else baselines.get(key[0])
+    baseline = runs.get((wanted, key[1]), {})
     common = sorted(runs[key].keys() & baseline.keys())
     if not common or runs[key] is baseline:
         return "-"
@@ -108,11 +116,23 @@ def _difference(runs: Runs, key: tuple[str, int], field: str = "policy_quality")
     return f"{spread(gaps)} ({sum(gap > 0 for gap in gaps)} of {len(gaps)} above)"
 
 
-def _differences_table(runs: Runs, name) -> str:
-    fields = ("pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability", "held_out_tokens")
-    compared = [key for key, of_seeds in runs.items() if _difference(runs, key) != "-"]
-    rows = [[name(key), *(_difference(runs, key, field) for field in fields)] for key in compared]
-    return markdown(["method less PBAA, by seed", *TITLES[:5], "tokens, final"], rows)
+def _differences_table(runs: Runs, name, baselines: dict[str, str] | None = None) -> str:
+    fields = ("policy_quality", "pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability")
+    compared = [key for key in runs if _difference(runs, key, baselines=baselines) != "-"]
+    rows = [[name(key), *(_difference(runs, key, field, baselines) for field in fields)] for key in compared]
+    return markdown(["method", "quality", *TITLES[:5]], rows)
+
+
+def _rounds_table(runs: Runs, name) -> str:
+    """Accuracy, ties and steerability of every round's pairs, of those that are shown."""
+    num = max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values())
+    shown, fields = _iterations(num), ("pair_accuracy", "pair_ties", "steerability")
+    header = [f"{title} {k}" for title in ("accuracy", "ties", "steerability") for k in shown]
+    rows = [
+        [name(key), *(spread([rows[k][field] for rows in of_seeds.values()], 2) for field in fields for k in shown)]
+        for key, of_seeds in runs.items()
+    ]
+    return markdown(["method", *header], rows)
 
 
 def _pairs_table(runs: Runs, name) -> str:
