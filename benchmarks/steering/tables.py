@@ -99,10 +99,10 @@ def _quality_table(runs: Runs, name) -> str:
     shown = _iterations(num)
     rows = []
     for key, of_seeds in runs.items():
-        qualities = [spread([rows[k]["policy_quality"] for rows in of_seeds.values()]) for k in shown]
+        qualities = [spread([rows[k]["policy_quality"] for rows in of_seeds.values()]) for k in (0, *shown)]
         parts = [spread([rows[-1]["quality_parts"][part] for rows in of_seeds.values()], 2) for part in PARTS]
         rows.append([name(key), str(len(of_seeds)), *qualities, _difference(runs, key), *parts])
-    return markdown(["method", "seeds", *(f"iteration {k}" for k in shown), "less PBAA, by seed", *PARTS], rows)
+    return markdown(["method", "seeds", "start", *(f"iteration {k}" for k in shown), "less PBAA, by seed", *PARTS], rows)
 
 
 def _difference(runs: Runs, key: tuple[str, int], field: str = "policy_quality", baselines: dict[str, str] | None = None) -> str:
