@@ -1,5 +1,9 @@
-"""The one error that is the user's to mend: a script prints it as one line and exits with status 2."""
+"""What a user is told in one line: wrong input, and a run that cannot go on."""
 
 
 class InputError(ValueError):
-    """A value, file or field that cannot be used; the message names it, what is wrong with it, and the remedy."""
+    """Input that cannot be used: names the file, line or field, the value and the remedy. Nothing was done; exit status 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on though its input could be used: names what happened and the remedy. What was done is kept; exit status 1."""

@@ -1,5 +1,6 @@
 """What one process of a run has in, what all of them have out. With a single process every function here does next to nothing."""
 
+import itertools
 import json
 from collections.abc import Callable
 
@@ -9,7 +10,12 @@ from jax.experimental import multihost_utils
 
 from sso_jax.config import HostsConfig
 from sso_jax.errors import InputError
+from sso_jax.interrupts import stop_requested
 from sso_jax.records import leave_writing_to_another
+
+_SAFE_POINTS = itertools.count()
+HEARTBEAT_SECONDS = 30
+"""After this long without a sign of life of one process the others end."""
 
 
 def join_hosts(config: HostsConfig) -> None:
@@ -22,7 +28,7 @@ def join_hosts(config: HostsConfig) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of use where the devices are CPUs, as in tests
     try:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -63,6 +69,21 @@ def once(make: Callable[[], object]):
     if "error" in outcome:
         raise InputError(outcome["error"])
     return outcome["value"]
+
+
+def stop_now() -> bool:
+    """Whether all processes stop at this point, because one of them got a signal or a notice of pre-emption.
+
+    All of them must call it at the same points; with several the cluster's service finds the point that all will reach.
+    """
+    if jax.process_count() == 1:
+        return stop_requested()
+    return multihost_utils.reached_preemption_sync_point(next(_SAFE_POINTS))
+
+
+def own_part(items: list) -> list:
+    """The share of a list, the same on all processes, that falls to this one: what it writes where each writes its own."""
+    return items[jax.process_index() :: jax.process_count()]
 
 
 def whole(array: jax.Array) -> np.ndarray:

@@ -4,8 +4,10 @@ What a round of version 1 goes through (`recipes/online.py`):
 queries -> principles -> responses -> pairs (scored by the policy itself) -> updates -> checkpoint -> policy -> next round
 """
 
+import dataclasses
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from etils import epath
@@ -26,6 +28,8 @@ from sso_jax.rounds import Run
 from sso_jax.steering_sources import open_endpoint
 from sso_jax.toy import pretraining
 
+JOURNALS = "sampling"
+"""Folder of a run that keeps the responses of stages that are not done."""
 log = logging.getLogger(__name__)
 
 
@@ -45,11 +49,11 @@ def run(config: Config) -> None:
         return
     check_logging(config.logging)
     enable_compilation_cache(config.run.compilation_cache)
-    prepared = _prepare(config, directory)
-    try:
+    with ExitStack() as stack:
+        prepared = _prepare(config, directory, stack)
+        stack.callback(prepared.metrics.close)
+        _mend_exports(prepared)
         _run_rounds(prepared)
-    finally:
-        prepared.metrics.close()
 
 
 def _run_rounds(run: Run) -> None:
@@ -64,10 +68,20 @@ def _run_rounds(run: Run) -> None:
                 params, numbers = RECIPES[run.config.recipe].round(run, iteration, params)
             write_pairs_out(run.folder(iteration))
             stages.finish(run.folder(iteration), "round", numbers)
+            if is_first():
+                (run.directory / JOURNALS).rmtree(missing_ok=True)
             _summarize(run)
             if is_first():
                 report.write(run.directory)
     log.info("done: %s", run.directory / "report.html")
+
+
+def _mend_exports(run: Run) -> None:
+    """Writes the policy of a finished round again where its folder is damaged, from the round's checkpoint."""
+    for iteration in range(1, run.config.run.iterations):
+        folder = run.folder(iteration)
+        if stages.finished(folder, "export") is not None and stages.whole(folder, "export") is None:
+            rounds.export(run, iteration, rounds.start_params(run, iteration + 1))
 
 
 def _first_look(run: Run, params) -> dict:
@@ -76,8 +90,8 @@ def _first_look(run: Run, params) -> dict:
     return {"dropped": dict(run.dropped), **evaluation, "seconds": {"evaluation": evaluation["seconds"]}}
 
 
-def _prepare(config: Config, directory: Path) -> Run:
-    """Checks everything that can be checked, then writes the first files. The toy policy is trained here."""
+def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
+    """Checks everything that can be checked, then claims the directory until `stack` is left. The toy policy is trained here."""
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config, config.judging.pairs)
     if config.filter.reward_path is not None:
@@ -85,7 +99,7 @@ def _prepare(config: Config, directory: Path) -> Run:
     material = recipe.read(config)
     if config.model.path == "toy":
         make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        run_folder.begin(directory, config)
+        stack.enter_context(run_folder.claim(directory, config))
         engine, environment = build_engine(_toy_policy(config, directory), config), toy_environment()
         settled, dropped = recipe.settle(config, engine, material)
     else:
@@ -93,7 +107,9 @@ def _prepare(config: Config, directory: Path) -> Run:
         if config.model.reference_path is not None:
             check_weights(fetch(config.model.reference_path), engine.model)
         settled, dropped = recipe.settle(config, engine, material)
-        run_folder.begin(directory, config)
+        stack.enter_context(run_folder.claim(directory, config))
+    sampler = dataclasses.replace(engine.sampler, journals=directory / JOURNALS)
+    engine = dataclasses.replace(engine, sampler=sampler)
     metrics = open_metrics(directory, config.logging, to_dict(config), writes=is_first())
     return Run(config, directory, engine, environment, settled, dropped, metrics, endpoint)
 

@@ -260,7 +260,7 @@ def export(run: Run, iteration: int, params) -> dict:
         export_policy(params, model.architecture, tokenizer, engine.sampler.stop_ids, out, dtype, model.adapters)
         return {}
 
-    return stages.plain_stage(folder, "export", write)
+    return stages.plain_stage(folder, "export", write, POLICY_FOLDER)
 
 
 def evaluate(run: Run, iteration: int, params) -> dict:

@@ -1,17 +1,21 @@
 """A config in, its run directory claimed: begun, continued, or refused because another run lies there."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import filelock
 import yaml
 
 from sso_jax.config import Config, to_dict
 from sso_jax.errors import InputError
-from sso_jax.records import write_text
+from sso_jax.hosts import is_first
+from sso_jax.records import is_remote, write_text
 
 MAY_CHANGE = ("mesh", "hosts", "sampling.mesh", "dry_run", "logging", "run.compilation_cache", "run.directory")
 """Fields in which a continued run may differ from its start."""
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 
 
 def _plain(config: Config) -> dict:
@@ -41,14 +45,36 @@ def _changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
     return changed
 
 
-def begin(directory: Path, config: Config) -> None:
-    """Makes the directory and writes the config as resolved.
+@contextmanager
+def claim(directory: Path, config: Config) -> Iterator[None]:
+    """Makes the directory, writes the config as resolved, and keeps other runs out; the lock dies with its process.
+
+    An object store has no locks: there the only guard is the config.
 
     Raises:
-      InputError: if the directory cannot be written.
+      InputError: if the directory cannot be written, or another run works in it.
     """
+    lock = nullcontext()
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if is_first() and not is_remote(directory):
+            lock = filelock.FileLock(directory / LOCK_FILE, timeout=0)
+            lock.acquire()
+    except filelock.Timeout as error:
+        raise InputError(f"run.directory: another run works in {directory}; wait for it, or give another folder") from error
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    with lock:
+        _write_config(directory, config)
+        yield
+
+
+def _unwritable(directory: Path, error: OSError) -> InputError:
+    return InputError(f"run.directory: {directory} cannot be written ({error.strerror}); give another folder")
+
+
+def _write_config(directory: Path, config: Config) -> None:
+    try:
         write_text(yaml.safe_dump(_plain(config), sort_keys=False), directory / CONFIG_FILE)
     except OSError as error:
-        raise InputError(f"run.directory: {directory} cannot be written ({error.strerror}); give another folder") from error
+        raise _unwritable(directory, error) from error

@@ -1,12 +1,16 @@
 """Stages of a round in, their files and markers out: a stage is done when its marker is written, and is never done twice."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sso_jax.checksums import checksum, checksums, damage
 from sso_jax.hosts import agree, once
 from sso_jax.records import read_records, write_records, write_text
+
+log = logging.getLogger(__name__)
 
 
 def _marker(folder: Path, name: str) -> Path:
@@ -34,21 +38,38 @@ def record_stage(folder: Path, name: str, kind: type, make: Callable[[], tuple[l
     `make` returns the records and the statistics; `seconds` is added to these.
     """
     path = folder / f"{name}.jsonl"
-    stats = finished(folder, name)
+    stats = whole(folder, name)
     if stats is not None:
         return read_records(kind, path), stats
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     records, stats = make()
     write_records(records, path)
-    return records, finish(folder, name, {**stats, "seconds": time.perf_counter() - start})
+    return records, _finish_with_files(folder, name, [path.name], {**stats, "seconds": time.perf_counter() - start})
 
 
-def plain_stage(folder: Path, name: str, make: Callable[[], dict]) -> dict:
-    """Statistics of a stage that writes its own files; as `record_stage` otherwise."""
-    stats = finished(folder, name)
+def plain_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
+    """Statistics of a stage that writes its own files, `folder/output` among them; as `record_stage` otherwise."""
+    stats = whole(folder, name)
     if stats is not None:
         return stats
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    return finish(folder, name, {**make(), "seconds": time.perf_counter() - start})
+    stats = make()
+    files = [f"{output}/{file}" for file in once(lambda: list(checksums(folder / output)))] if output else []
+    return _finish_with_files(folder, name, files, {**stats, "seconds": time.perf_counter() - start})
+
+
+def whole(folder: Path, name: str) -> dict | None:
+    """As `finished`, but None also where a file of the stage is gone or damaged, which the log then says: it is to be done again."""
+    stats = finished(folder, name)
+    harm = None if stats is None else once(lambda: damage(folder, stats.get("files", {})))
+    if harm is not None:
+        log.warning("%s; stage %s is done again", harm, name)
+        return None
+    return stats
+
+
+def _finish_with_files(folder: Path, name: str, files: list[str], stats: dict) -> dict:
+    """Marks a stage as done with the checksums of its files."""
+    return finish(folder, name, {**stats, "files": once(lambda: {file: checksum(folder / file) for file in files})})

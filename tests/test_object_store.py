@@ -65,7 +65,8 @@ def test_a_stage_is_done_once_and_read_from_the_bucket_afterwards(run):
 
 
 def test_another_config_is_refused_by_field(run):
-    run_folder.begin(run, Config())
+    with run_folder.claim(run, Config()):
+        pass
     with pytest.raises(InputError, match=r"gs://bucket/run was started with other values of run.seed \(0, now 1\)"):
         run_folder.check(run, Config(run=RunConfig(seed=1)))
 

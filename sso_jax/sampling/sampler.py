@@ -1,14 +1,20 @@
 """Prompts as token ids in, responses as token ids out: sorted by length, cut into padded batches, decoded batch by batch."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from sso_jax.errors import InputError
+from sso_jax.hosts import once, own_part, stop_now
+from sso_jax.interrupts import Stopped
+from sso_jax.journal import Journal
 from sso_jax.mesh import batch_sharding, num_batch_shards, place, replicated
+from sso_jax.models.fingerprint import fingerprint
 from sso_jax.progress import progress_bar
 from sso_jax.sampling.decode import Prompts, Samples
 from sso_jax.sampling.strategies import Strategy
@@ -70,6 +76,8 @@ class Sampler:
     batch_size: int
     shardings: dict | None = None
     """Where the parameters lie while sampling, if not where they lie anyway: they are copied there for a stage."""
+    journals: Path | None = None
+    """Folder that keeps the responses of stages that are not done yet."""
 
     def fits(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt leaves room for at least one token of response."""
@@ -80,28 +88,47 @@ class Sampler:
 
         A response is cut after `max_new_tokens` (the run's where None), or where prompt plus response would pass `max_tokens`.
 
+        With `journals` each batch is on disk when it is done, and a stage that was interrupted goes on behind the last one.
+
         Raises:
           InputError: if a prompt leaves no room for a response.
+          Stopped: where a stop was asked for, between two batches.
         """
         shards = num_batch_shards(self.mesh)
         batch_size = -(-self.batch_size // shards) * shards
         budget = min(max_new_tokens or self.max_new_tokens, self.max_tokens)
         stops = np.asarray(self.stop_ids, np.int32)
-        responses: list[list[int]] = [[] for _ in requests]
         lengths = [len(request.prompt_ids) for request in requests]
         if not all(self.fits(request.prompt_ids) for request in requests):
             raise InputError(
                 f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {self.max_tokens}; shorten it"
             )
+        journal = self._journal(params, requests, budget)
+        done = {} if journal is None else {int(i): ids for i, ids in once(journal.read).items()}
         params = params if self.shardings is None else jax.device_put(params, self.shardings)
         strategy, stops = place((self.strategy, stops), replicated(self.mesh))
-        with progress_bar(stage, len(requests), "response") as bar:
+        with progress_bar(stage, len(requests), "response", initial=len(done)) as bar:
             for batch in cut_batches(lengths, batch_size):
+                if all(i in done for i in batch):
+                    continue
                 prompts = pad_prompts([requests[i] for i in batch], batch_size, bucket(max(lengths[i] for i in batch)))
                 with jax.set_mesh(self.mesh):
                     samples = self.generate(params, place(prompts, batch_sharding(self.mesh)), strategy, stops, budget)
                 tokens, num_tokens = jax.device_get(samples)
-                for row, i in enumerate(batch):
-                    responses[i] = tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist()
+                fresh = {i: tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist() for row, i in enumerate(batch)}
+                done.update(fresh)
+                if journal is not None:
+                    journal.add(dict(own_part(list(fresh.items()))))
+                    if stop_now():
+                        raise Stopped(f"a signal in {stage}, after {len(done)} of {len(requests)} responses")
                 bar.update(len(batch))
-        return responses
+        return [done[i] for i in range(len(requests))]
+
+    def _journal(self, params, requests: list[Request], budget: int) -> Journal | None:
+        """Where the responses to these requests by this policy are kept while there are more to come."""
+        if self.journals is None:
+            return None
+        settings = [float(number) for number in self.strategy if number is not None]
+        whole_list = json.dumps([fingerprint(params), settings, budget, [[r.prompt_ids, r.key] for r in requests]])
+        name = hashlib.blake2b(whole_list.encode(), digest_size=12).hexdigest()
+        return Journal(self.journals / name, name, jax.process_index())

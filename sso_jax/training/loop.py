@@ -1,5 +1,6 @@
 """A state and batches in, the trained state out: one pass of the updates of a stage, resumed from its newest checkpoint."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +8,9 @@ from typing import NamedTuple
 
 import jax
 
+from sso_jax.errors import RunError
+from sso_jax.hosts import stop_now
+from sso_jax.interrupts import Stopped
 from sso_jax.mesh import place
 from sso_jax.progress import progress_bar
 from sso_jax.training.update import TrainState, batch_shardings
@@ -18,8 +22,10 @@ class Hooks(NamedTuple):
     line: Callable[[dict], None]
     """Takes the metrics of each update, in order."""
     save: Callable[[TrainState, int], None]
-    """Takes the state and the number of updates behind it, every `every_steps` updates and after the last."""
+    """Takes the state and the number of updates behind it, every `every_steps` updates, after the last, and before a stop."""
     every_steps: int
+    examples: Callable[[int], list[str]] = lambda step: []
+    """Ids of the examples of an update."""
 
 
 def update_order(num_examples: int, batch_size: int, epochs: int, shuffle: bool, seed: str) -> list[list[int]]:
@@ -46,6 +52,10 @@ def run_updates(
     """Runs updates `start` to the last; `make_batch(i)` and `num_tokens[i]` are the batch of update i and its count of tokens.
 
     The metrics of an update are fetched after the next one was handed to the device, so that the device never waits for the host.
+
+    Raises:
+      RunError: where a number stops being finite; the last checkpoint is of before that.
+      Stopped: where a stop was asked for, after a checkpoint.
     """
     with progress_bar(stage, len(num_tokens), "update", initial=start) as bar:
         clock = time.perf_counter()
@@ -53,6 +63,7 @@ def run_updates(
         def flush(step: int, metrics: dict) -> None:
             nonlocal clock
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            _require_finite(numbers, step, hooks.examples(step), stage)
             now = time.perf_counter()
             hooks.line({"step": step, **numbers, "tokens_per_second": num_tokens[step] / (now - clock)})
             clock = now
@@ -69,8 +80,21 @@ def run_updates(
                 flush(*waiting)
             waiting = (step, metrics)
             done = step + 1
-            if done % hooks.every_steps == 0 or done == len(num_tokens):
+            stop = stop_now()
+            if stop or done % hooks.every_steps == 0 or done == len(num_tokens):
                 flush(*waiting)
                 waiting = None
                 hooks.save(state, done)
+            if stop:
+                raise Stopped(f"a signal in {stage}, after update {done} of {len(num_tokens)}")
     return state
+
+
+def _require_finite(numbers: dict[str, float], step: int, examples: list[str], stage: str) -> None:
+    broken = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if broken:
+        shown = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
+        raise RunError(
+            f"{stage}: update {step} has {', '.join(broken)} (examples {shown}); the checkpoints are of before it. Look at these "
+            "examples, lower optimizer.learning_rate, or set model.compute_dtype float32, in a new run.directory"
+        )
