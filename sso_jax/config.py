@@ -440,6 +440,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Signs of a collapse, each told in the log and in the report; none stops a run."""
+
+    length_growth: float = 2.0
+    """Responses that have grown to this many times those of the first round are told."""
+    min_chosen_probability: float = 0.05
+    """On-policy probability of the chosen responses (mean exp of mean log-prob) below which a round is told."""
+    min_pairs_share: float = 0.1
+    """Share of a round's queries that must end as pairs."""
+
+    def __post_init__(self):
+        require(self.length_growth > 1, "watch.length_growth", self.length_growth, "a factor above 1")
+        for name in ("min_chosen_probability", "min_pairs_share"):
+            require(0 <= getattr(self, name) <= 1, f"watch.{name}", getattr(self, name), "a share in [0, 1]")
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     tensorboard: bool = True
     """Write the scalars of metrics.jsonl for TensorBoard too, under `RUN/tensorboard`."""
@@ -473,6 +490,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     reward: RewardConfig = RewardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     logging: LoggingConfig = LoggingConfig()
 
 

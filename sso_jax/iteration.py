@@ -22,11 +22,12 @@ from sso_jax.metrics import check_logging, open_metrics
 from sso_jax.models.hf_weights import check_weights, fetch
 from sso_jax.pairs_out import write_pairs_out
 from sso_jax.recipes import RECIPES
-from sso_jax.records import write_text
+from sso_jax.records import read_json_lines, write_text
 from sso_jax.reward_model import find_reward_model
 from sso_jax.rounds import Run
 from sso_jax.steering_sources import open_endpoint
 from sso_jax.toy import pretraining
+from sso_jax.watch import collapse_warnings
 
 JOURNALS = "sampling"
 """Folder of a run that keeps the responses of stages that are not done."""
@@ -67,13 +68,26 @@ def _run_rounds(run: Run) -> None:
             else:
                 params, numbers = RECIPES[run.config.recipe].round(run, iteration, params)
             write_pairs_out(run.folder(iteration))
-            stages.finish(run.folder(iteration), "round", numbers)
+            stages.finish(run.folder(iteration), "round", {**numbers, "warnings": _warnings(run, iteration, numbers)})
             if is_first():
                 (run.directory / JOURNALS).rmtree(missing_ok=True)
             _summarize(run)
             if is_first():
                 report.write(run.directory)
     log.info("done: %s", run.directory / "report.html")
+
+
+def _warnings(run: Run, iteration: int, numbers: dict) -> list[str]:
+    """Signs of a collapse in a round, told in the log too."""
+    if iteration == 0:
+        return []
+    earlier = [stages.finished(run.folder(k), "round") for k in range(1, iteration)]
+    path = run.metrics.path
+    lines = [row for row in read_json_lines(path) if row["iteration"] == iteration] if path.exists() else []
+    found = collapse_warnings([*earlier, numbers], lines, **dataclasses.asdict(run.config.watch))
+    for warning in found:
+        log.warning("iteration %d: %s", iteration, warning)
+    return found
 
 
 def _mend_exports(run: Run) -> None:
@@ -132,7 +146,7 @@ def _toy_policy(config: Config, directory: Path) -> Path:
 SUMMARY_FIELDS = (
     "num_queries", "num_pairs", "dropped", "pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "policy_quality",
     "quality_parts", "response_tokens", "held_out_tokens", "held_out_log_prob", "before_filter", "random_features",
-    "fallback_principles", "unparsed", "unanswered", "endpoint_judge", "reward", "seconds", "tokens_per_second",
+    "fallback_principles", "unparsed", "unanswered", "endpoint_judge", "reward", "warnings", "seconds", "tokens_per_second",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import optax
 
 from sso_jax.assembly import Engine, Objective
 from sso_jax.config import Config, OptimizerConfig
-from sso_jax.errors import InputError
+from sso_jax.errors import InputError, RunError
 from sso_jax.mesh import num_batch_shards, replicated
 from sso_jax.models.adapters import split_trainable
 from sso_jax.preferences.keywords import graded_variants, random_variants
@@ -40,9 +40,13 @@ from sso_jax.training.update import (
     build_update,
     init_state,
     learning_rate_schedule,
+    loss_at_reference,
     make_optimizer,
     state_shardings,
 )
+
+FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""How far the scoring and the training program may differ in the loss, relative where it is above 1, by type of the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class Plan:
 
     num_tokens: list[int]
     make_batch: Callable[[int], PreferenceBatch | SupervisedBatch | RewardBatch]
+    ids: list[list[str]]
+    """Ids of the examples of each update, for messages."""
+    first_loss: float | None = None
+    """What the first update must show, where policy and reference are one at it."""
 
 
 def plan_preferences(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
@@ -65,7 +73,10 @@ def plan_preferences(engine: Engine, objective: Objective, config: Config, itera
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
     shape = row_shape([micro_trees(part, cells) for part in micros], num_batch_shards(engine.mesh))
     num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in updates]
-    return Plan(num_tokens, lambda step: preference_batch(updates[step], cells, micro, num_micro, shape))
+    make_batch = lambda step: preference_batch(updates[step], cells, micro, num_micro, shape)  # noqa: E731
+    starts_at_reference = config.model.reference_path is None and objective.degree_weight is None
+    first_loss = loss_at_reference(objective.terms, cells, make_batch(0)) if starts_at_reference else None
+    return Plan(num_tokens, make_batch, [[example.id for example in update] for update in updates], first_loss)
 
 
 def degree_ids(engine: Engine, triple: Triple, removal: str, seed: int) -> dict[str, list[int]]:
@@ -95,7 +106,7 @@ def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: l
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
     shape = row_shape(micros, num_batch_shards(engine.mesh))
     num_tokens = [sum(tree.num_tokens() for tree in update) for update in updates]
-    return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape))
+    return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape), [[] for _ in updates])
 
 
 def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[Rated]) -> Plan:
@@ -104,7 +115,7 @@ def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[Rat
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
     shape = row_shape([pair_trees(part) for part in micros], num_batch_shards(engine.mesh))
     num_tokens = [sum(pair.num_tokens() for pair in update) for update in updates]
-    return Plan(num_tokens, lambda step: reward_batch(updates[step], micro, num_micro, shape))
+    return Plan(num_tokens, lambda step: reward_batch(updates[step], micro, num_micro, shape), [[] for _ in updates])
 
 
 def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], int, int]:
@@ -171,12 +182,30 @@ def train_round(
         frozen = split_trainable(params)[1]
         state = init_state({**params, **parts}, optimizer, shardings) if state is None else state._replace(frozen=frozen)
         rewind(done)
+        line = _checking_first_loss(line, plan.first_loss, config.model.compute_dtype, stage)
         hooks = _hooks(line, look, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps, num_updates)
+        hooks = hooks._replace(examples=lambda step: plan.ids[step])
         start = time.perf_counter()
         state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
     return without_parts(state.whole_params(), parts), {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
+
+
+def _checking_first_loss(line: Callable[[dict], None], expected: float | None, dtype: str, stage: str) -> Callable[[dict], None]:
+    """`line`, which refuses a first update whose loss is not that of a policy that is its own reference."""
+
+    def check(numbers: dict) -> None:
+        line(numbers)
+        if numbers["step"] == 0 and expected is not None:
+            tolerance = FIRST_LOSS_TOLERANCE[dtype] * max(1.0, abs(expected))
+            if abs(numbers["loss"] - expected) > tolerance:
+                raise RunError(
+                    f"{stage}: the first loss is {numbers['loss']:.6f}, and {expected:.6f} for a policy that is its own reference: the "
+                    "stored log-probs are not this policy's. Delete the round's folder to have them anew; if it comes again, report it"
+                )
+
+    return check
 
 
 def _hooks(

@@ -5,6 +5,7 @@ A recipe is a module of `recipes/`; it says what it reads, and in which order a 
 
 import dataclasses
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sso_jax.assembly import POLICY_FOLDER, Engine, Objective, export_policy, fi
 from sso_jax.config import Config, ObjectiveConfig
 from sso_jax.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.environment import Environment, judged, measure_policy, pair_accuracy
-from sso_jax.errors import InputError
+from sso_jax.errors import InputError, RunError
 from sso_jax.hosts import once
 from sso_jax.metrics import MetricsLog
 from sso_jax.models.hf_weights import fetch
@@ -124,8 +125,20 @@ def choose_pairs(
     items = [Scorable(p, t.response_ids) for p, t, ok in zip(prompts, triples, fits, strict=True) if ok]
     triples = [triple for triple, ok in zip(triples, fits, strict=True) if ok]
     sums = _reference_log_probs(run, iteration, params, items, cells)
+    _require_finite(sums, triples, cells)
     scored = [pair_stage.with_log_probs(triple, cells, row) for triple, row in zip(triples, sums, strict=True)]
     return filtered(run, scored, dropped)
+
+
+def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[tuple[str, str]]) -> None:
+    broken = [
+        f"{triple.id} ({response} under {context}: {value})"
+        for triple, row in zip(triples, sums, strict=True)
+        for (context, response), value in zip(cells, row, strict=True)
+        if not math.isfinite(value)
+    ]
+    if broken:
+        raise RunError(f"reference log-probs that are not finite, of {', '.join(broken[:5])}: the policy is broken; take an earlier one")
 
 
 def within_limit(run: Run, triples: list[Triple], dropped: Dropped) -> list[Triple]:

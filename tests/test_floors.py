@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sso_jax"
 FLOORS = {
-    "errors": 0, "checksums": 0, "interrupts": 0, "journal": 0,
+    "errors": 0, "checksums": 0, "interrupts": 0, "journal": 0, "watch": 0,
     "records": 0, "row_files": 0, "conversations": 0, "config": 0, "progress": 0, "command": 0,
     "endpoint": 1, "mesh": 1, "models": 1, "tokens": 1, "flops": 1, "hosts": 1, "stages": 1,
     "sampling": 2, "training": 2,
