@@ -64,6 +64,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ToyConfig:
+    """The supervised start of `model.path toy`; smaller ones are for trials of the machinery, their policies know nothing."""
+
+    fact_updates: int = 700
+    """Updates on bare right answers: what the policy knows."""
+    style_updates: int = 600
+    """Updates on answers of every quality, with and without principles: what the policy does with it."""
+    width: int = 64
+    """Width of the decoder."""
+    num_layers: int = 3
+    """Layers of the decoder."""
+
+    def __post_init__(self):
+        for name in ("fact_updates", "style_updates", "width", "num_layers"):
+            require(getattr(self, name) >= 1, f"toy.{name}", getattr(self, name), "1 or more")
+        require(self.width % 16 == 0, "toy.width", self.width, "a multiple of 16")
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     data: int = 1
     """Copies of the model that share a batch."""
@@ -473,6 +492,7 @@ class Config:
     """A TPU topology such as v5e:4x4: compile every program for it, print bytes and operations, and do nothing else."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
+    toy: ToyConfig = ToyConfig()
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     queries: QueriesConfig = QueriesConfig()

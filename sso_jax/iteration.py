@@ -131,7 +131,7 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
 def _toy_policy(config: Config, directory: Path) -> Path:
     """Folder of the toy policy that the supervised start trained, or trains now."""
     folder = directory / "iteration_0" / "start"
-    curriculum = pretraining.Curriculum()
+    curriculum = pretraining.Curriculum(**dataclasses.asdict(config.toy))
 
     def train() -> dict:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -44,7 +44,7 @@ def small_curriculum():
     """A toy policy of one layer and a few updates: it knows nothing, but every stage runs."""
     patch = pytest.MonkeyPatch()
     small = pretraining.Curriculum(fact_updates=4, style_updates=6, batch_size=8, width=32, num_layers=1)
-    patch.setattr(pretraining, "Curriculum", lambda: small)
+    patch.setattr(pretraining, "Curriculum", lambda **_: small)
     yield
     patch.undo()
 

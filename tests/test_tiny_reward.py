@@ -18,7 +18,7 @@ def tiny_reward(tmp_path_factory):
     """The config's run, smaller: 24 queries, a policy of one layer and ten updates."""
     patch = pytest.MonkeyPatch()
     small = pretraining.Curriculum(fact_updates=4, style_updates=6, batch_size=8, width=32, num_layers=1)
-    patch.setattr(pretraining, "Curriculum", lambda: small)
+    patch.setattr(pretraining, "Curriculum", lambda **_: small)
     patch.setattr(environment, "NUM_HELD_OUT", 16)
     directory = tmp_path_factory.mktemp("tiny_reward") / "run"
     arguments = ["--config", str(ROOT / "configs" / "tiny_reward.yaml"), "--run.directory", str(directory), "--queries.per_iteration", "24"]
