@@ -101,11 +101,13 @@ def summary(outcomes: list[Outcome], alone: float) -> str:
     """The result in a few lines."""
     kills, seconds = sum(o.kills for o in outcomes), sum(o.seconds for o in outcomes)
     differing = [str(number) for number, outcome in enumerate(outcomes) if not outcome.same]
+    mean = seconds / len(outcomes)
+    most = max(outcome.kills for outcome in outcomes)
     return "\n".join(
         [
-            f"{len(outcomes)} runs, {kills} kills ({kills / len(outcomes):.1f} a run, at most {max(o.kills for o in outcomes)})",
-            f"a run left alone took {alone:.1f} s; a killed one {seconds / len(outcomes):.1f} s in all its starts, {seconds / len(outcomes) / alone:.2f} times that",
-            f"ends that differ from that of the run left alone: {', '.join(differing) or 'none'} (weights, stage files and summary, times aside)",
+            f"{len(outcomes)} runs, {kills} kills ({kills / len(outcomes):.1f} a run, at most {most})",
+            f"a run left alone took {alone:.1f} s; a killed one {mean:.1f} s in all its starts, {mean / alone:.2f} times that",
+            f"ends (weights, stage files, summary without times) that differ from that of the run left alone: {', '.join(differing) or 'none'}",
         ]
     )
 

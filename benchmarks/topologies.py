@@ -75,15 +75,12 @@ def tables(done: dict[Cell, dict]) -> str:
         lines.append(
             f"| {cell[0].split('/')[1]} | {cell[1]} | {cell[2]} | {row['chips']} | {sizes} | {100 * parts[3] / chip:.0f}% | {verdict} |"
         )
-    lines += [
-        "",
-        "| topology | chips | parameters and optimizer GiB a chip | times chips | activations and the rest GiB a chip |",
-        "|---" * 5 + "|",
-    ]
+    names = ("topology", "chips", "parameters, moments and gradient GiB a chip", "times chips", "activations and the rest GiB a chip")
+    lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for topology in SCALING:
         row = done[MODELS[0], "online", topology]
-        held = (row["params_bytes"] + row["optimizer_bytes"]) / dry_run.GIB
-        rest = row["other_bytes"] / dry_run.GIB
+        held = (2 * row["params_bytes"] + row["optimizer_bytes"]) / dry_run.GIB  # the gradient is as large as the float32 parameters
+        rest = row["total_bytes"] / dry_run.GIB - held
         lines.append(f"| {topology} | {row['chips']} | {held:.3f} | {held * row['chips']:.1f} | {rest:.2f} |")
     return "\n".join(lines)
 
