@@ -107,7 +107,7 @@ def summary(outcomes: list[Outcome], alone: float) -> str:
         [
             f"{len(outcomes)} runs, {kills} kills ({kills / len(outcomes):.1f} a run, at most {most})",
             f"a run left alone took {alone:.1f} s; a killed one {mean:.1f} s in all its starts, {mean / alone:.2f} times that",
-            f"ends (weights, stage files, summary without times) that differ from that of the run left alone: {', '.join(differing) or 'none'}",
+            f"ends (weights, stage files, summary without times) unlike that of the run left alone: {', '.join(differing) or 'none'}",
         ]
     )
 
