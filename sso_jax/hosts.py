@@ -2,20 +2,23 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from sso_jax.config import HostsConfig
-from sso_jax.errors import InputError
+from sso_jax.errors import InputError, RunError
 from sso_jax.interrupts import stop_requested
 from sso_jax.records import leave_writing_to_another
 
 _SAFE_POINTS = itertools.count()
 HEARTBEAT_SECONDS = 30
 """After this long without a sign of life of one process the others end."""
+SHUTDOWN_SECONDS = 10
+"""How long a process that ends waits for the others to end too."""
 
 
 def join_hosts(config: HostsConfig) -> None:
@@ -28,7 +31,13 @@ def join_hosts(config: HostsConfig) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of use where the devices are CPUs, as in tests
     try:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -37,6 +46,20 @@ def join_hosts(config: HostsConfig) -> None:
         ) from error
     if not is_first():
         leave_writing_to_another()
+
+
+@contextmanager
+def losses_of_processes_told() -> Iterator[None]:
+    """Within it what JAX raises where another process of the run is gone becomes a `RunError`; with one process nothing changes."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"hosts: another process of the run was lost ({reason}); start all of them again, they go on where they stopped"
+        ) from error
 
 
 def is_first() -> bool:

@@ -16,7 +16,7 @@ from sso_jax import dry_run, report, rounds, run_folder, stages
 from sso_jax.assembly import build_engine, enable_compilation_cache
 from sso_jax.config import Config, to_dict
 from sso_jax.environment import no_judge, toy_environment
-from sso_jax.hosts import is_first, join_hosts
+from sso_jax.hosts import is_first, join_hosts, losses_of_processes_told
 from sso_jax.mesh import make_mesh
 from sso_jax.metrics import check_logging, open_metrics
 from sso_jax.models.hf_weights import check_weights, fetch
@@ -51,6 +51,7 @@ def run(config: Config) -> None:
     check_logging(config.logging)
     enable_compilation_cache(config.run.compilation_cache)
     with ExitStack() as stack:
+        stack.enter_context(losses_of_processes_told())
         prepared = _prepare(config, directory, stack)
         stack.callback(prepared.metrics.close)
         _mend_exports(prepared)

@@ -19,6 +19,8 @@ from toys import DATA
 
 import sample
 import train
+from sso_jax.tokens.chat import make_chat
+from sso_jax.tokens.tokenizer import load_tokenizer
 from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints
 
@@ -260,6 +262,22 @@ def test_sampling_from_a_finished_run(toy_run, tmp_path, capsys):
     capsys.readouterr()
     assert sample.main(["--model.path", str(directory), "--query", "Spell fox.", "--sampling.max_new_tokens", "12"]) == 0
     assert capsys.readouterr().out.strip() == by_id["a"]["response"].strip() or by_id["a"]["id"] != "0"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")
+def test_sample_at_temperature_0_gives_the_tokens_of_transformers(tmp_path):
+    folder = tmp_path / "model"
+    subprocess.run([sys.executable, DATA / "stories260k" / "to_hf.py", folder], check=True, capture_output=True)
+    questions = ["Once upon a time there was a fox.", "Lily went to the park", "Tell of a big red ball and a small dog."]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in questions))
+    arguments = ["--model.path", str(folder), "--queries.path", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "a.jsonl")]
+    assert sample.main([*arguments, "--sampling.temperature", "0", "--sampling.max_new_tokens", "48"]) == 0
+    chat = make_chat(load_tokenizer(folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for row, text in zip(lines(tmp_path / "a.jsonl"), questions, strict=True):
+        prompt = chat.prompt_ids(text)
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
+        assert row["response_ids"] == out and len(out) > 4
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")

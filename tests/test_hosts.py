@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -44,8 +45,8 @@ def start_process(arguments: list[str], port: int, number: int, log: Path) -> su
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, one_device):
-    """(directory of one process, directory of two, what the two printed)."""
+def material(tmp_path_factory, one_device):
+    """A folder for the runs, and the command line that they share."""
     folder = tmp_path_factory.mktemp("hosts")
     tokenizer = train_tokenizer()
     export_policy(toy_params(MODEL, one_device), MODEL.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "model", "float32")
@@ -56,7 +57,13 @@ def runs(tmp_path_factory, one_device):
         "sampling.max_new_tokens": 8, "train.batch_size": 2, "objective.base": "dpo", "optimizer.learning_rate": 1e-3,
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.compilation_cache": "",
     }  # fmt: skip
-    arguments = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+    return folder, [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def runs(material):
+    """(directory of one process, directory of two, what the two printed)."""
+    folder, arguments = material
     port, logs = free_port(), [folder / f"process_{i}.log" for i in range(2)]
     apart = ["--sampling.mesh", '{"data": 2, "fsdp": 4}', "--run.directory", str(folder / "two")]
     processes = [start_process([*arguments, *apart], port, i, log) for i, log in enumerate(logs)]
@@ -105,6 +112,21 @@ def test_a_checkpoint_of_two_processes_is_restored_by_one_on_another_mesh(runs, 
     exported = read_params(two / "iteration_1" / "policy", MODEL, one_device)
     jax.tree.map(np.testing.assert_array_equal, state.params, exported)
     assert int(state.step) == 3
+
+
+def test_where_one_process_is_lost_the_other_ends_within_a_minute_and_says_so(material):
+    folder, arguments = material
+    port, logs, lost = free_port(), [folder / f"lost_{i}.log" for i in range(2)], folder / "lost"
+    first, second = (start_process([*arguments, "--run.directory", str(lost)], port, i, log) for i, log in enumerate(logs))
+    while not (lost / "iteration_1" / "done" / "queries.json").exists() and first.poll() is None:
+        time.sleep(0.05)
+    second.kill()
+    try:
+        status = first.wait(timeout=60)
+    finally:
+        first.kill()
+    told = [line for line in logs[0].read_text().splitlines() if line.startswith("train.py: hosts: another process of the run was lost")]
+    assert status != 0 and len(told) == 1, logs[0].read_text()[-3000:]
 
 
 def test_one_process_agrees_with_itself(one_device):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,19 +29,34 @@ def open_checkpoints(folder: str | Path, keep: int) -> Iterator[ocp.CheckpointMa
     Raises:
       RunError: if a save failed, as where the disk is full.
     """
-    try:
+    before, threading.excepthook = threading.excepthook, _leave_to_the_waiting
+    with _failures_told(folder):
         manager = _open_manager(folder, keep)
-        try:
-            yield manager
-        finally:
+    try:
+        yield manager
+    finally:
+        with _failures_told(folder):
             manager.wait_until_finished()
             _seal(manager)
             manager.close()
+        threading.excepthook = before
+
+
+@contextmanager
+def _failures_told(folder: str | Path) -> Iterator[None]:
+    """Makes one line of what Orbax raises, here and in its threads."""
+    try:
+        yield
     except SAVE_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(
             f"{folder}: a checkpoint could not be written or read ({reason}); mend that, then run the same command again"
         ) from error
+
+
+def _leave_to_the_waiting(told) -> None:
+    """What a saving thread raises is raised again where its end is waited for; printed here it would be a traceback for nothing."""
+    log.debug("a thread ended with %s: %s", told.exc_type.__name__, told.exc_value)
 
 
 def _open_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
@@ -51,9 +67,10 @@ def _open_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, num_updates: int) -> None:
     """Starts to save the state after `num_updates` updates, frozen parameters apart; training may go on meanwhile."""
-    checkpoints.wait_until_finished()
-    _seal(checkpoints)
-    checkpoints.save(num_updates, args=ocp.args.StandardSave(_changing(state)))
+    with _failures_told(checkpoints.directory):
+        checkpoints.wait_until_finished()
+        _seal(checkpoints)
+        checkpoints.save(num_updates, args=ocp.args.StandardSave(_changing(state)))
 
 
 def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, shardings: TrainState) -> TrainState | None:
@@ -65,7 +82,8 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, shardings:
     if newest is None:
         return None
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings))
-    return TrainState(**checkpoints.restore(newest, args=ocp.args.StandardRestore(target)))
+    with _failures_told(checkpoints.directory):
+        return TrainState(**checkpoints.restore(newest, args=ocp.args.StandardRestore(target)))
 
 
 def _seal_path(checkpoints: ocp.CheckpointManager, step: int) -> epath.Path:
