@@ -1,6 +1,6 @@
 """Dry runs of 7B and 8B updates on TPU topologies in, the README's tables of bytes a chip out. Needs requirements-dry-run.txt, no TPU.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.topologies --out topologies.json
+    JAX_PLATFORMS=cpu python -m benchmarks.topologies --out docs/topologies.json
 
 One pair a chip of 2,048 tokens, both recipes' objectives, bfloat16 arithmetic on float32 masters, fsdp over all chips. What is compiled
 is kept in the file, and a second call goes on where the first one stopped.
@@ -87,7 +87,7 @@ def tables(done: dict[Cell, dict]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("topologies.json"), help="file that keeps what is compiled")
+    parser.add_argument("--out", type=Path, default=Path("docs/topologies.json"), help="file that keeps what is compiled")
     logging.basicConfig(level=logging.WARNING)
     print(tables(compile_missing(parser.parse_args(argv).out)))
     return 0

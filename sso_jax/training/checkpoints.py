@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,6 @@ def open_checkpoints(folder: str | Path, keep: int) -> Iterator[ocp.CheckpointMa
     Raises:
       RunError: if a save failed, as where the disk is full.
     """
-    before, threading.excepthook = threading.excepthook, _leave_to_the_waiting
     with _failures_told(folder):
         manager = _open_manager(folder, keep)
     try:
@@ -39,12 +37,11 @@ def open_checkpoints(folder: str | Path, keep: int) -> Iterator[ocp.CheckpointMa
             manager.wait_until_finished()
             _seal(manager)
             manager.close()
-        threading.excepthook = before
 
 
 @contextmanager
 def _failures_told(folder: str | Path) -> Iterator[None]:
-    """Makes one line of what Orbax raises, here and in its threads."""
+    """Makes one line of what Orbax raises; what its threads print themselves stands above it."""
     try:
         yield
     except SAVE_ERRORS as error:
@@ -52,11 +49,6 @@ def _failures_told(folder: str | Path) -> Iterator[None]:
         raise RunError(
             f"{folder}: a checkpoint could not be written or read ({reason}); mend that, then run the same command again"
         ) from error
-
-
-def _leave_to_the_waiting(told) -> None:
-    """What a saving thread raises is raised again where its end is waited for; printed here it would be a traceback for nothing."""
-    log.debug("a thread ended with %s: %s", told.exc_type.__name__, told.exc_value)
 
 
 def _open_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
