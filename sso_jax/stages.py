@@ -17,18 +17,29 @@ def _marker(folder: Path, name: str) -> Path:
     return folder / "done" / f"{name}.json"
 
 
-def finished(folder: Path, name: str) -> dict | None:
-    """What a finished stage left to be said (counts, seconds), or None where it is still to do; one answer for all processes."""
+def _read_marker(folder: Path, name: str) -> dict | None:
+    """What the marker holds, the checksums of the stage's files among it; one answer for all processes."""
     marker = _marker(folder, name)
     return once(lambda: json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None)
 
 
-def finish(folder: Path, name: str, stats: dict) -> dict:
-    """Marks a stage as done, after its files were written; what is said of it is what the first process says."""
+def _without_files(marked: dict) -> dict:
+    return {field: value for field, value in marked.items() if field != "files"}
+
+
+def finished(folder: Path, name: str) -> dict | None:
+    """What a finished stage left to be said (counts, seconds), or None where it is still to do; one answer for all processes."""
+    marked = _read_marker(folder, name)
+    return None if marked is None else _without_files(marked)
+
+
+def finish(folder: Path, name: str, stats: dict, files: list[str] | None = None) -> dict:
+    """Marks a stage as done, with the checksums of these files of its folder; what is said of it is what the first process says."""
     stats = agree(stats)
+    digests = once(lambda: {file: checksum(folder / file) for file in files or []})
     marker = _marker(folder, name)
     marker.parent.mkdir(parents=True, exist_ok=True)
-    write_text(json.dumps(stats, indent=2), marker)
+    write_text(json.dumps({**stats, "files": digests} if digests else stats, indent=2), marker)
     return stats
 
 
@@ -45,7 +56,7 @@ def record_stage(folder: Path, name: str, kind: type, make: Callable[[], tuple[l
     start = time.perf_counter()
     records, stats = make()
     write_records(records, path)
-    return records, _finish_with_files(folder, name, [path.name], {**stats, "seconds": time.perf_counter() - start})
+    return records, finish(folder, name, {**stats, "seconds": time.perf_counter() - start}, [path.name])
 
 
 def plain_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
@@ -57,19 +68,13 @@ def plain_stage(folder: Path, name: str, make: Callable[[], dict], output: str |
     start = time.perf_counter()
     stats = make()
     files = [f"{output}/{file}" for file in once(lambda: list(checksums(folder / output)))] if output else []
-    return _finish_with_files(folder, name, files, {**stats, "seconds": time.perf_counter() - start})
+    return finish(folder, name, {**stats, "seconds": time.perf_counter() - start}, files)
 
 
 def whole(folder: Path, name: str) -> dict | None:
     """As `finished`, but None also where a file of the stage is gone or damaged, which the log then says: it is to be done again."""
-    stats = finished(folder, name)
-    harm = None if stats is None else once(lambda: damage(folder, stats.get("files", {})))
+    marked = _read_marker(folder, name)
+    harm = None if marked is None else once(lambda: damage(folder, marked.get("files", {})))
     if harm is not None:
         log.warning("%s; stage %s is done again", harm, name)
-        return None
-    return stats
-
-
-def _finish_with_files(folder: Path, name: str, files: list[str], stats: dict) -> dict:
-    """Marks a stage as done with the checksums of its files."""
-    return finish(folder, name, {**stats, "files": once(lambda: {file: checksum(folder / file) for file in files})})
+    return None if marked is None or harm is not None else _without_files(marked)
