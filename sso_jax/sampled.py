@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sso_jax import stages
-from sso_jax.assembly import Engine
+from sso_jax import rounds, stages
+from sso_jax.assembly import Engine, Objective
 from sso_jax.config import Config
 from sso_jax.environment import fitting_queries, toy_queries
 from sso_jax.errors import InputError
@@ -106,3 +106,25 @@ def responses(
 def cleaned(run: Run, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
     """Sampled triples without labels, empty responses and copies; what is dropped, with the reason."""
     return clean_triples(run.engine.chat.tokenizer, triples)
+
+
+def pairs(run: Run, objective: Objective, iteration: int, params, triples: list[Triple], folder: Path) -> tuple[list[Triple], dict]:
+    """The pairs that sampled triples leave, cleaned, scored and filtered, in `folder/pairs.jsonl`; none at all is refused."""
+
+    def make() -> tuple[list[Triple], dict]:
+        clean, dropped = cleaned(run, triples)
+        return rounds.choose_pairs(run, objective, iteration, params, clean, dropped)
+
+    kept, made = stages.record_stage(folder, "pairs", Triple, make)
+    rounds.require_pairs(kept, len(triples), made["dropped"], folder / "responses.jsonl")
+    return kept, made
+
+
+def numbers(parts: dict[str, dict], num_queries: int, num_pairs: int, judged: dict) -> dict:
+    """The row of a round in summary.json, from what its stages said of themselves (`parts`, by stage) and what an endpoint judged."""
+    dropped = Counter(parts["responses"]["dropped"]) + Counter(parts["pairs"]["dropped"])
+    steering = {name: value for name, value in parts["principles"].items() if name != "seconds"}
+    counts = {"num_queries": num_queries, "num_pairs": num_pairs, "dropped": dict(dropped)}
+    rates = {"sampling": parts["responses"]["tokens_per_second"], "training": parts["training"]["tokens_per_second"]}
+    seconds = {name: part["seconds"] for name, part in parts.items()}
+    return {**parts["pairs"], **counts, **parts["evaluation"], **steering, **judged, "seconds": seconds, "tokens_per_second": rates}

@@ -6,14 +6,13 @@ bad principles, and the policy as it was before is trained on these pairs under 
 
 import dataclasses
 import logging
-from collections import Counter
 from pathlib import Path
 
 from sso_jax import rounds, sampled, stages
 from sso_jax.assembly import LOSS_SETTINGS, Objective, build_objective
 from sso_jax.config import Config
 from sso_jax.recipes.online import refuse_given_pairs, refuse_scores
-from sso_jax.records import Query, SteeredQuery, Triple
+from sso_jax.records import Query, SteeredQuery
 from sso_jax.rounds import Recipe, Run
 
 log = logging.getLogger(__name__)
@@ -65,39 +64,23 @@ def round(run: Run, iteration: int, params):
     triples, responses = sampled.responses(run, iteration, params, steered, folder, wanted)
     if stages.finished(folder / "generator", "training") is not None:
         params = rounds.start_params(run, iteration)
-
-    def choose() -> tuple[list[Triple], dict]:
-        clean, dropped = sampled.cleaned(run, triples)
-        return rounds.choose_pairs(run, of_policy, iteration, params, clean, dropped)
-
-    pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
-    rounds.require_pairs(pairs, len(triples), made["dropped"], folder / "responses.jsonl")
+    pairs, made = sampled.pairs(run, of_policy, iteration, params, triples, folder)
     judged = rounds.judge_by_endpoint(run, iteration, pairs)
     taught = stages.finished(folder / "generator", "training")
     params, training = rounds.train_on_pairs(run, of_policy, iteration, params, pairs, first_step=taught["updates"])
     exported = rounds.export(run, iteration, params)
     evaluation = rounds.evaluate(run, iteration, params)
     parts = {"principles": principles, "responses": responses, "pairs": made, "training": training, "export": exported}
-    seconds = {name: part["seconds"] for name, part in {**parts, "evaluation": evaluation}.items()}
+    numbers = sampled.numbers({**parts, "evaluation": evaluation}, len(queries), len(pairs), judged)
     for name in ("responses", "pairs", "training"):
-        seconds[f"generator_{name}"] = stages.finished(folder / "generator", name)["seconds"]
-    dropped = Counter(responses["dropped"]) + Counter(made["dropped"])
-    rates = {"sampling": responses["tokens_per_second"], "training": training["tokens_per_second"]}
-    summary = {**made, "num_queries": len(queries), "num_pairs": len(pairs), "dropped": dict(dropped), **evaluation}
-    steering = {name: value for name, value in principles.items() if name != "seconds"}
-    return params, {**summary, **steering, **judged, "seconds": seconds, "tokens_per_second": rates}
+        numbers["seconds"][f"generator_{name}"] = stages.finished(folder / "generator", name)["seconds"]
+    return params, numbers
 
 
 def _train_generator(run: Run, objective: Objective, iteration: int, params, steered: list[SteeredQuery], folder: Path):
     """Parameters of the generator; those of the policy are used up. Its stages lie in `iteration_K/generator`."""
     triples, _ = sampled.responses(run, iteration, params, steered, folder, policies=run.config.sampling.policies)
-
-    def choose() -> tuple[list[Triple], dict]:
-        clean, dropped = sampled.cleaned(run, triples)
-        return rounds.choose_pairs(run, objective, iteration, params, clean, dropped)
-
-    pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
-    rounds.require_pairs(pairs, len(triples), made["dropped"], folder / "responses.jsonl")
+    pairs, _ = sampled.pairs(run, objective, iteration, params, triples, folder)
     own = dataclasses.replace(run, config=generator_config(run.config))
     params, _ = rounds.train_on_pairs(own, objective, iteration, params, pairs, folder=folder)
     return params

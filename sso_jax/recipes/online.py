@@ -1,12 +1,10 @@
 """Recipe `online`, version 1 of the paper: a round samples triples for its queries, and trains the policy on their contrast."""
 
-from collections import Counter
-
 from sso_jax import rounds, sampled, stages
 from sso_jax.assembly import Objective, build_objective, with_original
 from sso_jax.config import Config
 from sso_jax.errors import InputError
-from sso_jax.records import Query, Triple
+from sso_jax.records import Query
 from sso_jax.rounds import Recipe, Run
 
 
@@ -39,30 +37,13 @@ def round(run: Run, iteration: int, params):
     queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material.rounds[iteration - 1], {}))
     steered, principles = sampled.principles(run, iteration, params, queries)
     triples, responses = sampled.responses(run, iteration, params, steered, folder, policies=run.config.sampling.policies)
-
-    def choose() -> tuple[list[Triple], dict]:
-        clean, dropped = sampled.cleaned(run, triples)
-        return rounds.choose_pairs(run, objective, iteration, params, clean, dropped)
-
-    pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
-    rounds.require_pairs(pairs, len(triples), made["dropped"], folder / "responses.jsonl")
+    pairs, made = sampled.pairs(run, objective, iteration, params, triples, folder)
     judged = rounds.judge_by_endpoint(run, iteration, pairs)
     params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
     exported = rounds.export(run, iteration, params)
     evaluation = rounds.evaluate(run, iteration, params)
-    seconds = {
-        "principles": principles["seconds"],
-        "responses": responses["seconds"],
-        "pairs": made["seconds"],
-        "training": training["seconds"],
-        "export": exported["seconds"],
-        "evaluation": evaluation["seconds"],
-    }
-    dropped = Counter(responses["dropped"]) + Counter(made["dropped"])
-    summary = {**made, "num_queries": len(queries), "num_pairs": len(pairs), "dropped": dict(dropped)}
-    rates = {"sampling": responses["tokens_per_second"], "training": training["tokens_per_second"]}
-    steering = {name: value for name, value in principles.items() if name != "seconds"}
-    return params, {**summary, **evaluation, **steering, **judged, "seconds": seconds, "tokens_per_second": rates}
+    parts = {"principles": principles, "responses": responses, "pairs": made, "training": training, "export": exported}
+    return params, sampled.numbers({**parts, "evaluation": evaluation}, len(queries), len(pairs), judged)
 
 
 RECIPE = Recipe(read, sampled.settle_queries, round)
