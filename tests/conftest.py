@@ -9,8 +9,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import jax
 import pytest
+from toys import toy_model, toy_params
 
+from sso_jax.assembly import export_policy
 from sso_jax.mesh import make_mesh
+from sso_jax.toy.pretraining import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -25,3 +28,13 @@ def one_device():
 def eight_devices():
     """A mesh of eight devices that uses all three axes."""
     return make_mesh(2, 2, 2)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, one_device):
+    """A random policy of one layer with a real tokenizer and 512 positions."""
+    tokenizer = train_tokenizer()
+    model = toy_model(vocab_size=1024, num_layers=1, max_positions=512)
+    folder = tmp_path_factory.mktemp("model") / "policy"
+    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+    return folder

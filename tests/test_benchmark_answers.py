@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from toys import DATA, toy_model, toy_params
+from toys import DATA
 
 import sample
-from sso_jax.assembly import export_policy
 from sso_jax.benchmark_answers import converse, write_answers
 from sso_jax.preferences.benchmark_questions import BenchmarkQuestion, load_questions
 from sso_jax.tokens.chat import make_chat
@@ -18,16 +17,6 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")
 
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, one_device):
-    """A random policy of one layer with a real tokenizer and room for the questions."""
-    tokenizer = train_tokenizer()
-    model = toy_model(vocab_size=1024, num_layers=1, max_positions=512)
-    folder = tmp_path_factory.mktemp("model") / "policy"
-    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,15 @@ import random
 import datasets
 import numpy as np
 import pytest
-from toys import DATA, toy_model, toy_params
+from toys import DATA
 
 import evaluate
 import train
-from sso_jax.assembly import export_policy
 from sso_jax.evaluation import evaluate as evaluate_pairs
 from sso_jax.evaluation import rewardbench, rewardbench_scores
 from sso_jax.preferences.pair_files import load_pairs
 from sso_jax.records import Triple
 from sso_jax.tokens.tokenizer import load_tokenizer
-from sso_jax.toy.pretraining import train_tokenizer
 from sso_jax.training import checkpoints
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")
@@ -30,16 +28,6 @@ def lines(path):
 def write(path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, one_device):
-    """A random policy of one layer with a real tokenizer."""
-    tokenizer = train_tokenizer()
-    model = toy_model(vocab_size=1024, num_layers=1, max_positions=512)
-    folder = tmp_path_factory.mktemp("model") / "policy"
-    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
-    return folder
 
 
 def polite_pairs(count: int) -> list[dict]:

@@ -5,11 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 from openai_server import Misbehave, serve
-from toys import toy_model, toy_params
 
 import train
 from sso_jax import endpoint as endpoint_module
-from sso_jax.assembly import export_policy
 from sso_jax.config import Config, PrinciplesConfig
 from sso_jax.errors import InputError
 from sso_jax.preferences.principles import feature_table
@@ -120,16 +118,6 @@ def test_a_file_that_does_not_go_with_the_queries_is_refused_with_its_line(tmp_p
     with pytest.raises(InputError, match=message) as refused:
         from_file(write(tmp_path / "p.jsonl", rows))
     assert "p.jsonl" in str(refused.value)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, one_device):
-    """A random policy of one layer with a real tokenizer."""
-    tokenizer = train_tokenizer()
-    model = toy_model(vocab_size=1024, num_layers=1, max_positions=512)
-    folder = tmp_path_factory.mktemp("model") / "policy"
-    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
-    return folder
 
 
 NUM_QUERIES = 12
