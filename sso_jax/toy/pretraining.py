@@ -4,6 +4,7 @@ This supervised start *teaches* what principles mean; what the toy shows is an a
 """
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 import jax
 from flax import linen as nn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from sso_jax.assembly import export_policy
 from sso_jax.mesh import num_batch_shards, param_shardings
@@ -72,10 +73,13 @@ class Demonstration(NamedTuple):
 
 
 def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
-    """Byte-level BPE trained on texts of the world, with a chat template that takes system messages."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    """Byte-level BPE trained on texts of the world, with a chat template that takes system messages.
+
+    Text is cut before merging as Qwen2's tokenizer cuts it, because that is the class by which transformers loads a folder of a Qwen2 policy,
+    whatever its tokenizer.json says: cut otherwise, " 1" would be other ids in training than in the exported folder.
+    """
+    tokenizer, qwen2 = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PADDING, START_OF_TURN, END_OF_TURN],
@@ -83,7 +87,14 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=PADDING, model_max_length=512)
+    learned = json.loads(tokenizer.to_str())["model"]
+    fast = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        eos_token=END_OF_TURN,
+        pad_token=PADDING,
+        model_max_length=512,
+    )
     fast.add_special_tokens({"additional_special_tokens": [START_OF_TURN]})
     fast.chat_template = resources.files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
     return fast
