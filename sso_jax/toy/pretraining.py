@@ -75,8 +75,8 @@ class Demonstration(NamedTuple):
 def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
     """Byte-level BPE trained on texts of the world, with a chat template that takes system messages.
 
-    Text is cut before merging as Qwen2's tokenizer cuts it, because that is the class by which transformers loads a folder of a Qwen2 policy,
-    whatever its tokenizer.json says: cut otherwise, " 1" would be other ids in training than in the exported folder.
+    Text is cut before merging as Qwen2's tokenizer cuts it, because by that class transformers loads the folder of a Qwen2 policy, whatever
+    its tokenizer.json says: cut otherwise, " 1" would be other ids in training than in the exported folder.
     """
     tokenizer, qwen2 = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
