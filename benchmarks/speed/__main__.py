@@ -1,0 +1,153 @@
+"""Speed of sampling and of the update beside the peers': `python -m benchmarks.speed` runs all in one go and prints a table.
+
+Everything is timed in a process of its own, so that its peak memory is its own; medians are over `--repeats` calls after one that warms up
+and compiles. The bound beside each figure is what this machine's measured operations and bytes a second would allow.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.speed import shapes
+
+PEERS = ("transformers", "tunix")
+DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu", help="default: %(default)s")
+    parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, help="default: 57m on a CPU; 0.5b 1.5b 7b on a GPU")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="whom to time beside this project (default: nobody)")
+    parser.add_argument("--repeats", type=int, default=5, help="calls that are timed (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of one call each, for TensorBoard or Perfetto")
+    parser.add_argument("--tiny", action="store_true", help="on a model that runs in a second, to try the command itself")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--python_tunix", default=sys.executable, help="the Python that has google-tunix (default: this one)")
+    return parser.parse_args()
+
+
+CELLS = ("machine", "ours/sample", "transformers/sample", "tunix/sample", "ours/update", "transformers/update", "tunix/update")
+
+
+def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
+    """One measurement, in this process."""
+    who, _, what = cell.partition("/")
+    if who == "machine":
+        from benchmarks.speed import machine
+
+        return machine.measure(shape.dtype)
+    if who == "ours":
+        from benchmarks.speed import ours
+
+        return ours.profiled(what, shape, repeats, profile)
+    from benchmarks.speed import peers
+
+    return getattr(peers, f"{who}_{what}")(shape, repeats)
+
+
+def child(cell: str, options: argparse.Namespace) -> None:
+    """Runs one cell and prints its figures as the last line of standard output."""
+    shape = shapes.SHAPES[options.shapes[0]]
+    result = run_cell(cell, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"host_peak_bytes": peak, **result}))
+
+
+def measure(cell: str, name: str, options: argparse.Namespace) -> dict:
+    """The figures of one cell on one shape, from a process of its own."""
+    python = options.python_tunix if cell.startswith("tunix") else sys.executable
+    command = [python, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
+    command += ["--tiny"] if options.tiny else []
+    command += ["--profile", str(options.profile)] if options.profile else []
+    print(f"{cell} on {name} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{cell} on {name} failed with exit status {done.returncode}; its error stands above")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> dict:
+    """What is reported of a shape: rates by implementation, ratios to this project's, fractions of the machine's bound."""
+    shape = shapes.smaller(shapes.SHAPES[name]) if options.tiny else shapes.SHAPES[name]
+    machine = cells["machine"]
+    tokens = shape.sample_rows * shape.sample_new
+    bounds = {
+        "sample": tokens
+        / max(shapes.needed_sample_bytes(shape) / machine["read_bytes"], shapes.needed_sample_flops(shape) / machine["flops"]),
+        "update": shape.update_examples * machine["flops"] / shapes.needed_update_flops(shape)["shared"],
+    }
+    rows = {}
+    for cell, result in cells.items():
+        what = cell.partition("/")[2]
+        if what:
+            seconds = statistics.median(result["seconds"])
+            rate = (tokens if what == "sample" else shape.update_examples) / seconds
+            peak = result.get("device_peak_bytes") or result["host_peak_bytes"]
+            rows[cell] = {
+                "seconds": seconds,
+                "rate": rate,
+                "of_bound": rate / bounds[what],
+                "peak_bytes": peak,
+                "first_seconds": result["first"],
+            }
+    for cell, row in rows.items():
+        row["ours_over_it"] = rows[f"ours/{cell.split('/')[1]}"]["rate"] / row["rate"]
+    update = cells["ours/update"]
+    return {
+        "shape": name,
+        "generate_tok_s": rows["ours/sample"]["rate"],
+        "sso_examples_s": rows["ours/update"]["rate"],
+        "compile_s": sum(row["first_seconds"] - row["seconds"] for cell, row in rows.items() if cell.startswith("ours")),
+        "peak_bytes": rows["ours/update"]["peak_bytes"],
+        "update_flops": update["flops"],
+        "update_flops_needed": shapes.needed_update_flops(shape)["shared"],
+        "update_padding": update["padding"],
+        "update_flops_s": update["flops"] / rows["ours/update"]["seconds"],
+        "decode_bytes_s": shapes.needed_sample_bytes(shape) / rows["ours/sample"]["seconds"],
+        "bounds": bounds,
+        "machine": machine,
+        "rows": rows,
+    }
+
+
+def show(result: dict) -> None:
+    """The table of one shape."""
+    machine = result["machine"]
+    kinds = {"read_bytes": "read", "copy_bytes": "copied"}
+    measured = [f"{machine['flops'] / 1e9:.0f} GFLOP/s", *(f"{machine[kind] / 1e9:.1f} GB/s {name}" for kind, name in kinds.items())]
+    print(f"\n{result['shape']}: {', '.join(measured)}")
+    print("| work | median | rate | of the bound | peak GB | compiled in | this project is faster by |\n|---|---|---|---|---|---|---|")
+    for cell, row in result["rows"].items():
+        unit = "tokens/s" if cell.endswith("sample") else "examples/s"
+        print(
+            f"| {cell} | {row['seconds']:.2f} s | {row['rate']:.3g} {unit} | {row['of_bound']:.0%} | {row['peak_bytes'] / 1e9:.2f} "
+            f"| {max(0.0, row['first_seconds'] - row['seconds']):.1f} s | {row['ours_over_it']:.2f} |"
+        )
+    ratio = result["update_flops"] / result["update_flops_needed"]
+    print(f"operations of the traced update and scoring: {ratio:.3f} of what matrices need; padding {result['update_padding']:.1%}")
+
+
+def main() -> int:
+    options = arguments()
+    options.shapes = options.shapes or DEFAULT_SHAPES[options.device]
+    if options.cell:
+        child(options.cell, options)
+        return 0
+    results = []
+    for name in options.shapes:
+        wanted = [cell for cell in CELLS if cell.split("/")[0] in ("machine", "ours", *options.peers)]
+        results.append(figures(name, {cell: measure(cell, name, options) for cell in wanted}, options))
+        show(results[-1])
+        if options.out:
+            options.out.write_text(json.dumps({**results[0], "shapes": results}, indent=2), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""A shape in, seconds of the same sampling and the same update by the peers out: transformers with PyTorch, and google-tunix.
+
+They are timed as their users run them: transformers' `generate`, tunix's `Sampler`, and for the update what the SSO releases do, a row for
+each of the six log-probs of an example, logits of every token, policy and reference. Each is imported where it is used: PyTorch comes
+with requirements-test.txt, tunix wants an environment of its own.
+"""
+
+import time
+
+from benchmarks.speed.shapes import CELLS, SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
+
+BETA, ALPHA, STEERING_WEIGHT = 0.2, 0.66, 0.1
+
+
+def _torch_model(shape: Shape):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(SEED)
+    config = Qwen2Config(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        intermediate_size=shape.hidden,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Qwen2ForCausalLM(config).to(device=device, dtype=getattr(torch, shape.dtype))
+
+
+def _timed(work, repeats: int) -> dict:
+    import torch
+
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"first": seconds[0], "seconds": seconds[1:]}
+
+
+def transformers_sample(shape: Shape, repeats: int) -> dict:
+    """transformers' `generate` with its key/value cache."""
+    import torch
+
+    model = _torch_model(shape).eval()
+    ids = torch.tensor(prompt_ids(shape, shape.sample_rows, shape.sample_prompt), device=model.device)
+    settings = dict(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0, max_new_tokens=shape.sample_new)
+
+    def work():
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        if out.shape[1] != shape.sample_prompt + shape.sample_new:
+            raise AssertionError("a response is shorter than was asked for")
+
+    return _timed(work, repeats)
+
+
+def transformers_update(shape: Shape, repeats: int) -> dict:
+    """The releases' update of version 1 with IPO: six rows an example, all their logits, the reference beside the policy."""
+    import torch
+
+    policy = _torch_model(shape).train()
+    reference = _torch_model(shape).eval()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    examples = example_ids(shape)
+    rows = [prompts[context] + responses[name] for prompts, responses in examples for context, name in CELLS]
+    ids = torch.tensor(rows, device=policy.device)
+    length = float(shape.update_response)
+
+    def log_probs(model):
+        """[examples, cells] sums over the response."""
+        logits = model(ids).logits[:, :-1].float().log_softmax(-1)
+        of_tokens = logits.gather(-1, ids[:, 1:, None])[..., 0]
+        return of_tokens[:, shape.update_prompt - 1 :].sum(-1).view(len(examples), len(CELLS))
+
+    def ipo(ratios):
+        return ((ratios[:, 0] - ratios[:, 1]) / length - 1.0 / (2.0 * BETA)) ** 2
+
+    def work():
+        with torch.no_grad():
+            of_reference = log_probs(reference)
+        of_policy = log_probs(policy)
+        ratios = of_policy - of_reference
+        steering = ipo(ratios[:, 2:4]) + ipo(ratios[:, 4:6])
+        quality = (of_policy[:, 2] / length).exp() ** ALPHA
+        loss = (ipo(ratios[:, 0:2]) + STEERING_WEIGHT * quality * steering).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+
+    return _timed(work, repeats)

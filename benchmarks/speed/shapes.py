@@ -1,0 +1,118 @@
+"""The shapes that are timed: model sizes, prompts and examples, the same for every implementation."""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+
+SEED = 0
+TEMPERATURE, TOP_P = 0.7, 0.8
+CONTEXTS = ("plain", "positive", "negative")
+CELLS = [
+    ("plain", "chosen"),
+    ("plain", "rejected"),
+    ("positive", "chosen"),
+    ("positive", "rejected"),
+    ("negative", "original"),
+    ("negative", "chosen"),
+]
+"""What version 1 needs the log-probs of, winner before loser; in the releases each is a row of its own."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of Qwen2's kind with an untied head, and the work that is timed on it."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden: int
+    vocab_size: int
+    head_size: int
+    dtype: str
+    sample_rows: int = 16
+    sample_prompt: int = 128
+    sample_new: int = 64
+    update_examples: int = 4
+    update_prompt: int = 256
+    update_response: int = 128
+
+    @property
+    def layer_params(self) -> int:
+        """Entries of the matrices of all layers."""
+        heads = self.num_heads * self.head_size
+        attention = self.width * (2 * heads + 2 * self.num_kv_heads * self.head_size)
+        return self.num_layers * (attention + 3 * self.width * self.hidden)
+
+    @property
+    def head_params(self) -> int:
+        return self.width * self.vocab_size
+
+    @property
+    def num_params(self) -> int:
+        """Of all matrices; the table of embeddings is read by row."""
+        return self.layer_params + 2 * self.head_params
+
+
+CPU = Shape(512, 8, 8, 2, 1536, 32000, 64, "float32")
+"""56.9M parameters."""
+LARGE = dict(dtype="bfloat16", sample_rows=64, sample_prompt=512, sample_new=256, update_examples=8, update_prompt=512, update_response=512)
+SHAPES = {
+    "57m": CPU,
+    "0.5b": Shape(896, 24, 14, 2, 4864, 151936, 64, **LARGE),
+    "1.5b": Shape(1536, 28, 12, 2, 8960, 151936, 128, **LARGE),
+    "7b": Shape(3584, 28, 28, 4, 18944, 152064, 128, **LARGE),
+}
+"""By name; the larger ones have the sizes of Qwen2's family and are for a GPU."""
+
+
+def smaller(shape: Shape) -> Shape:
+    """The same work on a model that runs in a second, to try the benchmark itself."""
+    return dataclasses.replace(
+        shape, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128, vocab_size=512, head_size=16, sample_new=8
+    )
+
+
+def prompt_ids(shape: Shape, num: int, length: int) -> list[list[int]]:
+    """`num` prompts of random tokens."""
+    draw = random.Random(SEED)
+    return [[draw.randrange(shape.vocab_size) for _ in range(length)] for _ in range(num)]
+
+
+def example_ids(shape: Shape) -> list[tuple[dict[str, list[int]], dict[str, list[int]]]]:
+    """Prompts by context and responses by name of each example of the update."""
+    draw = random.Random(SEED + 1)
+    ids = lambda length: [draw.randrange(shape.vocab_size) for _ in range(length)]  # noqa: E731
+    return [
+        (
+            {context: ids(shape.update_prompt) for context in CONTEXTS},
+            {name: ids(shape.update_response) for name in ("chosen", "rejected", "original")},
+        )
+        for _ in range(shape.update_examples)
+    ]
+
+
+def needed_update_flops(shape: Shape) -> dict[str, float]:
+    """Operations that one update needs by arithmetic, two a multiply-add, matrix products with parameters only.
+
+    Forward and backward are three forward passes, the reference a fourth.
+      shared:   each context's prompt once for its two responses, response tokens alone meet the vocabulary.
+      releases: a row for each of the six log-probs, every token meets the vocabulary.
+    """
+    prompt, response = shape.update_prompt, shape.update_response
+    trees, rows = 3 * shape.update_examples, 6 * shape.update_examples
+    shared = trees * ((prompt + 2 * response) * shape.layer_params + 2 * response * shape.head_params)
+    releases = rows * (prompt + response) * (shape.layer_params + shape.head_params)
+    return {"shared": 4 * 2.0 * shared, "releases": 4 * 2.0 * releases}
+
+
+def needed_sample_bytes(shape: Shape) -> float:
+    """Bytes that decoding must read: each weight once a step."""
+    size = 2 if shape.dtype == "bfloat16" else 4
+    return float(size * (shape.layer_params + shape.head_params) * (shape.sample_new - 1))
+
+
+def needed_sample_flops(shape: Shape) -> float:
+    """Operations of prefill, whose tokens do not meet the vocabulary, and of decoding."""
+    prefill = shape.sample_rows * shape.sample_prompt * shape.layer_params
+    return 2.0 * (prefill + shape.sample_rows * shape.sample_new * (shape.layer_params + shape.head_params))
