@@ -8,8 +8,8 @@ from toys import toy_model, toy_params
 from sso_jax.errors import InputError
 from sso_jax.mesh import param_shardings
 from sso_jax.models.transformer import abstract_params
-from sso_jax.sampling.decode import build_generate
-from sso_jax.sampling.sampler import Request, Sampler, bucket, cut_batches, row_key
+from sso_jax.sampling.decode import build_generate, build_parts
+from sso_jax.sampling.sampler import Request, Sampler, bucket, cut_batches, pad_prompts, row_key
 from sso_jax.sampling.strategies import make_strategy
 
 
@@ -116,3 +116,17 @@ def test_jit_and_no_jit_give_the_same_tokens(one_device):
     compiled = sampler.sample(params, asked, "test")
     with jax.disable_jit():
         assert sampler.sample(params, asked, "test") == compiled
+
+
+def test_prefill_and_decode_compiled_apart_give_the_tokens_of_the_one_program(eight_devices):
+    model = toy_model()
+    params, shardings = toy_params(model, eight_devices), param_shardings(abstract_params(model), eight_devices)
+    prompts = pad_prompts(requests(7), 8, 48)
+    stops, strategy = np.array([7], np.int32), make_strategy(0.9, 0.95)
+    start, go_on = build_parts(model, eight_devices, shardings)
+    with jax.set_mesh(eight_devices):
+        together = build_generate(model, eight_devices, shardings)(params, prompts, strategy, stops, 12)
+        state = start(params, prompts, strategy, stops, 12)
+        assert int(state.step) == 1 and np.all(state.samples.num_tokens == prompts.used)
+        apart = go_on(params, prompts, strategy, stops, state).samples
+    jax.tree.map(np.testing.assert_array_equal, apart, together)

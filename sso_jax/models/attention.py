@@ -20,10 +20,14 @@ class Cache(NamedTuple):
     values: Float[Array, "L B K S H"]
 
 
+CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
+"""Logical names of the axes of a cache's arrays."""
+
+
 def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
     """Cache of zeros."""
     shape = (architecture.num_layers, batch_size, architecture.num_kv_heads, num_slots, architecture.head_size)
-    zeros = constrain(jnp.zeros(shape, dtype), "layers", "batch", "kv_heads", None, None)
+    zeros = constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
     return Cache(keys=zeros, values=zeros)
 
 

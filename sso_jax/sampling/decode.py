@@ -1,4 +1,4 @@
-"""Padded prompts [B, P] and row keys in, sampled tokens [B, M] and their counts out, in one compiled program.
+"""Padded prompts [B, P] and row keys in, sampled tokens [B, M] and their counts out: prefill, then decode, in one compiled program.
 
 Prompts are padded on the right and fill the first P slots of the cache; the step-th sampled token of every row goes to slot
 P + step, so that all rows write to one place, and a row's own padding is masked by its length.
@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from sso_jax.mesh import batch_sharding, replicated
-from sso_jax.models.attention import Cache, causal_mask, empty_cache
+from sso_jax.mesh import batch_sharding, replicated, spec
+from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask, empty_cache
 from sso_jax.models.transformer import Transformer, project
 from sso_jax.sampling.strategies import Strategy, choose
 
@@ -33,7 +34,9 @@ class Samples(NamedTuple):
     num_tokens: Int[Array, "B"]
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
+    """Of a batch of rows between two tokens: `step` are drawn of each, and the cache holds all but the last."""
+
     step: Int[Array, ""]
     cache: Cache
     last: Int[Array, "B"]
@@ -41,10 +44,69 @@ class _State(NamedTuple):
     samples: Samples
 
 
+class Weights(NamedTuple):
+    """Parameters in the type of the arithmetic, and the head's matrix gathered."""
+
+    params: dict
+    head: Float[Array, "D V"]
+
+
 def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "B"]:
     """One number in [0, 1) for each row, from the row's key and the step alone: batch layout does not matter."""
     row = lambda key: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))  # noqa: E731
     return jax.vmap(row)(keys)
+
+
+def to_weights(model: Transformer, params) -> Weights:
+    """What prefill and decode multiply with, made once for both."""
+    params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
+    return Weights(params, model.apply({"params": params}, method="head_matrix"))
+
+
+def pick(
+    hidden: Float[Array, "B D"], state: State, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"]
+) -> State:
+    """Draws token number `state.step` of each row from the hidden state before it."""
+    logits = project(hidden, weights.head)  # [B, V]
+    token = jnp.where(state.done, 0, choose(logits, _uniform(prompts.keys, state.step), strategy))
+    samples = Samples(
+        tokens=jax.lax.dynamic_update_slice(state.samples.tokens, token[:, None], (0, state.step)),
+        num_tokens=state.samples.num_tokens + ~state.done,
+    )
+    done = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
+    return state._replace(step=state.step + 1, last=token, done=done, samples=samples)
+
+
+def prefill(
+    model: Transformer, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"], max_new_tokens: int
+) -> State:
+    """Runs the decoder on the prompts and draws each row's first token; there is room for `max_new_tokens`."""
+    batch_size, prompt_slots = prompts.tokens.shape
+    cache = empty_cache(model.architecture, batch_size, prompt_slots + max_new_tokens, model.dtype)
+    positions = jnp.broadcast_to(jnp.arange(prompt_slots), prompts.tokens.shape)
+    variables = {"params": weights.params}
+    hidden, cache = model.apply(variables, prompts.tokens, positions, causal_mask(prompt_slots), cache, 0)
+    last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
+    start = State(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
+    return pick(last_hidden, start, weights, prompts, strategy, stop_ids)
+
+
+def decode(model: Transformer, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"], state: State) -> State:
+    """Draws token after token from where `prefill` ended, until every row has stopped or has all of its tokens."""
+    prompt_slots, max_new_tokens = prompts.tokens.shape[1], state.samples.tokens.shape[1]
+    slots = jnp.arange(prompt_slots + max_new_tokens)
+
+    def advance(state: State) -> State:
+        """Runs the decoder on the last token of each row, then draws the next."""
+        slot = prompt_slots + state.step - 1
+        visible = (slots[None, :] < prompts.lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
+        positions = (prompts.lengths + state.step - 1)[:, None]
+        hidden, cache = model.apply({"params": weights.params}, state.last[:, None], positions, visible[:, None, :], state.cache, slot)
+        return pick(hidden[:, 0], state._replace(cache=cache), weights, prompts, strategy, stop_ids)
+
+    unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
+    return jax.lax.while_loop(unfinished, advance, state)
 
 
 def generate(
@@ -56,38 +118,9 @@ def generate(
     max_new_tokens: int,
 ) -> Samples:
     """Samples up to `max_new_tokens` tokens a row; a row ends with the first token of `stop_ids`."""
-    batch_size, prompt_slots = prompts.tokens.shape
-    params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
-    head = model.apply({"params": params}, method="head_matrix")
-    slots = jnp.arange(prompt_slots + max_new_tokens)
-
-    def pick(hidden: Float[Array, "B D"], state: _State) -> _State:
-        """Draws token number `state.step` of each row from the hidden state before it."""
-        logits = project(hidden, head)  # [B, V]
-        token = jnp.where(state.done, 0, choose(logits, _uniform(prompts.keys, state.step), strategy))
-        samples = Samples(
-            tokens=jax.lax.dynamic_update_slice(state.samples.tokens, token[:, None], (0, state.step)),
-            num_tokens=state.samples.num_tokens + ~state.done,
-        )
-        done = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
-        return state._replace(step=state.step + 1, last=token, done=done, samples=samples)
-
-    def advance(state: _State) -> _State:
-        """Runs the decoder on the last token of each row, then draws the next."""
-        slot = prompt_slots + state.step - 1
-        visible = (slots[None, :] < prompts.lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
-        positions = (prompts.lengths + state.step - 1)[:, None]
-        hidden, cache = model.apply({"params": params}, state.last[:, None], positions, visible[:, None, :], state.cache, slot)
-        return pick(hidden[:, 0], state._replace(cache=cache))
-
-    cache = empty_cache(model.architecture, batch_size, slots.size, model.dtype)
-    positions = jnp.broadcast_to(jnp.arange(prompt_slots), prompts.tokens.shape)
-    hidden, cache = model.apply({"params": params}, prompts.tokens, positions, causal_mask(prompt_slots), cache, 0)
-    last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
-    nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
-    start = _State(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
-    unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
-    return jax.lax.while_loop(unfinished, advance, pick(last_hidden, start)).samples
+    weights = to_weights(model, params)
+    state = prefill(model, weights, prompts, strategy, stop_ids, max_new_tokens)
+    return decode(model, weights, prompts, strategy, stop_ids, state).samples
 
 
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
@@ -102,4 +135,28 @@ def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings)
         static_argnums=4,
         in_shardings=(param_shardings, rows, whole, whole),
         out_shardings=whole,
+    )
+
+
+def state_shardings(mesh: jax.sharding.Mesh) -> State:
+    """Where the parts of a state lie: all but the step are cut by rows, the cache by heads as well."""
+    rows = batch_sharding(mesh)
+    cache = NamedSharding(mesh, spec(*CACHE_AXES))
+    return State(replicated(mesh), Cache(cache, cache), rows, rows, Samples(rows, rows))
+
+
+def build_parts(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> tuple[Callable[..., State], Callable[..., State]]:
+    """`prefill` and `decode` compiled apart, to be looked at one by one; a state's memory is given to the decoding."""
+
+    def prefill_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> State:
+        return prefill(model, to_weights(model, params), prompts, strategy, stop_ids, max_new_tokens)
+
+    def decode_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, state: State) -> State:
+        return decode(model, to_weights(model, params), prompts, strategy, stop_ids, state)
+
+    rows, whole, state = batch_sharding(mesh), replicated(mesh), state_shardings(mesh)
+    inputs = (param_shardings, rows, whole, whole)
+    return (
+        jax.jit(prefill_batch, static_argnums=4, in_shardings=inputs, out_shardings=state),
+        jax.jit(decode_batch, donate_argnums=4, in_shardings=(*inputs, state), out_shardings=state),
     )
