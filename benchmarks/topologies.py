@@ -13,7 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sso_jax import dry_run
+from sso_jax import dry_run, programs
 from sso_jax.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from sso_jax.progress import progress_bar
 
@@ -42,9 +42,10 @@ def compile_cell(cell: Cell) -> dict:
         dry_run=topology,
         model=ModelConfig(path=model, compute_dtype="bfloat16"),
         objective=FORMS[form],
-        train=TrainConfig(batch_size=len(devices), max_tokens=2048),
+        train=TrainConfig(batch_size=len(devices), max_tokens=2048, log_original=False),
     )
-    program = dry_run.compile_update(dry_run.make_plan(config, devices), "update")
+    plan = programs.make_plan(config, devices, dry_run.chip_gib(topology) * programs.GIB)
+    program = programs.compiled(programs.trace_policy_update(plan), "update", plan.device_bytes)
     return {**dataclasses.asdict(program), "other_bytes": program.other_bytes, "chips": len(devices)}
 
 
@@ -57,7 +58,7 @@ def compile_missing(path: Path) -> dict[Cell, dict]:
             done[cell] = {"cell": list(cell), **compile_cell(cell)}
             path.write_text(json.dumps(list(done.values()), indent=1))
             print(
-                f"{cell}: {done[cell]['total_bytes'] / dry_run.GIB:.2f} GiB in {done[cell]['seconds']:.0f} s", file=sys.stderr, flush=True
+                f"{cell}: {done[cell]['total_bytes'] / programs.GIB:.2f} GiB in {done[cell]['seconds']:.0f} s", file=sys.stderr, flush=True
             )
             bar.update()
     return done
@@ -69,7 +70,7 @@ def tables(done: dict[Cell, dict]) -> str:
     lines.append("|---" * 10 + "|")
     for cell in (cell for cell in done if cell[2] in ASKED + SMALLER):
         row, chip = done[cell], dry_run.chip_gib(cell[2])
-        parts = [row[name] / dry_run.GIB for name in ("params_bytes", "optimizer_bytes", "other_bytes", "total_bytes")]
+        parts = [row[name] / programs.GIB for name in ("params_bytes", "optimizer_bytes", "other_bytes", "total_bytes")]
         sizes = " | ".join(f"{part:.2f}" for part in parts)
         verdict = "yes" if row["fits"] else "no"
         lines.append(
@@ -79,8 +80,8 @@ def tables(done: dict[Cell, dict]) -> str:
     lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for topology in SCALING:
         row = done[MODELS[0], "online", topology]
-        held = (2 * row["params_bytes"] + row["optimizer_bytes"]) / dry_run.GIB  # the gradient is as large as the float32 parameters
-        rest = row["total_bytes"] / dry_run.GIB - held
+        held = (2 * row["params_bytes"] + row["optimizer_bytes"]) / programs.GIB  # the gradient is as large as the float32 parameters
+        rest = row["total_bytes"] / programs.GIB - held
         lines.append(f"| {topology} | {row['chips']} | {held:.3f} | {held * row['chips']:.1f} | {rest:.2f} |")
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from sso_jax.config import Config, OptimizerConfig
 from sso_jax.errors import InputError, RunError
 from sso_jax.mesh import num_batch_shards, replicated
 from sso_jax.models.adapters import split_trainable
+from sso_jax.models.transformer import Transformer
 from sso_jax.preferences.keywords import graded_variants, random_variants
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Triple
@@ -31,7 +32,7 @@ from sso_jax.training.batches import (
     row_shape,
     supervised_batch,
 )
-from sso_jax.training.degree import DEGREE_CELLS, HEAD, init_head
+from sso_jax.training.degree import DEGREE_CELLS, HEAD, init_head, spo_losses
 from sso_jax.training.loop import Hooks, run_updates, update_order
 from sso_jax.training.rewards import Rated, RewardBatch, pair_trees, reward_batch
 from sso_jax.training.update import (
@@ -42,6 +43,7 @@ from sso_jax.training.update import (
     learning_rate_schedule,
     loss_at_reference,
     make_optimizer,
+    preference_losses,
     state_shardings,
 )
 
@@ -64,9 +66,8 @@ class Plan:
 def plan_preferences(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
     """Order and shape of the round's batches; they follow from the pairs and the seed alone."""
     examples = [make_example(triple, steered_prompts(engine.chat, triple), triple.response_ids, objective.cells) for triple in pairs]
-    cells = objective.cells
+    cells = trained_cells(objective)
     if objective.degree_weight is not None:
-        cells = [*cells, *DEGREE_CELLS]
         variants = [degree_ids(engine, triple, objective.degree_removal, config.run.seed) for triple in pairs]
         examples = [with_degrees(example, own) for example, own in zip(examples, variants, strict=True)]
     updates, micro, num_micro = _updates(examples, config, iteration)
@@ -77,6 +78,18 @@ def plan_preferences(engine: Engine, objective: Objective, config: Config, itera
     starts_at_reference = config.model.reference_path is None and objective.degree_weight is None
     first_loss = loss_at_reference(objective.terms, cells, make_batch(0)) if starts_at_reference else None
     return Plan(num_tokens, make_batch, [[example.id for example in update] for update in updates], first_loss)
+
+
+def trained_cells(objective: Objective) -> list[tuple[str, str]]:
+    """The (context, response) log-probs of an update: the objective's, and those of the graded variants of base `spo`."""
+    return objective.cells if objective.degree_weight is None else [*objective.cells, *DEGREE_CELLS]
+
+
+def losses_of(model: Transformer, objective: Objective) -> ExampleLosses:
+    """The objective as losses of microbatches whose cells are `trained_cells`."""
+    if objective.degree_weight is None:
+        return preference_losses(model, objective.terms, objective.cells, objective.beta)
+    return spo_losses(model, objective.terms, trained_cells(objective), objective.beta, objective.degree_weight)
 
 
 def degree_ids(engine: Engine, triple: Triple, removal: str, seed: int) -> dict[str, list[int]]:
@@ -93,11 +106,11 @@ def with_degrees(example: Example, variants: dict[str, list[int]]) -> Example:
     return example._replace(responses={**example.responses, **variants}, reference_log_probs=references)
 
 
-def new_parts(engine: Engine, config: Config) -> dict:
+def new_parts(model: Transformer, config: Config) -> dict:
     """Parameters beside the decoder's that a round trains, and which end with it: the degree head of base `spo`."""
     if config.recipe in ("sft", "reward") or config.objective.base != "spo":
         return {}
-    return {HEAD: init_head(config.run.seed, engine.model.architecture.width)}
+    return {HEAD: init_head(config.run.seed, model.architecture.width)}
 
 
 def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: list[Tree]) -> Plan:
@@ -173,7 +186,7 @@ def train_round(
     """
     num_updates = len(plan.num_tokens)
     schedule, optimizer = build_optimizer(config.optimizer, num_updates)
-    parts = new_parts(engine, config)
+    parts = new_parts(engine.model, config)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
     update = build_update(losses, optimizer, schedule, engine.mesh, shardings, plan.make_batch(0))
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
@@ -241,7 +254,7 @@ def trained_params(engine: Engine, config: Config, folder: Path, base: Callable[
       InputError: if the folder holds none.
     """
     optimizer = build_optimizer(config.optimizer, num_updates=1)[1]
-    parts = new_parts(engine, config)
+    parts = new_parts(engine.model, config)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)

@@ -31,9 +31,8 @@ from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Dropped, Triple, read_json_lines, write_records
 from sso_jax.reward_model import keep_widest, open_rater, with_rewards
 from sso_jax.tokens.tokenizer import encode_text
-from sso_jax.training.degree import DEGREE_CELLS, spo_losses
 from sso_jax.training.scoring import Scorable, score_examples
-from sso_jax.training.update import ExampleLosses, preference_losses
+from sso_jax.training.update import ExampleLosses
 
 ANSWERS_SCORED_TOGETHER = 64
 log = logging.getLogger(__name__)
@@ -108,6 +107,11 @@ def earlier_params(run: Run, iteration: int):
     return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine) if iteration else start_params(run, 0)
 
 
+def reference_cells(config: Config, objective: Objective) -> list[tuple[str, str]]:
+    """The (context, response) log-probs that the reference gives of every pair."""
+    return sorted({*pair_stage.SCORED_CELLS, *objective.cells, *(pair_stage.FILTER_CELLS if config.filter.enabled else [])})
+
+
 def choose_pairs(
     run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Dropped
 ) -> tuple[list[Triple], dict]:
@@ -117,8 +121,7 @@ def choose_pairs(
         triples = pair_stage.random_order(triples, f"{config.run.seed}/{iteration}")
     elif config.pairs.control == "judge_order":
         triples = pair_stage.judge_order(triples, lambda triple, response: judged(run.environment, engine, triple, response))
-    wanted = [*pair_stage.SCORED_CELLS, *objective.cells, *(pair_stage.FILTER_CELLS if config.filter.enabled else [])]
-    cells = sorted(set(wanted))
+    cells = reference_cells(config, objective)
     prompts = [steered_prompts(engine.chat, triple) for triple in triples]
     fits = [pair_stage.fits(p, t.response_ids, cells, engine.max_tokens) for p, t in zip(prompts, triples, strict=True)]
     dropped |= {triple.id: "pair_too_long" for triple, ok in zip(triples, fits, strict=True) if not ok}
@@ -216,12 +219,7 @@ def train_on_pairs(
 ) -> tuple[Any, dict]:
     """The parameters after the updates of a round on its pairs, and what is said of them; as `train` otherwise."""
     plan = plan_preferences(run.engine, objective, run.config, iteration, pairs)
-    if objective.degree_weight is None:
-        losses = preference_losses(run.engine.model, objective.terms, objective.cells, objective.beta)
-    else:
-        cells = [*objective.cells, *DEGREE_CELLS]
-        losses = spo_losses(run.engine.model, objective.terms, cells, objective.beta, objective.degree_weight)
-    return train(run, losses, plan, iteration, params, folder, first_step)
+    return train(run, losses_of(run.engine.model, objective), plan, iteration, params, folder, first_step)
 
 
 def train(

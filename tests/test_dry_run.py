@@ -1,4 +1,4 @@
-"""The dry run on the devices that are here: bytes by arithmetic, programs that compile, and what it refuses."""
+"""The dry run on the devices that are here: bytes by arithmetic, the programs of each recipe, and what it refuses."""
 
 import dataclasses
 import importlib.util
@@ -9,8 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from toys import ARCHITECTURE
 
-from sso_jax import dry_run
-from sso_jax.config import Config, MeshConfig, ModelConfig, ObjectiveConfig, SamplingConfig, TrainConfig
+from sso_jax import dry_run, programs
+from sso_jax.config import Config, GeneratorConfig, MeshConfig, ModelConfig, ObjectiveConfig, SamplingConfig, TrainConfig
 from sso_jax.errors import InputError
 from sso_jax.models.hf_weights import to_hf_config
 from sso_jax.models.presets import PRESETS
@@ -35,14 +35,23 @@ def folder(tmp_path_factory):
     return folder
 
 
+def plan_of(folder, **sections):
+    return programs.make_plan(config_of(folder, **sections), jax.devices(), 16 * programs.GIB)
+
+
+def compile_all(plan):
+    return {name: programs.compiled(trace(plan), name, plan.device_bytes) for name, trace in programs.programs_of(plan.config).items()}
+
+
 @pytest.fixture(scope="module")
-def programs(folder):
-    plan = dry_run.make_plan(config_of(folder), jax.devices())
-    return plan, {name: compiled(plan, name) for name, compiled in dry_run.PROGRAMS.items()}
+def online(folder):
+    """The plan of recipe online without y_o's log-prob, and its programs."""
+    plan = plan_of(folder, train=TrainConfig(batch_size=8, microbatch_size=4, max_tokens=64, log_original=False))
+    return plan, compile_all(plan)
 
 
-def test_bytes_of_parameters_and_optimizer_are_those_of_their_shapes(programs):
-    plan, compiled = programs
+def test_bytes_of_parameters_and_optimizer_are_those_of_their_shapes(online):
+    plan, compiled = online
     flat = flatten_dict(plan.params, sep="/")
     cut = {"norm": 1, "kernel": 4, "embedding": 4, "head": 4}  # parts of the mesh that cut a matrix: 2 over width, 2 over the other axis
     biases = {"query/bias": 2, "key/bias": 2, "value/bias": 2}
@@ -55,30 +64,93 @@ def test_bytes_of_parameters_and_optimizer_are_those_of_their_shapes(programs):
     assert compiled["scoring"].optimizer_bytes == 0
 
 
-def test_the_update_of_a_reward_model_has_no_vocabulary(folder, programs):
+def test_the_update_of_a_reward_model_has_no_vocabulary(online):
     """No head and one row in its place: less arithmetic than the policy's update, and fewer bytes of optimizer."""
-    plan = dataclasses.replace(programs[0], config=dataclasses.replace(programs[0].config, recipe="reward"))
-    program, of_policy = dry_run.compile_update(plan, "update"), programs[1]["update"]
+    plan = dataclasses.replace(online[0], config=dataclasses.replace(online[0].config, recipe="reward"))
+    program, of_policy = programs.programs_of(plan.config)["update"](plan), online[1]["update"]
     assert program.optimizer_bytes < of_policy.optimizer_bytes and 0 < program.flops < of_policy.flops
 
 
-def test_the_cache_holds_keys_and_values_of_all_slots(programs):
-    plan, compiled = programs
+def test_the_cache_holds_keys_and_values_of_all_slots(online):
+    plan, compiled = online
     a, slots = plan.model.architecture, 32 + 8  # the shortest prompt bucket and the new tokens
     whole = 2 * a.num_layers * 8 * a.num_kv_heads * slots * a.head_size * 4
-    assert compiled["prefill and decode"].cache_bytes == whole // 8
+    assert compiled["prefill"].cache_bytes == compiled["decode"].cache_bytes == whole // 8
 
 
-def test_an_update_costs_four_scorings_a_microbatch_and_attention_five(programs):
-    _, compiled = programs  # forward, forward again under remat, two products backward for each; attention recomputes its scores once more
+def test_a_mesh_of_its_own_to_sample_on_holds_a_second_copy_of_the_parameters(folder, online):
+    plan = plan_of(folder, sampling=SamplingConfig(batch_size=8, max_new_tokens=8, mesh=MeshConfig(data=8, fsdp=1, tensor=1)))
+    traced, shared = programs.trace_prefill(plan), online[1]["prefill"]
+    program = programs.compiled(traced, "prefill", plan.device_bytes)
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(plan.params))
+    assert program.params_bytes == whole + shared.params_bytes and program.total_bytes >= program.params_bytes
+    assert program.cache_bytes == shared.cache_bytes  # 8 rows over 8 devices, or over 4 by 2 heads
+    assert program.flops == shared.flops
+    assert program.fits and not (tight := programs.compiled(traced, "prefill", device_bytes=whole)).fits
+    assert "prefill does not fit: set sampling.mesh null, which holds no second copy" in dry_run.table(plan, [tight])
+
+
+def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
+    """Counted by hand: matrices and attention over all slots for each token, the head once a row and token drawn."""
+    plan, compiled = online
+    a, rows, slots, new = plan.model.architecture, 8, 32, 8
+    attention = a.width * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads)
+    layer = attention + 3 * a.width * a.hidden
+    seen = lambda tokens: 2 * a.num_heads * a.head_size * tokens  # noqa: E731
+    head = a.width * a.vocab_size
+    prefill = 2 * rows * (slots * a.num_layers * (layer + seen(slots)) + head)
+    step = 2 * rows * (a.num_layers * (layer + seen(slots + new)) + head)
+    assert compiled["prefill"].flops == prefill
+    assert compiled["decode"].flops == (new - 1) * step
+
+
+def test_an_update_costs_four_scorings_a_microbatch_and_attention_five(online):
+    _, compiled = online  # forward, forward again under remat, two products backward for each; attention recomputes its scores once more
     num_micro = 2
     assert num_micro * 4 < compiled["update"].flops / compiled["scoring"].flops < num_micro * 5
 
 
-def test_the_table_names_what_does_not_fit_and_says_what_to_do(programs):
-    plan, compiled = programs
+def test_the_log_prob_of_the_original_response_is_in_the_update_where_it_is_logged(folder, online):
+    plan = plan_of(folder)
+    assert plan.config.train.log_original
+    program = programs.trace_policy_update(plan)
+    assert program.flops > online[1]["update"].flops
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("online", ["prefill", "decode", "scoring", "update"]),
+        ("generator", ["prefill", "decode", "scoring", "update of the generator", "update"]),
+        ("offline", ["scoring", "update"]),
+        ("sft", ["update"]),
+        ("reward", ["prefill", "decode", "update"]),
+    ],
+)
+def test_the_programs_are_those_that_the_recipe_runs(folder, recipe, names):
+    assert list(programs.programs_of(dataclasses.replace(config_of(folder), recipe=recipe))) == names
+
+
+def test_a_generator_is_trained_by_the_fields_of_its_own_section(folder):
+    config = config_of(folder, objective=ObjectiveConfig(base="dpo", form="generator"), generator=GeneratorConfig(batch_size=16))
+    plan = dataclasses.replace(plan_of(folder), config=dataclasses.replace(config, recipe="generator"))
+    of_generator = programs.trace_generator_update(plan)
+    of_policy = programs.trace_policy_update(plan)
+    assert of_generator.flops == pytest.approx(4 * of_policy.flops, rel=0.05)  # twice the examples, two pairs of each
+
+
+def test_the_degree_head_of_spo_is_in_the_update(folder, online):
+    plan = plan_of(folder, objective=ObjectiveConfig(base="spo"), train=online[0].config.train)
+    program, without = programs.trace_policy_update(plan), online[1]["update"]
+    width = plan.model.architecture.width
+    assert program.params_bytes - without.params_bytes == 4 * (width * width + width + 4 * width + 4)
+    assert program.flops > without.flops
+
+
+def test_the_table_names_what_does_not_fit_and_says_what_to_do(online):
+    plan, compiled = online
     fits, fails = compiled["scoring"], dataclasses.replace(compiled["update"], fits=False, total_bytes=20 * 2**30)
-    text = dry_run.table(plan, [fits, fails], 16 * 2**30)
+    text = dry_run.table(plan, [fits, fails])
     assert "| scoring | " in text and "| 20.00 | 125% |" in text
     assert "update does not fit: set model.compute_dtype bfloat16; or train adapters (lora.rank 16" in text
     assert "scoring does not fit" not in text
@@ -98,7 +170,7 @@ def test_without_libtpu_one_line_says_what_to_install():
 
 def test_a_model_that_the_mesh_does_not_cut_is_refused(folder):
     with pytest.raises(InputError, match=r"mesh\.tensor: 4 does not divide the model's num_key_value_heads 2"):
-        dry_run.make_plan(config_of(folder, mesh=MeshConfig(data=1, fsdp=2, tensor=4)), jax.devices())
+        plan_of(folder, mesh=MeshConfig(data=1, fsdp=2, tensor=4))
 
 
 @pytest.mark.parametrize("name", PRESETS)
