@@ -7,7 +7,7 @@ from sso_jax.assembly import Engine, build_engine, enable_compilation_cache, fin
 from sso_jax.benchmark_answers import check_form, converse, write_answers
 from sso_jax.config import SampleConfig
 from sso_jax.errors import InputError
-from sso_jax.models.hf_weights import fetch
+from sso_jax.models.hf_config import fetch
 from sso_jax.preferences.benchmark_questions import load_questions
 from sso_jax.preferences.pairs import fits, mean_log_probs, with_log_probs
 from sso_jax.preferences.queries import load_queries

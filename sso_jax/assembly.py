@@ -25,15 +25,8 @@ from sso_jax.mesh import check_divides, make_mesh, param_shardings
 from sso_jax.models.adapters import fresh_adapters
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import fastest
-from sso_jax.models.hf_weights import (
-    CONFIG_FILE,
-    GENERATION_FILE,
-    check_weights,
-    read_architecture,
-    read_params,
-    to_hf_config,
-    write_params,
-)
+from sso_jax.models.hf_config import CONFIG_FILE, GENERATION_FILE, read_architecture, to_hf_config
+from sso_jax.models.hf_weights import check_weights, read_params, write_params
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.records import is_remote
@@ -208,9 +201,11 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     set_precision(config.model)
     check_weights(folder, model)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > architecture.vocab_size:
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= architecture.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json {architecture.vocab_size}; they do not belong together"
+            f"{folder}: the tokenizer has ids up to {highest}, config.json a vocab_size of {architecture.vocab_size}; they do not belong "
+            "together"
         )
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
     own = config.sampling.mesh

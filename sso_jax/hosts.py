@@ -1,5 +1,6 @@
 """What one process of a run has in, what all of them have out. With a single process every function here does next to nothing."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -92,6 +93,22 @@ def once(make: Callable[[], object]):
     if "error" in outcome:
         raise InputError(outcome["error"])
     return outcome["value"]
+
+
+def require_same(value, what: str) -> None:
+    """Raises `InputError` in every process if one of them has another `value` (compared by its `repr`) than the first.
+
+    What each process reads for itself is checked by this: on a difference they would wait for each other for ever, or train on nonsense.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.blake2b(repr(value).encode(), digest_size=16).digest(), np.int32)
+    of_all = np.asarray(multihost_utils.process_allgather(digest)).reshape(jax.process_count(), -1)
+    others = [str(number) for number, own in enumerate(of_all) if (own != of_all[0]).any()]
+    if others:
+        raise InputError(
+            f"hosts: process {', '.join(others)} has other {what} than process 0; start all with one command on files that all of them see"
+        )
 
 
 def stop_now() -> bool:

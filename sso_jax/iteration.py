@@ -16,10 +16,11 @@ from sso_jax import dry_run, report, rounds, run_folder, stages
 from sso_jax.assembly import build_engine, enable_compilation_cache
 from sso_jax.config import Config, to_dict
 from sso_jax.environment import no_judge, toy_environment
-from sso_jax.hosts import is_first, join_hosts, losses_of_processes_told
+from sso_jax.hosts import is_first, join_hosts, losses_of_processes_told, require_same
 from sso_jax.mesh import make_mesh
 from sso_jax.metrics import check_logging, open_metrics
-from sso_jax.models.hf_weights import check_weights, fetch
+from sso_jax.models.hf_config import fetch
+from sso_jax.models.hf_weights import check_weights
 from sso_jax.pairs_out import write_pairs_out
 from sso_jax.recipes import RECIPES
 from sso_jax.records import read_json_lines, write_text
@@ -122,6 +123,7 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
         if config.model.reference_path is not None:
             check_weights(fetch(config.model.reference_path), engine.model)
         settled, dropped = recipe.settle(config, engine, material)
+        require_same((dataclasses.replace(config, hosts=None), settled), "fields, queries or pairs")
         stack.enter_context(run_folder.claim(directory, config))
     sampler = dataclasses.replace(engine.sampler, journals=directory / JOURNALS)
     engine = dataclasses.replace(engine, sampler=sampler)

@@ -16,16 +16,8 @@ from sso_jax.assembly import Engine, build_decoder, newest_folder, set_precision
 from sso_jax.config import EvaluateConfig, ModelConfig
 from sso_jax.mesh import param_shardings
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.hf_weights import (
-    CONFIG_FILE,
-    check_reward_folder,
-    check_weights,
-    fetch,
-    read_architecture,
-    read_params,
-    to_hf_reward_config,
-    write_params,
-)
+from sso_jax.models.hf_config import CONFIG_FILE, check_reward_folder, fetch, read_architecture, to_hf_reward_config
+from sso_jax.models.hf_weights import check_weights, read_params, write_params
 from sso_jax.models.reward import RewardModel, reward_model
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.records import Dropped, Triple

@@ -63,6 +63,11 @@ BAD_ARGUMENTS = {
     "microbatch_that_does_not_divide": ({"--train.microbatch_size": "3"}, ("train.microbatch_size", "3", "train.batch_size 64")),
     "two_free_mesh_axes": ({"--mesh.data": "-1"}, ("mesh", "-1 to one axis")),
     "mesh_that_does_not_fit": ({"--mesh.tensor": "3"}, ("mesh.tensor 3", "number of devices, 8")),
+    "heads_that_the_mesh_does_not_cut": (
+        {"--mesh.fsdp": "2", "--mesh.tensor": "4"},
+        ("mesh.tensor", "4", "num_key_value_heads 2"),
+    ),
+    "width_that_the_mesh_does_not_cut": ({"--sampling.mesh": '{"data": 1, "fsdp": 7}'}, ("mesh.fsdp 7", "number of devices, 8")),
     "unknown_loss": ({"--objective.base": "dop"}, ("objective.base", "'dop'", "dpo")),
     "setting_of_another_loss": ({"--objective.tau": "0.5"}, ("objective.tau", "0.5", "ipo")),
     "label_smoothing_of_half": ({"--objective.base": "robust", "--objective.label_smoothing": "0.5"}, ("label_smoothing", "[0, 0.5)")),
@@ -186,7 +191,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(good, capsys, tm
     model, tokenizer, folder = toy_model(), train_tokenizer(), tmp_path / "policy"
     export_policy(toy_params(model, one_device), model.architecture, tokenizer, (2,), folder, "float32")
     line = refusal(train.main, {**good, "--model.path": str(folder)}, capsys)
-    assert str(len(tokenizer)) in line and str(ARCHITECTURE.vocab_size) in line
+    assert f"ids up to {len(tokenizer) - 1}" in line and f"vocab_size of {ARCHITECTURE.vocab_size}" in line
 
 
 def test_queries_for_the_toy_world_are_refused(capsys, tmp_path):

@@ -12,7 +12,7 @@ from toys import ARCHITECTURE
 from sso_jax import dry_run, programs
 from sso_jax.config import Config, GeneratorConfig, MeshConfig, ModelConfig, ObjectiveConfig, SamplingConfig, TrainConfig
 from sso_jax.errors import InputError
-from sso_jax.models.hf_weights import to_hf_config
+from sso_jax.models.hf_config import to_hf_config
 from sso_jax.models.presets import PRESETS
 
 

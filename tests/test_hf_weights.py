@@ -1,8 +1,9 @@
-"""Hugging Face folders in and out, held to transformers: logits, greedy tokens, bytes of a round trip, and every refusal."""
+"""Hugging Face folders in and out, held to transformers: logits, log-probs, greedy tokens, bytes read and written, and every refusal."""
 
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import linen as nn
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from toys import DATA
 
 from sso_jax.errors import InputError
 from sso_jax.mesh import param_shardings
+from sso_jax.models import hf_weights
+from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import causal_mask
-from sso_jax.models.hf_weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, read_architecture, read_params, to_hf_config, write_params
+from sso_jax.models.hf_config import CONFIG_FILE, read_architecture, to_hf_config
+from sso_jax.models.hf_weights import WEIGHTS_FILE, check_weights, read_params, write_params
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.sampling.decode import build_generate
 from sso_jax.sampling.sampler import Request, Sampler
 from sso_jax.sampling.strategies import make_strategy
+from sso_jax.training.log_probs import build_score
+from sso_jax.training.scoring import Scorable, score_examples
 
 SIZES = dict(
     vocab_size=128,
@@ -98,8 +106,8 @@ def test_logits_equal_transformers(folders, one_device, name):
     np.testing.assert_allclose(our_logits(model, params, ids), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3.1", "stories260k"])
-def test_greedy_tokens_equal_transformers_over_64_steps_with_uneven_prompts(folders, one_device, name):
+@pytest.mark.parametrize("name", [*KINDS, "stories260k"])
+def test_greedy_tokens_and_their_log_probs_equal_transformers_over_64_steps_with_uneven_prompts(folders, one_device, name):
     folder = existing(folders, name)
     model, params = load(folder, one_device)
     shardings = param_shardings(abstract_params(model), one_device)
@@ -109,9 +117,17 @@ def test_greedy_tokens_equal_transformers_over_64_steps_with_uneven_prompts(fold
     ours = sampler.sample(params, [Request(prompt, (0, i)) for i, prompt in enumerate(prompts)], "test")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.generation_config.eos_token_id = None
+    expected = []
     for prompt, response in zip(prompts, ours, strict=True):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
         assert response == out[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            log_probs = torch.log_softmax(theirs(out).logits[0, len(prompt) - 1 : -1], dim=-1)
+        expected.append(log_probs.gather(1, out[0, len(prompt) :, None]).sum().item())
+    items = [Scorable({"plain": prompt}, {"chosen": response}) for prompt, response in zip(prompts, ours, strict=True)]
+    score = build_score(model, one_device, shardings)
+    sums = score_examples(score, one_device, params, items, [("plain", "chosen")], 3, "test")
+    np.testing.assert_allclose(np.ravel(sums), expected, rtol=0, atol=1e-4)
 
 
 def test_trained_model_has_its_published_loss(folders, one_device):
@@ -155,6 +171,71 @@ def test_a_device_holds_its_part_only(folders, eight_devices):
     assert kernel.addressable_shards[0].data.shape == (3, 64 // 2, 96 // 2)
     tensors = load_file(folders / "qwen2" / WEIGHTS_FILE)
     np.testing.assert_array_equal(np.asarray(kernel)[1], tensors["model.layers.1.mlp.gate_proj.weight"].T)
+
+
+class Counting:
+    """An opened safetensors file that counts the bytes taken from it."""
+
+    taken = 0
+
+    def __init__(self, path, framework):
+        self.file = safe_open(path, framework)
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        whole = self.file.get_slice(name)
+
+        class Slice:
+            get_shape, get_dtype = whole.get_shape, whole.get_dtype
+
+            def __getitem__(self, cuts):
+                part = whole[cuts]
+                Counting.taken += part.nbytes
+                return part
+
+        return Slice()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3.2_tied"])
+def test_every_byte_is_read_once_however_the_mesh_cuts_and_copies(folders, eight_devices, monkeypatch, name):
+    """Eight devices, two copies of four parts: what is read is what one copy holds, so a host reads what its own devices hold."""
+    monkeypatch.setattr(hf_weights, "safe_open", Counting)
+    monkeypatch.setattr(Counting, "taken", 0)
+    load(folders / name, eight_devices)
+    assert Counting.taken == sum(value.nbytes for value in load_file(folders / name / WEIGHTS_FILE).values())
+
+
+def test_a_part_of_a_tensor_is_read_without_its_neighbours():
+    """Heads of the output matrix [heads, head size, width]: those of one device and its share of the width."""
+    ours = np.arange(4 * 2 * 6).reshape(4, 2, 6)
+    stored, rule = ours.reshape(8, 6).T.copy(), hf_weights.RULES["layers/attention/out/kernel"]
+    taken = []
+
+    class Stored:
+        def __getitem__(self, cuts):
+            taken.append(stored[cuts].size)
+            return stored[cuts]
+
+    window = (slice(1, 3), slice(None), slice(2, 4))
+    np.testing.assert_array_equal(hf_weights._from_hf(rule, Stored(), ours.shape, window), ours[window])
+    assert taken == [2 * 2 * 2]
+
+
+def test_the_host_holds_about_one_tensor_beside_the_arrays(tmp_path, one_device):
+    """Twenty layers of 1 MiB matrices, bfloat16 on disk and float32 in the arrays, while Python's own memory is watched."""
+    architecture = Architecture("llama", 64, 512, 512, 20, 4, 4, 128, 64)
+    model = Transformer(architecture)
+    shapes = nn.unbox(abstract_params(model))
+    write_params(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes), architecture, tmp_path, "bfloat16")
+    read_params(tmp_path, model, one_device)  # what compiling takes is no part of it
+    tracemalloc.start()
+    params = read_params(tmp_path, model, one_device)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest, whole = 512 * 512 * 4, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert whole > 100 * largest and peak < 3 * largest
 
 
 @pytest.fixture
@@ -206,6 +287,20 @@ def test_truncated_file_is_named(folder):
     whole = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
     assert WEIGHTS_FILE in refusal(folder) and "truncated" in refusal(folder)
+
+
+def test_half_downloaded_folders_are_refused_by_the_file_that_is_not_there(folders, one_device, tmp_path):
+    """Sharded files with an index, as the hub has them: one not there yet, one cut short."""
+    model, params = load(folders / "qwen2", one_device)
+    (tmp_path / CONFIG_FILE).write_bytes((folders / "qwen2" / CONFIG_FILE).read_bytes())
+    write_params(params, model.architecture, tmp_path, "float32", max_shard_bytes=2**16)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    check_weights(tmp_path, model)
+    last = files[-1].read_bytes()
+    files[-1].write_bytes(last[:-8])
+    assert files[-1].name in refusal(tmp_path) and "truncated" in refusal(tmp_path)
+    files[-1].unlink()
+    assert files[-1].name in refusal(tmp_path) and "missing" in refusal(tmp_path)
 
 
 def test_folder_without_weights(folder):

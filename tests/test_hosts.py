@@ -129,6 +129,30 @@ def test_where_one_process_is_lost_the_other_ends_within_a_minute_and_says_so(ma
     assert status != 0 and len(told) == 1, logs[0].read_text()[-3000:]
 
 
+COMPARE = """
+import sys
+from sso_jax.config import HostsConfig
+from sso_jax.errors import InputError
+from sso_jax.hosts import join_hosts, require_same
+port, number = sys.argv[1], int(sys.argv[2])
+join_hosts(HostsConfig(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number))
+require_same(["fox", "fig"], "queries")
+try:
+    require_same(["fox", "fig"][: 2 - number], "queries")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_processes_that_read_different_things_are_refused_in_all_of_them():
+    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", COMPARE, str(port)]
+    both = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    for process in both:
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and told.startswith("hosts: process 1 has other queries than process 0; start all with one command")
+
+
 def test_one_process_agrees_with_itself(one_device):
     assert agree({"a": [1, None]}) == {"a": [1, None]} and once(lambda: 3) == 3
     np.testing.assert_array_equal(whole(jax.numpy.arange(3)), [0, 1, 2])

@@ -18,7 +18,8 @@ from sso_jax.assembly import export_policy, find_policy
 from sso_jax.config import Config, LoggingConfig, RunConfig
 from sso_jax.errors import InputError
 from sso_jax.metrics import open_metrics
-from sso_jax.models.hf_weights import fetch, read_params
+from sso_jax.models.hf_config import fetch
+from sso_jax.models.hf_weights import read_params
 from sso_jax.records import Query, is_remote, read_json_lines
 from sso_jax.toy.pretraining import train_tokenizer
 

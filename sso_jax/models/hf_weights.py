@@ -1,12 +1,10 @@
-"""Hugging Face folders in and out: config.json <-> `Architecture`, safetensors <-> sharded parameters.
+"""Hugging Face's safetensors in and out: sharded files <-> sharded parameters, tensor by tensor.
 
-The only file that knows Hugging Face's names. Safetensors only: nothing is unpickled, no remote code runs.
+The only file that knows Hugging Face's tensor names. Safetensors only: nothing is unpickled, no remote code runs.
 """
 
-import dataclasses
 import json
-import tempfile
-from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from etils import epath
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -24,14 +22,13 @@ from sso_jax.errors import InputError
 from sso_jax.hosts import is_first, whole
 from sso_jax.mesh import param_shardings
 from sso_jax.models.adapters import is_adapter, merged
-from sso_jax.models.architecture import Architecture, RopeScaling
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.hf_config import read_json_file
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
-from sso_jax.records import is_remote, write_text
+from sso_jax.records import write_text
 
-CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -68,181 +65,6 @@ RULES: dict[str, TensorRule] = {
 }
 
 
-def fetch(path: str, field: str = "model.path") -> Path:
-    """Local folder of a model: `path` itself, or the hub's snapshot of that id; errors name the config's `field`.
-
-    Raises:
-      InputError: if it is neither.
-    """
-    if is_remote(path):
-        return _copied(epath.Path(path))
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
-        raise InputError(f"{field}: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error
-
-
-def _copied(folder: epath.Path) -> Path:
-    """A folder of an object store, copied to this machine: safetensors are read in slices, which needs a file."""
-    if not folder.is_dir():
-        raise InputError(f"model.path: no folder {str(folder)!r}; check the name and the rights to read it")
-    local = Path(tempfile.mkdtemp(prefix="sso_jax-"))
-    for file in folder.iterdir():
-        if not file.is_dir():
-            file.copy(local / file.name)
-    return local
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and safetensors")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-
-
-def read_architecture(folder: str | Path) -> Architecture:
-    """Architecture that `config.json` describes.
-
-    Raises:
-      InputError: names the option that is missing, or that changes the arithmetic and is not supported.
-    """
-    path = Path(folder) / CONFIG_FILE
-    config = _read_json(path)
-    kind = config.get("model_type")
-    if kind not in _CLASSES:
-        raise InputError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(_CLASSES))}")
-    _refuse_unsupported(config, path)
-    try:
-        num_heads = config["num_attention_heads"]
-        return Architecture(
-            model_type=kind,
-            vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
-            hidden=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_size=config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // num_heads),
-            max_positions=config.get("max_position_embeddings", 2048),
-            rope_theta=_rope(config).get("rope_theta", 10000.0),
-            rope_scaling=_rope_scaling(_rope(config), path),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            tied_head=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]} is missing; fetch the file again") from error
-
-
-def _rope(config: dict) -> dict:
-    """Rotary settings: `rope_parameters` as transformers 5 writes them, `rope_theta` and `rope_scaling` as 4 did."""
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
-    return {**rope, **(config.get("rope_parameters") or {})}
-
-
-def _rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise InputError(f"{path}: rope_type {kind!r} is not supported; supported are default and llama3")
-    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
-
-
-def _refuse_unsupported(config: dict, path: Path) -> None:
-    """Raises for every option that would change the arithmetic and that this decoder does not have."""
-    window = config.get("sliding_window")
-    windowed = "sliding_attention" in (config.get("layer_types") or [])
-    if config["model_type"] == "mistral":
-        windowed = windowed or window is not None
-    else:
-        windowed = windowed or bool(config.get("use_sliding_window") and window is not None)
-    biased = (config["model_type"] == "qwen3" and config.get("attention_bias")) or (
-        config["model_type"] == "llama" and config.get("attention_bias")
-    )
-    unsupported = {
-        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
-        "quantization_config": config.get("quantization_config") is not None,
-        "sliding_window": windowed,
-        "attention_bias": bool(biased),
-        "mlp_bias": bool(config.get("mlp_bias")),
-    }
-    for name, used in unsupported.items():
-        if used:
-            raise InputError(f"{path}: {name} {config.get(name)!r} is not supported; use a model without it")
-
-
-def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int) -> dict:
-    """The architecture as Hugging Face's config.json."""
-    a = architecture
-    rope = {"rope_type": "default", "rope_theta": a.rope_theta}
-    if a.rope_scaling is not None:
-        scaling = dataclasses.asdict(a.rope_scaling)
-        scaling["original_max_position_embeddings"] = scaling.pop("original_max_positions")
-        rope.update(rope_type="llama3", **scaling)
-    config = {
-        "architectures": [_CLASSES[a.model_type]],
-        "model_type": a.model_type,
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.width,
-        "intermediate_size": a.hidden,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_heads,
-        "num_key_value_heads": a.num_kv_heads,
-        "head_dim": a.head_size,
-        "max_position_embeddings": a.max_positions,
-        "rms_norm_eps": a.norm_eps,
-        "rope_theta": a.rope_theta,
-        "rope_parameters": rope,
-        "tie_word_embeddings": a.tied_head,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "sliding_window": None,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "torch_dtype": dtype,
-    }
-    if a.rope_scaling is not None:
-        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return config
-
-
-REWARD_CLASS = "ForSequenceClassification"
-
-
-def to_hf_reward_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int, pad_id: int) -> dict:
-    """config.json of a reward model: Hugging Face's sequence classification with one label."""
-    config = to_hf_config(architecture, dtype, bos_id, eos_id)
-    classes = [_CLASSES[architecture.model_type].replace("ForCausalLM", REWARD_CLASS)]
-    return {**config, "architectures": classes, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "pad_token_id": pad_id}
-
-
-def check_reward_folder(folder: str | Path) -> None:
-    """Raises `InputError` unless config.json says sequence classification with one label."""
-    path = Path(folder) / CONFIG_FILE
-    config = _read_json(path)
-    kinds = config.get("architectures") or []
-    if not any(kind.endswith(REWARD_CLASS) for kind in kinds):
-        raise InputError(
-            f"{path}: architectures {kinds} is no reward model; give a folder of {REWARD_CLASS[3:]}, such as recipe reward writes"
-        )
-    num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
-    if num_labels != 1:
-        raise InputError(f"{path}: {num_labels} labels; a reward model has one")
-
-
 class _Folder:
     """The tensors of a folder by name, read slice by slice."""
 
@@ -250,7 +72,7 @@ class _Folder:
         self.folder = folder
         index = folder / INDEX_FILE
         if index.is_file():
-            files = sorted(set(_read_json(index)["weight_map"].values()))
+            files = sorted(set(read_json_file(index)["weight_map"].values()))
         elif (folder / WEIGHTS_FILE).is_file():
             files = [WEIGHTS_FILE]
         else:
@@ -292,17 +114,27 @@ def _to_hf(rule: TensorRule, value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(value.reshape(shape[::-1]).T if rule.transposed else value.reshape(shape))
 
 
+def _groups(rule: TensorRule, num_axes: int) -> list[list[int]]:
+    """Axes of ours that each axis of Hugging Face's tensor holds, flattened."""
+    axes = list(range(num_axes))
+    if rule.transposed:
+        return [axes[rule.num_inputs :], axes[: rule.num_inputs]]
+    return [axes] if rule.name.endswith("bias") else [[axis] for axis in axes]
+
+
 def _from_hf(rule: TensorRule, tensor, shape: tuple[int, ...], window: tuple[slice, ...]) -> np.ndarray:
-    """The part `window` of our parameter of this shape, read as the smallest band of rows of Hugging Face's tensor."""
-    outputs = rule.num_inputs if rule.transposed else 0  # the axis of ours that varies slowest over the tensor's rows
-    rows = tensor.get_shape()[0]
-    start, stop, _ = window[outputs].indices(shape[outputs])
-    band = rows // shape[outputs]
-    part = tensor[start * band : stop * band]
-    banded = shape[:outputs] + (stop - start,) + shape[outputs + 1 :]
+    """The part `window` of our parameter of this shape, and nothing beside it, read from Hugging Face's tensor.
+
+    Of axes that lie flattened in one, the first alone may be cut: a mesh cuts heads, never a head.
+    """
+    cuts = []
+    for first, *others in _groups(rule, len(shape)):
+        start, stop, _ = window[first].indices(shape[first])
+        size = int(np.prod([shape[axis] for axis in others]))
+        cuts.append(slice(start * size, stop * size))
+    part = np.asarray(tensor[tuple(cuts)])
     part = part.T if rule.transposed else part
-    inner = tuple(slice(None) if axis == outputs else cut for axis, cut in enumerate(window))
-    return np.asarray(part).reshape(banded)[inner]
+    return part.reshape([len(range(*cut.indices(size))) for cut, size in zip(window, shape, strict=True)])
 
 
 def _unit_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -344,7 +176,9 @@ def check_weights(folder: str | Path, model: Transformer) -> None:
 
 
 def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh):
-    """Parameters of `model`, adapters apart, from a folder's safetensors, each device getting only the slices that it holds.
+    """Parameters of `model`, adapters apart, from a folder's safetensors.
+
+    Tensor by tensor: the host holds one at a time besides the arrays, and of it only what its own devices hold.
 
     Raises:
       InputError: names a tensor that is missing, extra, mis-shaped or of another type, or a file that is truncated.
@@ -353,21 +187,46 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
     abstract = _stored_params(model)
     shardings = flatten_dict(param_shardings(boxed, mesh), sep="/")
     source = _open_checked(folder, model, abstract)
+    return unflatten_dict({path: _read_param(source, path, leaf, shardings[path]) for path, leaf in abstract.items()}, sep="/")
 
-    def reader(path: str, leaf: jax.ShapeDtypeStruct) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        def read(window: tuple[slice, ...]) -> np.ndarray:
-            rule, names = RULES[path], _tensor_names(path, leaf.shape)
-            if not path.startswith("layers/"):
-                return _from_hf(rule, source.slices[names[0]], leaf.shape, window).astype(leaf.dtype)
-            out = np.empty([len(range(*cut.indices(size))) for cut, size in zip(window, leaf.shape, strict=True)], leaf.dtype)
-            for row, name in enumerate(names[window[0]]):
-                out[row] = _from_hf(rule, source.slices[name], leaf.shape[1:], window[1:])
-            return out
 
-        return read
+def _read_param(source: _Folder, path: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+    """One parameter on its devices; of a scanned one a layer at a time."""
+    names = _tensor_names(path, leaf.shape)
+    if not path.startswith("layers/"):
+        return _read_tensor(RULES[path], source.slices[names[0]], leaf.shape, leaf.dtype, sharding)
+    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    start, put = _stacking(leaf.shape, leaf.dtype, sharding)
+    stacked = start()
+    for layer, name in enumerate(names):
+        tensor = _read_tensor(RULES[path], source.slices[name], leaf.shape[1:], leaf.dtype, of_layer)
+        stacked = jax.block_until_ready(put(stacked, tensor, layer))  # waits, so that no second one is read meanwhile
+    return stacked
 
-    params = {path: jax.make_array_from_callback(leaf.shape, shardings[path], reader(path, leaf)) for path, leaf in abstract.items()}
-    return unflatten_dict(params, sep="/")
+
+def _read_tensor(rule: TensorRule, tensor, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
+    """One of Hugging Face's tensors on the devices, each part read once however many of them hold it."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def read(window: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((cut.start, cut.stop) for cut in window)
+        if key not in parts:
+            parts[key] = _from_hf(rule, tensor, shape, window).astype(dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+@lru_cache(maxsize=64)
+def _stacking(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding):
+    """Compiled: zeros for all layers of a parameter, and one layer put in its place, in the same memory."""
+    start = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    put = jax.jit(
+        lambda stacked, tensor, layer: jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+    return start, put
 
 
 def write_params(

@@ -1,0 +1,189 @@
+"""Folder or hub id in, config.json of it out as `Architecture`, and back; every option that this decoder lacks is refused by name."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+from etils import epath
+
+from sso_jax.errors import InputError
+from sso_jax.models.architecture import Architecture, RopeScaling
+from sso_jax.records import is_remote
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+REWARD_CLASS = "ForSequenceClassification"
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+def fetch(path: str, field: str = "model.path") -> Path:
+    """Local folder of a model: `path` itself, or the hub's snapshot of that id; errors name the config's `field`.
+
+    Raises:
+      InputError: if it is neither.
+    """
+    if is_remote(path):
+        return _copied(epath.Path(path))
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
+        raise InputError(f"{field}: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error
+
+
+def _copied(folder: epath.Path) -> Path:
+    """A folder of an object store, copied to this machine: safetensors are read in slices, which needs a file."""
+    if not folder.is_dir():
+        raise InputError(f"model.path: no folder {str(folder)!r}; check the name and the rights to read it")
+    local = Path(tempfile.mkdtemp(prefix="sso_jax-"))
+    for file in folder.iterdir():
+        if not file.is_dir():
+            file.copy(local / file.name)
+    return local
+
+
+def read_json_file(path: Path) -> dict:
+    """What a JSON file of a model's folder holds; `InputError` where it is missing or broken."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and safetensors")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Architecture that `config.json` describes.
+
+    Raises:
+      InputError: names the option that is missing, or that changes the arithmetic and is not supported.
+    """
+    path = Path(folder) / CONFIG_FILE
+    config = read_json_file(path)
+    kind = config.get("model_type")
+    if kind not in _CLASSES:
+        raise InputError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(_CLASSES))}")
+    _refuse_unsupported(config, path)
+    try:
+        num_heads = config["num_attention_heads"]
+        return Architecture(
+            model_type=kind,
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            hidden=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_size=config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // num_heads),
+            max_positions=config.get("max_position_embeddings", 2048),
+            rope_theta=_rope(config).get("rope_theta", 10000.0),
+            rope_scaling=_rope_scaling(_rope(config), path),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            tied_head=config.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise InputError(f"{path}: {error.args[0]} is missing; fetch the file again") from error
+
+
+def _rope(config: dict) -> dict:
+    """Rotary settings: `rope_parameters` as transformers 5 writes them, `rope_theta` and `rope_scaling` as 4 did."""
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    return {**rope, **(config.get("rope_parameters") or {})}
+
+
+def _rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise InputError(f"{path}: rope_type {kind!r} is not supported; supported are default and llama3")
+    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
+
+
+def _refuse_unsupported(config: dict, path: Path) -> None:
+    """Raises for every option that would change the arithmetic and that this decoder does not have."""
+    window = config.get("sliding_window")
+    windowed = "sliding_attention" in (config.get("layer_types") or [])
+    if config["model_type"] == "mistral":
+        windowed = windowed or window is not None
+    else:
+        windowed = windowed or bool(config.get("use_sliding_window") and window is not None)
+    biased = (config["model_type"] == "qwen3" and config.get("attention_bias")) or (
+        config["model_type"] == "llama" and config.get("attention_bias")
+    )
+    unsupported = {
+        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
+        "quantization_config": config.get("quantization_config") is not None,
+        "sliding_window": windowed,
+        "attention_bias": bool(biased),
+        "mlp_bias": bool(config.get("mlp_bias")),
+    }
+    for name, used in unsupported.items():
+        if used:
+            raise InputError(f"{path}: {name} {config.get(name)!r} is not supported; use a model without it")
+
+
+def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int) -> dict:
+    """The architecture as Hugging Face's config.json."""
+    a = architecture
+    rope = {"rope_type": "default", "rope_theta": a.rope_theta}
+    if a.rope_scaling is not None:
+        scaling = dataclasses.asdict(a.rope_scaling)
+        scaling["original_max_position_embeddings"] = scaling.pop("original_max_positions")
+        rope.update(rope_type="llama3", **scaling)
+    config = {
+        "architectures": [_CLASSES[a.model_type]],
+        "model_type": a.model_type,
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.width,
+        "intermediate_size": a.hidden,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_size,
+        "max_position_embeddings": a.max_positions,
+        "rms_norm_eps": a.norm_eps,
+        "rope_theta": a.rope_theta,
+        "rope_parameters": rope,
+        "tie_word_embeddings": a.tied_head,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "sliding_window": None,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+    }
+    if a.rope_scaling is not None:
+        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return config
+
+
+def to_hf_reward_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int, pad_id: int) -> dict:
+    """config.json of a reward model: Hugging Face's sequence classification with one label."""
+    config = to_hf_config(architecture, dtype, bos_id, eos_id)
+    classes = [_CLASSES[architecture.model_type].replace("ForCausalLM", REWARD_CLASS)]
+    return {**config, "architectures": classes, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "pad_token_id": pad_id}
+
+
+def check_reward_folder(folder: str | Path) -> None:
+    """Raises `InputError` unless config.json says sequence classification with one label."""
+    path = Path(folder) / CONFIG_FILE
+    config = read_json_file(path)
+    kinds = config.get("architectures") or []
+    if not any(kind.endswith(REWARD_CLASS) for kind in kinds):
+        raise InputError(
+            f"{path}: architectures {kinds} is no reward model; give a folder of {REWARD_CLASS[3:]}, such as recipe reward writes"
+        )
+    num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
+    if num_labels != 1:
+        raise InputError(f"{path}: {num_labels} labels; a reward model has one")
