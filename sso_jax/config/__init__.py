@@ -1,0 +1,39 @@
+"""Command line and YAML in, one frozen `Config` out. Every field of every section is declared here and nowhere else."""
+
+from sso_jax.config.commands import Config, EvaluateConfig, SampleConfig
+from sso_jax.config.machine import CheckpointConfig, HostsConfig, LoggingConfig, MeshConfig, RunConfig, WatchConfig
+from sso_jax.config.material import DemonstrationsConfig, EndpointConfig, JudgingConfig, PairsConfig, PrinciplesConfig, QueriesConfig
+from sso_jax.config.models import LoraConfig, ModelConfig, ToyConfig
+from sso_jax.config.parsing import parse, to_dict
+from sso_jax.config.sampling import FilterConfig, SamplingConfig
+from sso_jax.config.training import GeneratorConfig, ObjectiveConfig, OptimizerConfig, RewardConfig, TrainConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DemonstrationsConfig",
+    "EndpointConfig",
+    "EvaluateConfig",
+    "FilterConfig",
+    "GeneratorConfig",
+    "HostsConfig",
+    "JudgingConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PairsConfig",
+    "PrinciplesConfig",
+    "QueriesConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SampleConfig",
+    "SamplingConfig",
+    "ToyConfig",
+    "TrainConfig",
+    "WatchConfig",
+    "parse",
+    "to_dict",
+]

@@ -1,0 +1,174 @@
+"""Sections of a config that say what training does: objective, optimizer, train, generator, reward."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from sso_jax.config.values import require
+from sso_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    base: str = "ipo"
+    """Loss that the objective is built from: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero, apo_down, discopop,
+    aps, clipped in every context; rpo, selm, opo, reward_conditioned, spo on the plain prompt."""
+    beta: Optional[float] = None
+    """Strength of the base loss; null takes the base's own default."""
+    label_smoothing: Optional[float] = None
+    """Share of labels taken to be wrong, for the bases that have it."""
+    tau: Optional[float] = None
+    """Temperature of the bases that have one."""
+    eta: Optional[float] = None
+    """Weight of the supervised part of the bases that have one."""
+    margin: Optional[float] = None
+    """Target margin of the bases that have one."""
+    alpha: Optional[float] = None
+    """Weight of the exploration term of base `selm`."""
+    rho: Optional[float] = None
+    """Base `aps`: how far the entropy of a pair's preference is kept below ln 2, in nats."""
+    t_min: Optional[float] = None
+    """Base `aps`: least scale of a pair."""
+    t_max: Optional[float] = None
+    """Base `aps`: largest scale of a pair."""
+    clip: Optional[float] = None
+    """Base `clipped`: reward beyond which nothing more is earned."""
+    degree_weight: Optional[float] = None
+    """gamma of base `spo`: weight of the cross-entropy of its degree head."""
+    degree_removal: Literal["keywords", "random"] = "keywords"
+    """What the variants of base `spo` lack: key phrases, or as many words drawn at random (a control)."""
+    form: Literal["online", "generator", "pairwise"] = "online"
+    """`online`: base + W*g*G (version 1); `generator`: L+ + L- (version 2); `pairwise`: the plain pair alone (PBAA)."""
+    steering_weight: float = 0.1
+    """g, the weight of the self-steering terms in form `online`."""
+    weight_alpha: float = 0.66
+    """a, the share of the chosen response in W."""
+    use_weight: bool = True
+    """Whether W multiplies the steering terms (the base loss where there are none)."""
+    use_steering: bool = True
+    """Whether G = L+ + L- is added to the base loss in form `online`."""
+    detach_weight: bool = False
+    """Stop the gradient through W, as WPO does; the authors' code lets it flow."""
+    positive_weight: float = 1.0
+    """Factor of L+; 0 drops it."""
+    negative_weight: float = 1.0
+    """Factor of L-; 0 drops it."""
+    negative_winner: Literal["original", "rejected"] = "original"
+    """Winner of L- over y+: y_o as in the paper, or y-, the naive form of its ablation."""
+    sft_weight: Optional[float] = None
+    """gamma, the weight of the supervised terms; null is 0 in form `online` and 0.1 in form `generator`."""
+
+    def __post_init__(self):
+        require(self.beta is None or self.beta > 0, "objective.beta", self.beta, "a number above 0")
+        smoothing = self.label_smoothing
+        require(smoothing is None or 0 <= smoothing < 0.5, "objective.label_smoothing", smoothing, "a share in [0, 0.5)")
+        require(self.tau is None or self.tau > 0, "objective.tau", self.tau, "a number above 0")
+        alpha = self.weight_alpha
+        require(0 <= alpha <= 1, "objective.weight_alpha", alpha, "a share in [0, 1]")
+        require(self.rho is None or 0 < self.rho < 0.693, "objective.rho", self.rho, "a number of nats in (0, ln 2)")
+        for name in ("t_min", "t_max", "clip"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"objective.{name}", value, "a number above 0")
+        for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight", "eta", "alpha", "degree_weight"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"objective.{name}", value, "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 5e-7
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: a cosine to 0, or the peak kept."""
+    warmup_ratio: float = 0.1
+    """Share of the updates over which the rate rises from 0."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment."""
+    b2: float = 0.95
+    """Decay of AdamW's second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms and biases have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient; 0 is none."""
+
+    def __post_init__(self):
+        require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
+        require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "a decay in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = 64
+    """Examples an update."""
+    microbatch_size: Optional[int] = None
+    """Examples a device step; gradients of an update are summed over its steps. Null takes the whole batch."""
+    epochs: int = 1
+    """Passes over the pairs of a round."""
+    max_tokens: int = 2048
+    """Limit of prompt plus response; longer examples are dropped and counted."""
+    shuffle: bool = True
+    """Draw the order of the examples anew each epoch, by the seed."""
+    log_original: bool = True
+    """Run y_o under the plain prompt too, so that metrics.jsonl shows the log-probs of chosen, rejected and other responses apart."""
+
+    def __post_init__(self):
+        require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
+        require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
+        require(self.max_tokens >= 2, "train.max_tokens", self.max_tokens, "2 or more")
+        micro = self.microbatch_size
+        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        require(divides, "train.microbatch_size", micro, f"a divisor of train.batch_size {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    queries: Optional[int] = None
+    """Queries of a round whose triples train the generator of recipe `generator`; null takes all."""
+    batch_size: Optional[int] = None
+    """Examples an update of the generator; null is train.batch_size."""
+    epochs: Optional[int] = None
+    """Passes over the generator's pairs; null is train.epochs."""
+    learning_rate: Optional[float] = None
+    """Peak of the generator's schedule; null is optimizer.learning_rate."""
+
+    def __post_init__(self):
+        for name in ("queries", "batch_size", "epochs"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"generator.{name}", value, "1 or more, or null")
+        rate = self.learning_rate
+        require(rate is None or rate >= 0, "generator.learning_rate", rate, "0 or more, or null")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be in the wrong order."""
+    margin: float = 0.0
+    """Lead of the chosen response that the loss asks for."""
+    centring: float = 0.0
+    """Weight of the squared sum of a pair's rewards, which keeps them near 0; 0.01 is usual."""
+    held_out: float = 0.1
+    """Share of the pairs, by query, that is not trained on: accuracy is measured on them at every checkpoint."""
+    annotated_path: Optional[str] = None
+    """Annotated pairs that are mixed in: any file or data set that pairs.path takes."""
+    annotated_split: str = "train"
+    """Split of a hub data set."""
+    annotated_share: Optional[float] = None
+    """Share of the training pairs that is annotated; what is too many of either is left out. Null takes all of both."""
+
+    def __post_init__(self):
+        require(0 <= self.label_smoothing < 0.5, "reward.label_smoothing", self.label_smoothing, "a share in [0, 0.5)")
+        require(self.margin >= 0, "reward.margin", self.margin, "0 or more")
+        require(self.centring >= 0, "reward.centring", self.centring, "0 or more")
+        require(0 <= self.held_out < 1, "reward.held_out", self.held_out, "a share in [0, 1)")
+        share = self.annotated_share
+        require(share is None or 0 < share < 1, "reward.annotated_share", share, "a share in (0, 1), or null")
+        if share is not None and self.annotated_path is None:
+            raise InputError(f"reward.annotated_share: {share} of no annotated pairs; give reward.annotated_path, or leave it out")

@@ -1,0 +1,11 @@
+"""Values of config fields in, `InputError` out where one is out of range, and what a config may not hold."""
+
+from sso_jax.errors import InputError
+
+KEY_REMEDY = "set the key in the environment (endpoint.key_variable names the variable) and nowhere else"
+
+
+def require(condition: bool, name: str, value, remedy: str) -> None:
+    """Raises `InputError("name: value is ...; remedy")` unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{name}: {value!r} is out of range; give {remedy}")
