@@ -21,7 +21,7 @@ from sso_jax.errors import InputError
 from sso_jax.flops import count_flops
 from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings, replicated
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.hf_config import fetch, read_architecture
+from sso_jax.models.hf_config import CONFIG_FILE, fetch, read_architecture
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.policy_training import abstract_state, build_optimizer, losses_of, new_parts, trained_cells
@@ -108,7 +108,7 @@ def find_architecture(path: str) -> Architecture:
         return PRESETS[path]
     if path == "toy":
         raise InputError("model.path: the toy needs no dry run; give a folder or one of " + ", ".join(PRESETS))
-    return read_architecture(fetch(path))
+    return read_architecture(fetch(path, files=(CONFIG_FILE,)))
 
 
 def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:

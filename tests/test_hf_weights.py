@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from flax import linen as nn
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from toys import DATA
@@ -21,7 +23,7 @@ from sso_jax.mesh import param_shardings
 from sso_jax.models import hf_weights
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import causal_mask
-from sso_jax.models.hf_config import CONFIG_FILE, read_architecture, to_hf_config
+from sso_jax.models.hf_config import CONFIG_FILE, fetch, read_architecture, to_hf_config
 from sso_jax.models.hf_weights import WEIGHTS_FILE, check_weights, read_params, write_params
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.sampling.decode import build_generate
@@ -332,3 +334,24 @@ def test_missing_config_field_is_named(folder):
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     with pytest.raises(InputError, match="hidden_size is missing"):
         read_architecture(folder)
+
+
+def test_a_hub_id_is_fetched_without_pickles_code_or_second_copies(monkeypatch, tmp_path):
+    published = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "model-00001-of-00002.safetensors",
+        "merges.txt",
+    ]
+    others = ["pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "original/params.json", "optimizer.pt", "README.md"]
+    asked = []
+
+    def snapshot_download(repo, allow_patterns, ignore_patterns):
+        asked.append((repo, list(filter_repo_objects(published + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert fetch("mistralai/Mistral-7B-Instruct-v0.3") == tmp_path
+    assert asked == [("mistralai/Mistral-7B-Instruct-v0.3", published)]

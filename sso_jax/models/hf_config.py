@@ -13,11 +13,14 @@ from sso_jax.records import is_remote
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 REWARD_CLASS = "ForSequenceClassification"
+FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+LEFT_ON_THE_HUB = ["consolidated*", "original/*"]
+"""The same weights again, as Mistral and Llama publish them beside Hugging Face's."""
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
 
 
-def fetch(path: str, field: str = "model.path") -> Path:
-    """Local folder of a model: `path` itself, or the hub's snapshot of that id; errors name the config's `field`.
+def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED) -> Path:
+    """Local folder of a model: `path` itself, or the hub's snapshot of these files of that id; errors name the config's `field`.
 
     Raises:
       InputError: if it is neither.
@@ -33,7 +36,7 @@ def fetch(path: str, field: str = "model.path") -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        return Path(snapshot_download(path, allow_patterns=list(files), ignore_patterns=LEFT_ON_THE_HUB))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error

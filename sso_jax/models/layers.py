@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from sso_jax.mesh import constrain
+from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture, RopeScaling
 
 _kernel_init = nn.initializers.normal(0.02)
@@ -63,7 +63,10 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         kernel = self.param("kernel", nn.with_logical_partitioning(_kernel_init, self.axes), self.shape, self.param_dtype)
-        out = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        kernel = kernel.astype(self.dtype)
+        if x.shape[1] > 1:  # of a single token, as in decoding, parts of the product are less to send round than the weights
+            kernel = gathered(kernel, *self.axes)
+        out = jnp.einsum(self.equation, x, kernel)
         if self.bias_axes:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes)
             shape = self.shape[-len(self.bias_axes) :]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from sso_jax.mesh import constrain
+from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, Cache, causal_mask
 from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, rotation
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None)."""
-        table = constrain(self.embedding.astype(self.dtype), "vocab", None)  # gathered over its width: rows are cut by batch
+        table = gathered(self.embedding.astype(self.dtype), "vocab", "width")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         layers = jnp.arange(self.architecture.num_layers)
         (x, cache), _ = self.layers((x, cache), layers, rotation(positions, self.architecture), mask, jnp.asarray(slot))
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
     def head_matrix(self) -> Float[Array, "D V"]:
         """What hidden states are multiplied with, in the type of the arithmetic; each device holds all of the width that it needs."""
         head = self.embedding.T if self.architecture.tied_head else self.head
-        return constrain(head.astype(self.dtype), None, "vocab")
+        return gathered(head.astype(self.dtype), "width", "vocab")
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32."""
