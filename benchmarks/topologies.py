@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cpu python -m benchmarks.topologies --out docs/topologies.json
 
-One pair a chip of 2,048 tokens, both recipes' objectives, bfloat16 arithmetic on float32 masters, fsdp over all chips. What is compiled
-is kept in the file, and a second call goes on where the first one stopped.
+One pair a chip of 2,048 tokens, both recipes' objectives without the logged log-prob of y_o, bfloat16 arithmetic on float32 masters, fsdp
+over all chips. What is compiled is kept in the file, and a second call goes on where the first one stopped.
 """
 
 import argparse
@@ -13,8 +13,13 @@ import logging
 import sys
 from pathlib import Path
 
+import jax
+from flax import linen as nn
+
 from sso_jax import dry_run, programs
 from sso_jax.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from sso_jax.models.presets import PRESETS
+from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.progress import progress_bar
 
 MODELS = ("Qwen/Qwen2-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
@@ -64,6 +69,13 @@ def compile_missing(path: Path) -> dict[Cell, dict]:
     return done
 
 
+def layers_share(model: str) -> float:
+    """Share of a model's parameters that lies in its layers: a step casts those whole, embedding and head as it comes to them."""
+    params = nn.unbox(abstract_params(Transformer(PRESETS[model])))
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return size(params["layers"]) / size(params)
+
+
 def tables(done: dict[Cell, dict]) -> str:
     """Both tables in Markdown."""
     lines = ["| model | recipe | topology | chips | parameters | optimizer | activations and the rest | GiB a chip | of the chip | fits |"]
@@ -76,11 +88,14 @@ def tables(done: dict[Cell, dict]) -> str:
         lines.append(
             f"| {cell[0].split('/')[1]} | {cell[1]} | {cell[2]} | {row['chips']} | {sizes} | {100 * parts[3] / chip:.0f}% | {verdict} |"
         )
-    names = ("topology", "chips", "parameters, moments and gradient GiB a chip", "times chips", "activations and the rest GiB a chip")
+    held_names = "parameters, moments, gradient, bfloat16 layers"
+    names = ("topology", "chips", f"{held_names} GiB a chip", "times chips", "activations and the rest GiB a chip")
     lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    layers = layers_share(MODELS[0])
     for topology in SCALING:
         row = done[MODELS[0], "online", topology]
-        held = (2 * row["params_bytes"] + row["optimizer_bytes"]) / programs.GIB  # the gradient is as large as the float32 parameters
+        params = row["params_bytes"] / programs.GIB  # float32; the gradient is as large, and the layers' copy in bfloat16 half of theirs
+        held = 2 * params + row["optimizer_bytes"] / programs.GIB + layers * params / 2
         rest = row["total_bytes"] / programs.GIB - held
         lines.append(f"| {topology} | {row['chips']} | {held:.3f} | {held * row['chips']:.1f} | {rest:.2f} |")
     return "\n".join(lines)

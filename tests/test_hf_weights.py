@@ -230,7 +230,7 @@ def test_the_host_holds_about_one_tensor_beside_the_arrays(tmp_path, one_device)
     architecture = Architecture("llama", 64, 512, 512, 20, 4, 4, 128, 64)
     model = Transformer(architecture)
     shapes = nn.unbox(abstract_params(model))
-    write_params(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes), architecture, tmp_path, "bfloat16")
+    write_params(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes), architecture, tmp_path, "bfloat16")
     read_params(tmp_path, model, one_device)  # what compiling takes is no part of it
     tracemalloc.start()
     params = read_params(tmp_path, model, one_device)
