@@ -1,5 +1,6 @@
 """What a round trains on and the policy in, the trained policy out, continued from the round's newest checkpoint."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from sso_jax.training.update import (
     state_shardings,
 )
 
+log = logging.getLogger(__name__)
 FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """How far the scoring and the training program may differ in the loss, relative where it is above 1, by type of the arithmetic."""
 
@@ -188,7 +190,10 @@ def train_round(
     schedule, optimizer = build_optimizer(config.optimizer, num_updates)
     parts = new_parts(engine.model, config)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
-    update = build_update(losses, optimizer, schedule, engine.mesh, shardings, plan.make_batch(0))
+    first = plan.make_batch(0)
+    update = build_update(losses, optimizer, schedule, engine.mesh, shardings, first)
+    padding = 1.0 - sum(plan.num_tokens) / (num_updates * first.rows.tokens.size)
+    log.info("%s: updates in rows of %s (microbatches, rows, tokens), %.0f%% padding", stage, first.rows.tokens.shape, 100 * padding)
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
         done = 0 if state is None else int(state.step)
@@ -202,7 +207,8 @@ def train_round(
         state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
-    return without_parts(state.whole_params(), parts), {"updates": num_updates, "seconds": seconds, "tokens_per_second": rate}
+    how = {"updates": num_updates, "padding": padding, "seconds": seconds, "tokens_per_second": rate}
+    return without_parts(state.whole_params(), parts), how
 
 
 def _checking_first_loss(line: Callable[[dict], None], expected: float | None, dtype: str, stage: str) -> Callable[[dict], None]:

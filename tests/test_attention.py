@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import toy_model, toy_params
 
-from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, plain_attend, splash_attend
+from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, plain_attend, splash_attend, step_attend
 from sso_jax.models.attention import causal_mask, empty_cache, tree_mask
 
 
@@ -91,6 +91,20 @@ def _value_and_gradients(attend, inputs, mask, real):
     weights = np.random.default_rng(2).normal(size=inputs[0].shape).astype(np.float32) * real[:, None, None, :, None]
     loss = lambda *inputs: jnp.sum(attend(*inputs, mask) * weights)  # noqa: E731
     return attend(*inputs, mask) * real[:, None, None, :, None], jax.grad(loss, argnums=(0, 1, 2))(*inputs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.1)])
+def test_attention_block_by_block_equals_all_at_once_with_its_gradients(dtype, tolerance):
+    draw = np.random.default_rng(3)
+    size = 300  # two whole blocks of queries and a part of one
+    queries = jnp.asarray(draw.normal(size=(2, 2, 2, size, 8)), dtype)
+    keys, values = jnp.asarray(draw.normal(size=(2, 2, 2, size, 8)), dtype)
+    tree = jnp.asarray([[1] * 140 + [2] * 150 + [0] * 10, [1] * 290 + [0] * 10])
+    branch = jnp.asarray([[0] * 50 + [1] * 60 + [2] * 30 + [0] * 100 + [1] * 60, [0] * 130 + [1] * 100 + [2] * 70])
+    mask = tree_mask(tree, branch)
+    inputs, real = (queries, keys, values), np.asarray(tree) > 0
+    got, expected = (_value_and_gradients(attend, inputs, mask, real) for attend in (jax.jit(plain_attend), step_attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), atol=tolerance), got, expected)
 
 
 FAST = {"splash": ATTEND["splash_interpreted"], "dot_product": lambda *a: cudnn_attend(*a, implementation="xla")}

@@ -130,7 +130,7 @@ def show(result: dict) -> None:
             f"| {max(0.0, row['first_seconds'] - row['seconds']):.1f} s | {row['ours_over_it']:.2f} |"
         )
     ratio = result["update_flops"] / result["update_flops_needed"]
-    print(f"operations of the traced update and scoring: {ratio:.3f} of what matrices need; padding {result['update_padding']:.1%}")
+    print(f"operations of the traced update and scoring: {ratio:.3f} of what arithmetic needs; padding {result['update_padding']:.1%}")
 
 
 def main() -> int:

@@ -3,34 +3,39 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
 from sso_jax.assembly import build_objective
 from sso_jax.config import ObjectiveConfig
 from sso_jax.flops import count_flops
-from sso_jax.mesh import make_mesh, param_shardings
+from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import fastest
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
+from sso_jax.policy_training import abstract_state
 from sso_jax.sampling.decode import build_generate
 from sso_jax.sampling.sampler import Request, Sampler
 from sso_jax.sampling.strategies import make_strategy
-from sso_jax.training.batches import Example, micro_trees, preference_batch, row_shape
+from sso_jax.training.batches import (
+    Example,
+    PreferenceBatch,
+    cut_microbatches,
+    micro_trees,
+    pack,
+    preference_batch,
+    row_shape,
+    steered_trees,
+)
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.scoring import Scorable, score_examples
-from sso_jax.training.update import (
-    build_update,
-    init_state,
-    learning_rate_schedule,
-    make_optimizer,
-    preference_losses,
-    state_shardings,
-)
+from sso_jax.training.update import TrainState, build_update, init_state, learning_rate_schedule, make_optimizer, preference_losses
 
 
 def timed(work: Callable[[], object], repeats: int) -> dict:
@@ -43,8 +48,8 @@ def timed(work: Callable[[], object], repeats: int) -> dict:
     return {"first": seconds[0], "seconds": seconds[1:]}
 
 
-def make_decoder(shape: Shape, remat: bool):
-    """Decoder of the shape on all devices, its shardings and random parameters."""
+def make_model(shape: Shape, remat: bool, devices: list | None = None) -> tuple[Transformer, jax.sharding.Mesh]:
+    """Decoder of the shape, and a mesh of these devices (all of them where None)."""
     architecture = Architecture(
         model_type="qwen2",
         width=shape.width,
@@ -58,18 +63,21 @@ def make_decoder(shape: Shape, remat: bool):
         rope_theta=1e6,
         qkv_bias=True,
     )
-    mesh = make_mesh(1, -1, 1)
-    dtype = jnp.dtype(shape.dtype)
+    mesh = make_mesh(1, -1, 1, devices)
     attend = fastest(mesh.devices.flat[0].platform)
-    model = Transformer(architecture, dtype, jnp.dtype("float32"), remat=remat, attend=attend)
-    shardings = param_shardings(abstract_params(model), mesh)
-    params = jax.jit(lambda: nn.unbox(init_params(model, jax.random.key(SEED))), out_shardings=shardings)()
-    return model, mesh, shardings, params
+    return Transformer(architecture, jnp.dtype(shape.dtype), jnp.dtype("float32"), remat=remat, attend=attend), mesh
+
+
+def random_params(model: Transformer, shardings):
+    """Parameters as a fresh model has them."""
+    return jax.jit(lambda: nn.unbox(init_params(model, jax.random.key(SEED))), out_shardings=shardings)()
 
 
 def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     """A call that answers a batch of prompts through the sampler of a run; and nothing more to tell of it."""
-    model, mesh, shardings, params = make_decoder(shape, remat=False)
+    model, mesh = make_model(shape, remat=False)
+    shardings = param_shardings(abstract_params(model), mesh)
+    params = random_params(model, shardings)
     sampler = Sampler(
         generate=build_generate(model, mesh, shardings),
         mesh=mesh,
@@ -89,41 +97,75 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     return work, dict
 
 
-def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
-    """A call that scores the reference and does one update of version 1 with IPO; its operations as traced, and the share of padding."""
-    model, mesh, shardings, params = make_decoder(shape, remat=shape.dtype == "bfloat16")
+class Updating(NamedTuple):
+    """What an update of the shape consists of: version 1 with IPO."""
+
+    model: Transformer
+    mesh: jax.sharding.Mesh
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    shardings: TrainState
+    items: list[Scorable]
+    cells: list[tuple[str, str]]
+    score: Callable
+    update: Callable
+    batch_of: Callable[[list[list[float]]], PreferenceBatch]
+    """The batch of the examples with these log-probs of the reference."""
+
+
+def make_updating(shape: Shape, devices: list | None = None) -> Updating:
+    """The programs of scoring and of the update; nothing is compiled or allocated."""
+    model, mesh = make_model(shape, shape.dtype == "bfloat16", devices)
+    boxed = abstract_params(model)
+    shardings = param_shardings(boxed, mesh)
     objective = build_objective(ObjectiveConfig(base="ipo", beta=0.2))
     schedule = learning_rate_schedule(1e-6, "constant", 0.0, 1)
     optimizer = make_optimizer(schedule, 0.9, 0.999, 1e-8, 0.0, 1.0)
-    placed = state_shardings(params, shardings, optimizer, mesh)
+    shapes, placed = abstract_state(nn.unbox(boxed), shardings, optimizer, mesh)
     items = [Scorable(*ids) for ids in example_ids(shape)]
-    score = build_score(model, mesh, shardings)
-    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    held: dict = {"state": init_state(params, optimizer, placed), "update": None}
-    size = len(items)
 
-    def batch_of(sums: list[list[float]]):
+    def batch_of(sums: list[list[float]]) -> PreferenceBatch:
         examples = [Example(str(i), *item, log_probs) for i, (item, log_probs) in enumerate(zip(items, sums, strict=True))]
-        return preference_batch(examples, objective.cells, size, 1, row_shape([micro_trees(examples, objective.cells)]))
+        micros = cut_microbatches(examples, shape.update_microbatch, len(items) // shape.update_microbatch)
+        rows = row_shape([micro_trees(micro, objective.cells) for micro in micros], num_batch_shards(mesh))
+        return preference_batch(examples, objective.cells, shape.update_microbatch, len(micros), rows)
+
+    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
+    update = build_update(losses, optimizer, schedule, mesh, placed, batch_of(no_log_probs(items, objective.cells)))
+    score = build_score(model, mesh, shardings)
+    return Updating(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
+
+
+def no_log_probs(items: list, cells: list) -> list[list[float]]:
+    """Zeros in the place of the reference's log-probs, where shapes alone matter."""
+    return [[0.0] * len(cells) for _ in items]
+
+
+def traced(parts: Updating) -> dict:
+    """Operations of scoring and update as traced, and the share of the update's rows that is padding."""
+    batch = parts.batch_of(no_log_probs(parts.items, parts.cells))
+    num_cells = len(parts.items) * len(parts.cells)
+    trees = [tree for e, item in enumerate(parts.items) for tree in steered_trees(*item, parts.cells, e * len(parts.cells))]
+    rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh)), num_cells)
+    with jax.set_mesh(parts.mesh):
+        updated = jax.make_jaxpr(parts.update)(parts.shapes, batch)
+        scored = jax.make_jaxpr(parts.score, static_argnums=2)(parts.shapes.params, rows, num_cells)
+    return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
+
+
+def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
+    """A call that scores the reference and does one update; and its operations as traced."""
+    parts = make_updating(shape)
+    params = random_params(parts.model, parts.shardings.params)
+    held = {"state": init_state(params, parts.optimizer, parts.shardings)}
 
     def work():
-        sums = score_examples(score, mesh, held["state"].params, items, objective.cells, size, "reference")
-        batch = batch_of(sums)
-        if held["update"] is None:
-            held["update"] = build_update(losses, optimizer, schedule, mesh, placed, batch)
-        with jax.set_mesh(mesh):
-            held["state"], metrics = held["update"](held["state"], batch)
+        sums = score_examples(parts.score, parts.mesh, held["state"].params, parts.items, parts.cells, len(parts.items), "reference")
+        with jax.set_mesh(parts.mesh):
+            held["state"], metrics = parts.update(held["state"], parts.batch_of(sums))
         return metrics
 
-    def facts() -> dict:
-        zeros = batch_of([[0.0] * len(objective.cells)] * size)
-        rows = jax.tree.map(lambda part: part[0], zeros.rows)
-        with jax.set_mesh(mesh):
-            traced = jax.make_jaxpr(held["update"])(held["state"], zeros)
-            scored = jax.make_jaxpr(score, static_argnums=2)(held["state"].params, rows, size * len(objective.cells))
-        return {"flops": count_flops(traced) + count_flops(scored), "padding": 1.0 - np.mean(rows.tree > 0)}
-
-    return work, facts
+    return work, lambda: traced(parts)
 
 
 def profiled(what: str, shape: Shape, repeats: int, profile: Path | None) -> dict:

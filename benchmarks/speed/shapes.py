@@ -36,6 +36,8 @@ class Shape:
     update_examples: int = 4
     update_prompt: int = 256
     update_response: int = 128
+    update_microbatch: int = 1
+    """Examples of a device step, this project's train.microbatch_size."""
 
     @property
     def layer_params(self) -> int:
@@ -93,16 +95,19 @@ def example_ids(shape: Shape) -> list[tuple[dict[str, list[int]], dict[str, list
 
 
 def needed_update_flops(shape: Shape) -> dict[str, float]:
-    """Operations that one update needs by arithmetic, two a multiply-add, matrix products with parameters only.
+    """Operations that one update needs by arithmetic, two a multiply-add: products with parameters, and attention to what is visible.
 
     Forward and backward are three forward passes, the reference a fourth.
       shared:   each context's prompt once for its two responses, response tokens alone meet the vocabulary.
       releases: a row for each of the six log-probs, every token meets the vocabulary.
     """
     prompt, response = shape.update_prompt, shape.update_response
-    trees, rows = 3 * shape.update_examples, 6 * shape.update_examples
-    shared = trees * ((prompt + 2 * response) * shape.layer_params + 2 * response * shape.head_params)
-    releases = rows * (prompt + response) * (shape.layer_params + shape.head_params)
+    trees, rows, length = 3 * shape.update_examples, 6 * shape.update_examples, prompt + response
+    attended = 2 * shape.num_layers * shape.num_heads * shape.head_size  # multiply-adds for each visible pair of tokens: scores, values
+    seen = lambda tokens, before=0: tokens * before + tokens * (tokens + 1) // 2  # noqa: E731
+    pairs = seen(prompt) + 2 * seen(response, prompt)
+    shared = trees * ((prompt + 2 * response) * shape.layer_params + 2 * response * shape.head_params + pairs * attended)
+    releases = rows * (length * (shape.layer_params + shape.head_params) + seen(length) * attended)
     return {"shared": 4 * 2.0 * shared, "releases": 4 * 2.0 * releases}
 
 

@@ -20,8 +20,11 @@ LANES = 128
 LARGEST_CUDNN_HEAD = 128
 
 
-@jax.checkpoint
-def plain_attend(
+SMALLEST_BLOCK, MOST_BLOCKS = 128, 8
+"""Whole sequences are attended a block of queries at a time."""
+
+
+def step_attend(
     queries: Float[Array, "B K G T H"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
@@ -29,16 +32,68 @@ def plain_attend(
 ) -> Float[Array, "B K G T H"]:
     """`softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
 
-    Nothing of size [T, S] is kept for the backward pass, which computes the scores anew. A token that sees nothing (padding may) gets
-    the plain mean of the values, never NaN.
+    A token that sees nothing (padding may) gets the plain mean of the values, never NaN.
     """
+    return _attend_block(queries, keys, values, mask)[0]
+
+
+def _scores(queries, keys, mask) -> Float[Array, "B K G T S"]:
     scale = 1.0 / math.sqrt(queries.shape[-1])
     scores = jnp.einsum("bkgth,bksh->bkgts", queries * scale, keys, preferred_element_type=jnp.float32)
-    scores = scores + jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    return scores + jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
+
+
+def _attend_block(queries, keys, values, mask) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T 1"]]:
+    """Attended values, and the log of the sum of the exponentials of each query's scores, float32."""
+    scores = _scores(queries, keys, mask)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed = jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return (mixed / total).astype(values.dtype)
+    return (mixed / total).astype(values.dtype), top + jnp.log(total)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """First and last-but-one position of each block of queries."""
+    size = max(SMALLEST_BLOCK, -(-length // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@jax.custom_vjp
+def plain_attend(queries, keys, values, mask):
+    """As `step_attend` for a whole sequence (T = S) in which no token sees a later one.
+
+    Queries are taken a block at a time with the keys up to the block's end: what lies above the diagonal's blocks is not computed, and
+    only one block's scores are in memory. Nothing of size [T, S] is kept for the backward pass: it has each query's log-sum-exp and
+    computes the weights anew from it (Dao 2023, alg. 2).
+    """
+    return _attend_forward(queries, keys, values, mask)[0]
+
+
+def _attend_forward(queries, keys, values, mask):
+    parts = [_attend_block(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], mask[:, a:b, :b]) for a, b in _blocks(queries.shape[3])]
+    out, log_totals = (jnp.concatenate(pieces, axis=3) for pieces in zip(*parts, strict=True))
+    return out, (queries, keys, values, mask, out, log_totals)
+
+
+def _attend_backward(kept, d_out):
+    """With P the weights, dV = P' dO, dS = P * (dO V' - sum(dO * O)), dQ = dS K / sqrt(H), dK = dS' Q / sqrt(H)."""
+    queries, keys, values, mask, out, log_totals = kept
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
+    d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)  # noqa: E731
+    for a, b in _blocks(queries.shape[3]):
+        q, k, v, do = queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], d_out[..., a:b, :]
+        weights = jnp.exp(_scores(q, k, mask[:, a:b, :b]) - log_totals[..., a:b, :])
+        d_scores = (weights * (dot("bkgth,bksh->bkgts", do, v) - inner[..., a:b, :]) * scale).astype(q.dtype)
+        d_queries.append(dot("bkgts,bksh->bkgth", d_scores, k).astype(q.dtype))
+        d_keys = d_keys.at[:, :, :b].add(dot("bkgts,bkgth->bksh", d_scores, q))
+        d_values = d_values.at[:, :, :b].add(dot("bkgts,bkgth->bksh", weights.astype(v.dtype), do))
+    return jnp.concatenate(d_queries, axis=3), d_keys.astype(keys.dtype), d_values.astype(values.dtype), None
+
+
+plain_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def cudnn_attend(queries, keys, values, mask, implementation: str | None = "cudnn"):

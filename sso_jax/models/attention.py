@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attend import ATTEND, plain_attend
+from sso_jax.models.attend import ATTEND, step_attend
 from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, rotate
 
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         width, head_size = self.architecture.width, self.architecture.head_size
         bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
         types = self._types()
-        return Projection("btd,dmh->btmh", (width, num_heads, head_size), ("width", axis, "head_size"), bias_axes, **types, name=name)
+        return Projection((width, num_heads, head_size), ("width", axis, "head_size"), bias_axes, **types, name=name)
 
     @nn.compact
     def __call__(
@@ -107,8 +107,8 @@ class Attention(nn.Module):
             if length == 1:  # decoding looks back at the cache; a prefill starts it and sees its own tokens only
                 keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)  # [B, K, S, H]
                 values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)  # [B, K, S, H]
-        attend = plain_attend if length == 1 else ATTEND[self.attend]
+        attend = step_attend if length == 1 else ATTEND[self.attend]
         out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")
-        return Projection("btnh,nhd->btd", shape, axes, **self._types(), name="out")(out), cache
+        return Projection(shape, axes, **self._types(), name="out")(out), cache

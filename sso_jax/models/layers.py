@@ -44,14 +44,24 @@ class Adapters(NamedTuple):
         return self.alpha / self.rank
 
 
+def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+    """Contracts the axes of `x` behind B and T with as many leading ones of `kernel`, as one product of two matrices.
+
+    Written with B and T apart, XLA on a CPU transposes the operands of the backward pass by copies that cost as much as the product.
+    """
+    num_inputs = x.ndim - 2
+    num_entries = math.prod(kernel.shape[:num_inputs])
+    out = x.reshape(-1, num_entries) @ kernel.reshape(num_entries, -1)  # [B*T, outputs]
+    return out.reshape(*x.shape[:2], *kernel.shape[num_inputs:])
+
+
 class Projection(nn.Module):
-    """`einsum(equation, x, kernel) + bias`, with a logical name for each axis of the kernel.
+    """`x kernel + bias` over all axes of x behind B and T, with a logical name for each axis of the kernel.
 
     With adapters on this projection, `scale * (x A) B` is added, A normal and B zero at the start, both float32 whatever the weights
     are: a fresh adapter changes nothing.
     """
 
-    equation: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     bias_axes: tuple[str, ...] = ()
@@ -66,7 +76,7 @@ class Projection(nn.Module):
         kernel = kernel.astype(self.dtype)
         if x.shape[1] > 1:  # of a single token, as in decoding, parts of the product are less to send round than the weights
             kernel = gathered(kernel, *self.axes)
-        out = jnp.einsum(self.equation, x, kernel)
+        out = flat_product(x, kernel)
         if self.bias_axes:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes)
             shape = self.shape[-len(self.bias_axes) :]
@@ -83,8 +93,23 @@ class Projection(nn.Module):
         inits = [nn.with_logical_partitioning(init, names) for init, names in zip((spread, nn.initializers.zeros), axes, strict=True)]
         down = self.param("adapter_a", inits[0], shapes[0], jnp.float32).astype(self.dtype)
         up = self.param("adapter_b", inits[1], shapes[1], jnp.float32).astype(self.dtype)
-        narrow = jnp.tensordot(x, down, num_inputs)  # [B, T, R]
-        return self.adapters.scale * jnp.tensordot(narrow, up, 1)
+        return self.adapters.scale * flat_product(flat_product(x, down), up)
+
+
+@jax.custom_vjp
+def gated(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """`silu(gate) * up`; its backward pass keeps the two inputs and nothing else."""
+    return nn.silu(gate) * up
+
+
+def _gated_backward(kept, d_out):
+    """With s = sigmoid(g): silu'(g) = s (1 + g (1 - s))."""
+    gate, up = kept
+    share = nn.sigmoid(gate)
+    return d_out * up * share * (1 + gate * (1 - share)), d_out * gate * share
+
+
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
 
 
 class GatedUnit(nn.Module):
@@ -99,10 +124,10 @@ class GatedUnit(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width, hidden = self.architecture.width, self.architecture.hidden
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters)
-        gate = Projection("btd,df->btf", (width, hidden), ("width", "hidden"), **types, name="gate")(x)
-        up = Projection("btd,df->btf", (width, hidden), ("width", "hidden"), **types, name="up")(x)
-        inner = constrain(nn.silu(gate) * up, "batch", None, "hidden")
-        return Projection("btf,fd->btd", (hidden, width), ("hidden", "width"), **types, name="down")(inner)
+        gate = Projection((width, hidden), ("width", "hidden"), **types, name="gate")(x)
+        up = Projection((width, hidden), ("width", "hidden"), **types, name="up")(x)
+        inner = constrain(gated(gate, up), "batch", None, "hidden")
+        return Projection((hidden, width), ("hidden", "width"), **types, name="down")(inner)
 
 
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

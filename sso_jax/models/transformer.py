@@ -47,25 +47,30 @@ class Transformer(nn.Module):
     remat: bool = False
     attend: str = "plain"
     adapters: Adapters = Adapters()
+    stacked: bool = True
+    """Whether the layers are one scanned layer, or each has parameters of its own (`unstack`)."""
 
     def setup(self):
         a = self.architecture
         init = nn.initializers.normal(0.02)
         embedding = nn.with_logical_partitioning(init, ("vocab", "width"))
         self.embedding = self.param("embedding", embedding, (a.vocab_size, a.width), self.param_dtype)
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
-        self.layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=a.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(a, self.dtype, self.param_dtype, self.attend, self.adapters)
+        settings = (a, self.dtype, self.param_dtype, self.attend, self.adapters)
+        self.layers = self._scanned()(*settings) if self.stacked else [Layer(*settings) for _ in range(a.num_layers)]
         self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
         if not a.tied_head:
             head = nn.with_logical_partitioning(init, ("width", "vocab"))
             self.head = self.param("head", head, (a.width, a.vocab_size), self.param_dtype)
+
+    def _scanned(self) -> type[nn.Module]:
+        return nn.scan(
+            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.architecture.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
 
     def __call__(
         self,
@@ -78,8 +83,14 @@ class Transformer(nn.Module):
         """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None)."""
         table = gathered(self.embedding.astype(self.dtype), "vocab", "width")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
-        layers = jnp.arange(self.architecture.num_layers)
-        (x, cache), _ = self.layers((x, cache), layers, rotation(positions, self.architecture), mask, jnp.asarray(slot))
+        numbers, carry = jnp.arange(self.architecture.num_layers), (x, cache)
+        shared = rotation(positions, self.architecture), mask, jnp.asarray(slot)
+        if self.stacked:
+            carry, _ = self.layers(carry, numbers, *shared)
+        else:
+            for layer, number in zip(self.layers, numbers, strict=True):
+                carry, _ = layer(carry, number, *shared)
+        x, cache = carry
         return self.final_norm(x), cache
 
     def head_matrix(self) -> Float[Array, "D V"]:
@@ -94,7 +105,14 @@ class Transformer(nn.Module):
 
 def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
     """Scores of the next token, float32, from hidden states and `Transformer.head_matrix`."""
-    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+    flat = hidden.reshape(-1, hidden.shape[-1])  # for the reason in `flat_product`
+    return jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
+
+
+def unstack(params: dict, num_layers: int) -> dict:
+    """Parameters of a decoder whose layers are not stacked, from those of one whose layers are."""
+    own = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)}
+    return {**{name: part for name, part in params.items() if name != "layers"}, **own}
 
 
 def init_params(model: Transformer, key: jax.Array):

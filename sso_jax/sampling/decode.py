@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sso_jax.mesh import batch_sharding, replicated, spec
 from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask, empty_cache
-from sso_jax.models.transformer import Transformer, project
+from sso_jax.models.transformer import Transformer, project, unstack
 from sso_jax.sampling.strategies import Strategy, choose
 
 
@@ -60,6 +60,7 @@ def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "
 def to_weights(model: Transformer, params) -> Weights:
     """What prefill and decode multiply with, made once for both."""
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
+    params = params if model.stacked else unstack(params, model.architecture.num_layers)
     return Weights(params, model.apply({"params": params}, method="head_matrix"))
 
 
@@ -124,7 +125,12 @@ def generate(
 
 
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
-    """`generate` compiled: rows over the batch axes, weights as they lie. One program for each (B, P, max_new_tokens)."""
+    """`generate` compiled: rows over the batch axes, weights as they lie. One program for each (B, P, max_new_tokens).
+
+    On a CPU, where a step of the scan over layers copies the layer's weights out of the stack before it multiplies with them, the layers
+    are taken apart once for all steps.
+    """
+    model = model.clone(stacked=mesh.devices.flat[0].platform != "cpu")
 
     def generate_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> Samples:
         return generate(model, params, prompts, strategy, stop_ids, max_new_tokens)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sso_jax.mesh import batch_sharding, batch_shards_in_context, constrain, replicated
 from sso_jax.models.attention import tree_mask
@@ -16,22 +16,63 @@ MAX_CHUNK_LOGITS = 2**25
 
 
 def token_log_probs(head: Float[Array, "D V"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], chunk: int) -> Float[Array, "R M"]:
-    """`log softmax(hidden head)[target]` in float32, `chunk` tokens of each row at a time, recomputed in the backward pass."""
-    num_rows, num_targets, width = hidden.shape
-    padded = -(-num_targets // chunk) * chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padded - num_targets), (0, 0)))
-    target = jnp.pad(target, ((0, 0), (0, padded - num_targets)))
-    hidden = hidden.reshape(num_rows, -1, chunk, width).swapaxes(0, 1)  # [M/chunk, R, chunk, D]
-    target = target.reshape(num_rows, -1, chunk).swapaxes(0, 1)  # [M/chunk, R, chunk]
+    """`log softmax(hidden head)[target]` in float32, `chunk` tokens of each row at a time."""
+    num_rows, num_targets, _ = hidden.shape
+    padding = -num_targets % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    target = jnp.pad(target, ((0, 0), (0, padding)))
+    log_probs = _chunked_log_probs(head, _to_chunks(hidden, chunk), _to_chunks(target, chunk))  # [M/chunk, R, chunk]
+    return log_probs.swapaxes(0, 1).reshape(num_rows, -1)[:, :num_targets]
 
-    @jax.checkpoint
-    def of_chunk(hidden: Float[Array, "R C D"], target: Int[Array, "R C"]) -> Float[Array, "R C"]:
-        logits = constrain(project(hidden, head), "batch", None, "vocab")  # [R, C, V]
-        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    log_probs = jax.lax.map(lambda part: of_chunk(*part), (hidden, target))  # [M/chunk, R, chunk]
-    return log_probs.swapaxes(0, 1).reshape(num_rows, padded)[:, :num_targets]
+def _to_chunks(x: Shaped[Array, "R M ..."], chunk: int) -> Shaped[Array, "M/chunk R chunk ..."]:
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _logits(hidden: Float[Array, "R C D"], head: Float[Array, "D V"]) -> Float[Array, "R C V"]:
+    return constrain(project(hidden, head), "batch", None, "vocab")
+
+
+def _is_target(target: Int[Array, "R C"], vocab_size: int) -> Bool[Array, "R C V"]:
+    return target[..., None] == jnp.arange(vocab_size, dtype=target.dtype)[None, None, :]
+
+
+@jax.custom_vjp
+def _chunked_log_probs(head: Float[Array, "D V"], hidden: Float[Array, "A R C D"], target: Int[Array, "A R C"]) -> Float[Array, "A R C"]:
+    """Log-probs of chunks one after another. One chunk's logits are in memory, and none are kept for the backward pass.
+
+    With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The backward pass computes
+    a chunk's logits anew and has p from the log-sum-exp that the forward pass kept.
+    """
+    return _log_probs_forward(head, hidden, target)[0]
+
+
+def _log_probs_forward(head, hidden, target):
+    def of_chunk(part):
+        logits = _logits(part[0], head)
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.sum(jnp.where(_is_target(part[1], head.shape[1]), logits, 0.0), axis=-1) - log_total, log_total
+
+    log_probs, log_totals = jax.lax.map(of_chunk, (hidden, target))
+    return log_probs, (head, hidden, target, log_totals)
+
+
+def _log_probs_backward(kept, gradient):
+    head, hidden, target, log_totals = kept
+
+    def of_chunk(d_head, part):
+        hidden, target, log_totals, gradient = part
+        probs = jnp.exp(_logits(hidden, head) - log_totals[..., None])
+        d_logits = gradient[..., None] * (_is_target(target, head.shape[1]) - probs)  # [R, C, V]
+        flat = d_logits.astype(head.dtype).reshape(-1, head.shape[1])  # [R*C, V], for the reason in `flat_product`
+        d_hidden = (flat @ head.T).reshape(hidden.shape)
+        return d_head + jnp.matmul(hidden.reshape(flat.shape[0], -1).T, flat, preferred_element_type=jnp.float32), d_hidden
+
+    d_head, d_hidden = jax.lax.scan(of_chunk, jnp.zeros(head.shape, jnp.float32), (hidden, target, log_totals, gradient))
+    return d_head.astype(head.dtype), d_hidden, None
+
+
+_chunked_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Float[Array, "cells"]:

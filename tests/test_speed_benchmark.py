@@ -1,0 +1,51 @@
+"""benchmarks.speed: its arithmetic held to hand counts, the traced update held to its arithmetic, and what it makes of measurements."""
+
+import argparse
+
+import jax
+import pytest
+from flax import linen as nn
+
+from benchmarks.speed import shapes
+from benchmarks.speed.__main__ import figures
+from benchmarks.speed.ours import make_model, make_updating, traced
+from sso_jax.models.transformer import abstract_params
+
+
+def test_the_model_is_the_one_of_the_issue():
+    shape = shapes.CPU
+    model, _ = make_model(shape, remat=False)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract_params(model))))
+    assert round(entries / 1e6, 1) == 56.9
+    assert abs(entries - shape.num_params) < 20_000  # norms and biases
+
+
+def test_needed_operations_are_the_hand_count():
+    """6,144 tokens through 24.1M entries and 3,072 through the head's 16.4M, four times two; in rows of their own 9,216 through both."""
+    layers, head = 8 * (512 * (2 * 512 + 2 * 128) + 3 * 512 * 1536), 512 * 32000
+    visible = 256 * 257 // 2 + 2 * (128 * 256 + 128 * 129 // 2)
+    attention = 12 * visible * 8 * 2 * 512
+    needed = shapes.needed_update_flops(shapes.CPU)
+    assert needed["shared"] == 8 * (6144 * layers + 3072 * head + attention)
+    assert needed["releases"] == 8 * (9216 * (layers + head) + 24 * (384 * 385 // 2) * 8 * 2 * 512)
+    assert round(8 * (6144 * layers + 3072 * head) / 1e12, 2) == 1.59 and round(8 * 9216 * (layers + head) / 1e12, 2) == 2.99
+
+
+def test_the_traced_update_runs_little_more_than_it_must():
+    """Within 1.15: what is above it are logits computed anew in the backward pass, and the corners of attention's blocks."""
+    counted = traced(make_updating(shapes.CPU, jax.devices()[:1]))
+    assert 1.0 <= counted["flops"] / shapes.needed_update_flops(shapes.CPU)["shared"] <= 1.15
+    assert counted["padding"] == 0.0
+
+
+def test_figures_are_medians_ratios_and_fractions_of_the_bound():
+    options = argparse.Namespace(tiny=False)
+    seconds = {"ours/sample": [2.0, 1.0, 9.0], "transformers/sample": [4.0, 4.0, 4.0], "ours/update": [5.0], "transformers/update": [20.0]}
+    cells = {name: {"first": 10.0, "seconds": own, "host_peak_bytes": 100} for name, own in seconds.items()}
+    cells["ours/update"] |= {"flops": 2e12, "padding": 0.0}
+    cells["machine"] = {"flops": 3e11, "read_bytes": 2e10, "copy_bytes": 2e10}
+    made = figures("57m", cells, options)
+    assert made["generate_tok_s"] == 16 * 64 / 2.0 and made["sso_examples_s"] == 4 / 5.0
+    assert made["rows"]["transformers/sample"]["ours_over_it"] == 2.0 and made["rows"]["transformers/update"]["ours_over_it"] == 4.0
+    assert made["rows"]["ours/update"]["of_bound"] == pytest.approx(shapes.needed_update_flops(shapes.CPU)["shared"] / 3e11 / 5.0)
+    assert made["compile_s"] == 8.0 + 5.0 and made["peak_bytes"] == 100
