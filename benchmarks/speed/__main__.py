@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.speed import shapes
 
-PEERS = ("transformers", "tunix")
+PEERS = ("transformers",)
 DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
 
 
@@ -28,11 +28,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, help="folder for a trace of one call each, for TensorBoard or Perfetto")
     parser.add_argument("--tiny", action="store_true", help="on a model that runs in a second, to try the command itself")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--python_tunix", default=sys.executable, help="the Python that has google-tunix (default: this one)")
     return parser.parse_args()
 
 
-CELLS = ("machine", "ours/sample", "transformers/sample", "tunix/sample", "ours/update", "transformers/update", "tunix/update")
+CELLS = ("machine", "ours/sample", "transformers/sample", "ours/update", "transformers/update")
 
 
 def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
@@ -61,8 +60,7 @@ def child(cell: str, options: argparse.Namespace) -> None:
 
 def measure(cell: str, name: str, options: argparse.Namespace) -> dict:
     """The figures of one cell on one shape, from a process of its own."""
-    python = options.python_tunix if cell.startswith("tunix") else sys.executable
-    command = [python, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
+    command = [sys.executable, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
     command += ["--tiny"] if options.tiny else []
     command += ["--profile", str(options.profile)] if options.profile else []
     print(f"{cell} on {name} ...", file=sys.stderr, flush=True)

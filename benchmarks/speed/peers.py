@@ -1,8 +1,7 @@
-"""A shape in, seconds of the same sampling and the same update by the peers out: transformers with PyTorch, and google-tunix.
+"""A shape in, seconds of the same sampling and the same update by transformers with PyTorch out.
 
-They are timed as their users run them: transformers' `generate`, tunix's `Sampler`, and for the update what the SSO releases do, a row for
-each of the six log-probs of an example, logits of every token, policy and reference. Each is imported where it is used: PyTorch comes
-with requirements-test.txt, tunix wants an environment of its own.
+It is timed as its users run it: `generate` for sampling, and for the update what the SSO releases do, a row for each of the six log-probs
+of an example, logits of every token, policy and reference. PyTorch comes with requirements-test.txt.
 """
 
 import time
