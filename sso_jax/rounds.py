@@ -24,7 +24,7 @@ from sso_jax.errors import InputError, RunError
 from sso_jax.hosts import once
 from sso_jax.metrics import MetricsLog
 from sso_jax.models.hf_config import fetch
-from sso_jax.policy_training import Plan, plan_preferences, train_round, trained_params
+from sso_jax.policy_training import Plan, losses_of, plan_preferences, train_round, trained_params
 from sso_jax.preferences import judging
 from sso_jax.preferences import pairs as pair_stage
 from sso_jax.preferences.steering import steered_prompts
