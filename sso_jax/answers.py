@@ -53,6 +53,8 @@ def _check_fields(config: SampleConfig) -> None:
         raise InputError("out: not given; name the file to write")
     if config.out is not None and not Path(config.out).parent.is_dir():
         raise InputError(f"out: no folder {str(Path(config.out).parent)!r}; make it, or name another file")
+    if config.out is not None and Path(config.out).is_dir():
+        raise InputError(f"out: {config.out!r} is a folder; name a file")
     if config.form != "records" and (config.steered or config.query is not None):
         raise InputError(f"form: {config.form!r} is for plain answers to a file of questions; leave out steered and query")
     if config.form == "records" and config.generator is not None:

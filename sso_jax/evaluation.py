@@ -32,7 +32,7 @@ def run(config: EvaluateConfig) -> None:
         raise InputError("pairs.path: not given; name a file or data set of preference pairs")
     if config.pairs.control != "none":
         raise InputError(f"pairs.control: {config.pairs.control!r} is for training; leave it out")
-    if config.out is None or not Path(config.out).absolute().parent.is_dir():
+    if config.out is None or not Path(config.out).absolute().parent.is_dir() or Path(config.out).is_dir():
         raise InputError(f"out: {config.out!r} cannot be written; name the JSON file to write, in a folder that is there")
     pairs = load_pairs(config.pairs.path, config.pairs.split)
     refuse_equal_sides(pairs, config.pairs.path)

@@ -45,8 +45,9 @@ def run(config: Config) -> None:
         return dry_run.run(config)
     join_hosts(config.hosts)
     directory = epath.Path(config.run.directory)
-    run_folder.check(directory, config)
-    if stages.finished(directory / f"iteration_{config.run.iterations}", "round") is not None:
+    config = run_folder.settle(directory, config)
+    harmed = _harmed_rounds(directory, config.run.iterations)
+    if not harmed and stages.finished(directory / f"iteration_{config.run.iterations}", "round") is not None:
         log.info("%s is finished; see %s", directory, directory / "report.html")
         return
     check_logging(config.logging)
@@ -55,16 +56,26 @@ def run(config: Config) -> None:
         stack.enter_context(losses_of_processes_told())
         prepared = _prepare(config, directory, stack)
         stack.callback(prepared.metrics.close)
-        _mend_exports(prepared)
+        for iteration in harmed:
+            stages.reopen(prepared.folder(iteration), "round")
         _run_rounds(prepared)
+
+
+def _harmed_rounds(directory: Path, iterations: int) -> list[int]:
+    """Finished rounds with a file that is gone or damaged: their stages are gone through again, which makes it anew."""
+    folders = {k: directory / f"iteration_{k}" for k in range(iterations + 1)}
+    closed = [k for k, folder in folders.items() if stages.finished(folder, "round") is not None]
+    return [k for k in closed if stages.damaged(folders[k]) or stages.damaged(folders[k] / "generator")]
 
 
 def _run_rounds(run: Run) -> None:
     """Round after round; the parameters are handed on, and read again only where a run is continued."""
-    params = None
+    params, params_of = None, None
     for iteration in range(run.config.run.iterations + 1):
         if stages.finished(run.folder(iteration), "round") is None:
-            params = rounds.start_params(run, iteration) if params is None else params
+            if params is None or params_of != iteration - 1:
+                params = rounds.start_params(run, iteration)
+            params_of = iteration
             if iteration == 0:
                 numbers = _first_look(run, params)
             else:
@@ -90,14 +101,6 @@ def _warnings(run: Run, iteration: int, numbers: dict) -> list[str]:
     for warning in found:
         log.warning("iteration %d: %s", iteration, warning)
     return found
-
-
-def _mend_exports(run: Run) -> None:
-    """Writes the policy of a finished round again where its folder is damaged, from the round's checkpoint."""
-    for iteration in range(1, run.config.run.iterations):
-        folder = run.folder(iteration)
-        if stages.finished(folder, "export") is not None and stages.whole(folder, "export") is None:
-            rounds.export(run, iteration, rounds.start_params(run, iteration + 1))
 
 
 def _first_look(run: Run, params) -> dict:
@@ -139,10 +142,10 @@ def _toy_policy(config: Config, directory: Path) -> Path:
     def train() -> dict:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         log.info("toy world: training a small policy from scratch on demonstrations; this takes a few minutes")
-        pretraining.write_policy(config.run.seed, curriculum, mesh, folder)
+        pretraining.write_policy(config.run.seed, curriculum, mesh, folder, config.checkpoint.every_steps)
         return {}
 
-    stages.plain_stage(directory / "iteration_0", "supervised_start", train)
+    stages.plain_stage(directory / "iteration_0", "supervised_start", train, folder.name)
     return folder
 
 

@@ -25,9 +25,9 @@ class MetricsLog:
     wandb: Any | None
 
     def rewind(self, iteration: int, step: int) -> None:
-        """Drops the lines from update `step` of `iteration` on: a resumed run writes them again."""
+        """Drops the lines of `iteration` from update `step` on: a resumed run writes them again."""
         if self.path.is_file():
-            kept = [row for row in read_json_lines(self.path) if (row["iteration"], row["step"]) < (iteration, step)]
+            kept = [row for row in read_json_lines(self.path) if row["iteration"] != iteration or row["step"] < step]
             write_records(kept, self.path)
 
     def write(self, line: dict, updates_before: int) -> None:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -41,7 +42,7 @@ from sso_jax.training.update import (
     TrainState,
     build_update,
     init_state,
-    learning_rate_schedule,
+    learning_rates,
     loss_at_reference,
     make_optimizer,
     preference_losses,
@@ -142,10 +143,10 @@ def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], i
     return [[items[i] for i in update] for update in order], micro, -(-batch_size // micro)
 
 
-def build_optimizer(config: OptimizerConfig, num_updates: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Learning rate by update, and the AdamW that follows it."""
-    schedule = learning_rate_schedule(config.learning_rate, config.schedule, config.warmup_ratio, num_updates)
-    return schedule, make_optimizer(schedule, config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm)
+@lru_cache  # one object for all rounds: JAX finds again what it compiled for it
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The AdamW of the config, at learning rate 1."""
+    return make_optimizer(config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm)
 
 
 def abstract_state(
@@ -176,35 +177,42 @@ def train_round(
     config: Config,
     params,
     folder: Path,
+    iteration: int,
     stage: str,
+    programs: dict[str, Callable],
     line: Callable[[dict], None],
     rewind: Callable[[int], None],
     look: Callable[[dict], dict] | None = None,
 ) -> tuple[dict, dict]:
     """The parameters after the round, and how it went; the parameters given are used up.
 
-    `line` takes the metrics of each update; `rewind` is first told the update that training goes on from. Where there is a checkpoint
-    `look` sees the parameters, and what it says of them joins the line of that update.
+    `programs` keeps the compiled update of each `stage` ("updates", "updates of the generator") for the rounds to come.
+
+    `line` takes the metrics of each update; `rewind` is first told the update that training goes on from. After every
+    `checkpoint.every_steps` updates `look` sees the parameters, and what it says of them joins the line of that update.
     """
     num_updates = len(plan.num_tokens)
-    schedule, optimizer = build_optimizer(config.optimizer, num_updates)
+    given = config.optimizer
+    rates, optimizer = learning_rates(given.learning_rate, given.schedule, given.warmup_ratio, num_updates), build_optimizer(given)
     parts = new_parts(engine.model, config)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
-    first = plan.make_batch(0)
-    update = build_update(losses, optimizer, schedule, engine.mesh, shardings, first)
+    first, title = plan.make_batch(0), f"iteration {iteration}: {stage}"
+    if stage not in programs:
+        programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first)
     padding = 1.0 - sum(plan.num_tokens) / (num_updates * first.rows.tokens.size)
-    log.info("%s: updates in rows of %s (microbatches, rows, tokens), %.0f%% padding", stage, first.rows.tokens.shape, 100 * padding)
+    log.info("%s: updates in rows of %s (microbatches, rows, tokens), %.0f%% padding", title, first.rows.tokens.shape, 100 * padding)
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
         done = 0 if state is None else int(state.step)
         frozen = split_trainable(params)[1]
         state = init_state({**params, **parts}, optimizer, shardings) if state is None else state._replace(frozen=frozen)
         rewind(done)
-        line = _checking_first_loss(line, plan.first_loss, config.model.compute_dtype, stage)
-        hooks = _hooks(line, look, lambda state, step: checkpoints.save(manager, state, step), config.checkpoint.every_steps, num_updates)
-        hooks = hooks._replace(examples=lambda step: plan.ids[step])
+        line = _checking_first_loss(line, plan.first_loss, config.model.compute_dtype, title)
+        every_steps = config.checkpoint.every_steps
+        save = lambda state, step: checkpoints.save(manager, state, step, wait=every_steps == 1)  # noqa: E731
+        hooks = _hooks(line, look, save, every_steps, num_updates)._replace(examples=lambda step: plan.ids[step])
         start = time.perf_counter()
-        state = run_updates(update, state, plan.make_batch, plan.num_tokens, done, engine.mesh, hooks, stage)
+        state = run_updates(programs[stage], state, plan.make_batch, plan.num_tokens, rates, done, engine.mesh, hooks, title)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
     how = {"updates": num_updates, "padding": padding, "seconds": seconds, "tokens_per_second": rate}
@@ -234,7 +242,7 @@ def _hooks(
     every_steps: int,
     num_updates: int,
 ) -> Hooks:
-    """Hooks that hold back the line of an update with a checkpoint until `look` has seen the parameters."""
+    """Hooks that hold back the line of every `every_steps`-th update until `look` has seen the parameters."""
     if look is None:
         return Hooks(line, save, every_steps)
     held: list[dict] = []
@@ -247,7 +255,8 @@ def _hooks(
             line(numbers)
 
     def look_and_save(state: TrainState, step: int) -> None:
-        line({**held.pop(), **look(state.whole_params())})
+        if held:
+            line({**held.pop(), **look(state.whole_params())})
         save(state, step)
 
     return Hooks(hold, look_and_save, every_steps)
@@ -259,7 +268,7 @@ def trained_params(engine: Engine, config: Config, folder: Path, base: Callable[
     Raises:
       InputError: if the folder holds none.
     """
-    optimizer = build_optimizer(config.optimizer, num_updates=1)[1]
+    optimizer = build_optimizer(config.optimizer)
     parts = new_parts(engine.model, config)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:

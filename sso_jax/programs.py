@@ -285,11 +285,11 @@ def _trace_update(plan: Plan, batch, losses: ExampleLosses) -> Traced:
     parts = jax.eval_shape(lambda: new_parts(plan.model, config))
     place = Placement(mesh, {**plan.training.shardings, **jax.tree.map(lambda _: replicated(mesh), parts)})
     plan = dataclasses.replace(plan, params={**plan.params, **parts})
-    schedule, optimizer = build_optimizer(config.optimizer, 100)
+    optimizer, rate = build_optimizer(config.optimizer), jax.ShapeDtypeStruct((), jnp.float32)
     shapes, shardings = abstract_state(plan.params, place.shardings, optimizer, mesh)
-    update = build_update(losses, optimizer, schedule, mesh, shardings, batch)
+    update = build_update(losses, optimizer, mesh, shardings, batch)
     moments = _bytes(shapes.optimizer, shardings.optimizer)
-    return _trace(plan, place, update, (shapes, _shapes(batch)), optimizer_bytes=moments)
+    return _trace(plan, place, update, (shapes, _shapes(batch), rate), optimizer_bytes=moments)
 
 
 UPDATES: dict[str, Callable[[Plan], Traced]] = {

@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import ExampleLosses
 
 ANSWERS_SCORED_TOGETHER = 64
+EVALUATION_FILE = "evaluation.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +54,8 @@ class Run:
     metrics: MetricsLog
     endpoint: Endpoint | None = None
     """Server that writes principles or judges pairs, where the config wants one."""
+    programs: dict[str, Callable] = field(default_factory=dict)
+    """Compiled updates by stage, which all rounds share."""
 
     def folder(self, iteration: int) -> Path:
         return self.directory / f"iteration_{iteration}"
@@ -73,16 +76,17 @@ class Recipe:
 def warn_unused_objective(given: ObjectiveConfig) -> None:
     """Names in the log the fields of the objective that are set though the recipe has a loss of its own."""
     default = ObjectiveConfig()
-    unused = [f"objective.{f.name}" for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(default, f.name)]
+    names = [declared.name for declared in dataclasses.fields(given)]
+    unused = [f"objective.{name}" for name in names if getattr(given, name) != getattr(default, name)]
     if unused:
         log.warning("this recipe does not use %s", ", ".join(unused))
 
 
 def refuse_fields(config: Config, recipe: str, unused: dict[str, Any]) -> None:
     """Raises `InputError` for a field that is set (`unused` holds its value) though the recipe does not use it."""
-    for field, value in unused.items():
+    for name, value in unused.items():
         if value not in (None, False, "none"):
-            raise InputError(f"{field}: {value!r} is not used by recipe {recipe!r}; remove it")
+            raise InputError(f"{name}: {value!r} is not used by recipe {recipe!r}; remove it")
 
 
 def source_folder(config: Config) -> Path:
@@ -204,14 +208,16 @@ def judge_by_endpoint(run: Run, iteration: int, pairs: list[Triple]) -> dict:
         write_records(rows, folder / "judgments.jsonl")
         return judging.summarize_judgments(rows)
 
-    numbers = stages.plain_stage(folder, "judgments", judge)
+    numbers = stages.plain_stage(folder, "judgments", judge, "judgments.jsonl")
     return {"endpoint_judge": {name: value for name, value in numbers.items() if name != "seconds"}}
 
 
 def require_pairs(pairs: list[Triple], count: int, dropped: dict, path: Path) -> None:
-    """Raises `InputError` with the reasons where none of `count` candidates was kept."""
+    """Raises `RunError` with the reasons where none of `count` candidates was kept."""
     if not pairs:
-        raise InputError(f"{path.parent}: none of {count} triples was kept ({dropped}); look at {path}")
+        raise RunError(
+            f"{path.parent}: none of {count} triples was kept ({dropped}); look at {path}, and start anew with other settings or queries"
+        )
 
 
 def train_on_pairs(
@@ -247,7 +253,9 @@ def train(
         run.config,
         params,
         folder / "checkpoints",
-        f"iteration {iteration}: updates" + (" of the generator" if folder != run.folder(iteration) else ""),
+        iteration,
+        "updates of the generator" if folder != run.folder(iteration) else "updates",
+        run.programs,
         line=lambda line: run.metrics.write({"iteration": iteration, **line, "step": first_step + line["step"]}, before),
         rewind=lambda step: run.metrics.rewind(iteration, first_step + step),
         look=look,
@@ -284,13 +292,13 @@ def evaluate(run: Run, iteration: int, params) -> dict:
         stage = f"iteration {iteration}: held-out answers"
         rows, means = measure_policy(run.environment, run.engine, params, run.config.run.seed, stage)
         if rows:
-            write_records(rows, run.folder(iteration) / "evaluation.jsonl")
-        first = run.folder(0) / "evaluation.jsonl"
+            write_records(rows, run.folder(iteration) / EVALUATION_FILE)
+        first = run.folder(0) / EVALUATION_FILE
         if rows and jax.process_count() == 1 and first.is_file():  # other hosts may not see the file
             means = {**means, "held_out_log_prob": _mean_log_prob(run, params, read_json_lines(first), f"{stage}: log-probs")}
         return means
 
-    return stages.plain_stage(run.folder(iteration), "evaluation", measure)
+    return stages.plain_stage(run.folder(iteration), "evaluation", measure, EVALUATION_FILE)
 
 
 def _mean_log_prob(run: Run, params, rows: list[dict], stage: str) -> float:

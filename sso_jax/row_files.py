@@ -50,6 +50,8 @@ def _read_json(file: Path) -> list[tuple[str, dict]]:
         raise InputError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); give a list of objects") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not valid JSON ({error}); give a list of objects") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f'{file}: not a list of JSON objects; give [{{"query": ...}}, ...]')
     return [(f"{file}, record {i}", row) for i, row in enumerate(rows, start=1)]

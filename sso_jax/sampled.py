@@ -16,7 +16,7 @@ from sso_jax.preferences.responses import clean_triples, sample_triples
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import RESPONSES, Dropped, Query, SteeredQuery, Triple
 from sso_jax.rounds import Run, earlier_params
-from sso_jax.steering_sources import given_principles, steer_queries
+from sso_jax.steering_sources import UNPARSED_FILE, given_principles, steer_queries
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def principles(run: Run, iteration: int, params, queries: list[Query]) -> tuple[
         given = run.material.principles
         return steer_queries(config, given, run.endpoint, run.engine, params, queries, iteration, folder)
 
-    return stages.record_stage(folder, "principles", SteeredQuery, make)
+    return stages.record_stage(folder, "principles", SteeredQuery, make, [UNPARSED_FILE])
 
 
 def responses(

@@ -3,11 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sso_jax.checksums import checksum, checksums, damage
-from sso_jax.hosts import agree, once
+from sso_jax.hosts import agree, is_first, once
 from sso_jax.records import read_records, write_records, write_text
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,15 @@ def _marker(folder: Path, name: str) -> Path:
 def _read_marker(folder: Path, name: str) -> dict | None:
     """What the marker holds, the checksums of the stage's files among it; one answer for all processes."""
     marker = _marker(folder, name)
-    return once(lambda: json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None)
+
+    def read() -> dict | None:
+        try:
+            return json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+        except ValueError:
+            log.warning("%s is damaged; stage %s is done again", marker, name)
+            return None
+
+    return once(read)
 
 
 def _without_files(marked: dict) -> dict:
@@ -43,10 +51,12 @@ def finish(folder: Path, name: str, stats: dict, files: list[str] | None = None)
     return stats
 
 
-def record_stage(folder: Path, name: str, kind: type, make: Callable[[], tuple[list, dict]]) -> tuple[list, dict]:
+def record_stage(
+    folder: Path, name: str, kind: type, make: Callable[[], tuple[list, dict]], beside: Sequence[str] = ()
+) -> tuple[list, dict]:
     """Records and statistics of a stage: read from `folder/name.jsonl` where it is done, else made, written and marked.
 
-    `make` returns the records and the statistics; `seconds` is added to these.
+    `make` returns the records and the statistics; `seconds` is added to these. `beside` names files that it may write itself.
     """
     path = folder / f"{name}.jsonl"
     stats = whole(folder, name)
@@ -56,19 +66,38 @@ def record_stage(folder: Path, name: str, kind: type, make: Callable[[], tuple[l
     start = time.perf_counter()
     records, stats = make()
     write_records(records, path)
-    return records, finish(folder, name, {**stats, "seconds": time.perf_counter() - start}, [path.name])
+    files = [path.name, *once(lambda: [file for file in beside if (folder / file).exists()])]
+    return records, finish(folder, name, {**stats, "seconds": time.perf_counter() - start}, files)
 
 
 def plain_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
-    """Statistics of a stage that writes its own files, `folder/output` among them; as `record_stage` otherwise."""
+    """Statistics of a stage that writes its own `folder/output`, a file or a folder, if anything; as `record_stage` otherwise."""
     stats = whole(folder, name)
     if stats is not None:
         return stats
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     stats = make()
-    files = [f"{output}/{file}" for file in once(lambda: list(checksums(folder / output)))] if output else []
+    files = once(lambda: _files_of(folder, output)) if output else []
     return finish(folder, name, {**stats, "seconds": time.perf_counter() - start}, files)
+
+
+def _files_of(folder: Path, output: str) -> list[str]:
+    path = folder / output
+    return [f"{output}/{file}" for file in checksums(path)] if path.is_dir() else [output] if path.exists() else []
+
+
+def damaged(folder: Path) -> list[str]:
+    """Stages that are marked as done and have a file that is gone or damaged, which the log then says; one answer for all processes."""
+    done = folder / "done"
+    names = once(lambda: sorted(marker.stem for marker in done.glob("*.json")) if done.is_dir() else [])
+    return [name for name in names if whole(folder, name) is None]
+
+
+def reopen(folder: Path, name: str) -> None:
+    """Takes the mark of a stage back."""
+    if is_first():
+        _marker(folder, name).unlink()
 
 
 def whole(folder: Path, name: str) -> dict | None:

@@ -37,12 +37,12 @@ def logits(model, params) -> np.ndarray:
 def train(model, params, mesh):
     """State after two SGD updates on one example."""
     batch = supervised_batch([Tree([1, 2, 3], [Branch([4, 5, 6], 0)])], 1, 1, row_shape([[Tree([1, 2, 3], [Branch([4, 5, 6], 0)])]]))
-    optimizer = optax.sgd(0.1)
+    optimizer = optax.sgd(1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
-    update = build_update(supervised_losses(model), optimizer, optax.constant_schedule(0.1), mesh, shardings, batch)
+    update = build_update(supervised_losses(model), optimizer, mesh, shardings, batch)
     state = init_state(params, optimizer, shardings)
     for _ in range(2):
-        state, _ = update(state, batch)
+        state, _ = update(state, batch, np.float32(0.1))
     return state
 
 

@@ -7,9 +7,9 @@ from toys import toy_model, toy_params
 from sso_jax.mesh import make_mesh, param_shardings
 from sso_jax.models.transformer import abstract_params
 from sso_jax.training import checkpoints
-from sso_jax.training.update import TrainState, init_state, learning_rate_schedule, make_optimizer, state_shardings
+from sso_jax.training.update import TrainState, init_state, make_optimizer, state_shardings
 
-OPTIMIZER = make_optimizer(learning_rate_schedule(1e-3, "constant", 0.0, 1), 0.9, 0.95, 1e-8, 0.1, 1.0)
+OPTIMIZER = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
 
 
 def shardings_on(mesh, model):

@@ -206,8 +206,8 @@ def test_a_run_killed_in_training_ends_as_one_that_was_not(toy_run, tmp_path, mo
     saved = checkpoints.save
     extra = ["--checkpoint.every_steps", "1"]
 
-    def save_and_die(manager, state, step):
-        saved(manager, state, step)
+    def save_and_die(manager, state, step, wait):
+        saved(manager, state, step, wait)
         if step == 2:
             manager.wait_until_finished()
             raise Killed

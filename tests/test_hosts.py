@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_what_is_written_once_is_written_by_the_first(runs):
 def test_a_checkpoint_of_two_processes_is_restored_by_one_on_another_mesh(runs, one_device):
     _, two, _ = runs
     shardings = param_shardings(abstract_params(MODEL), one_device)
-    optimizer = build_optimizer(OptimizerConfig(), 1)[1]
+    optimizer = build_optimizer(OptimizerConfig())
     with checkpoints.open_checkpoints(two / "iteration_1" / "checkpoints", 1) as manager:
         state = checkpoints.restore(manager, *abstract_state(nn.unbox(abstract_params(MODEL)), shardings, optimizer, one_device))
     exported = read_params(two / "iteration_1" / "policy", MODEL, one_device)
@@ -152,6 +153,29 @@ def test_processes_that_read_different_things_are_refused_in_all_of_them():
         told, _ = process.communicate(timeout=120)
         line = told.splitlines()[-1]  # Gloo greets before it
         assert process.returncode == 0 and line.startswith("hosts: process 1 has other queries than process 0; start all with one command")
+
+
+def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_alike(material, runs):
+    folder, arguments = material
+    directory, logs = folder / "stopped", [folder / f"stopped_{i}.log" for i in range(2)]
+    apart = ["--sampling.mesh", '{"data": 2, "fsdp": 4}', "--run.directory", str(directory), "--run.compilation_cache", str(folder / "xla")]
+
+    def start() -> list[subprocess.Popen]:
+        port = free_port()
+        return [start_process([*arguments, *apart], port, i, log) for i, log in enumerate(logs)]
+
+    processes = start()
+    while not (directory / "iteration_1" / "done" / "queries.json").exists() and processes[0].poll() is None:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=300) == 75, log.read_text()[-3000:]
+        assert "run the same command again" in log.read_text()
+    assert not (directory / "summary.json").exists()
+    for process, log in zip(start(), logs, strict=True):
+        assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+    for name in ("responses.jsonl", "pairs.jsonl", "policy/model.safetensors"):
+        assert (directory / "iteration_1" / name).read_bytes() == (runs[1] / "iteration_1" / name).read_bytes(), name
 
 
 def test_one_process_agrees_with_itself(one_device):

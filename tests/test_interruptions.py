@@ -1,5 +1,6 @@
 """Signals, damage, a second run, a full disk and lost numbers: a run goes on to the same end, or says in one line what is wrong."""
 
+import functools
 import json
 import math
 import os
@@ -12,18 +13,27 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from toys import toy_model, toy_params
 
 import train
+from sso_jax import assembly, policy_training
 from sso_jax.assembly import export_policy
 from sso_jax.checksums import checksums
 from sso_jax.errors import RunError
 from sso_jax.interrupts import Stopped, raise_if_stopped, stopping_at_safe_points
+from sso_jax.mesh import make_mesh
 from sso_jax.records import write_text
+from sso_jax.sampling import sampler
 from sso_jax.toy.pretraining import train_tokenizer
-from sso_jax.training.loop import Hooks, run_updates
+from sso_jax.training import loop
+from sso_jax.training.loop import Hooks, is_saved, run_updates
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,6 +142,19 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(arguments,
     assert same_end(directory, whole)
 
 
+@pytest.mark.parametrize("name", ["policy/model.safetensors", "pairs.jsonl"])
+def test_damage_to_a_finished_run_is_mended_too(arguments, whole, tmp_path, caplog, name):
+    shutil.copytree(whole, tmp_path / "run")
+    before = (whole / "metrics.jsonl").read_text()
+    flip_a_bit(tmp_path / "run" / "iteration_1" / name)
+    assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
+    assert f"{name} is not what was written" in caplog.text
+    assert same_end(tmp_path / "run", whole) and (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    caplog.clear()
+    assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
+    assert "is finished" in caplog.text and "not what was written" not in caplog.text
+
+
 def test_a_damaged_export_is_written_again_from_the_checkpoint(arguments, whole, tmp_path, caplog):
     directory = unfinished_copy(whole, tmp_path)
     flip_a_bit(directory / "iteration_1" / "policy" / "model.safetensors")
@@ -167,13 +190,13 @@ def test_a_stale_reference_is_seen_at_the_first_update(arguments, whole, tmp_pat
 def test_a_number_that_is_not_finite_stops_training_by_name(one_device):
     saved, written = [], []
 
-    def update(state, batch):
+    def update(state, batch, rate):
         return state, {"loss": 1.0 if batch.number < 2 else math.nan, "grad_norm": 2.0}
 
     hooks = Hooks(written.append, lambda state, step: saved.append(step), 2, lambda step: [f"q{step}", "r"])
     with pytest.raises(RunError, match=r"updates: update 2 has loss nan \(examples q2, r\); the checkpoints are of before it"):
-        run_updates(update, {}, lambda step: Batch(np.int32(step)), [5] * 4, 0, one_device, hooks, "updates")
-    assert saved == [2] and [line["step"] for line in written] == [0, 1]
+        run_updates(update, {}, lambda step: Batch(np.int32(step)), [5] * 4, [0.1] * 4, 0, one_device, hooks, "updates")
+    assert saved == [1, 2] and [line["step"] for line in written] == [0, 1]
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(arguments, whole, tmp_path):
@@ -186,3 +209,132 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(argument
     assert done.returncode == 1 and len(told) == 1, done.stderr[-3000:]  # TensorStore's threads print tracebacks of their own
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
     assert same_end(tmp_path / "run", whole)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_runs_with_one_seed_are_bit_identical(arguments, whole, tmp_path):
+    assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
+    assert same_end(tmp_path / "run", whole)
+    untimed = [
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines(d / "metrics.jsonl")]
+        for d in (tmp_path / "run", whole)
+    ]
+    assert untimed[0] == untimed[1] and len(untimed[0]) == 3
+
+
+CHANGE = ["--watch.min_pairs_share", "0.25"]
+
+
+def test_another_config_is_refused_by_field_unless_told_which_to_take(arguments, whole, tmp_path, capsys, caplog):
+    directory = unfinished_copy(whole, tmp_path)
+    command = [*arguments, "--run.directory", str(directory), *CHANGE]
+    line = refusal(capsys, 2, *command)
+    assert "watch.min_pairs_share (0.1, now 0.25)" in line and "run.on_changed_config" in line and "learning_rate" not in line
+    kept = {"take_old": 0.1, "take_new": 0.25}
+    for choice, expected in kept.items():
+        assert train.main([*command, "--run.on_changed_config", choice]) == 0
+        assert f"watch.min_pairs_share (0.1, now 0.25): {choice}" in caplog.text
+        assert yaml.safe_load((directory / "config.yaml").read_text())["watch"]["min_pairs_share"] == expected
+        assert same_end(directory, whole)
+        (directory / "iteration_1" / "done" / "round.json").unlink(missing_ok=True)
+
+
+HEEDING_RIGHTS = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+"""Runs a command that heeds the rights of files also as root: its bounding set loses CAP_DAC_OVERRIDE."""
+
+
+def test_a_folder_that_turned_read_only_is_one_line_and_the_run_goes_on_once_it_is_mended(arguments, whole, tmp_path):
+    directory = unfinished_copy(whole, tmp_path, "export")
+    shutil.rmtree(directory / "iteration_1" / "policy")
+    (directory / "iteration_1").chmod(0o555)
+    command = [sys.executable, "-c", HEEDING_RIGHTS, sys.executable, "train.py", *arguments, "--run.directory", str(directory)]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    finally:
+        (directory / "iteration_1").chmod(0o755)
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
+    assert done.returncode == 1 and "Permission denied" in told and "run the same command again" in told and "iteration_1" in told
+    assert "Traceback" not in done.stderr
+    assert train.main([*arguments, "--run.directory", str(directory)]) == 0
+    assert same_end(directory, whole)
+
+
+def on_devices(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(assembly, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:count]))
+
+
+def stop_once(monkeypatch, module) -> None:
+    """Has the module see a request to stop the next time it asks."""
+    answers = iter([True])
+    monkeypatch.setattr(module, "stop_now", lambda: next(answers, False))
+
+
+def test_a_run_goes_on_from_8_devices_on_1_and_on_4(arguments, tmp_path, monkeypatch):
+    """Stopped in sampling on 8, in training on 1, ended on 4; against a run on 8 that nothing stopped."""
+    fields = [*arguments, "--optimizer.learning_rate", "1e-3", "--run.directory"]
+    moved, stayed = tmp_path / "moved", tmp_path / "stayed"
+    assert train.main([*fields, str(stayed)]) == 0
+    stop_once(monkeypatch, sampler)
+    assert train.main([*fields, str(moved)]) == 75
+    assert not (moved / "iteration_1" / "responses.jsonl").exists() and any((moved / "sampling").rglob("part_0.jsonl"))
+    on_devices(monkeypatch, 1)
+    stop_once(monkeypatch, loop)
+    assert train.main([*fields, str(moved)]) == 75
+    assert [row["step"] for row in lines(moved / "metrics.jsonl")] == [0]
+    on_devices(monkeypatch, 4)
+    assert train.main([*fields, str(moved)]) == 0
+    ids = [[row["response_ids"] for row in lines(run / "iteration_1" / "responses.jsonl")] for run in (moved, stayed)]
+    ties = sum(a[name] != b[name] for a, b in zip(*ids, strict=True) for name in a)
+    assert ties == 0 and len(ids[0]) == 6  # where a draw falls between two devices' sums, a token may differ; here none does
+    rows = [lines(run / "metrics.jsonl") for run in (moved, stayed)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [0, 1, 2]
+    for field in ("loss", "chosen_log_prob", "rejected_log_prob"):
+        np.testing.assert_allclose([row[field] for row in rows[0]], [row[field] for row in rows[1]], rtol=1e-4, atol=1e-4)
+    ours, theirs = (load_file(run / "iteration_1" / "policy" / "model.safetensors") for run in (moved, stayed))
+    far = [np.abs(ours[name] - theirs[name]) > 1e-4 for name in theirs]  # a tenth of one step: AdamW's sign of a gradient of nothing
+    assert sum(part.sum() for part in far) < 0.02 * sum(part.size for part in far)
+
+
+@settings(max_examples=200, deadline=None)
+@given(num_updates=st.integers(1, 60), every_steps=st.integers(1, 20), killed=st.data())
+def test_a_kill_costs_no_more_updates_than_was_said(num_updates, every_steps, killed):
+    """A save is of use once the next one begins, or at once where every update is saved; whatever is under way at a kill is lost."""
+    done = killed.draw(st.integers(0, num_updates - 1))
+    saves = [0, *(step for step in range(1, done + 1) if is_saved(step, num_updates, every_steps))]
+    whole_one = saves[-1] if every_steps == 1 or len(saves) == 1 else saves[-2]
+    assert done + 1 - whole_one <= every_steps  # the update that was under way counts too
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_updates=st.integers(1, 9), every_steps=st.integers(1, 5), kills=st.lists(st.integers(0, 8), max_size=3))
+def test_updates_resumed_anywhere_are_those_of_one_pass(one_device, num_updates, every_steps, kills):
+    saved, written, state = {0: ()}, {}, ()
+    for kill in [*kills, None]:
+        start = max(saved)
+
+        def update(state, batch, rate, kill=kill):
+            if batch.number == kill:
+                raise KeyboardInterrupt
+            return (*state, (int(batch.number), float(rate))), {"loss": 1.0}
+
+        hooks = Hooks(lambda row: written.update({row["step"]: row}), lambda state, step: saved.update({step: state}), every_steps)
+        rates = [step / 8 for step in range(num_updates)]
+        try:
+            make_batch = lambda step: Batch(np.int32(step))  # noqa: E731
+            state = run_updates(update, saved[start], make_batch, [1] * num_updates, rates, start, one_device, hooks, "updates")
+        except KeyboardInterrupt:
+            continue
+    assert state == tuple((step, step / 8) for step in range(num_updates)) and sorted(written) == list(range(num_updates))
+
+
+def test_a_stop_between_looks_is_saved_without_one():
+    """A round that looks at the policy every 4 updates and is stopped after one: the line is written, and the state saved."""
+    written, saved = [], []
+    hooks = policy_training._hooks(written.append, lambda params: {"seen": 1}, lambda state, step: saved.append(step), 4, 8)
+    hooks.line({"step": 0})
+    hooks.save(None, 1)
+    assert written == [{"step": 0}] and saved == [1]

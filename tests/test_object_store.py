@@ -69,7 +69,7 @@ def test_another_config_is_refused_by_field(run):
     with run_folder.claim(run, Config()):
         pass
     with pytest.raises(InputError, match=r"gs://bucket/run was started with other values of run.seed \(0, now 1\)"):
-        run_folder.check(run, Config(run=RunConfig(seed=1)))
+        run_folder.settle(run, Config(run=RunConfig(seed=1)))
 
 
 def test_metrics_are_appended_and_rewound(run):

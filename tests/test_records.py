@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sso_jax.errors import InputError
 from sso_jax.records import (
@@ -43,6 +45,36 @@ def test_a_record_comes_back_from_its_line_as_it_was(tmp_path, name):
     assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == [json.loads(json.dumps(to_json(record)))] * 2
     assert read_records(type(record), path) == [record, record]
     assert os.listdir(tmp_path) == ["records.jsonl"]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+TRIPLES = st.builds(
+    Triple,
+    **dict.fromkeys(("id", "query", "chosen", "rejected"), st.text()),
+    **dict.fromkeys(("good_system", "bad_system", "original", "tokens_hash"), st.none() | st.text()),
+    features=st.lists(st.text(), max_size=3).map(tuple),
+    response_ids=st.none()
+    | st.dictionaries(st.sampled_from(["chosen", "rejected", "original"]), st.lists(st.integers(0, 2**31), max_size=4)),
+    log_probs=st.none()
+    | st.dictionaries(st.text(), st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=2), max_size=2),
+    swapped=st.booleans(),
+    history=st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), max_size=2).map(tuple),
+    scores=st.none() | st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=2),
+    extra=st.dictionaries(st.text(min_size=1).map(lambda name: f"x{name}"), JSON_VALUES, max_size=3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(records=st.lists(TRIPLES, max_size=4))
+def test_any_records_come_back_from_their_file_as_they_were(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("any") / "records.jsonl"
+    write_records(records, path)
+    assert read_records(Triple, path) == records
+    assert path.read_bytes().count(b"\n") == len(records)  # whatever breaks lines in a text is escaped
 
 
 PUBLIC = {"id": "1", "query": "q", "good_system": "g", "bad_system": "b", "chosen": "c", "rejected": "r", "original": "o"}

@@ -83,8 +83,8 @@ def test_a_reward_run_killed_in_training_ends_as_one_that_was_not(reward_run, tm
     whole, arguments = reward_run
     saved = checkpoints.save
 
-    def save_and_die(manager, state, step):
-        saved(manager, state, step)
+    def save_and_die(manager, state, step, wait):
+        saved(manager, state, step, wait)
         if step == 4:
             manager.wait_until_finished()
             raise Killed

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,7 @@ from sso_jax.training.update import (
     build_update,
     decayed,
     init_state,
-    learning_rate_schedule,
+    learning_rates,
     make_optimizer,
     preference_losses,
     state_shardings,
@@ -63,15 +62,14 @@ def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, lear
     num_micro = -(-num_examples // micro)
     trees = [micro_trees(part, objective.cells) for part in cut_microbatches(examples, micro, num_micro)]
     batch = preference_batch(examples, objective.cells, micro, num_micro, row_shape(trees, num_batch_shards(mesh)))
-    schedule = learning_rate_schedule(learning_rate, "constant", 0.0, num_steps)
-    optimizer = make_optimizer(schedule, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, schedule, mesh, shardings, batch)
+    update = build_update(losses, optimizer, mesh, shardings, batch)
     state, metrics = init_state(params, optimizer, shardings), []
     with jax.set_mesh(mesh):
         for _ in range(num_steps):
-            state, numbers = update(state, batch)
+            state, numbers = update(state, batch, np.float32(learning_rate))
             metrics.append({name: float(value) for name, value in numbers.items()})
     assert update._cache_size() == 1
     return metrics, jax.device_get(state.params)
@@ -128,8 +126,7 @@ def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
     params = toy_params(model, one_device)
     draw = np.random.default_rng(0)
     gradients = [jax.tree.map(lambda p: draw.normal(size=p.shape).astype(np.float32), params) for _ in range(3)]
-    schedule = learning_rate_schedule(1e-2, "cosine", 0.4, 5)
-    optimizer = make_optimizer(schedule, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     state, ours = optimizer.init(params), params
     leaves, mask = [jax.tree.leaves(tree) for tree in (params, decayed(params))]
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in leaves]
@@ -140,9 +137,10 @@ def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     # two updates of warm-up from 0, then a cosine over the other three
     rates = [0.0, 0.5e-2, 1e-2]
+    np.testing.assert_allclose(learning_rates(1e-2, "cosine", 0.4, 5)[:3], rates, rtol=1e-6)
     for rate, gradient in zip(rates, gradients, strict=True):
         changes, state = optimizer.update(gradient, state, ours)
-        ours = jax.tree.map(jnp.add, ours, changes)
+        ours = jax.tree.map(lambda p, change, rate=rate: p + rate * change, ours, changes)
         for tensor, g in zip(tensors, jax.tree.leaves(gradient), strict=True):
             tensor.grad = torch.tensor(g)
         torch.nn.utils.clip_grad_norm_(tensors, 1.0)
@@ -158,22 +156,22 @@ def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
     ("kind", "expected"), [("cosine", [0.0, 0.5, 1.0, 0.5 * (1 + math.cos(math.pi / 8))]), ("constant", [0, 0.5, 1, 1])]
 )
 def test_schedule_warms_up_from_0_to_the_peak(kind, expected):
-    schedule = learning_rate_schedule(1.0, kind, 0.2, 10)
-    np.testing.assert_allclose([float(schedule(step)) for step in range(4)], expected, atol=1e-6)
+    rates = learning_rates(1.0, kind, 0.2, 10)
+    np.testing.assert_allclose(rates[:4], expected, atol=1e-6)
+    assert len(rates) == 10
 
 
 def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_device):
     model = toy_model()
     params = toy_params(model, one_device)
     trees = [Tree([5, 6, 7], [Branch([8, 9], 0)]), Tree([5], [Branch([10, 11, 12, 13, 14], 0)])]
-    rate = learning_rate_schedule(0.0, "constant", 0.0, 1)
-    optimizer = make_optimizer(rate, 0.9, 0.95, 1e-8, 0.0, 0.0)
+    optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.0, 0.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), one_device), optimizer, one_device)
     score = build_score(model, one_device, shardings.params)
     items = [Scorable({"plain": tree.prompt_ids}, {"chosen": tree.branches[0].response_ids}) for tree in trees]
     sums = score_examples(score, one_device, params, items, [("plain", "chosen")], 2, "test")
     batch = supervised_batch(trees, 1, 2, row_shape([[tree] for tree in trees]))
-    update = build_update(supervised_losses(model), optimizer, rate, one_device, shardings, batch)
+    update = build_update(supervised_losses(model), optimizer, one_device, shardings, batch)
     with jax.set_mesh(one_device):
-        _, metrics = update(init_state(params, optimizer, shardings), batch)
+        _, metrics = update(init_state(params, optimizer, shardings), batch, np.float32(0))
     assert float(metrics["loss"]) == pytest.approx(-(sums[0][0] + sums[1][0]) / 7, rel=1e-5)

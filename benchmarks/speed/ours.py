@@ -35,7 +35,9 @@ from sso_jax.training.batches import (
 )
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.scoring import Scorable, score_examples
-from sso_jax.training.update import TrainState, build_update, init_state, learning_rate_schedule, make_optimizer, preference_losses
+from sso_jax.training.update import TrainState, build_update, init_state, make_optimizer, preference_losses
+
+RATE = np.float32(1e-6)
 
 
 def timed(work: Callable[[], object], repeats: int) -> dict:
@@ -119,8 +121,7 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
     boxed = abstract_params(model)
     shardings = param_shardings(boxed, mesh)
     objective = build_objective(ObjectiveConfig(base="ipo", beta=0.2))
-    schedule = learning_rate_schedule(1e-6, "constant", 0.0, 1)
-    optimizer = make_optimizer(schedule, 0.9, 0.999, 1e-8, 0.0, 1.0)
+    optimizer = make_optimizer(0.9, 0.999, 1e-8, 0.0, 1.0)
     shapes, placed = abstract_state(nn.unbox(boxed), shardings, optimizer, mesh)
     items = [Scorable(*ids) for ids in example_ids(shape)]
 
@@ -131,7 +132,7 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
         return preference_batch(examples, objective.cells, shape.update_microbatch, len(micros), rows)
 
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, schedule, mesh, placed, batch_of(no_log_probs(items, objective.cells)))
+    update = build_update(losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)))
     score = build_score(model, mesh, shardings)
     return Updating(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
 
@@ -148,7 +149,7 @@ def traced(parts: Updating) -> dict:
     trees = [tree for e, item in enumerate(parts.items) for tree in steered_trees(*item, parts.cells, e * len(parts.cells))]
     rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh)), num_cells)
     with jax.set_mesh(parts.mesh):
-        updated = jax.make_jaxpr(parts.update)(parts.shapes, batch)
+        updated = jax.make_jaxpr(parts.update)(parts.shapes, batch, RATE)
         scored = jax.make_jaxpr(parts.score, static_argnums=2)(parts.shapes.params, rows, num_cells)
     return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
 
@@ -162,7 +163,7 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     def work():
         sums = score_examples(parts.score, parts.mesh, held["state"].params, parts.items, parts.cells, len(parts.items), "reference")
         with jax.set_mesh(parts.mesh):
-            held["state"], metrics = parts.update(held["state"], parts.batch_of(sums))
+            held["state"], metrics = parts.update(held["state"], parts.batch_of(sums), RATE)
         return metrics
 
     return work, lambda: traced(parts)

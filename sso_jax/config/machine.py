@@ -1,7 +1,7 @@
 """Sections of a config that say where a run runs and what it leaves: run, mesh, hosts, checkpoint, watch, logging."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
 from sso_jax.config.values import require
 
@@ -16,6 +16,9 @@ class RunConfig:
     """Rounds of sampling and training."""
     compilation_cache: str = "~/.cache/sso_jax/xla"
     """Folder where compiled programs are kept between runs; an empty string keeps none."""
+    on_changed_config: Literal["refuse", "take_new", "take_old"] = "refuse"
+    """Where run.directory was started with other values: `refuse` names them, `take_new` goes on with the ones given now (what is done
+    stays as it is), `take_old` with those it was started with."""
 
     def __post_init__(self):
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "an integer from 0 to 2147483647")
@@ -60,7 +63,7 @@ class HostsConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 100
-    """Updates between checkpoints; the end of a round is always one."""
+    """Most updates that a kill makes be done again: a checkpoint is begun every half as many, and written while training goes on."""
     keep: int = 1
     """Newest checkpoints kept in a round."""
 

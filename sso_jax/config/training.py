@@ -155,7 +155,7 @@ class RewardConfig:
     centring: float = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps them near 0; 0.01 is usual."""
     held_out: float = 0.1
-    """Share of the pairs, by query, that is not trained on: accuracy is measured on them at every checkpoint."""
+    """Share of the pairs, by query, that is not trained on: accuracy is measured on them every checkpoint.every_steps."""
     annotated_path: Optional[str] = None
     """Annotated pairs that are mixed in: any file or data set that pairs.path takes."""
     annotated_split: str = "train"

@@ -58,9 +58,12 @@ def read_json_file(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and safetensors")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: {type(fields).__name__} instead of a JSON object; fetch the file again")
+    return fields
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -75,6 +78,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     if kind not in _CLASSES:
         raise InputError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(_CLASSES))}")
     _refuse_unsupported(config, path)
+    _check_sizes(config, path)
     try:
         num_heads = config["num_attention_heads"]
         return Architecture(
@@ -96,6 +100,23 @@ def read_architecture(folder: str | Path) -> Architecture:
         )
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]} is missing; fetch the file again") from error
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+def _check_sizes(config: dict, path: Path) -> None:
+    """Raises `InputError` for a size that is no number above 0; one that is not given is no matter here."""
+    for name in SIZES:
+        value = config.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InputError(f"{path}: {name} {value!r} is no size; give a number above 0, or fetch the file again")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{path}: {name} {config[name]!r} is no table of settings; fetch the file again")
 
 
 def _rope(config: dict) -> dict:

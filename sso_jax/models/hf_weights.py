@@ -72,7 +72,10 @@ class _Folder:
         self.folder = folder
         index = folder / INDEX_FILE
         if index.is_file():
-            files = sorted(set(read_json_file(index)["weight_map"].values()))
+            listed = read_json_file(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+                raise InputError(f"{index}: no weight_map from tensors to files; fetch the file again")
+            files = sorted(set(listed.values()))
         elif (folder / WEIGHTS_FILE).is_file():
             files = [WEIGHTS_FILE]
         else:
@@ -82,7 +85,7 @@ class _Folder:
             path = folder / file
             try:
                 opened = safe_open(path, "numpy")
-            except (FileNotFoundError, SafetensorError) as error:
+            except (OSError, SafetensorError) as error:
                 raise InputError(f"{path}: missing, truncated or not safetensors ({error}); fetch the file again") from error
             self.files.append(opened)
             self.slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 (not a mapping)

@@ -140,16 +140,22 @@ def _scores(row: dict, place: str) -> dict[str, float] | None:
 
 def _own_parts(row: dict, place: str) -> dict[str, Any]:
     """What our own records hold beside texts. Log-probs are left out: they are another policy's."""
-    ids = row.get("response_ids")
-    if ids is not None and not (isinstance(ids, dict) and all(isinstance(value, list) for value in ids.values())):
+    ids, features = row.get("response_ids"), row.get("features") or []
+    if ids is not None and not (isinstance(ids, dict) and all(map(_is_ids, ids.values()))):
         raise InputError(f"{place}: response_ids is no table of lists of ids by response; give that, or leave it out")
+    if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
+        raise InputError(f"{place}: features is {features!r}; give a list of names, or leave it out")
     return {
-        "features": tuple(row.get("features") or ()),
+        "features": tuple(features),
         "response_ids": ids,
         "tokens_hash": row.get("tokens_hash"),
         "swapped": bool(row.get("swapped")),
         "scores": _scores(row, place),
     }
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value)
 
 
 def check_parts(pairs: list[Triple], cells: list[tuple[str, str]], path: str, needed_by: str, field: str = "pairs.path") -> None:

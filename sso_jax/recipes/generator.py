@@ -58,7 +58,7 @@ def round(run: Run, iteration: int, params):
     of_generator, of_policy = objectives(run.config)
     queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material.rounds[iteration - 1], {}))
     steered, principles = sampled.principles(run, iteration, params, queries)
-    if stages.finished(folder, "responses") is None:
+    if stages.whole(folder, "responses") is None or stages.damaged(folder / "generator"):
         params = _train_generator(run, of_generator, iteration, params, steered[: run.config.generator.queries], folder / "generator")
     wanted = tuple(dict.fromkeys(response for _, response in of_policy.cells))
     triples, responses = sampled.responses(run, iteration, params, steered, folder, wanted)

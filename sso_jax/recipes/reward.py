@@ -94,8 +94,8 @@ def round(run: Run, iteration: int, params):
         export_reward_model(params, engine.model.architecture, run.engine.chat.tokenizer, folder / REWARD_FOLDER, dtype)
         return {}
 
-    exported = stages.plain_stage(folder, "export", write)
-    measured = stages.plain_stage(folder, "held_out", lambda: _measure(run, engine, iteration, params, held_out))
+    exported = stages.plain_stage(folder, "export", write, REWARD_FOLDER)
+    measured = stages.plain_stage(folder, "held_out", lambda: _measure(run, engine, iteration, params, held_out), "held_out.jsonl")
     parts = {"pairs": made, "training": training, "export": exported, "held_out": measured}
     seconds = {**seconds, **{name: part["seconds"] for name, part in parts.items()}}
     rates = {"sampling": made.get("sampling_rate"), "training": training["tokens_per_second"]}

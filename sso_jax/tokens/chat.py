@@ -19,6 +19,8 @@ TEMPLATE_DATE = "26 Jul 2024"
 """Given to every template, so that those that print the date print the same one every day (Llama 3.1's own default)."""
 FIXED_CLOCK = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
 """Heads the templates that ask transformers' clock, and answers in its place."""
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What a template raises: its own errors, and those of the expressions in it."""
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +50,7 @@ class Chat:
             messages[0] = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
         try:
             return self._ids(messages)
-        except jinja2.TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             turns = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"query {query[:60]!r}: the chat template refuses its turns ({turns}): {error}; give turns that alternate"
@@ -112,15 +114,16 @@ def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
     query, system = "the query", "the system message"
     user_turn = {"role": "user", "content": query}
     try:
-        if query not in render(tokenizer, [user_turn]):
-            raise InputError(f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another one")
-    except jinja2.TemplateError as error:
+        shown = render(tokenizer, [user_turn])
+    except TEMPLATE_ERRORS as error:
         raise InputError(
             f"the chat template of {tokenizer.name_or_path} fails on a user turn ({error}); give the tokenizer another one"
         ) from error
+    if query not in shown:
+        raise InputError(f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another one")
     try:
         takes_system = system in render(tokenizer, [{"role": "system", "content": system}, user_turn])
-    except jinja2.TemplateError:
+    except TEMPLATE_ERRORS:
         takes_system = False
     if not takes_system:
         log.warning("%s: the chat template takes no system message; principles head the user turn", tokenizer.name_or_path)

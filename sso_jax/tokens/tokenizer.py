@@ -25,7 +25,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder}: no tokenizer, none of {', '.join(VOCABULARY_FILES)}; add the model's tokenizer files")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{folder}: no tokenizer that transformers can read ({reason}); add tokenizer.json and tokenizer_config.json"
@@ -49,10 +49,21 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end of turn, then those of the folder's generation config."""
+    """Tokens that end a response: the tokenizer's end of turn, then those of the folder's generation config.
+
+    Raises:
+      InputError: if that config cannot be read, or names what is no token.
+    """
     path = Path(folder) / "generation_config.json"
-    listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    try:
+        given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again, or delete it") from error
+    listed = given.get("eos_token_id") if isinstance(given, dict) else None
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    strange = [token for token in listed if not isinstance(token, int) or not 0 <= token < len(tokenizer)]
+    if strange:
+        raise InputError(f"{path}: eos_token_id {strange[0]!r} is no token of the {len(tokenizer)}; fetch the file again, or delete it")
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
 
 

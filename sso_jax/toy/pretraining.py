@@ -6,7 +6,7 @@ This supervised start *teaches* what principles mean; what the toy shows is an a
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +22,22 @@ from sso_jax.models.architecture import Architecture
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.preferences.principles import feature_table, nameable_features, naming_prompt, predefined
 from sso_jax.preferences.steering import steer
-from sso_jax.records import Query, write_records
+from sso_jax.records import Query, read_json_lines, write_records
 from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.toy.world import EVASION, Item, Quality, all_items, bare_answer, content_sentence, demonstrate, queries, words
+from sso_jax.training import checkpoints
 from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
 from sso_jax.training.loop import Hooks, run_updates
-from sso_jax.training.update import build_update, init_state, learning_rate_schedule, make_optimizer, state_shardings, supervised_losses
+from sso_jax.training.update import (
+    TrainState,
+    build_update,
+    init_state,
+    learning_rates,
+    make_optimizer,
+    state_shardings,
+    supervised_losses,
+)
 
 FACTS_SYSTEM = "Give the bare facts."
 END_OF_TURN, PADDING, START_OF_TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
@@ -191,8 +200,8 @@ def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> 
     )
 
 
-def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, line: Callable[[dict], None]):
-    """Trains the toy policy; returns its model, its parameters and its tokenizer. `line` takes the metrics of each update."""
+def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int):
+    """Trains the toy policy, or goes on from its newest checkpoint in `folder`; returns its model, its parameters and its tokenizer."""
     tokenizer = train_tokenizer()
     chat = make_chat(tokenizer)
     model = Transformer(architecture(tokenizer, curriculum), remat=True)
@@ -207,21 +216,30 @@ def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, line: C
     shardings = param_shardings(abstract_params(model), mesh)
     with jax.set_mesh(mesh):
         params = jax.jit(lambda key: nn.unbox(init_params(model, key)), out_shardings=shardings)(jax.random.key(seed))
-    schedule = learning_rate_schedule(curriculum.learning_rate, "cosine", 0.05, len(updates))
-    optimizer = make_optimizer(schedule, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
+    rates = learning_rates(curriculum.learning_rate, "cosine", 0.05, len(updates))
+    optimizer = make_optimizer(b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
     placed = state_shardings(params, shardings, optimizer, mesh)
-    update = build_update(supervised_losses(model), optimizer, schedule, mesh, placed, make_batch(0))
+    update = build_update(supervised_losses(model), optimizer, mesh, placed, make_batch(0))
     num_tokens = [sum(tree.num_tokens() for tree in trees) for trees in updates]
-    hooks = Hooks(line=line, save=lambda state, step: None, every_steps=len(updates))
-    state = run_updates(
-        update, init_state(params, optimizer, placed), make_batch, num_tokens, 0, mesh, hooks, "toy policy: supervised start"
-    )
+    state = init_state(params, optimizer, placed)
+    with checkpoints.open_checkpoints(folder / "checkpoints", keep=1) as manager:
+        state = checkpoints.restore(manager, jax.eval_shape(lambda: state), placed) or state
+        done, path = int(state.step), folder / "supervised_start.jsonl"
+        lines = read_json_lines(path)[:done] if done and path.is_file() else []
+
+        def save(state: TrainState, step: int) -> None:
+            write_records(lines, path)
+            checkpoints.save(manager, state, step, wait=every_steps == 1)
+
+        hooks = Hooks(lines.append, save, every_steps)
+        state = run_updates(update, state, make_batch, num_tokens, rates, done, mesh, hooks, "toy policy: supervised start")
     return model, state.params, tokenizer
 
 
-def write_policy(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path) -> None:
-    """Trains the toy policy and writes it to `folder`, with the metrics of its updates beside it."""
-    lines: list[dict] = []
-    model, params, tokenizer = pretrain(seed, curriculum, mesh, lines.append)
+def write_policy(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int = 100) -> None:
+    """Trains the toy policy and writes it to `folder`, with checkpoints and the metrics of its updates beside it.
+
+    A training that was interrupted goes on; `every_steps` is the most updates that are then done again.
+    """
+    model, params, tokenizer = pretrain(seed, curriculum, mesh, folder.parent, every_steps)
     export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
-    write_records(lines, folder.with_name("supervised_start.jsonl"))

@@ -3,7 +3,9 @@
 import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -21,22 +23,44 @@ SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Checkpoints:
+    """The checkpoints of one round: Orbax's manager, and a thread that writes down what the files of finished ones sum to."""
+
+    manager: ocp.CheckpointManager
+    sealer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    sealing: Future | None = None
+
+    def wait_until_finished(self) -> None:
+        """Waits for the save under way, and for the checksums of the ones before."""
+        self.manager.wait_until_finished()
+        if self.sealing is not None:
+            self.sealing.result()
+            self.sealing = None
+
+    def seal(self) -> None:
+        """Has the checksums of every finished checkpoint written down that has none yet, beside what goes on here."""
+        if is_first():
+            self.sealing = self.sealer.submit(_seal, self.manager.directory, set(self.manager.all_steps()))
+
+
 @contextmanager
-def open_checkpoints(folder: str | Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+def open_checkpoints(folder: str | Path, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints of one round, `folder/STEP`, the newest `keep` of them. Leaving its `with` waits for saves under way.
 
     Raises:
       RunError: if a save failed, as where the disk is full.
     """
     with _failures_told(folder):
-        manager = _open_manager(folder, keep)
+        opened = Checkpoints(_open_manager(folder, keep))
     try:
-        yield manager
+        yield opened
     finally:
-        with _failures_told(folder):
-            manager.wait_until_finished()
-            _seal(manager)
-            manager.close()
+        with _failures_told(folder), opened.sealer:
+            opened.wait_until_finished()
+            opened.seal()
+            opened.wait_until_finished()
+            opened.manager.close()
 
 
 @contextmanager
@@ -57,54 +81,67 @@ def _open_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder if is_remote(folder) else folder.absolute(), options=options)
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, num_updates: int) -> None:
-    """Starts to save the state after `num_updates` updates, frozen parameters apart; training may go on meanwhile."""
-    with _failures_told(checkpoints.directory):
+def save(checkpoints: Checkpoints, state: TrainState, num_updates: int, wait: bool = False) -> None:
+    """Starts to save the state after `num_updates` updates, frozen parameters apart; training may go on meanwhile, unless we `wait`."""
+    with _failures_told(checkpoints.manager.directory):
         checkpoints.wait_until_finished()
-        _seal(checkpoints)
-        checkpoints.save(num_updates, args=ocp.args.StandardSave(_changing(state)))
+        checkpoints.seal()
+        checkpoints.manager.save(num_updates, args=ocp.args.StandardSave(_changing(state)))
+        if wait:
+            checkpoints.wait_until_finished()
 
 
-def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, shardings: TrainState) -> TrainState | None:
+def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState) -> TrainState | None:
     """The newest whole checkpoint, each part placed by `shardings`, without frozen parameters; None where there is none.
 
-    A checkpoint whose files are not those that were written is deleted, which the log says, and the one before it is taken.
+    A checkpoint whose files are not those that were written is deleted, which the log says, and the one before it is taken. So is one
+    that cannot be read, where its checksums were not written down any more.
     """
-    newest = next((step for step in sorted(checkpoints.all_steps(), reverse=True) if _is_whole(checkpoints, step)), None)
-    if newest is None:
-        return None
+    manager = checkpoints.manager
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings))
-    with _failures_told(checkpoints.directory):
-        return TrainState(**checkpoints.restore(newest, args=ocp.args.StandardRestore(target)))
-
-
-def _seal_path(checkpoints: ocp.CheckpointManager, step: int) -> epath.Path:
-    return checkpoints.directory / "checksums" / f"{step}.json"
-
-
-def _seal(checkpoints: ocp.CheckpointManager) -> None:
-    """Writes down the checksums of every finished checkpoint that has none yet, and forgets those of deleted ones."""
-    if not is_first():
-        return
-    steps = set(checkpoints.all_steps())
-    folder = checkpoints.directory / "checksums"
-    known = {int(path.stem) for path in folder.glob("*.json")} if folder.exists() else set()
-    for step in known - steps:
-        _seal_path(checkpoints, step).unlink()
-    for step in steps - known:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(json.dumps(checksums(checkpoints.directory / str(step))), _seal_path(checkpoints, step))
-
-
-def _is_whole(checkpoints: ocp.CheckpointManager, step: int) -> bool:
-    """Whether a checkpoint is as it was written; one that was killed before its checksums were written is taken to be."""
-    path = _seal_path(checkpoints, step)
-    find = lambda: damage(checkpoints.directory / str(step), json.loads(path.read_text())) if path.exists() else None  # noqa: E731
-    harm = once(find)
-    if harm is not None:
+    for step in sorted(manager.all_steps(), reverse=True):
+        expected = once(lambda step=step: _expected(manager.directory, step))
+        harm = None if expected is None else once(lambda step=step, sums=expected: damage(manager.directory / str(step), sums))
+        if harm is None:
+            try:
+                return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(target)))
+            except SAVE_ERRORS as error:
+                harm = f"{manager.directory / str(step)} cannot be read ({' '.join(str(error).split())[:200]})"
+                if expected is not None or jax.process_count() > 1:
+                    raise RunError(
+                        f"{harm}; mend that, or delete it to go on from the one before, then run the same command again"
+                    ) from error
         log.warning("%s; checkpoint %d is left out", harm, step)
-        checkpoints.delete(step)
-    return harm is None
+        manager.delete(step)
+    return None
+
+
+def _seal_path(folder: epath.Path, step: int) -> epath.Path:
+    return folder / "checksums" / f"{step}.json"
+
+
+def _expected(folder: epath.Path, step: int) -> dict[str, str] | None:
+    """The checksums of a checkpoint's files; None where it was killed before they were written down, or they are lost themselves."""
+    path = _seal_path(folder, step)
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        log.warning("%s is damaged; checkpoint %d is taken to be whole if it can be read", path, step)
+        return None
+
+
+def _seal(folder: epath.Path, steps: set[int]) -> None:
+    """Writes down the checksums of the finished checkpoints `steps`, and forgets those of deleted ones."""
+    sums = folder / "checksums"
+    known = {int(path.stem) for path in sums.glob("*.json")} if sums.exists() else set()
+    for step in known - steps:
+        _seal_path(folder, step).unlink()
+    for step in steps - known:
+        sums.mkdir(parents=True, exist_ok=True)
+        try:
+            write_text(json.dumps(checksums(folder / str(step))), _seal_path(folder, step))
+        except FileNotFoundError:
+            continue  # deleted meanwhile, for a newer one
 
 
 def _changing(state: TrainState) -> dict:

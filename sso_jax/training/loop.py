@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from sso_jax.errors import RunError
 from sso_jax.hosts import stop_now
@@ -22,8 +23,9 @@ class Hooks(NamedTuple):
     line: Callable[[dict], None]
     """Takes the metrics of each update, in order."""
     save: Callable[[TrainState, int], None]
-    """Takes the state and the number of updates behind it, every `every_steps` updates, after the last, and before a stop."""
+    """Takes the state and the number of updates behind it where `is_saved` says so, and before a stop."""
     every_steps: int
+    """Most updates that a kill may make be done again."""
     examples: Callable[[int], list[str]] = lambda step: []
     """Ids of the examples of an update."""
 
@@ -39,17 +41,27 @@ def update_order(num_examples: int, batch_size: int, epochs: int, shuffle: bool,
     return updates
 
 
+def is_saved(done: int, num_updates: int, every_steps: int) -> bool:
+    """Whether there is a checkpoint after `done` updates: at every multiple of `every_steps`, half-way between two, and after the last.
+
+    Half-way too because a checkpoint is written while training goes on, and is of use only once it is whole: the one before it, no more
+    than `every_steps` behind, must then still do.
+    """
+    return done % every_steps in (0, every_steps // 2) or done == num_updates
+
+
 def run_updates(
     update: Callable,
     state: TrainState,
     make_batch: Callable[[int], NamedTuple],
     num_tokens: Sequence[int],
+    rates: Sequence[float],
     start: int,
     mesh: jax.sharding.Mesh,
     hooks: Hooks,
     stage: str,
 ) -> TrainState:
-    """Runs updates `start` to the last; `make_batch(i)` and `num_tokens[i]` are the batch of update i and its count of tokens.
+    """Runs updates `start` to the last; `make_batch(i)`, `num_tokens[i]` and `rates[i]` are what update i takes, its tokens, its rate.
 
     The metrics of an update are fetched after the next one was handed to the device, so that the device never waits for the host.
 
@@ -75,13 +87,13 @@ def run_updates(
             batch = make_batch(step)
             batch = place(batch, batch_shardings(batch, mesh))
             with jax.set_mesh(mesh):
-                state, metrics = update(state, batch)
+                state, metrics = update(state, batch, np.float32(rates[step]))
             if waiting is not None:
                 flush(*waiting)
             waiting = (step, metrics)
             done = step + 1
             stop = stop_now()
-            if stop or done % hooks.every_steps == 0 or done == len(num_tokens):
+            if stop or is_saved(done, len(num_tokens), hooks.every_steps):
                 flush(*waiting)
                 waiting = None
                 hooks.save(state, done)

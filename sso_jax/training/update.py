@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from sso_jax.mesh import replicated, spec
+from sso_jax.mesh import place, replicated, spec
 from sso_jax.models.adapters import join, split_trainable
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
@@ -100,21 +101,20 @@ def decayed(params) -> dict:
     return unflatten_dict({path: path.split("/")[-1] not in ("scale", "bias") for path in flat}, sep="/")
 
 
-def learning_rate_schedule(peak: float, kind: str, warmup_ratio: float, num_updates: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_ratio` of the updates, then a cosine to 0 or the peak kept."""
+def learning_rates(peak: float, kind: str, warmup_ratio: float, num_updates: int) -> list[float]:
+    """Learning rate of each update: a linear warm-up from 0 over `warmup_ratio` of them, then a cosine to 0 or the peak kept."""
     warmup = round(warmup_ratio * num_updates)
     if kind == "constant":
         rest = optax.constant_schedule(peak)
     else:
         rest = optax.cosine_decay_schedule(peak, max(1, num_updates - warmup))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup]) if warmup else rest
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup]) if warmup else rest
+    return [float(schedule(step)) for step in range(num_updates)]
 
 
-def make_optimizer(
-    schedule: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
-) -> optax.GradientTransformation:
-    """AdamW with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the global norm."""
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed, mu_dtype=jnp.float32)
+def make_optimizer(b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
+    """The step of AdamW at learning rate 1, with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the global norm."""
+    adamw = optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed, mu_dtype=jnp.float32)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 
@@ -132,7 +132,7 @@ def init_state(params, optimizer: optax.GradientTransformation, shardings: Train
     """State before the first update; `params` are taken over, not copied."""
     trainable, frozen = split_trainable(params)
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
-    step = jax.jit(lambda: jnp.int32(0), out_shardings=shardings.step)()
+    step = jax.device_put(place(np.int32(0), shardings.step), shardings.step)
     return TrainState(trainable, moments, step, frozen)
 
 
@@ -146,15 +146,15 @@ def batch_shardings(batch: NamedTuple, mesh: jax.sharding.Mesh):
 def build_update(
     example_losses: ExampleLosses,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
     batch: NamedTuple,
-) -> Callable[[TrainState, NamedTuple], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Compiles `state, batch -> state, metrics` for batches shaped like `batch`; the old state's memory is given to the new.
+) -> Callable[[TrainState, NamedTuple, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state's memory is given to the new.
 
+    The rate is an argument and `optimizer` gives the step at rate 1, so that rounds with other numbers of updates share a program.
     The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32 before the one update.
-    Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate of this update.
+    Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
     """
 
     def weighted(params, frozen, micro):
@@ -167,7 +167,7 @@ def build_update(
         (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(state.params, state.frozen, micro)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), means
 
-    def update_batch(state: TrainState, batch: NamedTuple):
+    def update_batch(state: TrainState, batch: NamedTuple, rate):
         first = jax.tree.map(lambda part: part[0], batch)
         if batch.weights.shape[0] == 1:  # nothing to add up, and no second gradient in memory
             gradient, means = gradient_of(state, first)
@@ -176,13 +176,13 @@ def build_update(
             add = lambda total, micro: (jax.tree.map(jnp.add, total, gradient_of(state, micro)), None)  # noqa: E731
             (gradient, means), _ = jax.lax.scan(add, zeros, batch)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, changes)
-        metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
+        params = optax.apply_updates(state.params, optax.tree.scale(rate, changes))
+        metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": rate}
         return TrainState(params, moments, state.step + 1, state.frozen), metrics
 
     return jax.jit(
         update_batch,
         donate_argnums=0,
-        in_shardings=(shardings, batch_shardings(batch, mesh)),
+        in_shardings=(shardings, batch_shardings(batch, mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )

@@ -1,0 +1,123 @@
+"""A run's command started once, and killed by SIGKILL at a moment drawn at random: what it was about then, and what it had begun."""
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/kills.yaml"
+POLL_SECONDS = 0.002
+CHILD = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('benchmarks.kills.watched', run_name='__main__')"
+"""Without PyTorch, on which transformers would spend two seconds of every start; it is here for the tests only."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to kill a start: after so many seconds of processor time, or so many seconds after it entered a stage for the n-th time.
+
+    Processor time, because a machine that others share is not equally fast from one start to the next.
+    """
+
+    seconds: float
+    stage: str | None = None
+    entry: int = 1
+
+
+@dataclass
+class Start:
+    """What one start did."""
+
+    stages: list[str] = field(default_factory=list)
+    """The stages under way, the innermost last."""
+    entered: dict[str, list[float]] = field(default_factory=dict)
+    """When each stage was entered."""
+    lasted: dict[str, float] = field(default_factory=dict)
+    """Longest time in each stage, in seconds."""
+    did: list[tuple[str, str]] = field(default_factory=list)
+    """(kind, which) of every update and batch of samples that was begun."""
+    killed: bool = False
+    status: int = 0
+    seconds: float = 0.0
+    """Of processor time."""
+    error: str = ""
+
+    def where(self) -> str:
+        """Stage that the start was in at its end."""
+        return self.stages[-1] if self.stages else "between stages" if self.entered else "start-up"
+
+    def take(self, note: dict, now: float) -> None:
+        """Takes a note of the run, read at `now`."""
+        if "enter" in note:
+            self.stages.append(note["enter"])
+            self.entered.setdefault(note["enter"], []).append(now)
+        elif "leave" in note:
+            stage = self.stages.pop()
+            self.lasted[stage] = max(self.lasted.get(stage, 0.0), now - self.entered[stage][-1])
+        else:
+            self.did.append((note["did"], note["which"]))
+
+
+def draw_moment(draw: random.Random, alone: float, lasts: Mapping[str, float]) -> Moment:
+    """Half of all moments fall anywhere in the time of a run; the others in a stage, so that short ones are met too."""
+    if draw.random() < 0.5:
+        return Moment(draw.uniform(0.0, alone))
+    stage = draw.choice(sorted(lasts))
+    return Moment(draw.uniform(0.0, lasts[stage]), stage, draw.choice([1, 1, 2]))
+
+
+def start_run(directory: Path, moment: Moment | None) -> Start:
+    """Starts the command, or what is left of its run, and kills it at the moment, if it does not end before."""
+    reading, writing = os.pipe()
+    command = [sys.executable, "-c", CHILD, str(writing), "--config", CONFIG, "--run.directory", str(directory)]
+    log = directory.with_name(directory.name + ".log")
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, pass_fds=[writing])
+    os.close(writing)
+    try:
+        start = _follow(process, reading, moment)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        os.close(reading)
+    _, status, usage = os.wait4(process.pid, 0)
+    start.status, start.seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+    start.error = log.read_text(errors="replace")[-3000:]
+    log.unlink()
+    return start
+
+
+def _processor_seconds(pid: int) -> float:
+    """Time that all threads of a process have had so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _follow(process: subprocess.Popen, reading: int, moment: Moment | None) -> Start:
+    """Reads the notes to their end; the process is killed on the way."""
+    start, rest = Start(), b""
+    while True:
+        if moment is not None and not start.killed and _is_due(moment, process.pid, start):
+            os.kill(process.pid, signal.SIGKILL)
+            start.killed = True
+        if not select.select([reading], [], [], POLL_SECONDS)[0]:
+            continue
+        part = os.read(reading, 65536)
+        if not part:
+            return start
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            start.take(json.loads(line), time.perf_counter())
+
+
+def _is_due(moment: Moment, pid: int, start: Start) -> bool:
+    if moment.stage is None:
+        return _processor_seconds(pid) >= moment.seconds
+    entries = start.entered.get(moment.stage, [])
+    return len(entries) >= moment.entry and time.perf_counter() >= entries[moment.entry - 1] + moment.seconds

@@ -1,0 +1,102 @@
+"""A file descriptor and train.py's arguments in, that run out, with a note to the descriptor of everything that it begins.
+
+    python -m benchmarks.kills.watched FD --config configs/kills.yaml --run.directory DIR
+
+A note is a JSON line: `{"enter": STAGE}`, `{"leave": STAGE}`, and `{"did": KIND, "which": ...}` for the updates and the batches of samples
+that a kill may make be done again. It is written before the thing itself; a pipe keeps it when the process is killed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+
+import train
+from sso_jax import policy_training, report, rounds, sampled, steering_sources
+from sso_jax.sampling.sampler import Sampler
+from sso_jax.toy import pretraining
+from sso_jax.training import checkpoints
+
+STAGES = {
+    "bootstrap": (pretraining, "pretrain"),
+    "asking": (steering_sources, "ask_policy"),
+    "sampling": (sampled, "sample_triples"),
+    "scoring": (rounds, "score_examples"),
+    "filtering": (rounds, "filtered"),
+    "update": (policy_training, "run_updates"),
+    "checkpoint": (checkpoints, "save"),
+    "export": (rounds, "export_policy"),
+    "evaluation": (rounds, "measure_policy"),
+    "report": (report, "write"),
+}
+"""The function of each stage, and the module in which it is looked up; `asking` is told apart into ASKED."""
+ASKED = ("features", "principles")
+Note = Callable[..., None]
+
+
+def tell_stage(note: Note, holder, name: str, stage: str) -> None:
+    """Makes `holder.name` tell when it is entered and left."""
+    function = getattr(holder, name)
+
+    @functools.wraps(function)
+    def told(*args, **kwargs):
+        own = next((word for word in ASKED if stage == "asking" and args[6].endswith(word)), stage)
+        note(enter=own)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            note(leave=own)
+
+    setattr(holder, name, told)
+
+
+def tell_updates(note: Note, holder) -> None:
+    """Makes `holder.run_updates` tell every update before it is handed to the device."""
+    run_updates = holder.run_updates
+
+    def told(update, state, make_batch, num_tokens, rates, start, mesh, hooks, stage):
+        steps = itertools.count(start)
+
+        def told_update(*args):
+            note(did="update", which=f"{stage}, {next(steps)}")
+            return update(*args)
+
+        return run_updates(told_update, state, make_batch, num_tokens, rates, start, mesh, hooks, stage)
+
+    holder.run_updates = told
+
+
+def tell_batches(note: Note) -> None:
+    """Makes samplers tell every batch before it is sampled."""
+    sample = Sampler.sample
+
+    def told(sampler, params, requests, stage, *args):
+        def generate(params, prompts, *rest):
+            note(did="batch", which=f"{stage}, {hashlib.sha256(bytes(prompts.keys)).hexdigest()[:16]}")
+            return sampler.generate(params, prompts, *rest)
+
+        return sample(dataclasses.replace(sampler, generate=generate), params, requests, stage, *args)
+
+    Sampler.sample = told
+
+
+def main(descriptor: int, argv: list[str]) -> int:
+    """Exit status of the run."""
+
+    def note(**fields) -> None:
+        os.write(descriptor, (json.dumps(fields) + "\n").encode())
+
+    for holder in (pretraining, policy_training):
+        tell_updates(note, holder)
+    tell_batches(note)
+    for stage, (holder, name) in STAGES.items():
+        tell_stage(note, holder, name, stage)
+    return train.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
