@@ -171,7 +171,8 @@ def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_al
     for process, log in zip(processes, logs, strict=True):
         assert process.wait(timeout=300) == 75, log.read_text()[-3000:]
         assert "run the same command again" in log.read_text()
-    assert not (directory / "summary.json").exists()
+    rounds = [row["iteration"] for row in json.loads((directory / "summary.json").read_text())]
+    assert rounds == [0] and not (directory / "iteration_1" / "done" / "export.json").exists()  # stopped within the round
     for process, log in zip(start(), logs, strict=True):
         assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
     for name in ("responses.jsonl", "pairs.jsonl", "policy/model.safetensors"):
