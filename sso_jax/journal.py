@@ -49,9 +49,15 @@ class Journal:
             os.fsync(file.fileno())
 
     def _mend(self, path: Path) -> None:
-        """Starts the part anew if it is another list's, and cuts off a last line that was not written whole."""
-        text = path.read_text() if path.is_file() else ""
-        if not text.startswith(self.fingerprint + "\n"):
-            path.write_text(self.fingerprint + "\n")
-        elif not text.endswith("\n"):
-            path.write_text(text[: text.rindex("\n") + 1])
+        """Starts the part anew if it is another list's, and cuts off a last line that was not written whole; reads both ends only."""
+        head = f"{self.fingerprint}\n".encode()
+        with open(path, "a+b") as file:
+            file.seek(0)
+            if file.read(len(head)) != head:
+                file.truncate(0)
+                file.write(head)
+                return
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rindex(b"\n") + 1)
