@@ -151,3 +151,13 @@ def test_rows_that_do_not_hold_their_trees_are_refused():
     trees = random_trees()
     with pytest.raises(ValueError, match="do not pack"):
         pack(trees, row_shape([trees[:1]])._replace(num_rows=1), 40)
+
+
+def test_rows_are_longer_than_the_longest_tree_where_that_leaves_less_of_them_empty():
+    tree = lambda length: Tree([1] * (length - 2), [Branch([2, 3], 0)])  # noqa: E731
+    uneven = [tree(128), *(tree(66) for _ in range(12))]  # in rows of 128 each of these has one to itself: 13 * 128 = 1664 tokens
+    shape = row_shape([uneven])
+    assert shape.num_tokens > 128 and shape.num_rows * shape.num_tokens <= 1200  # there are 920
+    assert int((pack(uneven, shape, 1).tree > 0).sum()) == 128 + 12 * 66
+    even = row_shape([[tree(128) for _ in range(8)]])
+    assert (even.num_rows, even.num_tokens) == (8, 128)  # nothing to gain: the shortest rows

@@ -19,6 +19,8 @@ from jaxtyping import Int
 from sso_jax.records import Triple
 
 ROW_STEP, TARGET_STEP = 32, 64
+ATTENTION_LENGTH = 4096
+"""About the length of row at which attending costs as much as all products with weights."""
 
 
 class Branch(NamedTuple):
@@ -89,8 +91,21 @@ def _round_up(value: int, step: int) -> int:
 
 
 def row_shape(batches: list[list[Tree]], row_multiple: int = 1) -> RowShape:
-    """Smallest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`."""
-    num_tokens = _round_up(max(tree.num_tokens() for trees in batches for tree in trees), ROW_STEP)
+    """Cheapest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`.
+
+    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of them empty.
+    """
+    longest = max(tree.num_tokens() for trees in batches for tree in trees)
+    shapes = [_shape_of_length(batches, _round_up(times * longest, ROW_STEP), row_multiple) for times in (1, 2, 3, 4)]
+    return min(shapes, key=_cost)
+
+
+def _cost(shape: RowShape) -> float:
+    """Work of a shape: its tokens, and attention, which grows with the length of their rows."""
+    return shape.num_rows * shape.num_tokens * (1.0 + shape.num_tokens / ATTENTION_LENGTH)
+
+
+def _shape_of_length(batches: list[list[Tree]], num_tokens: int, row_multiple: int) -> RowShape:
     num_rows, num_targets = 1, 1
     for trees in batches:
         bins = first_fit([tree.num_tokens() for tree in trees], num_tokens)
