@@ -39,36 +39,57 @@ def _is_target(target: Int[Array, "R C"], vocab_size: int) -> Bool[Array, "R C V
 
 @jax.custom_vjp
 def _chunked_log_probs(head: Float[Array, "D V"], hidden: Float[Array, "A R C D"], target: Int[Array, "A R C"]) -> Float[Array, "A R C"]:
-    """Log-probs of chunks one after another. One chunk's logits are in memory, and none are kept for the backward pass.
+    """Log-probs of chunks one after another; one chunk's logits are in memory.
 
-    With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The backward pass computes
-    a chunk's logits anew and has p from the log-sum-exp that the forward pass kept.
+    With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The backward pass has p
+    from the log-sum-exp that the forward pass kept, and from the logits: kept where all tokens are one chunk, computed anew otherwise.
     """
     return _log_probs_forward(head, hidden, target)[0]
 
 
 def _log_probs_forward(head, hidden, target):
+    single = hidden.shape[0] == 1
+
     def of_chunk(part):
         logits = _logits(part[0], head)
         log_total = jax.nn.logsumexp(logits, axis=-1)
-        return jnp.sum(jnp.where(_is_target(part[1], head.shape[1]), logits, 0.0), axis=-1) - log_total, log_total
+        log_probs = jnp.sum(jnp.where(_is_target(part[1], head.shape[1]), logits, 0.0), axis=-1) - log_total
+        return log_probs, log_total, logits if single else None
 
-    log_probs, log_totals = jax.lax.map(of_chunk, (hidden, target))
-    return log_probs, (head, hidden, target, log_totals)
+    log_probs, log_totals, logits = _over_chunks(of_chunk, (hidden, target))
+    return log_probs, (head, hidden, target, log_totals, logits)
+
+
+def _over_chunks(of_chunk: Callable, parts: tuple):
+    """`of_chunk` of each chunk in turn; of a single one without a loop, through which it would be copied."""
+    if parts[0].shape[0] > 1:
+        return jax.lax.map(of_chunk, parts)
+    return jax.tree.map(lambda x: x[None], of_chunk(jax.tree.map(lambda part: part[0], parts)))
 
 
 def _log_probs_backward(kept, gradient):
-    head, hidden, target, log_totals = kept
+    head, hidden, target, log_totals, logits = kept
 
-    def of_chunk(d_head, part):
-        hidden, target, log_totals, gradient = part
-        probs = jnp.exp(_logits(hidden, head) - log_totals[..., None])
+    def of_chunk(part):
+        """Gradients of the head, float32, and of a chunk's hidden states."""
+        hidden, target, log_totals, logits, gradient = part
+        probs = jnp.exp((_logits(hidden, head) if logits is None else logits) - log_totals[..., None])
         d_logits = gradient[..., None] * (_is_target(target, head.shape[1]) - probs)  # [R, C, V]
         flat = d_logits.astype(head.dtype).reshape(-1, head.shape[1])  # [R*C, V], for the reason in `flat_product`
         d_hidden = (flat @ head.T).reshape(hidden.shape)
-        return d_head + jnp.matmul(hidden.reshape(flat.shape[0], -1).T, flat, preferred_element_type=jnp.float32), d_hidden
+        return jnp.matmul(hidden.reshape(flat.shape[0], -1).T, flat, preferred_element_type=jnp.float32), d_hidden
 
-    d_head, d_hidden = jax.lax.scan(of_chunk, jnp.zeros(head.shape, jnp.float32), (hidden, target, log_totals, gradient))
+    parts = (hidden, target, log_totals, logits, gradient)
+    if hidden.shape[0] == 1:
+        d_head, d_hidden = _over_chunks(of_chunk, parts)
+        d_head = d_head[0]
+    else:
+
+        def add(total, part):
+            d_head, d_hidden = of_chunk(part)
+            return total + d_head, d_hidden
+
+        d_head, d_hidden = jax.lax.scan(add, jnp.zeros(head.shape, jnp.float32), parts)
     return d_head.astype(head.dtype), d_hidden, None
 
 
