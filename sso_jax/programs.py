@@ -179,7 +179,7 @@ def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
     rows, slots = -(-sampling.batch_size // shards) * shards, bucket(plan.prompt_tokens)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     keys, used = jax.ShapeDtypeStruct((rows, 2), jnp.uint32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    prompts = Prompts(ints(rows, slots), ints(rows), keys, used)
+    prompts = Prompts(ints(0), ints(rows, slots), ints(rows), keys, used)
     strategy = _shapes(make_strategy(sampling.temperature, sampling.top_p, sampling.top_k))
     return (plan.params, prompts, strategy, ints(2)), min(sampling.max_new_tokens, plan.response_tokens)
 

@@ -107,6 +107,20 @@ def test_attention_block_by_block_equals_all_at_once_with_its_gradients(dtype, t
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), atol=tolerance), got, expected)
 
 
+def test_attention_of_the_last_tokens_is_that_of_the_whole_sequence_with_its_gradients():
+    draw = np.random.default_rng(4)
+    inputs = [jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 300, 8), (2, 2, 300, 8), (2, 2, 300, 8)]]
+    mask, before = causal_mask(300), 70
+    weights = draw.normal(size=(2, 2, 2, 300 - before, 8)).astype(np.float32)
+    last = lambda queries, keys, values: plain_attend(queries[..., before:, :], keys, values, mask[:, before:])  # noqa: E731
+    whole = lambda *inputs: step_attend(*inputs, mask)[..., before:, :]  # noqa: E731
+    got, expected = (
+        (attend(*inputs), jax.grad(lambda *i, attend=attend: jnp.sum(attend(*i) * weights), argnums=(0, 1, 2))(*inputs))
+        for attend in (last, whole)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
 FAST = {"splash": ATTEND["splash_interpreted"], "dot_product": lambda *a: cudnn_attend(*a, implementation="xla")}
 
 

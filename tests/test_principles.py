@@ -176,11 +176,11 @@ def test_what_holds_no_two_principles_is_not_read_as_such(text):
     assert parse_principles(text) is None
 
 
-def test_the_question_for_principles_names_the_feature_and_its_sides_and_ends_with_the_query():
+def test_the_question_for_principles_ends_with_the_query_the_feature_and_its_sides_and_starts_alike_for_all():
     question = principles_prompt(Query("1", "Why {feature}? {good} {bad}"), "Engagement")
-    assert question.endswith("Query: Why {feature}? {good} {bad}\nAbout: Engagement")
-    head = question.split("Query:")[0]
-    assert "Engagement" in head and "engaging" in head and "dull" in head
+    own = "Query: Why {feature}? {good} {bad}\nAbout: Engagement (good: engaging, bad: dull)"
+    assert question.endswith(own)
+    assert principles_prompt(Query("2", "How?"), "Safety").startswith(question.removesuffix(own))  # which sampling runs once
     examples = re.findall(r"^\{.*\}$", question, re.MULTILINE)
     assert len(examples) == 2 and all(parse_principles(example) == tuple(json.loads(example).values()) for example in examples)
 

@@ -3,13 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from toys import toy_model, toy_params
 
 from sso_jax.errors import InputError
+from sso_jax.flops import count_flops
 from sso_jax.mesh import param_shardings
 from sso_jax.models.transformer import abstract_params
-from sso_jax.sampling.decode import build_generate, build_parts
-from sso_jax.sampling.sampler import Request, Sampler, bucket, cut_batches, pad_prompts, row_key
+from sso_jax.sampling.decode import build_generate, build_parts, prefill, to_weights
+from sso_jax.sampling.sampler import Request, Sampler, bucket, cut_batches, pad_prompts, row_key, shared_prefix
 from sso_jax.sampling.strategies import make_strategy
 
 
@@ -116,6 +118,51 @@ def test_jit_and_no_jit_give_the_same_tokens(one_device):
     compiled = sampler.sample(params, asked, "test")
     with jax.disable_jit():
         assert sampler.sample(params, asked, "test") == compiled
+
+
+def starting_alike(count, num_shared):
+    """Requests whose prompts share a few-shot question's worth of tokens, and end apart."""
+    shared = np.random.default_rng(7).integers(3, 96, num_shared).tolist()
+    return [Request(shared + request.prompt_ids, request.key) for request in requests(count)]
+
+
+@pytest.mark.parametrize(("num_shared", "expected"), [(0, 0), (63, 0), (64, 64), (130, 128)])
+def test_what_prompts_start_with_is_shared_in_whole_steps(num_shared, expected):
+    prompts = [request.prompt_ids for request in starting_alike(6, num_shared)]
+    assert shared_prefix(prompts) == prompts[0][:expected]
+
+
+def test_a_prefix_leaves_every_prompt_a_token_and_a_single_prompt_has_none():
+    whole = list(range(64))
+    assert shared_prefix([whole, [*whole, 5]]) == []  # nothing would be left of the first
+    assert shared_prefix([[*whole, 5], [*whole, 5]]) == whole
+    assert shared_prefix([[*whole, 5]]) == []
+
+
+@pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
+def test_prompts_that_start_alike_are_answered_as_if_they_did_not(devices, request):
+    model, mesh = toy_model(), request.getfixturevalue(devices)
+    params, sampler = toy_params(model, mesh), make_sampler(model, mesh, batch_size=8, max_new_tokens=12, max_tokens=256)
+    alike = starting_alike(9, 140)
+    other = Request([5, 4, 3], row_key(0, 1, "other", "chosen"))
+    assert shared_prefix([item.prompt_ids for item in [*alike, other]]) == []
+    assert sampler.sample(params, alike, "test") == sampler.sample(params, [*alike, other], "test")[:-1]
+
+
+def test_a_shared_prefix_is_run_once():
+    model = toy_model()
+    params, stops = abstract_params(model), np.array([7], np.int32)
+    alike = starting_alike(8, 128)
+
+    def operations(prefix):
+        prompts = pad_prompts(alike, 8, bucket(max(len(item.prompt_ids) for item in alike) - len(prefix)), prefix)
+        run = lambda params: prefill(model, to_weights(model, params), prompts, make_strategy(0.9, 0.95), stops, 4)  # noqa: E731
+        return count_flops(jax.make_jaxpr(run)(nn.unbox(params)))
+
+    shared, apart = (operations(prefix) for prefix in (alike[0].prompt_ids[:128], []))
+    # 128 tokens once and 48 of each prompt, against 192 of each prompt, all but the logits
+    logits = 2.0 * 8 * model.architecture.width * model.architecture.vocab_size
+    assert (shared - logits) / (apart - logits) == pytest.approx((128 + 8 * 48) / (8 * 192), rel=0.15)
 
 
 def test_prefill_and_decode_compiled_apart_give_the_tokens_of_the_one_program(eight_devices):

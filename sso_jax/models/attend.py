@@ -61,7 +61,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 @jax.custom_vjp
 def plain_attend(queries, keys, values, mask):
-    """As `step_attend` for a whole sequence (T = S) in which no token sees a later one.
+    """As `step_attend` for a whole sequence, or the last T of its S tokens, in which no token sees a later one.
 
     Queries are taken a block at a time with the keys up to the block's end: what lies above the diagonal's blocks is not computed, and
     only one block's scores are in memory. Nothing of size [T, S] is kept for the backward pass: it has each query's log-sum-exp and
@@ -71,7 +71,9 @@ def plain_attend(queries, keys, values, mask):
 
 
 def _attend_forward(queries, keys, values, mask):
-    parts = [_attend_block(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], mask[:, a:b, :b]) for a, b in _blocks(queries.shape[3])]
+    before = keys.shape[2] - queries.shape[3]  # tokens of which there are keys and no queries
+    blocks = [(a, b, before + b) for a, b in _blocks(queries.shape[3])]
+    parts = [_attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end]) for a, b, end in blocks]
     out, log_totals = (jnp.concatenate(pieces, axis=3) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
 
@@ -83,13 +85,15 @@ def _attend_backward(kept, d_out):
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
     d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)  # noqa: E731
+    before = keys.shape[2] - queries.shape[3]
     for a, b in _blocks(queries.shape[3]):
-        q, k, v, do = queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], d_out[..., a:b, :]
-        weights = jnp.exp(_scores(q, k, mask[:, a:b, :b]) - log_totals[..., a:b, :])
+        end = before + b
+        q, k, v, do = queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], d_out[..., a:b, :]
+        weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])
         d_scores = (weights * (dot("bkgth,bksh->bkgts", do, v) - inner[..., a:b, :]) * scale).astype(q.dtype)
         d_queries.append(dot("bkgts,bksh->bkgth", d_scores, k).astype(q.dtype))
-        d_keys = d_keys.at[:, :, :b].add(dot("bkgts,bkgth->bksh", d_scores, q))
-        d_values = d_values.at[:, :, :b].add(dot("bkgts,bkgth->bksh", weights.astype(v.dtype), do))
+        d_keys = d_keys.at[:, :, :end].add(dot("bkgts,bkgth->bksh", d_scores, q))
+        d_values = d_values.at[:, :, :end].add(dot("bkgts,bkgth->bksh", weights.astype(v.dtype), do))
     return jnp.concatenate(d_queries, axis=3), d_keys.astype(keys.dtype), d_values.astype(values.dtype), None
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attend import ATTEND, step_attend
+from sso_jax.models.attend import ATTEND, plain_attend, step_attend
 from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, rotate
 
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     attend: str = "plain"
-    """Name in `ATTEND` of what attends where whole sequences are run; a decoding step is always plain."""
+    """Name in `ATTEND` of what attends where whole sequences are run; what looks back at the cache is always plain."""
     adapters: Adapters = Adapters()
 
     def _types(self) -> dict:
@@ -104,10 +104,13 @@ class Attention(nn.Module):
                 keys=jax.lax.dynamic_update_slice(cache.keys, keys[None].astype(cache.keys.dtype), start),
                 values=jax.lax.dynamic_update_slice(cache.values, values[None].astype(cache.values.dtype), start),
             )
-            if length == 1:  # decoding looks back at the cache; a prefill starts it and sees its own tokens only
-                keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)  # [B, K, S, H]
-                values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)  # [B, K, S, H]
-        attend = step_attend if length == 1 else ATTEND[self.attend]
+        num_seen = mask.shape[-1]
+        if num_seen > length:  # a prefill that starts the cache sees its own tokens only, all else looks back at the cache
+            seen = lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)[:, :, :num_seen]  # noqa: E731
+            keys, values = seen(cache.keys), seen(cache.values)  # [B, K, S, H]
+            attend = step_attend if length == 1 else plain_attend
+        else:
+            attend = ATTEND[self.attend]
         out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")

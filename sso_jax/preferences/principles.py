@@ -88,7 +88,10 @@ def predefined(query: Query, features: tuple[str, ...], text: str | None = None,
 
 
 def principles_prompt(query: Query, feature: str) -> str:
-    """Few-shot user turn that asks for a good and a bad principle of one feature, for this query, as JSON."""
+    """Few-shot user turn that asks for a good and a bad principle of one feature, for this query, as JSON.
+
+    What is asked of the query stands at its end: what stands before it is the same in every question, and is run once.
+    """
     template = resources.files(__package__).joinpath("principles_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
     row = feature_table()[feature]
     filled = template.replace("{feature}", feature).replace("{good}", row.good_adjective).replace("{bad}", row.bad_adjective)

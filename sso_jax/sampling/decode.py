@@ -1,7 +1,8 @@
 """Padded prompts [B, P] and row keys in, sampled tokens [B, M] and their counts out: prefill, then decode, in one compiled program.
 
-Prompts are padded on the right and fill the first P slots of the cache; the step-th sampled token of every row goes to slot
-P + step, so that all rows write to one place, and a row's own padding is masked by its length.
+What all prompts start with, the prefix of Q tokens, is run once and fills the first Q slots of the cache. The rest of each prompt is
+padded on the right and fills the next P; the step-th sampled token of every row goes to slot Q + P + step, so that all rows write to one
+place, and a row's own padding is masked by its length.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from sso_jax.mesh import batch_sharding, replicated, spec
+from sso_jax.mesh import batch_sharding, batch_shards_in_context, replicated, spec
 from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask, empty_cache
 from sso_jax.models.transformer import Transformer, project, unstack
 from sso_jax.sampling.strategies import Strategy, choose
@@ -21,6 +22,8 @@ from sso_jax.sampling.strategies import Strategy, choose
 class Prompts(NamedTuple):
     """A batch of prompts; rows that only fill the batch have `used` False."""
 
+    prefix: Int[Array, "Q"]
+    """What every prompt starts with, of length 0 for nothing; `tokens` and `lengths` are of what follows it."""
     tokens: Int[Array, "B P"]
     lengths: Int[Array, "B"]
     keys: UInt32[Array, "B 2"]
@@ -78,15 +81,28 @@ def pick(
     return state._replace(step=state.step + 1, last=token, done=done, samples=samples)
 
 
+def with_prefix(model: Transformer, weights: Weights, prefix: Int[Array, "Q"], cache: Cache) -> Cache:
+    """The cache with these tokens in the first slots of every row; each shard of the batch runs them once, and nothing is sent round."""
+    num_shards, num_slots = batch_shards_in_context(), prefix.size
+    tokens, positions = (jnp.broadcast_to(row, (num_shards, num_slots)) for row in (prefix, jnp.arange(num_slots)))
+    own = empty_cache(model.architecture, num_shards, num_slots, model.dtype)
+    _, own = model.apply({"params": weights.params}, tokens, positions, causal_mask(num_slots), own, 0)
+    num_rows = cache.keys.shape[1] // num_shards
+    write = lambda whole, part: jax.lax.dynamic_update_slice(whole, jnp.repeat(part, num_rows, axis=1), (0,) * whole.ndim)  # noqa: E731
+    return jax.tree.map(write, cache, own)
+
+
 def prefill(
     model: Transformer, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"], max_new_tokens: int
 ) -> State:
     """Runs the decoder on the prompts and draws each row's first token; there is room for `max_new_tokens`."""
-    batch_size, prompt_slots = prompts.tokens.shape
-    cache = empty_cache(model.architecture, batch_size, prompt_slots + max_new_tokens, model.dtype)
-    positions = jnp.broadcast_to(jnp.arange(prompt_slots), prompts.tokens.shape)
-    variables = {"params": weights.params}
-    hidden, cache = model.apply(variables, prompts.tokens, positions, causal_mask(prompt_slots), cache, 0)
+    (prefix_slots,), (batch_size, prompt_slots) = prompts.prefix.shape, prompts.tokens.shape
+    cache = empty_cache(model.architecture, batch_size, prefix_slots + prompt_slots + max_new_tokens, model.dtype)
+    if prefix_slots:
+        cache = with_prefix(model, weights, prompts.prefix, cache)
+    positions = jnp.broadcast_to(prefix_slots + jnp.arange(prompt_slots), prompts.tokens.shape)
+    mask = causal_mask(prefix_slots + prompt_slots)[:, prefix_slots:]
+    hidden, cache = model.apply({"params": weights.params}, prompts.tokens, positions, mask, cache, prefix_slots)
     last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
     nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
     start = State(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
@@ -95,14 +111,15 @@ def prefill(
 
 def decode(model: Transformer, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"], state: State) -> State:
     """Draws token after token from where `prefill` ended, until every row has stopped or has all of its tokens."""
-    prompt_slots, max_new_tokens = prompts.tokens.shape[1], state.samples.tokens.shape[1]
+    prefix_slots, max_new_tokens = prompts.prefix.size, state.samples.tokens.shape[1]
+    prompt_slots, lengths = prefix_slots + prompts.tokens.shape[1], prefix_slots + prompts.lengths
     slots = jnp.arange(prompt_slots + max_new_tokens)
 
     def advance(state: State) -> State:
         """Runs the decoder on the last token of each row, then draws the next."""
         slot = prompt_slots + state.step - 1
-        visible = (slots[None, :] < prompts.lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
-        positions = (prompts.lengths + state.step - 1)[:, None]
+        visible = (slots[None, :] < lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
+        positions = (lengths + state.step - 1)[:, None]
         hidden, cache = model.apply({"params": weights.params}, state.last[:, None], positions, visible[:, None, :], state.cache, slot)
         return pick(hidden[:, 0], state._replace(cache=cache), weights, prompts, strategy, stop_ids)
 
@@ -125,7 +142,7 @@ def generate(
 
 
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
-    """`generate` compiled: rows over the batch axes, weights as they lie. One program for each (B, P, max_new_tokens).
+    """`generate` compiled: rows over the batch axes, weights as they lie. One program for each (Q, B, P, max_new_tokens).
 
     On a CPU, where a step of the scan over layers copies the layer's weights out of the stack before it multiplies with them, the layers
     are taken apart once for all steps.
@@ -135,13 +152,19 @@ def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings)
     def generate_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> Samples:
         return generate(model, params, prompts, strategy, stop_ids, max_new_tokens)
 
-    rows, whole = batch_sharding(mesh), replicated(mesh)
+    whole = replicated(mesh)
     return jax.jit(
         generate_batch,
         static_argnums=4,
-        in_shardings=(param_shardings, rows, whole, whole),
+        in_shardings=(param_shardings, prompt_shardings(mesh), whole, whole),
         out_shardings=whole,
     )
+
+
+def prompt_shardings(mesh: jax.sharding.Mesh) -> Prompts:
+    """Where the parts of a batch of prompts lie: cut by rows, the prefix everywhere."""
+    rows = batch_sharding(mesh)
+    return Prompts(replicated(mesh), rows, rows, rows, rows)
 
 
 def state_shardings(mesh: jax.sharding.Mesh) -> State:
@@ -160,8 +183,8 @@ def build_parts(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) ->
     def decode_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, state: State) -> State:
         return decode(model, to_weights(model, params), prompts, strategy, stop_ids, state)
 
-    rows, whole, state = batch_sharding(mesh), replicated(mesh), state_shardings(mesh)
-    inputs = (param_shardings, rows, whole, whole)
+    whole, state = replicated(mesh), state_shardings(mesh)
+    inputs = (param_shardings, prompt_shardings(mesh), whole, whole)
     return (
         jax.jit(prefill_batch, static_argnums=4, in_shardings=inputs, out_shardings=state),
         jax.jit(decode_batch, donate_argnums=4, in_shardings=(*inputs, state), out_shardings=state),

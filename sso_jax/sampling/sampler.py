@@ -13,13 +13,15 @@ from sso_jax.errors import InputError
 from sso_jax.hosts import once, own_part, stop_now
 from sso_jax.interrupts import Stopped
 from sso_jax.journal import Journal
-from sso_jax.mesh import batch_sharding, num_batch_shards, place, replicated
+from sso_jax.mesh import num_batch_shards, place, replicated
 from sso_jax.models.fingerprint import fingerprint
 from sso_jax.progress import progress_bar
-from sso_jax.sampling.decode import Prompts, Samples
+from sso_jax.sampling.decode import Prompts, Samples, prompt_shardings
 from sso_jax.sampling.strategies import Strategy
 
 SHORTEST_BUCKET = 32
+PREFIX_STEP = 64
+"""What all prompts of a stage start with is run once, in multiples of this many tokens: few shapes, and nothing for a few tokens."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,26 @@ def cut_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def pad_prompts(requests: list[Request], batch_size: int, prompt_slots: int) -> Prompts:
-    """The requests as arrays, filled up to `batch_size` rows with unused ones."""
+def shared_prefix(prompts: list[list[int]]) -> list[int]:
+    """What all prompts start with, such as few-shot examples, in multiples of PREFIX_STEP; every prompt goes on behind it."""
+    first, last = min(prompts), max(prompts)  # in the order of their tokens: what these two share, all between them share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    most = min(same, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    return first[: most // PREFIX_STEP * PREFIX_STEP]
+
+
+def pad_prompts(requests: list[Request], batch_size: int, prompt_slots: int, prefix: list[int] | None = None) -> Prompts:
+    """The requests, which all start with `prefix`, as arrays, filled up to `batch_size` rows with unused ones."""
+    prefix = np.asarray(prefix or [], np.int32)
     tokens = np.zeros((batch_size, prompt_slots), np.int32)
     lengths = np.ones((batch_size,), np.int32)
     keys = np.zeros((batch_size, 2), np.uint32)
     for row, request in enumerate(requests):
-        tokens[row, : len(request.prompt_ids)] = request.prompt_ids
-        lengths[row] = len(request.prompt_ids)
+        rest = request.prompt_ids[prefix.size :]
+        tokens[row, : len(rest)] = rest
+        lengths[row] = len(rest)
         keys[row] = request.key
-    return Prompts(tokens, lengths, keys, np.arange(batch_size) < len(requests))
+    return Prompts(prefix, tokens, lengths, keys, np.arange(batch_size) < len(requests))
 
 
 @dataclass(frozen=True)
@@ -107,13 +119,15 @@ class Sampler:
         done = {} if journal is None else {int(i): ids for i, ids in once(journal.read).items()}
         params = params if self.shardings is None else jax.device_put(params, self.shardings)
         strategy, stops = place((self.strategy, stops), replicated(self.mesh))
+        prefix = shared_prefix([request.prompt_ids for request in requests]) if requests else []
         with progress_bar(stage, len(requests), "response", initial=len(done)) as bar:
             for batch in cut_batches(lengths, batch_size):
                 if all(i in done for i in batch):
                     continue
-                prompts = pad_prompts([requests[i] for i in batch], batch_size, bucket(max(lengths[i] for i in batch)))
+                slots = bucket(max(lengths[i] for i in batch) - len(prefix))
+                prompts = pad_prompts([requests[i] for i in batch], batch_size, slots, prefix)
                 with jax.set_mesh(self.mesh):
-                    samples = self.generate(params, place(prompts, batch_sharding(self.mesh)), strategy, stops, budget)
+                    samples = self.generate(params, place(prompts, prompt_shardings(self.mesh)), strategy, stops, budget)
                 tokens, num_tokens = jax.device_get(samples)
                 fresh = {i: tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist() for row, i in enumerate(batch)}
                 done.update(fresh)
