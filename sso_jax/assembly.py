@@ -288,4 +288,4 @@ def enable_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` between runs; an empty name keeps none."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from sso_jax.interrupts import stop_requested
 from sso_jax.records import leave_writing_to_another
 
 _SAFE_POINTS = itertools.count()
+_PASSED_ON: list[bool] = []
+"""Not empty once this process told the others of a SIGINT."""
 HEARTBEAT_SECONDS = 30
 """After this long without a sign of life of one process the others end."""
 SHUTDOWN_SECONDS = 10
@@ -114,10 +117,15 @@ def require_same(value, what: str) -> None:
 def stop_now() -> bool:
     """Whether all processes stop at this point, because one of them got a signal or a notice of pre-emption.
 
-    All of them must call it at the same points; with several the cluster's service finds the point that all will reach.
+    All of them must call it at the same points; where they were joined the cluster's service finds the point that all will reach. It takes
+    SIGTERM, by which a notice of pre-emption comes, for itself, in a single process too (no handler of Python's sees it any more), and
+    knows nothing of SIGINT, which is therefore passed on to it.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return stop_requested()
+    if stop_requested() and not _PASSED_ON:
+        _PASSED_ON.append(True)
+        signal.raise_signal(signal.SIGTERM)
     return multihost_utils.reached_preemption_sync_point(next(_SAFE_POINTS))
 
 

@@ -37,9 +37,12 @@ def stopping_at_safe_points() -> Iterator[None]:
     """Within it the first SIGTERM or SIGINT only asks for a stop; a second one ends the process at once, as always."""
 
     def ask(number: int, frame) -> None:
-        _REQUEST.signal = number
+        if not stop_requested():
+            _REQUEST.signal = number
+            return
         for name, handler in before.items():
             signal.signal(name, handler)
+        signal.raise_signal(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:

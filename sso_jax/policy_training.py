@@ -25,13 +25,14 @@ from sso_jax.training import checkpoints
 from sso_jax.training.batches import (
     Example,
     PreferenceBatch,
+    RowShape,
     SupervisedBatch,
     Tree,
     cut_microbatches,
+    lasting_row_shape,
     make_example,
     micro_trees,
     preference_batch,
-    row_shape,
     supervised_batch,
 )
 from sso_jax.training.degree import DEGREE_CELLS, HEAD, init_head, spo_losses
@@ -62,12 +63,16 @@ class Plan:
     make_batch: Callable[[int], PreferenceBatch | SupervisedBatch | RewardBatch]
     ids: list[list[str]]
     """Ids of the examples of each update, for messages."""
+    shape: RowShape
+    """Of the rows of every microbatch."""
     first_loss: float | None = None
     """What the first update must show, where policy and reference are one at it."""
 
 
-def plan_preferences(engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple]) -> Plan:
-    """Order and shape of the round's batches; they follow from the pairs and the seed alone."""
+def plan_preferences(
+    engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple], earlier: RowShape | None = None
+) -> Plan:
+    """Order and shape of the round's batches; they follow from the pairs, the seed and the shape of the `earlier` round's rows alone."""
     examples = [make_example(triple, steered_prompts(engine.chat, triple), triple.response_ids, objective.cells) for triple in pairs]
     cells = trained_cells(objective)
     if objective.degree_weight is not None:
@@ -75,12 +80,12 @@ def plan_preferences(engine: Engine, objective: Objective, config: Config, itera
         examples = [with_degrees(example, own) for example, own in zip(examples, variants, strict=True)]
     updates, micro, num_micro = _updates(examples, config, iteration)
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
-    shape = row_shape([micro_trees(part, cells) for part in micros], num_batch_shards(engine.mesh))
+    shape = _shape(engine, config, iteration, [micro_trees(part, cells) for part in micros], earlier)
     num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in updates]
     make_batch = lambda step: preference_batch(updates[step], cells, micro, num_micro, shape)  # noqa: E731
     starts_at_reference = config.model.reference_path is None and objective.degree_weight is None
     first_loss = loss_at_reference(objective.terms, cells, make_batch(0)) if starts_at_reference else None
-    return Plan(num_tokens, make_batch, [[example.id for example in update] for update in updates], first_loss)
+    return Plan(num_tokens, make_batch, [[example.id for example in update] for update in updates], shape, first_loss)
 
 
 def trained_cells(objective: Objective) -> list[tuple[str, str]]:
@@ -116,22 +121,27 @@ def new_parts(model: Transformer, config: Config) -> dict:
     return {HEAD: init_head(config.run.seed, model.architecture.width)}
 
 
-def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: list[Tree]) -> Plan:
+def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: list[Tree], earlier: RowShape | None = None) -> Plan:
     """Order and shape of the batches of prompts with one response each."""
     updates, micro, num_micro = _updates(trees, config, iteration)
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
-    shape = row_shape(micros, num_batch_shards(engine.mesh))
+    shape = _shape(engine, config, iteration, micros, earlier)
     num_tokens = [sum(tree.num_tokens() for tree in update) for update in updates]
-    return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape), [[] for _ in updates])
+    return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape), [[] for _ in updates], shape)
 
 
-def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[Rated]) -> Plan:
+def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[Rated], earlier: RowShape | None = None) -> Plan:
     """Order and shape of the batches of a reward model's pairs."""
     updates, micro, num_micro = _updates(pairs, config, iteration)
     micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
-    shape = row_shape([pair_trees(part) for part in micros], num_batch_shards(engine.mesh))
+    shape = _shape(engine, config, iteration, [pair_trees(part) for part in micros], earlier)
     num_tokens = [sum(pair.num_tokens() for pair in update) for update in updates]
-    return Plan(num_tokens, lambda step: reward_batch(updates[step], micro, num_micro, shape), [[] for _ in updates])
+    return Plan(num_tokens, lambda step: reward_batch(updates[step], micro, num_micro, shape), [[] for _ in updates], shape)
+
+
+def _shape(engine: Engine, config: Config, iteration: int, micros: list[list[Tree]], earlier: RowShape | None) -> RowShape:
+    """Shape of the rows of a round's microbatches, where it can be that of the `earlier` round."""
+    return lasting_row_shape(micros, num_batch_shards(engine.mesh), earlier, is_last=iteration == config.run.iterations)
 
 
 def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], int, int]:
@@ -215,7 +225,7 @@ def train_round(
         state = run_updates(programs[stage], state, plan.make_batch, plan.num_tokens, rates, done, engine.mesh, hooks, title)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
-    how = {"updates": num_updates, "padding": padding, "seconds": seconds, "tokens_per_second": rate}
+    how = {"updates": num_updates, "padding": padding, "row_shape": plan.shape, "seconds": seconds, "tokens_per_second": rate}
     return without_parts(state.whole_params(), parts), how
 
 

@@ -22,6 +22,7 @@ from sso_jax.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.environment import Environment, judged, measure_policy, pair_accuracy
 from sso_jax.errors import InputError, RunError
 from sso_jax.hosts import once
+from sso_jax.mesh import num_batch_shards
 from sso_jax.metrics import MetricsLog
 from sso_jax.models.hf_config import fetch
 from sso_jax.policy_training import Plan, losses_of, plan_preferences, train_round, trained_params
@@ -31,7 +32,8 @@ from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import Dropped, Triple, read_json_lines, write_records
 from sso_jax.reward_model import keep_widest, open_rater, with_rewards
 from sso_jax.tokens.tokenizer import encode_text
-from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.batches import RowShape, lasting_row_shape
+from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
 from sso_jax.training.update import ExampleLosses
 
 ANSWERS_SCORED_TOGETHER = 64
@@ -59,6 +61,12 @@ class Run:
 
     def folder(self, iteration: int) -> Path:
         return self.directory / f"iteration_{iteration}"
+
+    def earlier_shape(self, iteration: int, folder: Path, stage: str) -> RowShape | None:
+        """Shape of the rows of this stage in the round before, `folder` being the round's own or a part of it; None where there is none."""
+        before = self.folder(iteration - 1)
+        stats = stages.finished(before if folder == self.folder(iteration) else before / folder.name, stage) or {}
+        return RowShape(*stats["row_shape"]) if stats.get("row_shape") else None
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,9 @@ def reference_cells(config: Config, objective: Objective) -> list[tuple[str, str
 
 
 def choose_pairs(
-    run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Dropped
+    run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Dropped, folder: Path
 ) -> tuple[list[Triple], dict]:
-    """Clean triples reordered (controls), scored by the reference and filtered; and what there is to say of the pairs."""
+    """Clean triples reordered (controls), scored by the reference and filtered, for stage `pairs` of `folder`; and what there is to say."""
     config, engine = run.config, run.engine
     if config.pairs.control == "random_order":
         triples = pair_stage.random_order(triples, f"{config.run.seed}/{iteration}")
@@ -131,10 +139,11 @@ def choose_pairs(
     dropped |= {triple.id: "pair_too_long" for triple, ok in zip(triples, fits, strict=True) if not ok}
     items = [Scorable(p, t.response_ids) for p, t, ok in zip(prompts, triples, fits, strict=True) if ok]
     triples = [triple for triple, ok in zip(triples, fits, strict=True) if ok]
-    sums = _reference_log_probs(run, iteration, params, items, cells)
+    sums, shape = _reference_log_probs(run, iteration, params, items, cells, folder)
     _require_finite(sums, triples, cells)
     scored = [pair_stage.with_log_probs(triple, cells, row) for triple, row in zip(triples, sums, strict=True)]
-    return filtered(run, scored, dropped)
+    kept, numbers = filtered(run, scored, dropped)
+    return kept, {**numbers, "row_shape": shape}
 
 
 def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[tuple[str, str]]) -> None:
@@ -184,13 +193,20 @@ def _numbers_of_pairs(run: Run, pairs: list[Triple]) -> dict:
     return {**pair_stage.summarize(pairs), **pair_accuracy(run.environment, run.engine, pairs)}
 
 
-def _reference_log_probs(run: Run, iteration: int, params, items: list[Scorable], cells: list[tuple[str, str]]) -> list[list[float]]:
-    """Log-prob sums by the reference: the policy as it is now, or the one that model.reference_path names."""
+def _reference_log_probs(
+    run: Run, iteration: int, params, items: list[Scorable], cells: list[tuple[str, str]], folder: Path
+) -> tuple[list[list[float]], RowShape | None]:
+    """Log-prob sums by the reference, the policy as it is now or the one that model.reference_path names; and the shape of their rows."""
     engine, config = run.engine, run.config
     if config.model.reference_path is not None:
         params = load_params(fetch(config.model.reference_path), engine)
     micro = config.train.microbatch_size or config.train.batch_size
-    return score_examples(engine.score, engine.mesh, params, items, cells, micro, f"iteration {iteration}: reference log-probs")
+    batches, stage = scoring_batches(items, cells, micro), f"iteration {iteration}: reference log-probs"
+    if not batches:
+        return [], None
+    earlier, is_last = run.earlier_shape(iteration, folder, "pairs"), iteration == config.run.iterations
+    shape = lasting_row_shape(batches, num_batch_shards(engine.mesh), earlier, is_last)
+    return score_examples(engine.score, engine.mesh, params, items, cells, micro, stage, shape), shape
 
 
 def judge_by_endpoint(run: Run, iteration: int, pairs: list[Triple]) -> dict:
@@ -224,7 +240,8 @@ def train_on_pairs(
     run: Run, objective: Objective, iteration: int, params, pairs: list[Triple], folder: Path | None = None, first_step: int = 0
 ) -> tuple[Any, dict]:
     """The parameters after the updates of a round on its pairs, and what is said of them; as `train` otherwise."""
-    plan = plan_preferences(run.engine, objective, run.config, iteration, pairs)
+    earlier = run.earlier_shape(iteration, folder or run.folder(iteration), "training")
+    plan = plan_preferences(run.engine, objective, run.config, iteration, pairs, earlier)
     return train(run, losses_of(run.engine.model, objective), plan, iteration, params, folder, first_step)
 
 

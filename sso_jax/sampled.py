@@ -113,7 +113,7 @@ def pairs(run: Run, objective: Objective, iteration: int, params, triples: list[
 
     def make() -> tuple[list[Triple], dict]:
         clean, dropped = cleaned(run, triples)
-        return rounds.choose_pairs(run, objective, iteration, params, clean, dropped)
+        return rounds.choose_pairs(run, objective, iteration, params, clean, dropped, folder)
 
     kept, made = stages.record_stage(folder, "pairs", Triple, make)
     rounds.require_pairs(kept, len(triples), made["dropped"], folder / "responses.jsonl")

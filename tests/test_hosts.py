@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from toys import toy_model, toy_params
 
 import train
 from sso_jax.assembly import export_policy
 from sso_jax.config import HostsConfig, OptimizerConfig
 from sso_jax.errors import InputError
-from sso_jax.hosts import agree, once, whole
+from sso_jax.hosts import agree, once, stop_now, whole
 from sso_jax.mesh import param_shardings
 from sso_jax.models.hf_weights import read_params
 from sso_jax.models.transformer import abstract_params
@@ -177,6 +178,45 @@ def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_al
         assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
     for name in ("responses.jsonl", "pairs.jsonl", "policy/model.safetensors"):
         assert (directory / "iteration_1" / name).read_bytes() == (runs[1] / "iteration_1" / name).read_bytes(), name
+
+
+STOPPING = """
+import os, signal, sys, time
+from sso_jax.config import HostsConfig
+from sso_jax.hosts import join_hosts, stop_now
+from sso_jax.interrupts import stopping_at_safe_points
+port, count, number, notice = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+with stopping_at_safe_points():
+    join_hosts(HostsConfig(coordinator=f"127.0.0.1:{port}", num_processes=count, process_id=number))
+    assert not stop_now()
+    if notice:
+        os.kill(os.getpid(), signal.Signals[notice])
+    points, end = 1, time.monotonic() + 60
+    while not stop_now():
+        points += 1
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    print("stopped at", points)
+"""
+
+
+@pytest.mark.parametrize("notices", [["SIGTERM"], ["", "SIGINT"]])
+def test_a_notice_of_preemption_stops_all_joined_processes_at_one_point(notices):
+    """JAX takes SIGTERM, by which the notice comes, from Python once processes are joined, even a single one; SIGINT is passed on."""
+    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    start = lambda i: [sys.executable, "-c", STOPPING, str(port), str(len(notices)), str(i), notices[i]]  # noqa: E731
+    joined = [subprocess.Popen(start(i), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(len(notices))]
+    told = {process.communicate(timeout=120)[0].splitlines()[-1] for process in joined}
+    assert len(told) == 1 and told.pop().startswith("stopped at ") and not any(process.returncode for process in joined)
+
+
+def test_a_stop_is_asked_of_the_cluster_where_processes_are_joined(monkeypatch):
+    """What JAX provides, simulated: the cluster says at which point all stop; the points are counted on."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda point: asked.append(point) or len(asked) == 3)
+    assert [stop_now() for _ in range(3)] == [False, False, True]
+    assert asked == list(range(asked[0], asked[0] + 3))
 
 
 def test_one_process_agrees_with_itself(one_device):

@@ -14,6 +14,7 @@ from toys import toy_model, toy_params
 import train
 from sso_jax import report
 from sso_jax.assembly import export_policy
+from sso_jax.checksums import checksums
 from sso_jax.tokens.chat import make_chat
 from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.toy.pretraining import train_tokenizer
@@ -128,18 +129,33 @@ def without_times(rows):
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
-def test_generator_trains_one_model_and_then_the_policy_as_it_was(model_folder, tmp_path):
-    """The generator's updates come first; the policy's begin where its reference is, the policy before either. A run that is taken up
-    after its generator ends with the same numbers."""
-    queries = write(tmp_path / "q.jsonl", [{"query": f"Spell {word}."} for word in [*WORDS, "sun", "sea"]])
+@pytest.fixture(scope="module")
+def generated(model_folder, tmp_path_factory):
+    """A finished run of recipe generator, and its command line without the directory."""
+    folder = tmp_path_factory.mktemp("generated")
+    queries = write(folder / "q.jsonl", [{"query": f"Spell {word}."} for word in [*WORDS, "sun", "sea"]])
     changes = {
         "--recipe": "generator", "--queries.path": queries, "--sampling.max_new_tokens": 12, "--sampling.batch_size": 8,
         "--train.batch_size": 4,
         "--generator.queries": 6, "--generator.batch_size": 3, "--objective.base": "dpo", "--optimizer.learning_rate": 1e-3,
+        "--checkpoint.every_steps": 1, "--run.compilation_cache": folder / "xla",
     }  # fmt: skip
-    argv = arguments(model_folder, tmp_path / "run", **changes)
+    argv = arguments(model_folder, folder / "run", **changes)
     assert train.main(argv) == 0
-    rows, folder = lines(tmp_path / "run" / "metrics.jsonl"), tmp_path / "run" / "iteration_1"
+    return folder / "run", argv
+
+
+def copied(generated, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of the run, and the command line that goes on with it."""
+    shutil.copytree(generated[0], tmp_path / "run")
+    return tmp_path / "run", [*generated[1], "--run.directory", str(tmp_path / "run")]
+
+
+def test_generator_trains_one_model_and_then_the_policy_as_it_was(generated, tmp_path):
+    """The generator's updates come first; the policy's begin where its reference is, the policy before either. A run that is taken up
+    after its generator ends with the same numbers."""
+    run, argv = copied(generated, tmp_path)
+    rows, folder = lines(run / "metrics.jsonl"), run / "iteration_1"
     assert [row["step"] for row in rows] == list(range(len(rows)))
     taught = [row for row in rows if row["base_loss"] is None]
     assert rows[: len(taught)] == taught and len(taught) == -(-len(lines(folder / "generator" / "pairs.jsonl")) // 3)
@@ -148,14 +164,51 @@ def test_generator_trains_one_model_and_then_the_policy_as_it_was(model_folder, 
     assert taught[0]["positive_loss"] == pytest.approx(np.log(2), rel=1e-5) and policy[0]["base_loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert {row["original"] for row in lines(folder / "responses.jsonl")} == {None}
     assert all(row["original"] for row in lines(folder / "generator" / "responses.jsonl"))
-    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    summary = (run / "summary.json").read_bytes()
     for name in ("round", "export", "training", "pairs"):
         (folder / "done" / f"{name}.json").unlink()
     shutil.rmtree(folder / "checkpoints")
     assert train.main(argv) == 0
-    assert without_times(lines(tmp_path / "run" / "metrics.jsonl")) == without_times(rows)
-    again, before = json.loads((tmp_path / "run" / "summary.json").read_bytes()), json.loads(summary)
+    assert without_times(lines(run / "metrics.jsonl")) == without_times(rows)
+    again, before = json.loads((run / "summary.json").read_bytes()), json.loads(summary)
     assert [row["chosen_probability"] for row in again] == [row["chosen_probability"] for row in before]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def generator_end(run: Path) -> dict[str, str]:
+    """Digests of what a run of recipe generator must end with."""
+    names = ("policy/", "responses.jsonl", "pairs.jsonl", "generator/responses.jsonl", "generator/pairs.jsonl")
+    return {path: digest for path, digest in checksums(run / "iteration_1").items() if path.startswith(names)}
+
+
+def test_damage_to_a_generator_s_stage_files_is_seen_and_mended(generated, tmp_path, caplog):
+    run, argv = copied(generated, tmp_path)
+    folder = run / "iteration_1" / "generator"
+    (folder / "responses.jsonl").write_bytes((folder / "responses.jsonl").read_bytes()[:100])
+    flip_a_bit(folder / "pairs.jsonl")
+    assert train.main(argv) == 0
+    for name in ("responses", "pairs"):
+        assert f"generator/{name}.jsonl is not what was written; stage {name} is done again" in caplog.text
+    assert generator_end(run) == generator_end(generated[0]) and len(generator_end(run)) > 8
+
+
+def test_a_damaged_checkpoint_of_a_generator_is_left_out_and_its_last_update_done_again(generated, tmp_path, caplog):
+    run, argv = copied(generated, tmp_path)
+    folder = run / "iteration_1"
+    for name in ("round", "export", "training", "pairs", "responses"):
+        (folder / "done" / f"{name}.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    newest = max((folder / "generator" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    flip_a_bit(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    assert train.main(argv) == 0
+    assert f"checkpoint {newest.name} is left out" in caplog.text
+    assert generator_end(run) == generator_end(generated[0])
+    assert without_times(lines(run / "metrics.jsonl")) == without_times(lines(generated[0] / "metrics.jsonl"))
 
 
 def test_the_readme_s_research_change_runs(model_folder, tmp_path, monkeypatch):

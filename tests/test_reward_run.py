@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import datasets
 import numpy as np
@@ -101,6 +102,22 @@ def test_a_reward_run_killed_in_training_ends_as_one_that_was_not(reward_run, tm
     assert untimed[0] == untimed[1]
     weights = [(d / "iteration_1" / "reward_model" / "model.safetensors").read_bytes() for d in (whole, tmp_path / "run")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "file lost"])
+def test_damage_to_an_exported_reward_model_is_seen_and_mended(reward_run, tmp_path, caplog, damage):
+    whole, arguments = reward_run
+    shutil.copytree(whole, tmp_path / "run")
+    weights = tmp_path / "run" / "iteration_1" / "reward_model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if damage != "file lost":
+        weights.write_bytes(content[:1000] if damage == "truncated" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
+    told = "is gone" if damage == "file lost" else "is not what was written"
+    assert f"reward_model/model.safetensors {told}; stage export is done again" in caplog.text
+    assert weights.read_bytes() == content
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_evaluate_scores_pairs_with_the_newest_reward_model_of_a_run(reward_run, tmp_path, capsys):

@@ -21,7 +21,7 @@ from benchmarks.kills.starts import CONFIG, ROOT, Start, draw_moment, start_run
 from sso_jax.checksums import checksum, checksums
 from sso_jax.config import Config, parse
 from sso_jax.progress import progress_bar
-from sso_jax.records import append_line, read_json_lines
+from sso_jax.records import append_line, read_json_lines, write_text
 
 TIMES = ("seconds", "tokens_per_second")
 KEPT = ("policy/", "queries.jsonl", "principles.jsonl", "responses.jsonl", "pairs.jsonl", "evaluation.jsonl", "start/")
@@ -65,7 +65,7 @@ def run_killed(number: int, root: Path, seed: int, most_kills: int, alone: Start
     shutil.rmtree(directory, ignore_errors=True)
     stages, updates, batches, done, seconds, half_written = [], [], [], set(), 0.0, 0
     while True:
-        moment = draw_moment(draw, alone.seconds, alone.lasted) if len(stages) < most_kills else None
+        moment = draw_moment(draw, alone) if len(stages) < most_kills else None
         start = start_run(directory, moment)
         seconds += start.seconds
         again = Counter(kind for kind, which in start.did if (kind, which) in done)
@@ -87,7 +87,10 @@ def run_killed(number: int, root: Path, seed: int, most_kills: int, alone: Start
 
 
 def left_alone(root: Path) -> Start:
-    """The run that nothing kills, in `root/whole`, timed with a full compilation cache."""
+    """The run that nothing kills, in `root/whole`, timed with a full compilation cache; it is done once for all goes of the command."""
+    told = root / "alone.json"
+    if told.is_file():
+        return Start(**json.loads(told.read_text()))
     for name in ("compile", "whole"):
         shutil.rmtree(root / name, ignore_errors=True)
         start = start_run(root / name, None)
@@ -95,6 +98,7 @@ def left_alone(root: Path) -> Start:
             raise RuntimeError(f"the run left alone ended with status {start.status}:\n{start.error}")
     if end_of(root / "compile") != end_of(root / "whole"):
         raise RuntimeError(f"two runs that nothing killed differ: {root / 'compile'} and {root / 'whole'}")
+    write_text(json.dumps(dataclasses.asdict(start)), told)
     return start
 
 

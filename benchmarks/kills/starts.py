@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,12 +64,15 @@ class Start:
             self.did.append((note["did"], note["which"]))
 
 
-def draw_moment(draw: random.Random, alone: float, lasts: Mapping[str, float]) -> Moment:
-    """Half of all moments fall anywhere in the time of a run; the others in a stage, so that short ones are met too."""
-    if draw.random() < 0.5:
-        return Moment(draw.uniform(0.0, alone))
-    stage = draw.choice(sorted(lasts))
-    return Moment(draw.uniform(0.0, lasts[stage]), stage, draw.choice([1, 1, 2]))
+def draw_moment(draw: random.Random, alone: Start) -> Moment:
+    """A third of all moments fall anywhere in the time of the run left `alone`; the others in a stage, so that short ones are met too.
+
+    For these a stage is drawn, then which of the times that it is entered, then a moment of it.
+    """
+    if draw.random() < 1 / 3:
+        return Moment(draw.uniform(0.0, alone.seconds))
+    stage = draw.choice(sorted(alone.lasted))
+    return Moment(draw.uniform(0.0, alone.lasted[stage]), stage, draw.randint(1, len(alone.entered[stage])))
 
 
 def start_run(directory: Path, moment: Moment | None) -> Start:

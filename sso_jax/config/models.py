@@ -33,15 +33,15 @@ class ToyConfig:
     fact_updates: int = 700
     """Updates on bare right answers: what the policy knows."""
     style_updates: int = 600
-    """Updates on answers of every quality, with and without principles: what the policy does with it."""
+    """Updates on answers of every quality, with and without principles: what the policy does with it; 0 leaves them out."""
     width: int = 64
     """Width of the decoder."""
     num_layers: int = 3
     """Layers of the decoder."""
 
     def __post_init__(self):
-        for name in ("fact_updates", "style_updates", "width", "num_layers"):
-            require(getattr(self, name) >= 1, f"toy.{name}", getattr(self, name), "1 or more")
+        for name, least in {"fact_updates": 1, "style_updates": 0, "width": 1, "num_layers": 1}.items():
+            require(getattr(self, name) >= least, f"toy.{name}", getattr(self, name), f"{least} or more")
         require(self.width % 16 == 0, "toy.width", self.width, "a multiple of 16")
 
 

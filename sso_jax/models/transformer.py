@@ -1,5 +1,7 @@
 """Token ids [B, T] in, hidden states [B, T, D] and, by a method of their own, logits [..., V] out."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -125,6 +127,7 @@ def init_params(model: Transformer, key: jax.Array):
     return model.init(key, tokens, method=everything)["params"]
 
 
+@lru_cache
 def abstract_params(model: Transformer):
     """Shapes, types and logical axis names of the parameters; nothing is allocated."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -51,7 +51,7 @@ def round(run: Run, iteration: int, params):
 
     def choose() -> tuple[list[Triple], dict]:
         contrasts, dropped = drop_empty_contrasts(run.material, compared)
-        return rounds.choose_pairs(run, objective, iteration, params, contrasts, dropped)
+        return rounds.choose_pairs(run, objective, iteration, params, contrasts, dropped, folder)
 
     pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
     rounds.require_pairs(pairs, len(run.material), made["dropped"], folder / "pairs.jsonl")

@@ -123,7 +123,7 @@ def _sampled_pairs(run: Run, iteration: int, params) -> tuple[list[Triple], dict
 
     def choose() -> tuple[list[Triple], dict]:
         clean, dropped = sampled.cleaned(run, triples)
-        return rounds.choose_pairs(run, Objective([], None, 1.0), iteration, params, clean, dropped)
+        return rounds.choose_pairs(run, Objective([], None, 1.0), iteration, params, clean, dropped, folder)
 
     pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
     judged = rounds.judge_by_endpoint(run, iteration, pairs)
@@ -171,7 +171,8 @@ def mix(own: list[Triple], annotated: list[Triple], config: RewardConfig, seed: 
 def _train(run: Run, engine: Engine, iteration: int, params, train: list[Triple], held_out: list[Triple]) -> tuple[dict, dict]:
     """The trained reward model; the line of an update after which there is a checkpoint says the accuracy on held-out pairs too."""
     rules = run.config.reward
-    plan = plan_rewards(engine, run.config, iteration, [rated(engine.chat, pair) for pair in train])
+    earlier = run.earlier_shape(iteration, run.folder(iteration), "training")
+    plan = plan_rewards(engine, run.config, iteration, [rated(engine.chat, pair) for pair in train], earlier)
     losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.centring)
     rate = build_rate(engine.model, engine.mesh, engine.shardings)
 

@@ -45,7 +45,9 @@ def settle(config: Config, engine: Engine, records: list[Demonstration]) -> tupl
 
 def round(run: Run, iteration: int, params):
     """demonstrations -> updates -> policy; each round passes over the same ones."""
-    plan = plan_demonstrations(run.engine, run.config, iteration, run.material)
+    plan = plan_demonstrations(
+        run.engine, run.config, iteration, run.material, run.earlier_shape(iteration, run.folder(iteration), "training")
+    )
     params, training = rounds.train(run, supervised_losses(run.engine.model), plan, iteration, params)
     exported = rounds.export(run, iteration, params)
     evaluation = rounds.evaluate(run, iteration, params)

@@ -11,6 +11,7 @@ follow its prompt one after another, each with positions that go on from the pro
 A prompt is thus run once for all its responses. What a response's log-probs are summed into is its *cell*.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from sso_jax.records import Triple
 ROW_STEP, TARGET_STEP = 32, 64
 ATTENTION_LENGTH = 4096
 """About the length of row at which attending costs as much as all products with weights."""
+SPARE, MOST_WASTE = 0.0625, 1.5
+"""How much longer trees may get before the shape of a run's rows changes, and how much dearer than need be it may get."""
 
 
 class Branch(NamedTuple):
@@ -90,14 +93,33 @@ def _round_up(value: int, step: int) -> int:
     return max(step, -(-value // step) * step)
 
 
-def row_shape(batches: list[list[Tree]], row_multiple: int = 1) -> RowShape:
+def row_shape(batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0.0) -> RowShape:
     """Cheapest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`.
 
-    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of them empty.
+    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of them empty. It is
+    the shape for trees that are longer by the share `spare`.
     """
-    longest = max(tree.num_tokens() for trees in batches for tree in trees)
-    shapes = [_shape_of_length(batches, _round_up(times * longest, ROW_STEP), row_multiple) for times in (1, 2, 3, 4)]
+    sizes = [[_longer(tree.num_tokens(), spare) for tree in trees] for trees in batches]
+    targets = [[_longer(_num_targets(tree), 2 * spare) for tree in trees] for trees in batches]  # of a row they vary more than of a batch
+    longest = max(size for of_batch in sizes for size in of_batch)
+    shapes = [_shape_of_length(sizes, targets, _round_up(times * longest, ROW_STEP), row_multiple) for times in (1, 2, 3, 4)]
     return min(shapes, key=_cost)
+
+
+def lasting_row_shape(batches: list[list[Tree]], row_multiple: int, earlier: RowShape | None, is_last: bool) -> RowShape:
+    """Shape of the rows of a round: that of the round before where these batches pack into it, so that nothing is compiled again.
+
+    Otherwise, and where the earlier one would cost more than MOST_WASTE times the cheapest, it is decided anew, with room to spare unless
+    the round `is_last`. It follows from the batches and the shape before it alone: a round that is resumed cuts the same rows.
+    """
+    fits = earlier is not None and earlier.num_rows % row_multiple == 0 and _holds(earlier, batches)
+    if fits and _cost(earlier) <= MOST_WASTE * _cost(row_shape(batches, row_multiple)):
+        return earlier
+    return row_shape(batches, row_multiple, 0.0 if is_last else SPARE)
+
+
+def _longer(size: int, spare: float) -> int:
+    return math.ceil(size * (1.0 + spare))
 
 
 def _cost(shape: RowShape) -> float:
@@ -105,14 +127,30 @@ def _cost(shape: RowShape) -> float:
     return shape.num_rows * shape.num_tokens * (1.0 + shape.num_tokens / ATTENTION_LENGTH)
 
 
-def _shape_of_length(batches: list[list[Tree]], num_tokens: int, row_multiple: int) -> RowShape:
-    num_rows, num_targets = 1, 1
-    for trees in batches:
-        bins = first_fit([tree.num_tokens() for tree in trees], num_tokens)
-        num_rows = max(num_rows, len(bins))
-        num_targets = max(num_targets, *(sum(_num_targets(trees[i]) for i in bin_) for bin_ in bins))
+def _shape_of_length(sizes: list[list[int]], targets: list[list[int]], num_tokens: int, row_multiple: int) -> RowShape:
+    """Rounded shape of rows of `num_tokens` for batches of trees with so many tokens and so many of them targets."""
+    num_rows, num_targets = _filled(sizes, targets, num_tokens)
     step = max(1, 2 ** (num_rows.bit_length() - 3))  # within a quarter of a power of two: few shapes, little padding
     return RowShape(_round_up(_round_up(num_rows, step), row_multiple), num_tokens, _round_up(num_targets, TARGET_STEP))
+
+
+def _filled(sizes: list[list[int]], targets: list[list[int]], num_tokens: int) -> tuple[int, int]:
+    """(rows, targets in a row) that the fullest of these batches takes."""
+    num_rows, num_targets = 1, 1
+    for of_batch, wanted in zip(sizes, targets, strict=True):
+        bins = first_fit(of_batch, num_tokens)
+        num_rows = max(num_rows, len(bins))
+        num_targets = max(num_targets, *(sum(wanted[i] for i in bin_) for bin_ in bins))
+    return num_rows, num_targets
+
+
+def _holds(shape: RowShape, batches: list[list[Tree]]) -> bool:
+    """Whether every one of these batches packs into the shape."""
+    sizes = [[tree.num_tokens() for tree in trees] for trees in batches]
+    if max(size for of_batch in sizes for size in of_batch) > shape.num_tokens:
+        return False
+    num_rows, num_targets = _filled(sizes, [[_num_targets(tree) for tree in trees] for trees in batches], shape.num_tokens)
+    return num_rows <= shape.num_rows and num_targets <= shape.num_targets
 
 
 def _num_targets(tree: Tree) -> int:

@@ -7,7 +7,7 @@ import jax
 
 from sso_jax.mesh import batch_sharding, num_batch_shards, place
 from sso_jax.progress import progress_bar
-from sso_jax.training.batches import pack, row_shape, steered_trees
+from sso_jax.training.batches import RowShape, Tree, pack, row_shape, steered_trees
 
 
 class Scorable(NamedTuple):
@@ -17,22 +17,36 @@ class Scorable(NamedTuple):
     responses: dict[str, list[int]]
 
 
-def score_examples(
-    score: Callable, mesh: jax.sharding.Mesh, params, items: list[Scorable], cells: list[tuple[str, str]], batch_size: int, stage: str
-) -> list[list[float]]:
-    """For each item the log-prob sum of every cell (context, response), in nats, by the training forward pass."""
-    starts = range(0, len(items), batch_size)
-    batches = [
+def scoring_batches(items: list[Scorable], cells: list[tuple[str, str]], batch_size: int) -> list[list[Tree]]:
+    """Trees of each batch of at most `batch_size` items; cells count from 0 in every batch."""
+    return [
         [tree for e, item in enumerate(items[start : start + batch_size]) for tree in steered_trees(*item, cells, e * len(cells))]
-        for start in starts
+        for start in range(0, len(items), batch_size)
     ]
+
+
+def score_examples(
+    score: Callable,
+    mesh: jax.sharding.Mesh,
+    params,
+    items: list[Scorable],
+    cells: list[tuple[str, str]],
+    batch_size: int,
+    stage: str,
+    shape: RowShape | None = None,
+) -> list[list[float]]:
+    """For each item the log-prob sum of every cell (context, response), in nats, by the training forward pass.
+
+    Rows have `shape` where it is given, which must hold every batch, and the cheapest otherwise.
+    """
+    batches = scoring_batches(items, cells, batch_size)
     if not batches:
         return []
-    shape = row_shape(batches, num_batch_shards(mesh))
+    shape = shape or row_shape(batches, num_batch_shards(mesh))
     num_cells = batch_size * len(cells)
     sums: list[list[float]] = []
     with progress_bar(stage, len(items), "example") as bar:
-        for start, trees in zip(starts, batches, strict=True):
+        for start, trees in zip(range(0, len(items), batch_size), batches, strict=True):
             with jax.set_mesh(mesh):
                 rows = place(pack(trees, shape, num_cells), batch_sharding(mesh))
                 values = jax.device_get(score(params, rows, num_cells)).reshape(batch_size, len(cells))

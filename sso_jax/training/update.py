@@ -75,14 +75,14 @@ def preference_losses(model: Transformer, objective: Callable[..., Terms], cells
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[tuple[str, str]], batch: PreferenceBatch) -> float:
     """Loss of a batch where policy and reference are one: what the first update of a round must show, such as ln 2 for DPO."""
-    flat = lambda part: jnp.asarray(part).reshape(-1, len(cells))  # noqa: E731
-    reference, num_tokens = (
-        to_steered(flat(batch.reference_log_probs), cells),
-        to_steered(flat(batch.num_tokens).astype(jnp.float32), cells),
-    )
-    losses = objective(reference, reference, num_tokens).loss
-    weights = jnp.asarray(batch.weights).reshape(-1)
-    return float(jnp.sum(jnp.where(weights > 0, weights * losses, 0.0)))
+
+    def loss(reference_log_probs, num_tokens, weights):
+        flat = lambda part: to_steered(part.astype(jnp.float32).reshape(-1, len(cells)), cells)  # noqa: E731
+        reference, weights = flat(reference_log_probs), weights.reshape(-1)
+        losses = objective(reference, reference, flat(num_tokens)).loss
+        return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
+
+    return float(jax.jit(loss)(batch.reference_log_probs, batch.num_tokens, batch.weights))  # one program for a dozen small ones
 
 
 def supervised_losses(model: Transformer) -> ExampleLosses:
