@@ -26,8 +26,8 @@ from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.policy_training import abstract_state, build_optimizer, losses_of, new_parts, trained_cells
 from sso_jax.recipes import generator
+from sso_jax.reference import reference_cells
 from sso_jax.reward_model import as_reward_model
-from sso_jax.rounds import reference_cells
 from sso_jax.sampling.decode import Prompts, State, build_parts, state_shardings
 from sso_jax.sampling.sampler import bucket
 from sso_jax.sampling.strategies import make_strategy

@@ -5,7 +5,6 @@ A recipe is a module of `recipes/`; it says what it reads, and in which order a 
 
 import dataclasses
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,21 +18,17 @@ from sso_jax import stages
 from sso_jax.assembly import POLICY_FOLDER, Engine, Objective, export_policy, find_policy, load_params
 from sso_jax.config import Config, ObjectiveConfig
 from sso_jax.endpoint import JOURNAL_FILE, Endpoint
-from sso_jax.environment import Environment, judged, measure_policy, pair_accuracy
-from sso_jax.errors import InputError, RunError
+from sso_jax.environment import Environment, measure_policy
+from sso_jax.errors import InputError
 from sso_jax.hosts import once
-from sso_jax.mesh import num_batch_shards
 from sso_jax.metrics import MetricsLog
 from sso_jax.models.hf_config import fetch
 from sso_jax.policy_training import Plan, losses_of, plan_preferences, train_round, trained_params
 from sso_jax.preferences import judging
-from sso_jax.preferences import pairs as pair_stage
-from sso_jax.preferences.steering import steered_prompts
-from sso_jax.records import Dropped, Triple, read_json_lines, write_records
-from sso_jax.reward_model import keep_widest, open_rater, with_rewards
+from sso_jax.records import Triple, read_json_lines, write_records
 from sso_jax.tokens.tokenizer import encode_text
-from sso_jax.training.batches import RowShape, lasting_row_shape
-from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
+from sso_jax.training.batches import RowShape
+from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import ExampleLosses
 
 ANSWERS_SCORED_TOGETHER = 64
@@ -119,96 +114,6 @@ def earlier_params(run: Run, iteration: int):
     return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine) if iteration else start_params(run, 0)
 
 
-def reference_cells(config: Config, objective: Objective) -> list[tuple[str, str]]:
-    """The (context, response) log-probs that the reference gives of every pair."""
-    return sorted({*pair_stage.SCORED_CELLS, *objective.cells, *(pair_stage.FILTER_CELLS if config.filter.enabled else [])})
-
-
-def choose_pairs(
-    run: Run, objective: Objective, iteration: int, params, triples: list[Triple], dropped: Dropped, folder: Path
-) -> tuple[list[Triple], dict]:
-    """Clean triples reordered (controls), scored by the reference and filtered, for stage `pairs` of `folder`; and what there is to say."""
-    config, engine = run.config, run.engine
-    if config.pairs.control == "random_order":
-        triples = pair_stage.random_order(triples, f"{config.run.seed}/{iteration}")
-    elif config.pairs.control == "judge_order":
-        triples = pair_stage.judge_order(triples, lambda triple, response: judged(run.environment, engine, triple, response))
-    cells = reference_cells(config, objective)
-    prompts = [steered_prompts(engine.chat, triple) for triple in triples]
-    fits = [pair_stage.fits(p, t.response_ids, cells, engine.max_tokens) for p, t in zip(prompts, triples, strict=True)]
-    dropped |= {triple.id: "pair_too_long" for triple, ok in zip(triples, fits, strict=True) if not ok}
-    items = [Scorable(p, t.response_ids) for p, t, ok in zip(prompts, triples, fits, strict=True) if ok]
-    triples = [triple for triple, ok in zip(triples, fits, strict=True) if ok]
-    sums, shape = _reference_log_probs(run, iteration, params, items, cells, folder)
-    _require_finite(sums, triples, cells)
-    scored = [pair_stage.with_log_probs(triple, cells, row) for triple, row in zip(triples, sums, strict=True)]
-    kept, numbers = filtered(run, scored, dropped)
-    return kept, {**numbers, "row_shape": shape}
-
-
-def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[tuple[str, str]]) -> None:
-    broken = [
-        f"{triple.id} ({response} under {context}: {value})"
-        for triple, row in zip(triples, sums, strict=True)
-        for (context, response), value in zip(cells, row, strict=True)
-        if not math.isfinite(value)
-    ]
-    if broken:
-        raise RunError(f"reference log-probs that are not finite, of {', '.join(broken[:5])}: the policy is broken; take an earlier one")
-
-
-def within_limit(run: Run, triples: list[Triple], dropped: Dropped) -> list[Triple]:
-    """Triples whose plain prompt leaves room for both sides of the pair; the others are dropped."""
-    prompts = [run.engine.chat.prompt_ids(triple.query, history=triple.history) for triple in triples]
-    sides = [max(len(triple.response_ids[side]) for side in ("chosen", "rejected")) for triple in triples]
-    longest = [len(prompt) + side for prompt, side in zip(prompts, sides, strict=True)]
-    limit = run.engine.max_tokens
-    dropped |= {triple.id: "pair_too_long" for triple, length in zip(triples, longest, strict=True) if length > limit}
-    return [triple for triple, length in zip(triples, longest, strict=True) if length <= limit]
-
-
-def filtered(run: Run, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
-    """The pairs that the filters let through; where one is on, the numbers of all of them are said too."""
-    rules, kept = run.config.filter, scored
-    least = rules.min_score_gap
-    if rules.reward_path is not None and kept:
-        rater = open_rater(rules.reward_path, run.config.model, run.engine.mesh)
-        kept = with_rewards(kept, rater.rewards(kept, "filter: rewards"))
-        least = 0.0 if least is None else least
-    if least is not None:
-        kept, small = pair_stage.keep_clear_scores(kept, least)
-        dropped |= small
-    if rules.reward_share < 1 and kept:
-        kept, low = keep_widest(kept, rules.reward_share)
-        dropped |= low
-    if rules.enabled:
-        kept, off = pair_stage.filter_pairs(kept)
-        dropped |= off
-    before = {} if kept is scored else {"before_filter": {"num_pairs": len(scored), **_numbers_of_pairs(run, scored)}}
-    counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
-    return kept, {**counts, **_numbers_of_pairs(run, kept), **before}
-
-
-def _numbers_of_pairs(run: Run, pairs: list[Triple]) -> dict:
-    return {**pair_stage.summarize(pairs), **pair_accuracy(run.environment, run.engine, pairs)}
-
-
-def _reference_log_probs(
-    run: Run, iteration: int, params, items: list[Scorable], cells: list[tuple[str, str]], folder: Path
-) -> tuple[list[list[float]], RowShape | None]:
-    """Log-prob sums by the reference, the policy as it is now or the one that model.reference_path names; and the shape of their rows."""
-    engine, config = run.engine, run.config
-    if config.model.reference_path is not None:
-        params = load_params(fetch(config.model.reference_path), engine)
-    micro = config.train.microbatch_size or config.train.batch_size
-    batches, stage = scoring_batches(items, cells, micro), f"iteration {iteration}: reference log-probs"
-    if not batches:
-        return [], None
-    earlier, is_last = run.earlier_shape(iteration, folder, "pairs"), iteration == config.run.iterations
-    shape = lasting_row_shape(batches, num_batch_shards(engine.mesh), earlier, is_last)
-    return score_examples(engine.score, engine.mesh, params, items, cells, micro, stage, shape), shape
-
-
 def judge_by_endpoint(run: Run, iteration: int, pairs: list[Triple]) -> dict:
     """What the endpoint says of a sample of the round's pairs, in `judgments.jsonl` and as numbers; it measures and nothing more."""
     if not run.config.judging.pairs or not pairs:
@@ -226,14 +131,6 @@ def judge_by_endpoint(run: Run, iteration: int, pairs: list[Triple]) -> dict:
 
     numbers = stages.plain_stage(folder, "judgments", judge, "judgments.jsonl")
     return {"endpoint_judge": {name: value for name, value in numbers.items() if name != "seconds"}}
-
-
-def require_pairs(pairs: list[Triple], count: int, dropped: dict, path: Path) -> None:
-    """Raises `RunError` with the reasons where none of `count` candidates was kept."""
-    if not pairs:
-        raise RunError(
-            f"{path.parent}: none of {count} triples was kept ({dropped}); look at {path}, and start anew with other settings or queries"
-        )
 
 
 def train_on_pairs(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sso_jax import rounds, stages
+from sso_jax import stages
 from sso_jax.assembly import Engine, Objective
 from sso_jax.config import Config
 from sso_jax.environment import fitting_queries, toy_queries
@@ -15,6 +15,7 @@ from sso_jax.preferences.queries import deal, load_queries
 from sso_jax.preferences.responses import clean_triples, sample_triples
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.records import RESPONSES, Dropped, Query, SteeredQuery, Triple
+from sso_jax.reference import referenced_pairs, require_pairs
 from sso_jax.rounds import Run, earlier_params
 from sso_jax.steering_sources import UNPARSED_FILE, given_principles, steer_queries
 
@@ -110,13 +111,8 @@ def cleaned(run: Run, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
 
 def pairs(run: Run, objective: Objective, iteration: int, params, triples: list[Triple], folder: Path) -> tuple[list[Triple], dict]:
     """The pairs that sampled triples leave, cleaned, scored and filtered, in `folder/pairs.jsonl`; none at all is refused."""
-
-    def make() -> tuple[list[Triple], dict]:
-        clean, dropped = cleaned(run, triples)
-        return rounds.choose_pairs(run, objective, iteration, params, clean, dropped, folder)
-
-    kept, made = stages.record_stage(folder, "pairs", Triple, make)
-    rounds.require_pairs(kept, len(triples), made["dropped"], folder / "responses.jsonl")
+    kept, made = referenced_pairs(run, objective, iteration, params, folder, lambda: cleaned(run, triples))
+    require_pairs(kept, len(triples), made["dropped"], folder / "responses.jsonl")
     return kept, made
 
 

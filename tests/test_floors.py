@@ -14,7 +14,8 @@ FLOORS = {
     "preferences": 3,
     "assembly": 4, "toy": 4, "metrics": 4, "report": 4, "answers": 4, "iteration": 4,
     "benchmark_answers": 4, "reward_model": 4, "pairs_out": 4, "report_triples": 4, "evaluation": 4, "steering_sources": 4,
-    "environment": 4, "dry_run": 4, "programs": 4, "run_folder": 4, "policy_training": 4, "rounds": 4, "sampled": 4, "recipes": 4,
+    "environment": 4, "dry_run": 4, "programs": 4, "run_folder": 4, "policy_training": 4, "rounds": 4, "reference": 4, "sampled": 4,
+    "recipes": 4,
 }  # fmt: skip
 ONLY_IN = {"orbax": "training/checkpoints.py", "tensorboardX": "metrics.py", "matplotlib": "report.py", "httpx2": "endpoint.py"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

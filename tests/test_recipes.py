@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 from toys import toy_model, toy_params
 
 import train
-from sso_jax import report
+from sso_jax import reference, report, rounds
 from sso_jax.assembly import export_policy
 from sso_jax.checksums import checksums
+from sso_jax.interrupts import Stopped
 from sso_jax.tokens.chat import make_chat
 from sso_jax.tokens.tokenizer import encode_text
 from sso_jax.toy.pretraining import train_tokenizer
+from sso_jax.training import checkpoints
 from sso_jax.training.losses import BASE_LOSSES
 
 WORDS = ["fox", "fig", "cat", "red", "ten", "oak"]
@@ -104,6 +107,51 @@ def test_offline_takes_plain_pairs_with_scores(model_folder, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary[1]["dropped"] == {"small_score_gap": 3} and summary[1]["num_pairs"] == 3
     assert summary[1]["before_filter"]["num_pairs"] == 6
+
+
+def test_stale_log_probs_of_the_reference_are_computed_anew_and_whole_ones_are_not(model_folder, tmp_path, monkeypatch, capsys, caplog):
+    """A run is stopped behind its scoring; then the reference's weights are others, and later others again behind an update."""
+    other, pairs = tmp_path / "reference", tmp_path / "run" / "iteration_1" / "pairs.jsonl"
+    shutil.copytree(model_folder, other)
+    changes = {"--pairs.path": write(tmp_path / "pairs.jsonl", STEERED), "--model.reference_path": other, "--checkpoint.every_steps": 1}
+    argv = ["--config", "configs/offline.yaml", *arguments(model_folder, tmp_path / "run", **changes)]
+    scored, score = [], reference.score_examples
+    monkeypatch.setattr(reference, "score_examples", lambda *args: scored.append(1) or score(*args))
+
+    def stop(*args, **kwargs):
+        raise Stopped("here")
+
+    def log_probs():
+        return [row["log_probs"] for row in lines(pairs)]
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(rounds, "train_on_pairs", stop)
+        assert train.main(argv) == 75 and train.main(argv) == 75
+        before = log_probs()
+        assert len(scored) == 1
+        scale_weights(other / "model.safetensors", 1.5)
+        assert train.main(argv) == 75
+    assert len(scored) == 2 and "are computed anew" in caplog.text
+    assert not np.allclose(before[0]["plain"]["chosen"], log_probs()[0]["plain"]["chosen"], rtol=1e-3)
+    save = checkpoints.save
+
+    def save_and_stop(manager, state, step, wait):
+        save(manager, state, step, True)
+        stop()
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(checkpoints, "save", save_and_stop)
+        assert train.main(argv) == 75
+    scale_weights(other / "model.safetensors", 1.5)
+    assert train.main(argv) == 1 and "updates were made with them" in capsys.readouterr().err
+    assert len(scored) == 2
+    shutil.rmtree(pairs.parent / "checkpoints")
+    assert train.main(argv) == 0 and len(scored) == 3
+
+
+def scale_weights(path, factor):
+    """Multiplies every matrix of a safetensors file."""
+    save_file({name: factor * weight for name, weight in load_file(path).items()}, path, metadata={"format": "np"})
 
 
 def test_sft_loss_is_that_of_transformers(model_folder, tmp_path):

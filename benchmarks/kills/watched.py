@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 
 import train
-from sso_jax import policy_training, report, rounds, sampled, steering_sources
+from sso_jax import policy_training, reference, report, rounds, sampled, steering_sources
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints
@@ -25,8 +25,8 @@ STAGES = {
     "bootstrap": (pretraining, "pretrain"),
     "asking": (steering_sources, "ask_policy"),
     "sampling": (sampled, "sample_triples"),
-    "scoring": (rounds, "score_examples"),
-    "filtering": (rounds, "filtered"),
+    "scoring": (reference, "score_examples"),
+    "filtering": (reference, "filtered"),
     "update": (policy_training, "run_updates"),
     "checkpoint": (checkpoints, "save"),
     "export": (rounds, "export_policy"),

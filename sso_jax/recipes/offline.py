@@ -2,13 +2,14 @@
 
 from collections import Counter
 
-from sso_jax import rounds, stages
+from sso_jax import rounds
 from sso_jax.assembly import Engine, build_objective, with_original
 from sso_jax.config import Config
 from sso_jax.errors import InputError
 from sso_jax.preferences.pair_files import check_parts, load_pairs
 from sso_jax.preferences.pairs import FILTER_CELLS, drop_empty_contrasts, given_triples
 from sso_jax.records import Triple
+from sso_jax.reference import referenced_pairs, require_pairs
 from sso_jax.rounds import Recipe, Run
 
 
@@ -48,13 +49,8 @@ def round(run: Run, iteration: int, params):
     compared = objective.cells
     if run.config.train.log_original and all(pair.original is not None for pair in run.material):
         objective = with_original(objective)
-
-    def choose() -> tuple[list[Triple], dict]:
-        contrasts, dropped = drop_empty_contrasts(run.material, compared)
-        return rounds.choose_pairs(run, objective, iteration, params, contrasts, dropped, folder)
-
-    pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
-    rounds.require_pairs(pairs, len(run.material), made["dropped"], folder / "pairs.jsonl")
+    pairs, made = referenced_pairs(run, objective, iteration, params, folder, lambda: drop_empty_contrasts(run.material, compared))
+    require_pairs(pairs, len(run.material), made["dropped"], folder / "pairs.jsonl")
     judged = rounds.judge_by_endpoint(run, iteration, pairs)
     params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
     exported = rounds.export(run, iteration, params)

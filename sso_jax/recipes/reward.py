@@ -14,6 +14,7 @@ from sso_jax.policy_training import plan_rewards
 from sso_jax.preferences.pair_files import load_pairs
 from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples, random_order
 from sso_jax.records import Query, Triple, write_records
+from sso_jax.reference import filtered, referenced_pairs, require_pairs, within_limit
 from sso_jax.reward_model import (
     REWARD_FOLDER,
     Rater,
@@ -83,7 +84,7 @@ def round(run: Run, iteration: int, params):
         pairs, made, seconds = _sampled_pairs(run, iteration, params)
     else:
         pairs, made = stages.record_stage(folder, "pairs", Triple, lambda: _given_pairs(run, iteration))
-    rounds.require_pairs(pairs, len(run.material.pairs or run.material.rounds[0]), made["dropped"], folder / "pairs.jsonl")
+    require_pairs(pairs, len(run.material.pairs or run.material.rounds[0]), made["dropped"], folder / "pairs.jsonl")
     train, held_out = split_pairs(pairs, run.config.reward.held_out)
     train = mix(train, run.material.annotated, run.config.reward, f"{run.config.run.seed}/{iteration}")
     engine = reward_engine(run.engine)
@@ -109,8 +110,8 @@ def _given_pairs(run: Run, iteration: int) -> tuple[list[Triple], dict]:
     pairs, dropped = drop_empty_contrasts(run.material.pairs, PLAIN_PAIR)
     if run.config.pairs.control == "random_order":
         pairs = random_order(pairs, f"{run.config.run.seed}/{iteration}")
-    pairs = rounds.within_limit(run, pairs, dropped)
-    kept, numbers = rounds.filtered(run, pairs, dropped)
+    pairs = within_limit(run, pairs, dropped)
+    kept, numbers = filtered(run, pairs, dropped)
     return kept, {**numbers, "num_queries": len({(pair.query, str(pair.history)) for pair in run.material.pairs})}
 
 
@@ -120,12 +121,7 @@ def _sampled_pairs(run: Run, iteration: int, params) -> tuple[list[Triple], dict
     queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material.rounds[iteration - 1], {}))
     steered, principles = sampled.principles(run, iteration, params, queries)
     triples, responses = sampled.responses(run, iteration, params, steered, folder)
-
-    def choose() -> tuple[list[Triple], dict]:
-        clean, dropped = sampled.cleaned(run, triples)
-        return rounds.choose_pairs(run, Objective([], None, 1.0), iteration, params, clean, dropped, folder)
-
-    pairs, made = stages.record_stage(folder, "pairs", Triple, choose)
+    pairs, made = referenced_pairs(run, Objective([], None, 1.0), iteration, params, folder, lambda: sampled.cleaned(run, triples))
     judged = rounds.judge_by_endpoint(run, iteration, pairs)
     dropped = dict(Counter(responses["dropped"]) + Counter(made["dropped"]))
     steering = {name: value for name, value in principles.items() if name != "seconds"}
