@@ -43,9 +43,13 @@ def test_figures_are_medians_ratios_and_fractions_of_the_bound():
     seconds = {"ours/sample": [2.0, 1.0, 9.0], "transformers/sample": [4.0, 4.0, 4.0], "ours/update": [5.0], "transformers/update": [20.0]}
     cells = {name: {"first": 10.0, "seconds": own, "host_peak_bytes": 100} for name, own in seconds.items()}
     cells["ours/update"] |= {"flops": 2e12, "padding": 0.0}
+    cells["ours/sample"] |= {"decode_seconds": [1.0, 0.5, 2.0]}
     cells["machine"] = {"flops": 3e11, "read_bytes": 2e10, "copy_bytes": 2e10}
     made = figures("57m", cells, options)
     assert made["generate_tok_s"] == 16 * 64 / 2.0 and made["sso_examples_s"] == 4 / 5.0
     assert made["rows"]["transformers/sample"]["ours_over_it"] == 2.0 and made["rows"]["transformers/update"]["ours_over_it"] == 4.0
     assert made["rows"]["ours/update"]["of_bound"] == pytest.approx(shapes.needed_update_flops(shapes.CPU)["shared"] / 3e11 / 5.0)
+    # 63 steps read 24.1M and 16.4M entries of 4 bytes; each of 16 rows 2 x 8 x 2 x 64 entries of the 129th to the 191st token
+    weights, tokens = 4 * (shapes.CPU.layer_params + shapes.CPU.head_params), 63 * (129 + 191) // 2
+    assert made["decode_bytes_s"] == (63 * weights + 16 * tokens * 2 * 8 * 2 * 64 * 4) / 1.0
     assert made["compile_s"] == 8.0 + 5.0 and made["peak_bytes"] == 100

@@ -5,6 +5,7 @@ and compiles. The bound beside each figure is what this machine's measured opera
 """
 
 import argparse
+import importlib
 import json
 import resource
 import statistics
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.speed import shapes
 
-PEERS = ("transformers",)
+PEERS = ("transformers", "tunix")
 DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
 
 
@@ -23,6 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu", help="default: %(default)s")
     parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, help="default: 57m on a CPU; 0.5b 1.5b 7b on a GPU")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="whom to time beside this project (default: nobody)")
+    parser.add_argument("--tunix_python", default=sys.executable, help="Python that has google-tunix (default: this one)")
     parser.add_argument("--repeats", type=int, default=5, help="calls that are timed (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one call each, for TensorBoard or Perfetto")
@@ -31,7 +33,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-CELLS = ("machine", "ours/sample", "transformers/sample", "ours/update", "transformers/update")
+CELLS = ("machine", *(f"{who}/{what}" for what in ("sample", "update") for who in ("ours", *PEERS)))
 
 
 def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
@@ -45,9 +47,8 @@ def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None)
         from benchmarks.speed import ours
 
         return ours.profiled(what, shape, repeats, profile)
-    from benchmarks.speed import peers
-
-    return getattr(peers, f"{who}_{what}")(shape, repeats)
+    peer = importlib.import_module(f"benchmarks.speed.peer_{who}")
+    return getattr(peer, what)(shape, repeats)
 
 
 def child(cell: str, options: argparse.Namespace) -> None:
@@ -60,7 +61,8 @@ def child(cell: str, options: argparse.Namespace) -> None:
 
 def measure(cell: str, name: str, options: argparse.Namespace) -> dict:
     """The figures of one cell on one shape, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
+    python = options.tunix_python if cell.startswith("tunix/") else sys.executable
+    command = [python, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
     command += ["--tiny"] if options.tiny else []
     command += ["--profile", str(options.profile)] if options.profile else []
     print(f"{cell} on {name} ...", file=sys.stderr, flush=True)
@@ -96,7 +98,7 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
             }
     for cell, row in rows.items():
         row["ours_over_it"] = rows[f"ours/{cell.split('/')[1]}"]["rate"] / row["rate"]
-    update = cells["ours/update"]
+    update, decode_seconds = cells["ours/update"], statistics.median(cells["ours/sample"]["decode_seconds"])
     return {
         "shape": name,
         "generate_tok_s": rows["ours/sample"]["rate"],
@@ -107,7 +109,8 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
         "update_flops_needed": shapes.needed_update_flops(shape)["shared"],
         "update_padding": update["padding"],
         "update_flops_s": update["flops"] / rows["ours/update"]["seconds"],
-        "decode_bytes_s": shapes.needed_sample_bytes(shape) / rows["ours/sample"]["seconds"],
+        "decode_seconds": decode_seconds,
+        "decode_bytes_s": shapes.needed_decode_bytes(shape) / decode_seconds,
         "bounds": bounds,
         "machine": machine,
         "rows": rows,
@@ -127,6 +130,8 @@ def show(result: dict) -> None:
             f"| {cell} | {row['seconds']:.2f} s | {row['rate']:.3g} {unit} | {row['of_bound']:.0%} | {row['peak_bytes'] / 1e9:.2f} "
             f"| {max(0.0, row['first_seconds'] - row['seconds']):.1f} s | {row['ours_over_it']:.2f} |"
         )
+    rate = result["decode_bytes_s"]
+    print(f"decoding alone: {rate / 1e9:.2f} GB/s of weights and cache, {rate / machine['copy_bytes']:.0%} of the copy bandwidth")
     ratio = result["update_flops"] / result["update_flops_needed"]
     print(f"operations of the traced update and scoring: {ratio:.3f} of what arithmetic needs; padding {result['update_padding']:.1%}")
 

@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 
 from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
+from benchmarks.speed.timing import timed
 from sso_jax.assembly import build_objective
 from sso_jax.config import ObjectiveConfig
 from sso_jax.flops import count_flops
@@ -20,8 +21,8 @@ from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import fastest
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.policy_training import abstract_state
-from sso_jax.sampling.decode import build_generate
-from sso_jax.sampling.sampler import Request, Sampler
+from sso_jax.sampling.decode import Prompts, build_generate, build_parts
+from sso_jax.sampling.sampler import Request, Sampler, pad_prompts
 from sso_jax.sampling.strategies import make_strategy
 from sso_jax.training.batches import (
     Example,
@@ -38,16 +39,7 @@ from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import TrainState, build_update, init_state, make_optimizer, preference_losses
 
 RATE = np.float32(1e-6)
-
-
-def timed(work: Callable[[], object], repeats: int) -> dict:
-    """Seconds of the first call, which compiles, and of each of the repeats."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        seconds.append(time.perf_counter() - start)
-    return {"first": seconds[0], "seconds": seconds[1:]}
+NUM_DECODES = 3
 
 
 def make_model(shape: Shape, remat: bool, devices: list | None = None) -> tuple[Transformer, jax.sharding.Mesh]:
@@ -76,7 +68,7 @@ def random_params(model: Transformer, shardings):
 
 
 def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
-    """A call that answers a batch of prompts through the sampler of a run; and nothing more to tell of it."""
+    """A call that answers a batch of prompts through the sampler of a run; and the seconds that decoding alone takes."""
     model, mesh = make_model(shape, remat=False)
     shardings = param_shardings(abstract_params(model), mesh)
     params = random_params(model, shardings)
@@ -90,13 +82,30 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
         batch_size=shape.sample_rows,
     )
     requests = [Request(ids, (SEED, row)) for row, ids in enumerate(prompt_ids(shape, shape.sample_rows, shape.sample_prompt))]
+    parts = build_parts(model, mesh, shardings)
 
     def work():
         answers = sampler.sample(params, requests, "sampling")
         if [len(ids) for ids in answers] != [shape.sample_new] * shape.sample_rows:
             raise AssertionError("a response is shorter than was asked for")
 
-    return work, dict
+    return work, lambda: {
+        "decode_seconds": decode_seconds(parts, mesh, params, pad_prompts(requests, len(requests), shape.sample_prompt), shape)
+    }
+
+
+def decode_seconds(parts: tuple[Callable, Callable], mesh: jax.sharding.Mesh, params, prompts: Prompts, shape: Shape) -> list[float]:
+    """Seconds of decoding without its prefill, three times."""
+    prefill, decode = parts
+    inputs = (params, prompts, make_strategy(TEMPERATURE, TOP_P), np.zeros((0,), np.int32))
+    seconds = []
+    with jax.set_mesh(mesh):
+        for _ in range(1 + NUM_DECODES):
+            state = jax.block_until_ready(prefill(*inputs, shape.sample_new))
+            start = time.perf_counter()
+            jax.block_until_ready(decode(*inputs, state))
+            seconds.append(time.perf_counter() - start)
+    return seconds[1:]  # the first one compiled
 
 
 class Updating(NamedTuple):
@@ -161,10 +170,10 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     held = {"state": init_state(params, parts.optimizer, parts.shardings)}
 
     def work():
-        sums = score_examples(parts.score, parts.mesh, held["state"].params, parts.items, parts.cells, len(parts.items), "reference")
+        sums = score_examples(parts.score, parts.mesh, held["state"].params, parts.items, parts.cells, shape.update_microbatch, "reference")
         with jax.set_mesh(parts.mesh):
             held["state"], metrics = parts.update(held["state"], parts.batch_of(sums), RATE)
-        return metrics
+        jax.block_until_ready((held["state"], metrics))
 
     return work, lambda: traced(parts)
 
@@ -176,6 +185,6 @@ def profiled(what: str, shape: Shape, repeats: int, profile: Path | None) -> dic
     result = {**timed(work, repeats), **facts()}
     if profile is not None:
         with jax.profiler.trace(str(profile / what)):
-            jax.block_until_ready(work())
+            work()
     memory = jax.devices()[0].memory_stats() or {}  # None on a CPU
     return {**result, "device_peak_bytes": memory.get("peak_bytes_in_use", 0)}

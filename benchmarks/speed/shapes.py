@@ -117,6 +117,14 @@ def needed_sample_bytes(shape: Shape) -> float:
     return float(size * (shape.layer_params + shape.head_params) * (shape.sample_new - 1))
 
 
+def needed_decode_bytes(shape: Shape) -> float:
+    """Bytes that decoding must read in all: the weights, and at each step the keys and values of the tokens before."""
+    size = 2 if shape.dtype == "bfloat16" else 4
+    tokens = sum(range(shape.sample_prompt + 1, shape.sample_prompt + shape.sample_new))
+    cached = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * size  # of one token
+    return needed_sample_bytes(shape) + float(shape.sample_rows * tokens * cached)
+
+
 def needed_sample_flops(shape: Shape) -> float:
     """Operations of prefill, whose tokens do not meet the vocabulary, and of decoding."""
     prefill = shape.sample_rows * shape.sample_prompt * shape.layer_params

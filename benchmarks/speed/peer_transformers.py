@@ -4,17 +4,16 @@ It is timed as its users run it: `generate` for sampling, and for the update wha
 of an example, logits of every token, policy and reference. PyTorch comes with requirements-test.txt.
 """
 
-import time
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.speed.shapes import CELLS, SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
+from benchmarks.speed.timing import timed
 
 BETA, ALPHA, STEERING_WEIGHT = 0.2, 0.66, 0.1
 
 
-def _torch_model(shape: Shape):
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
+def _model(shape: Shape):
     torch.manual_seed(SEED)
     config = Qwen2Config(
         hidden_size=shape.width,
@@ -33,42 +32,32 @@ def _torch_model(shape: Shape):
     return Qwen2ForCausalLM(config).to(device=device, dtype=getattr(torch, shape.dtype))
 
 
-def _timed(work, repeats: int) -> dict:
-    import torch
-
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"first": seconds[0], "seconds": seconds[1:]}
+def _wait() -> None:
+    """Returns when the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def transformers_sample(shape: Shape, repeats: int) -> dict:
+def sample(shape: Shape, repeats: int) -> dict:
     """transformers' `generate` with its key/value cache."""
-    import torch
-
-    model = _torch_model(shape).eval()
+    model = _model(shape).eval()
     ids = torch.tensor(prompt_ids(shape, shape.sample_rows, shape.sample_prompt), device=model.device)
     settings = dict(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0, max_new_tokens=shape.sample_new)
 
     def work():
         with torch.no_grad():
             out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        _wait()
         if out.shape[1] != shape.sample_prompt + shape.sample_new:
             raise AssertionError("a response is shorter than was asked for")
 
-    return _timed(work, repeats)
+    return timed(work, repeats)
 
 
-def transformers_update(shape: Shape, repeats: int) -> dict:
+def update(shape: Shape, repeats: int) -> dict:
     """The releases' update of version 1 with IPO: six rows an example, all their logits, the reference beside the policy."""
-    import torch
-
-    policy = _torch_model(shape).train()
-    reference = _torch_model(shape).eval()
+    policy = _model(shape).train()
+    reference = _model(shape).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     examples = example_ids(shape)
     rows = [prompts[context] + responses[name] for prompts, responses in examples for context, name in CELLS]
@@ -96,5 +85,6 @@ def transformers_update(shape: Shape, repeats: int) -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
+        _wait()
 
-    return _timed(work, repeats)
+    return timed(work, repeats)

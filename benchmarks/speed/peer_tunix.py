@@ -1,0 +1,101 @@
+"""A shape in, seconds of the same sampling and the same update by google-tunix out.
+
+Its own sampler, model and DPO loss are used as they come. The update is the releases' six rows an example, as three pairs of tunix's
+kind: the reference's log-probs of every step computed anew beside the policy's, all logits. google-tunix is in no requirements file:
+install it into an environment of its own, and name that one's Python by --tunix_python.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tunix.generate.sampler import CacheConfig, Sampler
+from tunix.models.qwen2.model import ModelConfig, Qwen2
+from tunix.rl.common import build_positions_from_mask, make_causal_attn_mask
+from tunix.sft.dpo.dpo_trainer import TrainExample, compute_logps, dpo_loss_fn
+
+from benchmarks.speed.shapes import CELLS, SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
+from benchmarks.speed.timing import timed
+
+
+def _model(shape: Shape) -> Qwen2:
+    dtype = jnp.dtype(shape.dtype)
+    config = ModelConfig(
+        num_layers=shape.num_layers,
+        vocab_size=shape.vocab_size,
+        embed_dim=shape.width,
+        hidden_dim=shape.hidden,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_size,
+        num_kv_heads=shape.num_kv_heads,
+        rope_theta=1_000_000,
+        norm_eps=1e-6,
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+    return Qwen2(config, rngs=nnx.Rngs(SEED))
+
+
+class _Prompts:
+    """What tunix's sampler takes for a tokenizer: a prompt's text is its number, its end of turn an id that no vocabulary has."""
+
+    def __init__(self, prompts: list[list[int]]):
+        self.prompts = prompts
+
+    def encode(self, text: str) -> list[int]:
+        return self.prompts[int(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(len(ids))
+
+    def bos_id(self) -> int:
+        return 0  # nothing is put before a prompt
+
+    def eos_id(self) -> int:
+        return -2
+
+    def pad_id(self) -> int:
+        return -1  # so that no token of a prompt counts as padding
+
+
+def sample(shape: Shape, repeats: int) -> dict:
+    """tunix's `Sampler`."""
+    prompts = prompt_ids(shape, shape.sample_rows, shape.sample_prompt)
+    slots = shape.sample_prompt + shape.sample_new
+    sampler = Sampler(_model(shape), _Prompts(prompts), CacheConfig(slots, shape.num_layers, shape.num_kv_heads, shape.head_size))
+    texts = [str(number) for number in range(len(prompts))]
+    settings = dict(max_prompt_length=shape.sample_prompt, temperature=TEMPERATURE, top_p=TOP_P, seed=SEED)
+
+    def work():
+        answered = sampler(texts, shape.sample_new, **settings)
+        if [len(tokens) for tokens in answered.tokens] != [shape.sample_new] * len(prompts):
+            raise AssertionError("a response is shorter than was asked for")
+
+    return timed(work, repeats)
+
+
+def update(shape: Shape, repeats: int) -> dict:
+    """tunix's DPO loss on the rows of the releases: winners of all contexts, then their losers."""
+    policy, reference = _model(shape), _model(shape)
+    optimizer = nnx.Optimizer(policy, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0)), wrt=nnx.Param)
+    sides = [[prompts[c] + responses[r] for prompts, responses in example_ids(shape) for c, r in CELLS[side::2]] for side in (0, 1)]
+    ids = jnp.asarray(np.concatenate(sides), jnp.int32)  # [rows, prompt + response]
+    whole, response = jnp.ones(ids.shape, bool), jnp.ones((ids.shape[0], shape.update_response), jnp.int32)
+    inputs = (ids, build_positions_from_mask(whole), make_causal_attn_mask(whole))
+
+    @nnx.jit
+    def step(policy: Qwen2, optimizer: nnx.Optimizer, example: TrainExample):
+        (loss, _), gradient = nnx.value_and_grad(dpo_loss_fn, has_aux=True)(policy, example)
+        optimizer.update(policy, gradient)
+        return loss
+
+    def work():
+        chosen, rejected = compute_logps(reference, *inputs, shape.update_response, response)
+        example = TrainExample(*inputs, chosen, rejected, response, shape.update_response)
+        loss = step(policy, optimizer, example)
+        if not np.isfinite(jax.block_until_ready(loss)):
+            raise AssertionError("the loss is not finite")
+        jax.block_until_ready(nnx.state(policy))
+
+    return timed(work, repeats)
