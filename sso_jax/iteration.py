@@ -26,6 +26,7 @@ from sso_jax.recipes import RECIPES
 from sso_jax.records import read_json_lines, write_text
 from sso_jax.reward_model import find_reward_model
 from sso_jax.rounds import Run
+from sso_jax.sampling.slots import open_slots
 from sso_jax.steering_sources import open_endpoint
 from sso_jax.toy import pretraining
 from sso_jax.watch import collapse_warnings
@@ -76,6 +77,7 @@ def _run_rounds(run: Run) -> None:
             if params is None or params_of != iteration - 1:
                 params = rounds.start_params(run, iteration)
             params_of = iteration
+            run = _with_known_slots(run, iteration)
             if iteration == 0:
                 numbers = _first_look(run, params)
             else:
@@ -88,6 +90,12 @@ def _run_rounds(run: Run) -> None:
             if is_first():
                 report.write(run.directory)
     log.info("done: %s", run.directory / "report.html")
+
+
+def _with_known_slots(run: Run, iteration: int) -> Run:
+    """The run, padding prompts in this round to lengths for which there is a program already, as far as there can be."""
+    slots = open_slots(run.folder(iteration - 1), run.folder(iteration))
+    return dataclasses.replace(run, engine=dataclasses.replace(run.engine, sampler=dataclasses.replace(run.engine.sampler, slots=slots)))
 
 
 def _warnings(run: Run, iteration: int, numbers: dict) -> list[str]:

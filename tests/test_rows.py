@@ -10,7 +10,7 @@ from toys import toy_model, toy_params
 
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.transformer import Transformer
-from sso_jax.training.batches import Branch, Rows, Tree, first_fit, pack, row_shape, steered_trees
+from sso_jax.training.batches import Branch, Rows, Tree, first_fit, lasting_row_shape, pack, row_shape, steered_trees
 from sso_jax.training.log_probs import cell_log_probs, token_log_probs
 
 
@@ -151,6 +151,28 @@ def test_rows_that_do_not_hold_their_trees_are_refused():
     trees = random_trees()
     with pytest.raises(ValueError, match="do not pack"):
         pack(trees, row_shape([trees[:1]])._replace(num_rows=1), 40)
+
+
+def stretched(batch: list[Tree], factor: float) -> list[Tree]:
+    """Trees whose responses are so many times as long."""
+    return [Tree(t.prompt_ids, [Branch([1] * int(len(b.response_ids) * factor + 0.5), b.cell) for b in t.branches]) for t in batch]
+
+
+def test_a_later_round_keeps_the_shape_while_its_batches_fit_and_it_is_not_too_dear():
+    first = [random_trees(seed, 24) for seed in range(6)]
+    shape = lasting_row_shape(first, 2, None, is_last=False)
+    cheapest = row_shape(first, 2)
+    assert shape.num_rows * shape.num_tokens <= 1.35 * cheapest.num_rows * cheapest.num_tokens
+    for later in ([random_trees(seed, 24) for seed in range(6, 12)], [stretched(batch, 0.9) for batch in first]):
+        assert lasting_row_shape(later, 2, shape, is_last=False) == shape
+        for batch in later:
+            pack(batch, shape, 100)
+    longer = [stretched(batch, 2.0) for batch in first]
+    grown = lasting_row_shape(longer, 2, shape, is_last=False)
+    assert grown != shape and all(pack(batch, grown, 100) for batch in longer)
+    few = [batch[:4] for batch in first]
+    assert lasting_row_shape(few, 2, shape, is_last=True) == row_shape(few, 2)  # it would be padding, most of it
+    assert lasting_row_shape(first, 8, shape._replace(num_rows=shape.num_rows + 1), is_last=True) == row_shape(first, 8)  # another mesh
 
 
 def test_rows_are_longer_than_the_longest_tree_where_that_leaves_less_of_them_empty():

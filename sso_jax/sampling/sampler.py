@@ -90,6 +90,8 @@ class Sampler:
     """Where the parameters lie while sampling, if not where they lie anyway: they are copied there for a stage."""
     journals: Path | None = None
     """Folder that keeps the responses of stages that are not done yet."""
+    slots: Callable[[int, str], int] = lambda length, kind: bucket(length)
+    """(length of the longest prompt of a batch, what else its program depends on) -> length to which all of them are padded."""
 
     def fits(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt leaves room for at least one token of response."""
@@ -124,7 +126,7 @@ class Sampler:
             for batch in cut_batches(lengths, batch_size):
                 if all(i in done for i in batch):
                     continue
-                slots = bucket(max(lengths[i] for i in batch) - len(prefix))
+                slots = self.slots(max(lengths[i] for i in batch) - len(prefix), f"{len(prefix)}+{budget}")
                 prompts = pad_prompts([requests[i] for i in batch], batch_size, slots, prefix)
                 with jax.set_mesh(self.mesh):
                     samples = self.generate(params, place(prompts, prompt_shardings(self.mesh)), strategy, stops, budget)

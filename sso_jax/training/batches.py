@@ -100,7 +100,7 @@ def row_shape(batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0
     the shape for trees that are longer by the share `spare`.
     """
     sizes = [[_longer(tree.num_tokens(), spare) for tree in trees] for trees in batches]
-    targets = [[_longer(_num_targets(tree), 2 * spare) for tree in trees] for trees in batches]  # of a row they vary more than of a batch
+    targets = [[_longer(_num_targets(tree), 4 * spare) for tree in trees] for trees in batches]  # those of one row vary most
     longest = max(size for of_batch in sizes for size in of_batch)
     shapes = [_shape_of_length(sizes, targets, _round_up(times * longest, ROW_STEP), row_multiple) for times in (1, 2, 3, 4)]
     return min(shapes, key=_cost)

@@ -1,6 +1,7 @@
 """A training state and a batch in, the updated state and its metrics out, in one compiled, sharded and donated step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -75,14 +76,16 @@ def preference_losses(model: Transformer, objective: Callable[..., Terms], cells
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[tuple[str, str]], batch: PreferenceBatch) -> float:
     """Loss of a batch where policy and reference are one: what the first update of a round must show, such as ln 2 for DPO."""
+    return float(_loss_at_reference(objective, tuple(cells), batch.reference_log_probs, batch.num_tokens, batch.weights))
 
-    def loss(reference_log_probs, num_tokens, weights):
-        flat = lambda part: to_steered(part.astype(jnp.float32).reshape(-1, len(cells)), cells)  # noqa: E731
-        reference, weights = flat(reference_log_probs), weights.reshape(-1)
-        losses = objective(reference, reference, flat(num_tokens)).loss
-        return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
 
-    return float(jax.jit(loss)(batch.reference_log_probs, batch.num_tokens, batch.weights))  # one program for a dozen small ones
+@partial(jax.jit, static_argnums=(0, 1))
+def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[tuple[str, str], ...], reference_log_probs, num_tokens, weights):
+    """One program for a dozen small ones, and the same one in every round."""
+    flat = lambda part: to_steered(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))  # noqa: E731
+    reference, weights = flat(reference_log_probs), weights.reshape(-1)
+    losses = objective(reference, reference, flat(num_tokens)).loss
+    return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
 
 
 def supervised_losses(model: Transformer) -> ExampleLosses:
