@@ -12,7 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
-from sso_jax import dry_run, report, rounds, run_folder, stages
+from sso_jax import dry_run, host_memory, report, rounds, run_folder, stages
 from sso_jax.assembly import build_engine, enable_compilation_cache
 from sso_jax.config import Config, to_dict
 from sso_jax.environment import no_judge, toy_environment
@@ -89,6 +89,7 @@ def _run_rounds(run: Run) -> None:
             _summarize(run)
             if is_first():
                 report.write(run.directory)
+            host_memory.give_back()
     log.info("done: %s", run.directory / "report.html")
 
 
