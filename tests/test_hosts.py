@@ -57,7 +57,8 @@ def material(tmp_path_factory, one_device):
     fields = {
         "model.path": folder / "model", "queries.path": queries, "queries.per_iteration": 6, "run.iterations": 1, "sampling.batch_size": 8,
         "sampling.max_new_tokens": 8, "train.batch_size": 2, "objective.base": "dpo", "optimizer.learning_rate": 1e-3,
-        "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.compilation_cache": "",
+        "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.compilation_cache": folder / "xla",
+        "model.remat": "false", "logging.tensorboard": "false",
     }  # fmt: skip
     return folder, [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
 
@@ -159,7 +160,7 @@ def test_processes_that_read_different_things_are_refused_in_all_of_them():
 def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_alike(material, runs):
     folder, arguments = material
     directory, logs = folder / "stopped", [folder / f"stopped_{i}.log" for i in range(2)]
-    apart = ["--sampling.mesh", '{"data": 2, "fsdp": 4}', "--run.directory", str(directory), "--run.compilation_cache", str(folder / "xla")]
+    apart = ["--sampling.mesh", '{"data": 2, "fsdp": 4}', "--run.directory", str(directory)]
 
     def start() -> list[subprocess.Popen]:
         port = free_port()

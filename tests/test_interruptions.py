@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from toys import toy_model, toy_params
 
 import train
-from sso_jax import assembly, policy_training
+from sso_jax import assembly, policy_training, report
 from sso_jax.assembly import export_policy
 from sso_jax.checksums import checksums
 from sso_jax.errors import RunError
@@ -58,8 +58,15 @@ def arguments(tmp_path_factory, one_device):
         "model.path": folder / "model", "queries.path": folder / "queries.jsonl", "queries.per_iteration": 6, "run.iterations": 1,
         "sampling.batch_size": 8, "sampling.max_new_tokens": 8, "train.batch_size": 2, "objective.base": "dpo",
         "checkpoint.every_steps": 1, "checkpoint.keep": 2, "run.compilation_cache": folder / "xla",
+        "model.remat": "false", "logging.tensorboard": "false",
     }  # fmt: skip
     return [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Reports without their figures, which take longer than what these tests do again."""
+    monkeypatch.setattr(report, "_figure", lambda panels, columns: "")
 
 
 @pytest.fixture(scope="module")

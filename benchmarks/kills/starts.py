@@ -78,7 +78,8 @@ def draw_moment(draw: random.Random, alone: Start) -> Moment:
 def start_run(directory: Path, moment: Moment | None) -> Start:
     """Starts the command, or what is left of its run, and kills it at the moment, if it does not end before."""
     reading, writing = os.pipe()
-    command = [sys.executable, "-c", CHILD, str(writing), "--config", CONFIG, "--run.directory", str(directory)]
+    target = "" if moment is None or moment.stage is None else json.dumps([moment.stage, moment.entry, moment.seconds])
+    command = [sys.executable, "-c", CHILD, str(writing), target, "--config", CONFIG, "--run.directory", str(directory)]
     log = directory.with_name(directory.name + ".log")
     with open(log, "wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, pass_fds=[writing])
@@ -90,6 +91,7 @@ def start_run(directory: Path, moment: Moment | None) -> Start:
         os.close(reading)
     _, status, usage = os.wait4(process.pid, 0)
     start.status, start.seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+    start.killed = start.status == -signal.SIGKILL
     start.error = log.read_text(errors="replace")[-3000:]
     log.unlink()
     return start
@@ -102,12 +104,11 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _follow(process: subprocess.Popen, reading: int, moment: Moment | None) -> Start:
-    """Reads the notes to their end; the process is killed on the way."""
+    """Reads the notes to their end; a process with a moment in no stage is killed on the way, one with a stage kills itself."""
     start, rest = Start(), b""
     while True:
-        if moment is not None and not start.killed and _is_due(moment, process.pid, start):
+        if moment is not None and moment.stage is None and _processor_seconds(process.pid) >= moment.seconds:
             os.kill(process.pid, signal.SIGKILL)
-            start.killed = True
         if not select.select([reading], [], [], POLL_SECONDS)[0]:
             continue
         part = os.read(reading, 65536)
@@ -116,10 +117,3 @@ def _follow(process: subprocess.Popen, reading: int, moment: Moment | None) -> S
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             start.take(json.loads(line), time.perf_counter())
-
-
-def _is_due(moment: Moment, pid: int, start: Start) -> bool:
-    if moment.stage is None:
-        return _processor_seconds(pid) >= moment.seconds
-    entries = start.entered.get(moment.stage, [])
-    return len(entries) >= moment.entry and time.perf_counter() >= entries[moment.entry - 1] + moment.seconds

@@ -1,7 +1,9 @@
 """A file descriptor and train.py's arguments in, that run out, with a note to the descriptor of everything that it begins.
 
-    python -m benchmarks.kills.watched FD --config configs/kills.yaml --run.directory DIR
+    python -m benchmarks.kills.watched FD TARGET --config configs/kills.yaml --run.directory DIR
 
+TARGET is empty, or `[STAGE, N, SECONDS]`: the process kills itself so long after it entered the stage for the N-th time. From outside,
+stages of a millisecond would never be met.
 A note is a JSON line: `{"enter": STAGE}`, `{"leave": STAGE}`, and `{"did": KIND, "which": ...}` for the updates and the batches of samples
 that a kill may make be done again. It is written before the thing itself; a pipe keeps it when the process is killed.
 """
@@ -12,7 +14,9 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 import train
@@ -38,7 +42,20 @@ ASKED = ("features", "principles")
 Note = Callable[..., None]
 
 
-def tell_stage(note: Note, holder, name: str, stage: str) -> None:
+class Killer:
+    """Kills this process by SIGKILL at its moment, if it has one."""
+
+    def __init__(self, target: str):
+        self.stage, self.entries, self.seconds = json.loads(target) if target else (None, 0, 0.0)
+
+    def entered(self, stage: str) -> None:
+        """Told of every stage that is entered; starts the clock at the entry that is meant."""
+        self.entries -= stage == self.stage
+        if stage == self.stage and self.entries == 0:
+            threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def tell_stage(note: Note, killer: Killer, holder, name: str, stage: str) -> None:
     """Makes `holder.name` tell when it is entered and left."""
     function = getattr(holder, name)
 
@@ -46,6 +63,7 @@ def tell_stage(note: Note, holder, name: str, stage: str) -> None:
     def told(*args, **kwargs):
         own = next((word for word in ASKED if stage == "asking" and args[6].endswith(word)), stage)
         note(enter=own)
+        killer.entered(own)
         try:
             return function(*args, **kwargs)
         finally:
@@ -84,8 +102,9 @@ def tell_batches(note: Note) -> None:
     Sampler.sample = told
 
 
-def main(descriptor: int, argv: list[str]) -> int:
+def main(descriptor: int, target: str, argv: list[str]) -> int:
     """Exit status of the run."""
+    killer = Killer(target)
 
     def note(**fields) -> None:
         os.write(descriptor, (json.dumps(fields) + "\n").encode())
@@ -94,9 +113,9 @@ def main(descriptor: int, argv: list[str]) -> int:
         tell_updates(note, holder)
     tell_batches(note)
     for stage, (holder, name) in STAGES.items():
-        tell_stage(note, holder, name, stage)
+        tell_stage(note, killer, holder, name, stage)
     return train.main(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
