@@ -18,6 +18,7 @@ from sso_jax.assembly import Engine, Objective, load_params
 from sso_jax.config import Config
 from sso_jax.environment import judged, pair_accuracy
 from sso_jax.errors import RunError
+from sso_jax.hosts import once
 from sso_jax.mesh import num_batch_shards
 from sso_jax.models.fingerprint import fingerprint
 from sso_jax.models.hf_config import fetch
@@ -32,6 +33,8 @@ from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
 
 log = logging.getLogger(__name__)
 PAIRS_FILE = "pairs.jsonl"
+KEPT_FOR_LATER = ("reference_key", "row_shape")
+"""What the stage's marker holds for a resumed run and for the next round, and nobody else wants to know."""
 
 
 def reference_cells(config: Config, objective: Objective) -> list[tuple[str, str]]:
@@ -53,7 +56,7 @@ def referenced_pairs(
     stats, path = stages.whole(folder, "pairs"), folder / PAIRS_FILE
     in_use = stats is not None and stages.finished(folder, "training") is None
     if in_use and key(read_records(Triple, path)) != stats.get("reference_key"):
-        if (folder / "checkpoints").exists():
+        if once(lambda: (folder / "checkpoints").exists()):
             raise RunError(
                 f"{path}: its log-probs are not of this reference, tokenizer and pairs, and updates were made with them; put back what was "
                 f"changed, or delete {folder / 'checkpoints'} to do them again"
@@ -66,7 +69,7 @@ def referenced_pairs(
         return kept, {**numbers, "reference_key": key(kept)}
 
     pairs, stats = stages.record_stage(folder, "pairs", Triple, make)
-    return pairs, {name: value for name, value in stats.items() if name != "reference_key"}
+    return pairs, {name: value for name, value in stats.items() if name not in KEPT_FOR_LATER}
 
 
 def _reference_params(run: Run, params):
