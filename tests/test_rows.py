@@ -175,6 +175,14 @@ def test_a_later_round_keeps_the_shape_while_its_batches_fit_and_it_is_not_too_d
     assert lasting_row_shape(first, 8, shape._replace(num_rows=shape.num_rows + 1), is_last=True) == row_shape(first, 8)  # another mesh
 
 
+def test_a_round_of_many_batches_takes_the_cheapest_shape_for_it_pays_for_its_compilation():
+    shape = lasting_row_shape([random_trees(0, 24)], 2, None, is_last=False)
+    later = [stretched(random_trees(0, 24), 0.9)]
+    assert lasting_row_shape(later, 2, shape, is_last=False) == shape != row_shape(later, 2)
+    many = later * 5000
+    assert lasting_row_shape(many, 2, shape, is_last=False) == row_shape(later, 2)
+
+
 def test_rows_are_longer_than_the_longest_tree_where_that_leaves_less_of_them_empty():
     tree = lambda length: Tree([1] * (length - 2), [Branch([2, 3], 0)])  # noqa: E731
     uneven = [tree(128), *(tree(66) for _ in range(12))]  # in rows of 128 each of these has one to itself: 13 * 128 = 1664 tokens

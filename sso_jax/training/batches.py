@@ -22,8 +22,10 @@ from sso_jax.records import Triple
 ROW_STEP, TARGET_STEP = 32, 64
 ATTENTION_LENGTH = 4096
 """About the length of row at which attending costs as much as all products with weights."""
-SPARE, MOST_WASTE = 0.0625, 1.5
-"""How much longer trees may get before the shape of a run's rows changes, and how much dearer than need be it may get."""
+SPARE, MOST_WASTE = 0.0625, 0.5
+"""Shares: how much longer trees may get before the shape of a run's rows changes, and how much dearer than need be it may get."""
+COMPILE_STEPS = 100
+"""To compile a step takes about as long as so many steps: a round of many more would lose by padding what it saves by not compiling."""
 
 
 class Branch(NamedTuple):
@@ -109,13 +111,15 @@ def row_shape(batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0
 def lasting_row_shape(batches: list[list[Tree]], row_multiple: int, earlier: RowShape | None, is_last: bool) -> RowShape:
     """Shape of the rows of a round: that of the round before where these batches pack into it, so that nothing is compiled again.
 
-    Otherwise, and where the earlier one would cost more than MOST_WASTE times the cheapest, it is decided anew, with room to spare unless
-    the round `is_last`. It follows from the batches and the shape before it alone: a round that is resumed cuts the same rows.
+    Otherwise, and where the earlier one would cost more than a compilation does, or more than MOST_WASTE above the cheapest, it is decided
+    anew, with room to spare unless the round `is_last`. It follows from the batches and the shape before it alone: a round that is resumed
+    cuts the same rows.
     """
+    waste = min(MOST_WASTE, COMPILE_STEPS / len(batches))
     fits = earlier is not None and earlier.num_rows % row_multiple == 0 and _holds(earlier, batches)
-    if fits and _cost(earlier) <= MOST_WASTE * _cost(row_shape(batches, row_multiple)):
+    if fits and _cost(earlier) <= (1.0 + waste) * _cost(row_shape(batches, row_multiple)):
         return earlier
-    return row_shape(batches, row_multiple, 0.0 if is_last else SPARE)
+    return row_shape(batches, row_multiple, 0.0 if is_last or waste < SPARE else SPARE)
 
 
 def _longer(size: int, spare: float) -> int:
