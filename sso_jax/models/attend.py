@@ -53,10 +53,11 @@ def _attend_block(queries, keys, values, mask) -> tuple[Float[Array, "B K G T H"
     return (mixed / total).astype(values.dtype), top + jnp.log(total)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """First and last-but-one position of each block of queries."""
-    size = max(SMALLEST_BLOCK, -(-length // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
+    """First query of each block, the one behind its last, and the key behind the last that it sees; queries are those of the last keys."""
+    size = max(SMALLEST_BLOCK, -(-num_queries // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
+    ends = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+    return [(start, end, num_keys - num_queries + end) for start, end in ends]
 
 
 @jax.custom_vjp
@@ -71,8 +72,7 @@ def plain_attend(queries, keys, values, mask):
 
 
 def _attend_forward(queries, keys, values, mask):
-    before = keys.shape[2] - queries.shape[3]  # tokens of which there are keys and no queries
-    blocks = [(a, b, before + b) for a, b in _blocks(queries.shape[3])]
+    blocks = _blocks(queries.shape[3], keys.shape[2])
     parts = [_attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end]) for a, b, end in blocks]
     out, log_totals = (jnp.concatenate(pieces, axis=3) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
@@ -85,9 +85,7 @@ def _attend_backward(kept, d_out):
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
     d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)  # noqa: E731
-    before = keys.shape[2] - queries.shape[3]
-    for a, b in _blocks(queries.shape[3]):
-        end = before + b
+    for a, b, end in _blocks(queries.shape[3], keys.shape[2]):
         q, k, v, do = queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], d_out[..., a:b, :]
         weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])
         d_scores = (weights * (dot("bkgth,bksh->bkgts", do, v) - inner[..., a:b, :]) * scale).astype(q.dtype)
