@@ -74,7 +74,9 @@ def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock)
     if not link.is_symlink():
         link.symlink_to(start_policy(root, cell).absolute())
     material, dropped = recipe.settle(config, world.engine, recipe.read(config))
-    run = Run(config, directory, world.engine, world.environment, material, dropped, open_metrics(directory, config.logging, {}))
+    run = Run(
+        config, directory, world.engine, world.environment, material, dropped, open_metrics(directory, config.logging, {}, writes=True)
+    )
     params = None
     for iteration in range(1, config.run.iterations + 1):
         if stages.finished(run.folder(iteration), "round") is not None:
@@ -91,7 +93,7 @@ def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock)
 def measure_start(root: Path, world: World, cell: Cell, config: Config) -> None:
     """Quality of the policy of a seed before any update, once a seed."""
     directory = start_policy(root, cell).parent
-    run = Run(config, directory, world.engine, world.environment, None, None, open_metrics(directory, config.logging, {}))
+    run = Run(config, directory, world.engine, world.environment, None, None, open_metrics(directory, config.logging, {}, writes=True))
     if stages.finished(run.folder(0), "evaluation") is None:
         rounds.evaluate(run, 0, load_params(directory / "start", world.engine))
 
