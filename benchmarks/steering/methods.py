@@ -8,7 +8,7 @@ from sso_jax.config import Config, LoggingConfig
 
 CHOOSING_SEED = 0
 """Seed on which learning rates are chosen; it is in no table."""
-RATES = (1e-4, 2e-4, 4e-4)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 
 IPO, DPO = {"objective.base": "ipo", "objective.beta": 0.2}, {"objective.base": "dpo", "objective.beta": 0.2}
 REACHABLE = {"objective.base": "ipo", "objective.beta": 1.0}
