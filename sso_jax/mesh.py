@@ -61,7 +61,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
-def gathered(x: jax.Array, *logical: str) -> jax.Array:
+def gathered(x: jax.Array, *logical: str | None) -> jax.Array:
     """`x`, whose axes have these logical names, with all of its width on every device; its gradient is cut over the width again.
 
     Said outright, because the partitioner otherwise picks between this and passing parts of `x` round among the devices, which up to 32
@@ -71,7 +71,7 @@ def gathered(x: jax.Array, *logical: str) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(x: jax.Array, logical: tuple[str, ...]) -> jax.Array:
+def _gathered(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
     return constrain(x, *(None if name == "width" else name for name in logical))
 
 
@@ -133,3 +133,9 @@ def batch_shards_in_context() -> int:
     """As `num_batch_shards` of the mesh in context (`jax.set_mesh`); 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else num_batch_shards(mesh)
+
+
+def vocab_shards_in_context() -> int:
+    """Number of parts into which the mesh in context cuts the vocabulary; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[RULES["vocab"]]

@@ -29,7 +29,7 @@ from sso_jax.recipes import generator
 from sso_jax.reference import reference_cells
 from sso_jax.reward_model import as_reward_model
 from sso_jax.sampling.decode import Prompts, State, build_parts, state_shardings
-from sso_jax.sampling.sampler import bucket
+from sso_jax.sampling.slots import roomy
 from sso_jax.sampling.strategies import make_strategy
 from sso_jax.training.batches import Branch, Example, Tree, micro_trees, pack, preference_batch, row_shape, supervised_batch
 from sso_jax.training.log_probs import build_score
@@ -176,7 +176,7 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
 def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
     """What prefill and decoding are given (parameters, prompts, strategy, stop ids), and the number of new tokens."""
     sampling, shards = plan.config.sampling, num_batch_shards(plan.sampling.mesh)
-    rows, slots = -(-sampling.batch_size // shards) * shards, bucket(plan.prompt_tokens)
+    rows, slots = -(-sampling.batch_size // shards) * shards, roomy(plan.prompt_tokens)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     keys, used = jax.ShapeDtypeStruct((rows, 2), jnp.uint32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
     prompts = Prompts(ints(0), ints(rows, slots), ints(rows), keys, used)

@@ -96,17 +96,16 @@ class Transformer(nn.Module):
         return self.final_norm(x), cache
 
     def head_matrix(self) -> Float[Array, "D V"]:
-        """What hidden states are multiplied with, in the type of the arithmetic; each device holds all of the width that it needs."""
-        head = self.embedding.T if self.architecture.tied_head else self.head
-        return gathered(head.astype(self.dtype), "width", "vocab")
+        """What hidden states are multiplied with, in the type of the arithmetic, cut over the devices as its parameter is."""
+        return (self.embedding.T if self.architecture.tied_head else self.head).astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32."""
-        return project(hidden, self.head_matrix())
+        return project(hidden, gathered(self.head_matrix(), "width", "vocab"))
 
 
 def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
-    """Scores of the next token, float32, from hidden states and `Transformer.head_matrix`."""
+    """Scores of the next token, float32, from hidden states and `Transformer.head_matrix`, or columns of it."""
     flat = hidden.reshape(-1, hidden.shape[-1])  # for the reason in `flat_product`
     return jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from sso_jax.mesh import batch_sharding, batch_shards_in_context, replicated, spec
+from sso_jax.mesh import batch_sharding, batch_shards_in_context, gathered, replicated, spec
 from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask, empty_cache
 from sso_jax.models.transformer import Transformer, project, unstack
 from sso_jax.sampling.strategies import Strategy, choose
@@ -64,7 +64,7 @@ def to_weights(model: Transformer, params) -> Weights:
     """What prefill and decode multiply with, made once for both."""
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
     params = params if model.stacked else unstack(params, model.architecture.num_layers)
-    return Weights(params, model.apply({"params": params}, method="head_matrix"))
+    return Weights(params, gathered(model.apply({"params": params}, method="head_matrix"), "width", "vocab"))
 
 
 def pick(

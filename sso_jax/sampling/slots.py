@@ -14,6 +14,11 @@ SPARE, MOST_WASTE = 0.0625, 2
 """How much longer a batch's longest prompt may get before it is padded to another length, and how many times its bucket that may be."""
 
 
+def roomy(length: int) -> int:
+    """What prompts of a length not met before are padded to."""
+    return bucket(math.ceil(length * (1 + SPARE)))
+
+
 @dataclass
 class RoundSlots:
     """What a round pads prompts to. It follows from what the rounds before it left: a round that is resumed pads to the same."""
@@ -28,7 +33,7 @@ class RoundSlots:
     def __call__(self, length: int, kind: str) -> int:
         """The least length of earlier rounds that holds `length` and is at most MOST_WASTE buckets, or a new one with room to spare."""
         fitting = [slots for slots in self.earlier.get(kind, []) if length <= slots <= MOST_WASTE * bucket(length)]
-        slots = min(fitting, default=bucket(math.ceil(length * (1 + SPARE))))
+        slots = min(fitting, default=roomy(length))
         if slots not in self.known.setdefault(kind, []):
             self.known[kind].append(slots)
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,99 +1,146 @@
 """Packed rows in, log-probs of responses out: one sum a cell. No [B, T, V] is ever held."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from sso_jax.mesh import batch_sharding, batch_shards_in_context, constrain, replicated
+from sso_jax.mesh import batch_sharding, batch_shards_in_context, constrain, gathered, replicated, vocab_shards_in_context
 from sso_jax.models.attention import tree_mask
 from sso_jax.models.transformer import Transformer, project
 from sso_jax.training.batches import Rows
 
-MAX_CHUNK_LOGITS = 2**25
-"""Logits that a device holds at once; response tokens are projected to the vocabulary in chunks of about that many."""
+MAX_LOGITS = 2**25
+"""Logits that a device holds at once; all response tokens meet the vocabulary in slices of about that many."""
+LANES = 128
+"""Slices of so many entries or more are multiples of it, as TPUs lay out an array's last axis."""
 
 
-def token_log_probs(head: Float[Array, "D V"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], chunk: int) -> Float[Array, "R M"]:
-    """`log softmax(hidden head)[target]` in float32, `chunk` tokens of each row at a time."""
-    num_rows, num_targets, _ = hidden.shape
-    padding = -num_targets % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    target = jnp.pad(target, ((0, 0), (0, padding)))
-    log_probs = _chunked_log_probs(head, _to_chunks(hidden, chunk), _to_chunks(target, chunk))  # [M/chunk, R, chunk]
-    return log_probs.swapaxes(0, 1).reshape(num_rows, -1)[:, :num_targets]
+def token_log_probs(
+    head: Float[Array, "D V"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
+) -> Float[Array, "R M"]:
+    """`log softmax(hidden head)[target]` in float32, at most `columns` entries of each shard of the vocabulary at a time."""
+    parted = head.reshape(head.shape[0], vocab_shards_in_context(), -1)
+    return _sliced_log_probs(parted, hidden, target, columns)
 
 
-def _to_chunks(x: Shaped[Array, "R M ..."], chunk: int) -> Shaped[Array, "M/chunk R chunk ..."]:
-    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+class _Slice(NamedTuple):
+    """Some entries of each of the S shards of the vocabulary, in the order of the shards; E is S times `size`."""
+
+    start: Int[Array, ""]
+    """Place of the first in its shard. The last slice may start within the one before it."""
+    matrix: Float[Array, "D E"]
+    is_target: Bool[Array, "R M E"]
+    fresh: Bool[Array, "E"] | None
+    """Entries that no slice before has; None is all."""
 
 
-def _logits(hidden: Float[Array, "R C D"], head: Float[Array, "D V"]) -> Float[Array, "R C V"]:
-    return constrain(project(hidden, head), "batch", None, "vocab")
+def _slice_sizes(local_size: int, columns: int) -> tuple[int, int]:
+    """Number of slices of a shard, and the entries of each: nearly even, at most `columns`."""
+    unit = LANES if columns >= LANES else 1
+    num = -(-local_size // (columns // unit * unit))
+    return num, min(local_size, -(-local_size // (num * unit)) * unit)
 
 
-def _is_target(target: Int[Array, "R C"], vocab_size: int) -> Bool[Array, "R C V"]:
-    return target[..., None] == jnp.arange(vocab_size, dtype=target.dtype)[None, None, :]
+def _slice(head: Float[Array, "D S L"], target: Int[Array, "R M"], number: Int[Array, ""] | int, size: int) -> _Slice:
+    """Slice `number` of the head, with all of the width on every device."""
+    width, num_shards, local_size = head.shape
+    if size == local_size:
+        matrix = gathered(head, "width", "vocab", None).reshape(width, -1)
+        return _Slice(jnp.int32(0), matrix, target[..., None] == jnp.arange(matrix.shape[1])[None, None, :], None)
+    start = jnp.minimum(number * size, local_size - size)
+    matrix = gathered(jax.lax.dynamic_slice_in_dim(head, start, size, axis=2), "width", "vocab", None).reshape(width, -1)
+    within = start + jnp.arange(size)
+    ids = (jnp.arange(num_shards)[:, None] * local_size + within[None, :]).reshape(-1)
+    fresh = jnp.broadcast_to(within >= number * size, (num_shards, size)).reshape(-1)
+    return _Slice(start, matrix, (target[..., None] == ids[None, None, :]) & fresh[None, None, :], fresh)
 
 
-@jax.custom_vjp
-def _chunked_log_probs(head: Float[Array, "D V"], hidden: Float[Array, "A R C D"], target: Int[Array, "A R C"]) -> Float[Array, "A R C"]:
-    """Log-probs of chunks one after another; one chunk's logits are in memory.
+def _logits(hidden: Float[Array, "R M D"], part: _Slice) -> Float[Array, "R M E"]:
+    logits = project(hidden, part.matrix)
+    if part.fresh is not None:
+        logits = jnp.where(part.fresh[None, None, :], logits, -jnp.inf)
+    return constrain(logits, "batch", None, "vocab")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sliced_log_probs(
+    head: Float[Array, "D S L"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
+) -> Float[Array, "R M"]:
+    """Log-probs over a vocabulary in S shards of L entries, one slice of every shard after another; one slice's logits are in memory.
 
     With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The backward pass has p
-    from the log-sum-exp that the forward pass kept, and from the logits: kept where all tokens are one chunk, computed anew otherwise.
+    from the log-sum-exp that the forward pass kept, and from the logits: kept where all entries are one slice, computed anew otherwise.
+    Each entry's row of the head's gradient is whole after its slice, so that none is summed up in float32 over the vocabulary.
     """
-    return _log_probs_forward(head, hidden, target)[0]
+    return _log_probs_forward(head, hidden, target, columns)[0]
 
 
-def _log_probs_forward(head, hidden, target):
-    single = hidden.shape[0] == 1
+def _log_probs_forward(head, hidden, target, columns):
+    num, size = _slice_sizes(head.shape[2], columns)
 
-    def of_chunk(part):
-        logits = _logits(part[0], head)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        log_probs = jnp.sum(jnp.where(_is_target(part[1], head.shape[1]), logits, 0.0), axis=-1) - log_total
-        return log_probs, log_total, logits if single else None
+    def of_slice(number):
+        part = _slice(head, target, number, size)
+        logits = _logits(hidden, part)
+        return jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(part.is_target, logits, 0.0), axis=-1), logits
 
-    log_probs, log_totals, logits = _over_chunks(of_chunk, (hidden, target))
-    return log_probs, (head, hidden, target, log_totals, logits)
-
-
-def _over_chunks(of_chunk: Callable, parts: tuple):
-    """`of_chunk` of each chunk in turn; of a single one without a loop, through which it would be copied."""
-    if parts[0].shape[0] > 1:
-        return jax.lax.map(of_chunk, parts)
-    return jax.tree.map(lambda x: x[None], of_chunk(jax.tree.map(lambda part: part[0], parts)))
-
-
-def _log_probs_backward(kept, gradient):
-    head, hidden, target, log_totals, logits = kept
-
-    def of_chunk(part):
-        """Gradients of the head, float32, and of a chunk's hidden states."""
-        hidden, target, log_totals, logits, gradient = part
-        probs = jnp.exp((_logits(hidden, head) if logits is None else logits) - log_totals[..., None])
-        d_logits = gradient[..., None] * (_is_target(target, head.shape[1]) - probs)  # [R, C, V]
-        flat = d_logits.astype(head.dtype).reshape(-1, head.shape[1])  # [R*C, V], for the reason in `flat_product`
-        d_hidden = (flat @ head.T).reshape(hidden.shape)
-        return jnp.matmul(hidden.reshape(flat.shape[0], -1).T, flat, preferred_element_type=jnp.float32), d_hidden
-
-    parts = (hidden, target, log_totals, logits, gradient)
-    if hidden.shape[0] == 1:
-        d_head, d_hidden = _over_chunks(of_chunk, parts)
-        d_head = d_head[0]
+    if num == 1:
+        log_total, chosen, logits = of_slice(0)
     else:
 
-        def add(total, part):
-            d_head, d_hidden = of_chunk(part)
-            return total + d_head, d_hidden
+        def add(sums, number):
+            log_total, chosen, _ = of_slice(number)
+            return (jnp.logaddexp(sums[0], log_total), sums[1] + chosen), None
 
-        d_head, d_hidden = jax.lax.scan(add, jnp.zeros(head.shape, jnp.float32), parts)
-    return d_head.astype(head.dtype), d_hidden, None
+        nothing = jnp.full(target.shape, -jnp.inf), jnp.zeros(target.shape)
+        (log_total, chosen), _ = jax.lax.scan(add, nothing, jnp.arange(num))
+        logits = None
+    return chosen - log_total, (head, hidden, target, log_total, logits)
 
 
-_chunked_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+def _log_probs_backward(columns, kept, gradient):
+    head, hidden, target, log_total, logits = kept
+    (width, num_shards, local_size), flat_hidden = head.shape, hidden.reshape(-1, hidden.shape[-1])
+    num, size = _slice_sizes(local_size, columns)
+
+    def of_slice(number):
+        """Where the slice starts, its gradient of the head, and its share of that of the hidden states, still apart by shard; float32."""
+        part = _slice(head, target, number, size)
+        probs = jnp.exp((_logits(hidden, part) if logits is None else logits) - log_total[..., None])
+        d_logits = gradient[..., None] * (part.is_target - probs)  # [R, M, E]
+        flat = d_logits.astype(head.dtype).reshape(flat_hidden.shape[0], -1)  # [R*M, E], for the reason in `flat_product`
+        d_matrix = jnp.matmul(flat_hidden.T, flat, preferred_element_type=jnp.float32).reshape(width, num_shards, size)
+        return part.start, constrain(d_matrix, "width", "vocab", None), _by_shard(flat, part.matrix, num_shards)
+
+    if num == 1:
+        _, d_head, d_hidden = of_slice(0)
+    else:
+
+        def add(sums, number):
+            d_head, d_hidden = sums
+            start, d_part, d_more = of_slice(number)
+            so_far = jax.lax.dynamic_slice_in_dim(d_head, start, size, axis=2)  # not 0 only where two slices overlap, and d_part is 0 there
+            d_head = jax.lax.dynamic_update_slice_in_dim(d_head, so_far + d_part.astype(head.dtype), start, axis=2)
+            return (constrain(d_head, "width", "vocab", None), d_hidden + d_more), None
+
+        nothing = jnp.zeros(head.shape, head.dtype), jnp.zeros((num_shards, *flat_hidden.shape), jnp.float32)
+        (d_head, d_hidden), _ = jax.lax.scan(add, nothing, jnp.arange(num))
+    return d_head.astype(head.dtype), jnp.sum(d_hidden, axis=0).astype(hidden.dtype).reshape(hidden.shape), None
+
+
+def _by_shard(d_logits: Float[Array, "N E"], matrix: Float[Array, "D E"], num_shards: int) -> Float[Array, "S N D"]:
+    """`d_logits matrix^T` over the entries of each shard apart, in float32: devices add theirs up once, not in every slice."""
+    if num_shards == 1:
+        return jnp.matmul(d_logits, matrix.T, preferred_element_type=jnp.float32)[None]
+    split = lambda x: x.reshape(x.shape[0], num_shards, -1)  # noqa: E731
+    products = jnp.einsum("nse,dse->snd", split(d_logits), split(matrix), preferred_element_type=jnp.float32)
+    return constrain(products, "vocab", "batch", None)
+
+
+_sliced_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Float[Array, "cells"]:
@@ -124,11 +171,10 @@ def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "
 
 
 def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells"]:
-    head = model.apply({"params": params}, method="head_matrix")  # gathered here, once for all chunks
+    head = model.apply({"params": params}, method="head_matrix")
     num_rows, num_targets = rows.target.shape
-    rows_of_device = -(-num_rows // batch_shards_in_context())
-    chunk = max(1, min(num_targets, MAX_CHUNK_LOGITS // (rows_of_device * model.architecture.vocab_size)))
-    log_probs = token_log_probs(head, hidden, rows.target, chunk)
+    tokens_of_device = -(-num_rows // batch_shards_in_context()) * num_targets
+    log_probs = token_log_probs(head, hidden, rows.target, max(1, MAX_LOGITS // tokens_of_device))
     sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
     return sums[:num_cells]
 
