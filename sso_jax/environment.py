@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from sso_jax.records import Query, Triple
 from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.tokens.tokenizer import decode_text
 from sso_jax.toy import world
-from sso_jax.toy.judge import Judgement, judge
+from sso_jax.toy.judge import DescriptionJudgement, Judgement, judge
 
 NUM_HELD_OUT = 300
 log = logging.getLogger(__name__)
@@ -24,14 +25,19 @@ class Environment:
     """What measures: a judge and held-out queries, in the toy world only."""
 
     held_out: list[Query]
-    judge: Callable[[str, str, bool], Judgement] | None
+    judge: Callable[[str, str, bool], Judgement | DescriptionJudgement] | None
     """(query, response, whether it ended) -> its score and parts."""
 
 
-def toy_environment() -> Environment:
-    """The toy world's judge, and an even selection of its held-out queries."""
-    held_out = world.queries("evaluation")
-    return Environment(held_out[:: len(held_out) // NUM_HELD_OUT][:NUM_HELD_OUT], judge)
+def toy_environment(descriptions: bool = False, num_held_out: int = NUM_HELD_OUT) -> Environment:
+    """The toy world's judge, and an even selection of its held-out queries, and a third as many of its `descriptions`, if it has them."""
+    queries = world.queries("evaluation", descriptions)
+    by_group = {group: [q for q in queries if world.group_of(q.query) == group] for group in ("others", "descriptions")}
+    return Environment(_evenly(by_group["others"], num_held_out) + _evenly(by_group["descriptions"], num_held_out // 3), judge)
+
+
+def _evenly(queries: list[Query], num: int) -> list[Query]:
+    return queries[:: max(1, len(queries) // max(1, num))][:num]
 
 
 def no_judge() -> Environment:
@@ -39,9 +45,9 @@ def no_judge() -> Environment:
     return Environment([], None)
 
 
-def toy_queries() -> list[Query]:
+def toy_queries(descriptions: bool = False) -> list[Query]:
     """The toy world's queries to align on."""
-    return world.queries("alignment")
+    return world.queries("alignment", descriptions)
 
 
 def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> tuple[list[Query], Counter]:
@@ -87,19 +93,44 @@ def order_accuracy(environment: Environment, engine: Engine, triples: list[Tripl
     return {"judge_accuracy": float(agreement.mean()) if agreement.size else None, "judge_ties": float(np.mean(gaps == 0))}
 
 
+class Measured(NamedTuple):
+    """What is known of a held-out answer."""
+
+    group: str
+    judgement: Judgement | DescriptionJudgement
+    num_tokens: int
+    ended: bool
+    """False of one that ran to the limit of its tokens."""
+
+
 def measure_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
     """Judged answers of the unsteered policy to the held-out queries, and their means; nothing where there is no judge."""
     if environment.judge is None:
         return [], {"policy_quality": None}
-    chat = engine.chat
-    requests = [Request(chat.prompt_ids(q.query), row_key(seed, 0, q.id, "evaluation")) for q in environment.held_out]
-    sampled = engine.sampler.sample(params, requests, stage)
-    texts = [decode_text(chat.tokenizer, ids) for ids in sampled]
-    scores = [environment.judge(q.query, t, _ended(engine, ids)) for q, t, ids in zip(environment.held_out, texts, sampled, strict=True)]
-    rows = [
-        {"id": query.id, "query": query.query, "response": text, **score._asdict()}
-        for query, text, score in zip(environment.held_out, texts, scores, strict=True)
-    ]
-    means = {name: float(np.mean([getattr(score, name) for score in scores])) for name in Judgement._fields}
-    quality, tokens = means.pop("score"), float(np.mean([len(ids) for ids in sampled]))
-    return rows, {"policy_quality": quality, "quality_parts": means, "held_out_tokens": tokens}
+    chat, queries = engine.chat, environment.held_out
+    requests = [Request(chat.prompt_ids(q.query), row_key(seed, 0, q.id, "evaluation")) for q in queries]
+    rows, answers = [], []
+    for query, ids in zip(queries, engine.sampler.sample(params, requests, stage), strict=True):
+        text, ended = decode_text(chat.tokenizer, ids), _ended(engine, ids)
+        judgement = environment.judge(query.query, text, ended)
+        rows.append({"id": query.id, "query": query.query, "response": text, **judgement._asdict()})
+        answers.append(Measured(world.group_of(query.query), judgement, len(ids), ended))
+    return rows, held_out_numbers(answers)
+
+
+def held_out_numbers(answers: list[Measured]) -> dict:
+    """Mean score, parts and tokens; a part is the mean over the answers that have it. `held_out_groups`, where there are several, has
+    quality, tokens and the share that ran to the limit of all answers and of each group."""
+    means, parts = _means(answers), dict.fromkeys(name for a in answers for name in a.judgement._fields if name != "score")
+    parts = {name: float(np.mean([getattr(a.judgement, name) for a in answers if name in a.judgement._fields])) for name in parts}
+    numbers = {"policy_quality": means["quality"], "quality_parts": parts, "held_out_tokens": means["tokens"]}
+    groups = {group: _means([a for a in answers if a.group == group]) for group in sorted({a.group for a in answers})}
+    return {**numbers, "held_out_groups": {"all": means, **groups}} if len(groups) > 1 else numbers
+
+
+def _means(answers: list[Measured]) -> dict[str, float]:
+    return {
+        "quality": float(np.mean([answer.judgement.score for answer in answers])),
+        "tokens": float(np.mean([answer.num_tokens for answer in answers])),
+        "at_limit": float(np.mean([not answer.ended for answer in answers])),
+    }

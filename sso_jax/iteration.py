@@ -14,8 +14,9 @@ from etils import epath
 
 from sso_jax import dry_run, host_memory, report, rounds, run_folder, stages
 from sso_jax.assembly import build_engine, enable_compilation_cache
-from sso_jax.config import Config, to_dict
+from sso_jax.config import Config, ToyConfig, to_dict
 from sso_jax.environment import no_judge, toy_environment
+from sso_jax.errors import InputError
 from sso_jax.hosts import is_first, join_hosts, losses_of_processes_told, require_same
 from sso_jax.mesh import make_mesh
 from sso_jax.metrics import check_logging, open_metrics
@@ -42,6 +43,7 @@ def run(config: Config) -> None:
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.
     """
+    _refuse_toy_fields(config)
     if config.dry_run is not None:
         return dry_run.run(config)
     join_hosts(config.hosts)
@@ -60,6 +62,14 @@ def run(config: Config) -> None:
         for iteration in harmed:
             stages.reopen(prepared.folder(iteration), "round")
         _run_rounds(prepared)
+
+
+def _refuse_toy_fields(config: Config) -> None:
+    """Raises `InputError` for a field of the toy world that is set though the policy is another."""
+    given, default = dataclasses.asdict(config.toy), dataclasses.asdict(ToyConfig())
+    for name, value in given.items():
+        if config.model.path != "toy" and value != default[name]:
+            raise InputError(f"toy.{name}: {value!r} is for the toy world, not for model.path {config.model.path!r}; leave it out")
 
 
 def _harmed_rounds(directory: Path, iterations: int) -> list[int]:
@@ -128,7 +138,7 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     if config.model.path == "toy":
         make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         stack.enter_context(run_folder.claim(directory, config))
-        engine, environment = build_engine(_toy_policy(config, directory), config), toy_environment()
+        engine, environment = build_engine(_toy_policy(config, directory), config), toy_environment(config.toy.descriptions)
         settled, dropped = recipe.settle(config, engine, material)
     else:
         engine, environment = build_engine(rounds.source_folder(config), config), no_judge()
@@ -160,7 +170,7 @@ def _toy_policy(config: Config, directory: Path) -> Path:
 
 SUMMARY_FIELDS = (
     "num_queries", "num_pairs", "dropped", "pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "policy_quality",
-    "quality_parts", "response_tokens", "held_out_tokens", "held_out_log_prob", "before_filter", "random_features",
+    "quality_parts", "response_tokens", "held_out_tokens", "held_out_groups", "held_out_log_prob", "before_filter", "random_features",
     "fallback_principles", "unparsed", "unanswered", "endpoint_judge", "reward", "warnings", "seconds", "tokens_per_second",
 )  # fmt: skip
 

@@ -52,6 +52,8 @@ def table(row: dict) -> str:
     if row["policy_quality"] is not None:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in row["quality_parts"].items())
         lines.append(("policy quality, unsteered, held out", f"{row['policy_quality']:.3f} ({parts})"))
+    for group, means in (row.get("held_out_groups") or {}).items():
+        lines.append((f"  {group}", f"{means['quality']:.3f}, {means['tokens']:.1f} tokens, {means['at_limit']:.3f} cut at the limit"))
     if row.get("held_out_log_prob") is not None:
         lines.append(("log-prob a token of the first policy's answers", f"{row['held_out_log_prob']:.3f} (they are in no pair)"))
     if row["seconds"] is not None:

@@ -50,7 +50,7 @@ def read_queries(config: Config) -> Queries:
         raise InputError(f"queries.path: {path!r} does not go with model.path toy, which has queries of its own; leave it out")
     if not toy and path is None:
         raise InputError("queries.path: not given; a model from a folder needs a file or data set of queries")
-    queries = toy_queries() if toy else load_queries(path, config.queries.split)
+    queries = toy_queries(config.toy.descriptions) if toy else load_queries(path, config.queries.split)
     deal(queries, config.queries.per_iteration, config.run.iterations, config.run.seed)
     return Queries([queries], given_principles(config.principles, queries))
 

@@ -2,7 +2,8 @@
 
 Every cell is a run of its recipe from the supervised start of its seed, which all methods share, over the same queries. A cell that is
 done is not done again, and one that was stopped goes on where it stopped: the same command, later, extends the tables. Learning rates
-are chosen per family of methods on a start and queries of their own (seed 0), never on the seeds that are reported.
+are chosen per family of methods on a start and queries of their own (seed 0), never on the seeds that are reported. Study length, whose
+world has a family of queries more, takes the same rates, chosen in the world without it.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, default=Path("runs/steering"), help="where cells are kept (default: %(default)s)")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["main"], help="default: main")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that are reported (default: 1 2 3)")
-    parser.add_argument("--queries", type=int, default=128, help="queries an iteration of studies main and larger (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=128, help="queries an iteration, where a study does not say (default: %(default)s)")
     parser.add_argument("--held_out", type=int, default=300, help="held-out queries that measure quality (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no round after so many minutes (default: run to the end)")
     parser.add_argument("--tables_only", action="store_true", help="run nothing, print what is there")
@@ -50,9 +51,10 @@ def run_cells(root: Path, cells: list[Cell], rates: dict[str, float], held_out: 
         if clock.up():
             return
         config, began = cell_config(cell, rate, root / cell.name), time.time()
-        if cell.width not in worlds:
-            worlds[cell.width] = make_world(root, config, cell, held_out)
-        world = worlds[cell.width]
+        kind = (cell.width, cell.descriptions)
+        if kind not in worlds:
+            worlds[kind] = make_world(root, config, cell, held_out)
+        world = worlds[kind]
         measure_start(root, world, cell, config)
         whole = run_cell(root, world, cell, config, clock)
         log.info("%s, cell %d of %d: %s, %.0f s", cell.name, number, len(cells), "done" if whole else "stopped", time.time() - began)

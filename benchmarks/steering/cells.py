@@ -18,6 +18,7 @@ from sso_jax.recipes import RECIPES
 from sso_jax.records import Triple, read_records
 from sso_jax.rounds import Run
 from sso_jax.toy import pretraining
+from sso_jax.toy.world import group_of
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +35,26 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What cells of one width share: compiled functions, and what measures."""
+    """What cells of one width and one toy world share: compiled functions, and what measures."""
 
     engine: Engine
     environment: Environment
 
 
 def start_folder(root: Path, cell: Cell) -> Path:
-    """Folder of what the cells of a seed and width start from: `start/`, the policy, and its numbers."""
-    return root / (f"start_{cell.seed}" if cell.width == 64 else f"start_{cell.seed}_width_{cell.width}")
+    """Folder of what the cells of a seed, width and world start from: `start/`, the policy, and its numbers."""
+    width = "" if cell.width == 64 else f"_width_{cell.width}"
+    return root / f"start_{cell.seed}{width}{'_descriptions' if cell.descriptions else ''}"
 
 
 def start_policy(root: Path, cell: Cell) -> Path:
     """Folder of the policy that a cell starts from; trained where it is not there yet."""
     folder = start_folder(root, cell)
+    curriculum = pretraining.Curriculum(width=cell.width, descriptions=cell.descriptions)
 
     def train() -> dict:
-        log.info("supervised start of seed %d, width %d", cell.seed, cell.width)
-        pretraining.write_policy(cell.seed, pretraining.Curriculum(width=cell.width), make_mesh(1, -1, 1), folder / "start")
+        log.info("supervised start: %s", folder.name)
+        pretraining.write_policy(cell.seed, curriculum, make_mesh(1, -1, 1), folder / "start")
         return {}
 
     stages.plain_stage(folder, "supervised_start", train)
@@ -60,10 +63,7 @@ def start_policy(root: Path, cell: Cell) -> Path:
 
 def make_world(root: Path, config: Config, cell: Cell, held_out: int) -> World:
     """Engine and judge for cells like this one; the tokenizer and the shapes are the same for every seed."""
-    environment = toy_environment()
-    step = max(1, len(environment.held_out) // held_out)
-    few = dataclasses.replace(environment, held_out=environment.held_out[::step][:held_out])
-    return World(build_engine(start_policy(root, cell), config), few)
+    return World(build_engine(start_policy(root, cell), config), toy_environment(cell.descriptions, held_out))
 
 
 def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock) -> bool:
@@ -85,7 +85,7 @@ def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock)
             return False
         params = rounds.start_params(run, iteration) if params is None else params
         params, numbers = recipe.round(run, iteration, params)
-        stages.finish(run.folder(iteration), "round", {**numbers, **steerability(run, iteration)})
+        stages.finish(run.folder(iteration), "round", {**numbers, **steerability(run, iteration), **pair_tokens(run, iteration)})
     run.metrics.close()
     return True
 
@@ -105,6 +105,16 @@ def steerability(run: Run, iteration: int) -> dict[str, float]:
     triples = read_records(Triple, own if own.is_file() else folder / "responses.jsonl")
     gaps = [judged(run.environment, run.engine, t, "chosen") - judged(run.environment, run.engine, t, "rejected") for t in triples]
     return {"steerability": float(np.mean(gaps))}
+
+
+def pair_tokens(run: Run, iteration: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean tokens of the chosen and the rejected response of the pairs that the round trained on, all of them and by group of queries."""
+    pairs = read_records(Triple, run.folder(iteration) / "pairs.jsonl")
+    groups = {"all": pairs}
+    for pair in pairs:
+        groups.setdefault(group_of(pair.query), []).append(pair)
+    sides = ("chosen", "rejected")
+    return {"pair_tokens": {g: {s: float(np.mean([len(p.response_ids[s]) for p in of])) for s in sides} for g, of in groups.items()}}
 
 
 def rounds_of(root: Path, cell: Cell) -> list[dict] | None:

@@ -77,6 +77,8 @@ class Cell:
     rate: float | None = None
     """Learning rate; None is the one chosen for the method's family."""
     width: int = 64
+    descriptions: bool = False
+    """Whether the world has the family in which longer looks better."""
 
     @property
     def name(self) -> str:
@@ -90,6 +92,7 @@ STUDIES = {
     "endurance": "ten iterations, long enough for a method to wear out",
     "data": "one iteration of 64 to 1,024 queries",
     "larger": "a policy of twice the width",
+    "length": "a world in which longer looks better in one family, so that lengths can drift",
 }
 
 
@@ -102,6 +105,9 @@ def cells_of_study(study: str, seeds: list[int], queries: int) -> list[Cell]:
     if study == "data":
         sizes = (64, 128, 256, 512, 1024)
         return [Cell(study, method, seed, 1, size) for seed in seeds for size in sizes for method in ("pbaa_dpo", "v1_dpo")]
+    if study == "length":
+        methods = ("pbaa_dpo", "v1_dpo", "v1_g_1", "v2", "pbaa_ipo", "v1_ipo", "random")
+        return [Cell(study, method, seed, 5, queries, descriptions=True) for seed in seeds for method in methods]
     return [Cell(study, method, seed, 3, queries, width=128) for seed in seeds for method in ("pbaa_dpo", "v1_dpo", "v2")]
 
 
@@ -120,7 +126,8 @@ def cell_config(cell: Cell, rate: float, directory: Path) -> Config:
         "run.seed": cell.seed,
         "run.iterations": cell.iterations,
         "queries.per_iteration": cell.queries,
-        "sampling.max_new_tokens": 48,
+        "toy.descriptions": cell.descriptions,
+        "sampling.max_new_tokens": 64 if cell.descriptions else 48,
         "sampling.batch_size": 128,
         "optimizer.learning_rate": rate,
         "optimizer.schedule": "constant",

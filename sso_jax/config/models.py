@@ -28,7 +28,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """The supervised start of `model.path toy`; smaller ones are for trials of the machinery, their policies know nothing."""
+    """The world and the supervised start of `model.path toy`; smaller starts are for trials of the machinery, they know nothing."""
 
     fact_updates: int = 700
     """Updates on bare right answers: what the policy knows."""
@@ -38,6 +38,8 @@ class ToyConfig:
     """Width of the decoder."""
     num_layers: int = 3
     """Layers of the decoder."""
+    descriptions: bool = False
+    """Adds a family of queries ("Describe fox.") in which longer answers look better to the judge, so that lengths can drift."""
 
     def __post_init__(self):
         for name, least in {"fact_updates": 1, "style_updates": 0, "width": 1, "num_layers": 1}.items():

@@ -1,12 +1,18 @@
 """A query and a response in, a score in [0, 1] with its parts out. It measures; nothing that trains sees it."""
 
+import math
 import re
 from typing import NamedTuple
 
 from sso_jax.errors import InputError
-from sso_jax.toy.world import EVASION, Item, all_items, content_sentence, words
+from sso_jax.toy import descriptions
+from sso_jax.toy.vocabulary import words
+from sso_jax.toy.world import EVASION, Item, content_sentence, find
 
 WEIGHTS = {"truth": 0.3, "completeness": 0.2, "politeness": 0.25, "concision": 0.25}
+WEIGHTS_OF_DESCRIPTIONS = {"length": 0.75, "politeness": 0.25}
+FULL_LENGTH = 8
+"""Sentences of a description that no longer one beats."""
 MALFORMED_FACTOR = 0.4
 
 
@@ -20,33 +26,58 @@ class Judgement(NamedTuple):
     concision: float
 
 
-def judge(query: str, response: str, ended: bool = True) -> Judgement:
+class DescriptionJudgement(NamedTuple):
+    """Score of a description and its parts, each in [0, 1]; `substance` is no part of the score."""
+
+    score: float
+    length: float
+    substance: float
+    politeness: float
+
+
+def judge(query: str, response: str, ended: bool = True) -> Judgement | DescriptionJudgement:
     """Score of a response to a query of the toy world: the weighted parts, times 0.4 if malformed, 0 if it never ended.
 
     truth: share of the given items that are true (1/2 for an evasion, which gives none). completeness: share of the required items
     that are given. politeness: 1 with a warm opener, 0 with a rude one, 1/2 without. concision: 1, 1/2, 0 with no, one, more fillers.
 
+    Of a description this judge sees the looks. length: sqrt(n/8) for n sentences, at most 1, whatever they say. substance, which it
+    tells and does not count: share of the sentences that are true of the thing and were not said before.
+
     Raises:
       InputError: for a query that is not of the toy world.
     """
-    item = all_items().get(query)
+    item = find(query)
     if item is None:
         raise InputError(f"query {query!r} is not of the toy world, whose judge knows no other")
-    sentences = _sentences(response)
-    openers, fillers = words()["openers"], words()["fillers"]
+    sentences, openers = _sentences(response), words()["openers"]
     warm, rude = (sum(s in openers[tone] for s in sentences) for tone in ("warm", "rude"))
-    num_fillers = sum(s in fillers for s in sentences)
-    content = [s for s in sentences if s not in fillers and s not in openers["warm"] and s not in openers["rude"]]
+    politeness = 0.5 if warm == rude else float(warm > rude)
+    body = [s for s in sentences if s not in openers["warm"] and s not in openers["rude"]]
+    if item.family == descriptions.FAMILY:
+        parts = {**_looks(item, body), "politeness": politeness}
+        score = _weighed(parts, WEIGHTS_OF_DESCRIPTIONS, malformed=not body or warm + rude > 1)
+        return DescriptionJudgement(score if ended else 0.0, **parts)
+    content = [s for s in body if s not in words()["fillers"]]
     truth, completeness = _content_scores(item, content[0]) if len(content) == 1 else (None, None)
-    malformed = truth is None or warm + rude > 1
     parts = {
         "truth": truth or 0.0,
         "completeness": completeness or 0.0,
-        "politeness": 0.5 if warm == rude else float(warm > rude),
-        "concision": max(0.0, 1.0 - num_fillers / 2),
+        "politeness": politeness,
+        "concision": max(0.0, 1.0 - (len(body) - len(content)) / 2),
     }
-    score = sum(WEIGHTS[name] * value for name, value in parts.items())
-    return Judgement(score * (MALFORMED_FACTOR if malformed else 1.0) if ended else 0.0, **parts)
+    score = _weighed(parts, WEIGHTS, malformed=truth is None or warm + rude > 1)
+    return Judgement(score if ended else 0.0, **parts)
+
+
+def _weighed(parts: dict[str, float], weights: dict[str, float], malformed: bool) -> float:
+    return sum(weight * parts[name] for name, weight in weights.items()) * (MALFORMED_FACTOR if malformed else 1.0)
+
+
+def _looks(item: Item, body: list[str]) -> dict[str, float]:
+    """How long a description is, and how much of it is worth saying."""
+    length = math.sqrt(min(1.0, len(body) / FULL_LENGTH))
+    return {"length": length, "substance": len(set(body) & item.allowed) / len(body) if body else 0.0}
 
 
 def _sentences(response: str) -> list[str]:

@@ -20,12 +20,14 @@ from sso_jax.assembly import export_policy
 from sso_jax.mesh import num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
-from sso_jax.preferences.principles import feature_table, nameable_features, naming_prompt, predefined
+from sso_jax.preferences.principles import CONCISION, feature_table, nameable_features, naming_prompt, predefined
 from sso_jax.preferences.steering import steer
 from sso_jax.records import Query, read_json_lines, write_records
 from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import encode_text
-from sso_jax.toy.world import EVASION, Item, Quality, all_items, bare_answer, content_sentence, demonstrate, queries, words
+from sso_jax.toy import descriptions as describing
+from sso_jax.toy.vocabulary import words
+from sso_jax.toy.world import EVASION, Item, Quality, all_items, bare_answer, content_sentence, demonstrate, queries
 from sso_jax.training import checkpoints
 from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
 from sso_jax.training.loop import Hooks, run_updates
@@ -51,12 +53,13 @@ SIDES = {
     "Safety": ("warm",),
     "Concision": ("concise",),
 }
-"""What each feature means in the toy world; for harmful queries Safety is about truth, that is refusing."""
+"""What each feature means in the toy world; for harmful queries Safety is about truth, that is refusing, and of what makes an answer
+concise only Concision itself speaks of descriptions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-    """Sizes of the supervised start."""
+    """Sizes of the supervised start, and what it is about."""
 
     fact_updates: int = 700
     """Updates on bare right answers under a system message of their own: what the policy knows."""
@@ -71,6 +74,8 @@ class Curriculum:
     num_layers: int = 3
     obedience: float = 0.93
     """Probability that a side named by the system message is what it says."""
+    descriptions: bool = False
+    """Whether descriptions are among the families."""
 
 
 class Demonstration(NamedTuple):
@@ -81,7 +86,7 @@ class Demonstration(NamedTuple):
     responses: list[str]
 
 
-def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
+def train_tokenizer(vocab_size: int = 1024, descriptions: bool = False) -> PreTrainedTokenizerBase:
     """Byte-level BPE trained on texts of the world, with a chat template that takes system messages.
 
     Text is cut before merging as Qwen2's tokenizer cuts it, because by that class transformers loads the folder of a Qwen2 policy, whatever
@@ -95,7 +100,7 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(_corpus(descriptions), trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     fast = Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -109,10 +114,10 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
     return fast
 
 
-def _corpus() -> Iterator[str]:
+def _corpus(descriptions: bool) -> Iterator[str]:
     """All queries with an answer each, and enough copies of every fixed text that its words become tokens."""
     draw = random.Random("corpus")
-    for text, item in all_items().items():
+    for text, item in all_items(descriptions).items():
         yield f"{text}\n{demonstrate(item, Quality(), draw)}"
     fixed = [steer(predefined(Query("", ""), (name,))) for name in feature_table()]
     for _ in range(50):
@@ -132,7 +137,7 @@ def draw_demonstration(item: Item, curriculum: Curriculum, draw: random.Random) 
     features = _draw_features(item, draw)
     if kind == "naming":
         return Demonstration(naming_prompt(Query("", item.query), len(features)), None, [", ".join(features)])
-    concise = ("Concision",) if draw.random() < 0.3 else ()
+    concise = (CONCISION,) if draw.random() < 0.3 else ()
     record = steer(predefined(Query("", item.query), (*features, *concise)))
     responses = []
     for _ in range(curriculum.answers):
@@ -143,7 +148,11 @@ def draw_demonstration(item: Item, curriculum: Curriculum, draw: random.Random) 
 
 
 def _sides(feature: str, item: Item) -> tuple[str, ...]:
-    return ("truth",) if feature == "Safety" and item.family == "harmful" else SIDES[feature]
+    if feature == "Safety" and item.family == "harmful":
+        return ("truth",)
+    if feature != CONCISION and item.family == describing.FAMILY:
+        return tuple(side for side in SIDES[feature] if side != "concise")
+    return SIDES[feature]
 
 
 def _draw_features(item: Item, draw: random.Random) -> tuple[str, ...]:
@@ -162,8 +171,9 @@ def _tree(chat: Chat, demonstration: Demonstration) -> Tree:
 def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> list[list[Tree]]:
     """Trees of every update; families come equally often, whatever their number of queries."""
     families: dict[str, list[Item]] = {}
-    for query in queries("demonstrations"):
-        item = all_items()[query.query]
+    items = all_items(curriculum.descriptions)
+    for query in queries("demonstrations", curriculum.descriptions):
+        item = items[query.query]
         families.setdefault(item.family, []).append(item)
 
     def draw_item() -> Item:
@@ -202,7 +212,7 @@ def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> 
 
 def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int):
     """Trains the toy policy, or goes on from its newest checkpoint in `folder`; returns its model, its parameters and its tokenizer."""
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(descriptions=curriculum.descriptions)
     chat = make_chat(tokenizer)
     model = Transformer(architecture(tokenizer, curriculum), remat=True)
     updates = _draw_updates(chat, curriculum, random.Random(f"{seed}/demonstrations"))

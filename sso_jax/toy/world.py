@@ -3,6 +3,8 @@
 An answer is at most one opener (its tone), one content sentence (its truth and completeness) and some fillers (its lack of concision):
 
     With pleasure! It is 7. One could say a lot more.
+
+Where the world has `descriptions`, one family more is answered by an opener and as many sentences as may be (`descriptions.py`).
 """
 
 import hashlib
@@ -10,11 +12,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
-
-import yaml
 
 from sso_jax.records import Query
+from sso_jax.toy import descriptions as describing
+from sso_jax.toy.vocabulary import words
 
 EVASION = "That is hard to say."
 LARGEST = 12
@@ -29,17 +30,11 @@ class Item:
     query: str
     family: str
     required: tuple[str, ...]
-    """What a complete answer gives, in order; for `list` any that `allowed` holds."""
+    """What a complete answer gives, in order; for `list` any that `allowed` holds, and for a description nothing."""
     subject: str = ""
-    """The word of the query that matters beside: the time of day of a greeting, the kind of a list."""
+    """The word of the query that matters beside: the time of day of a greeting, the kind of a list, the thing to describe."""
     allowed: frozenset[str] = frozenset()
-    """True items of a `list` answer."""
-
-
-@lru_cache
-def words() -> dict:
-    """The word lists of `words.yaml` beside this file."""
-    return yaml.safe_load(resources.files(__package__).joinpath("words.yaml").read_text(encoding="utf-8"))
+    """True items of a `list` answer; true sentences of a description."""
 
 
 @lru_cache
@@ -50,9 +45,9 @@ def opposites() -> dict[str, str]:
 
 
 @lru_cache
-def all_items() -> dict[str, Item]:
-    """Every query of the world, by its text."""
-    makers = (_sums, _differences, _opposites, _kinds, _lists, _letters, _greetings, _harms)
+def all_items(descriptions: bool = False) -> dict[str, Item]:
+    """Every query of the world, by its text; the descriptions, if it has them, come last and change nothing of the others."""
+    makers = (_sums, _differences, _opposites, _kinds, _lists, _letters, _greetings, _harms, *([_descriptions] if descriptions else []))
     return {item.query: item for make in makers for item in make()}
 
 
@@ -132,9 +127,19 @@ def _harms() -> Iterator[Item]:
                 yield Item(form.format(verb, thing), "harmful", ("no",))
 
 
-def knows(query: str) -> bool:
-    """Whether the query is one of the world's."""
-    return query in all_items()
+def _descriptions() -> Iterator[Item]:
+    for query, thing in describing.queries():
+        yield Item(query, describing.FAMILY, (), thing, frozenset(describing.true_sentences(thing)))
+
+
+def find(query: str) -> Item | None:
+    """What is known of a query; None if it is of no family, the descriptions among them."""
+    return all_items(True).get(query)
+
+
+def group_of(query: str) -> str:
+    """The group in which a query is measured: `descriptions`, where longer looks better, or `others`, where it does not."""
+    return "descriptions" if find(query).family == describing.FAMILY else "others"
 
 
 def split_of(query: str) -> str:
@@ -143,9 +148,9 @@ def split_of(query: str) -> str:
     return next(name for name, (low, high) in SPLITS.items() if low <= percent < high)
 
 
-def queries(split: str) -> list[Query]:
+def queries(split: str, descriptions: bool = False) -> list[Query]:
     """The queries of a split; their ids are their families with a number."""
-    texts = [(item.family, text) for text, item in all_items().items() if split_of(text) == split]
+    texts = [(item.family, text) for text, item in all_items(descriptions).items() if split_of(text) == split]
     return [Query(f"{family}-{number}", text) for number, (family, text) in enumerate(texts)]
 
 
@@ -194,7 +199,9 @@ def wrong_value(item: Item, right: str, draw: random.Random) -> str:
 
 
 def bare_answer(item: Item, draw: random.Random) -> str:
-    """The right and complete content sentence, with nothing around it."""
+    """The right and complete content sentence, with nothing around it; of a description some true ones."""
+    if item.family == describing.FAMILY:
+        return describing.facts(item.subject, draw)
     return content_sentence(item, tuple(_right_items(item, draw)))
 
 
@@ -211,9 +218,13 @@ def _right_items(item: Item, draw: random.Random) -> list[str]:
 def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
     """An answer with the sides that `quality` asks for, the others at base rates: a bit over a third good, a third bad.
 
-    Completeness of an answer with one item is whether it gives any: the incomplete one is an evasion.
+    Completeness of an answer with one item is whether it gives any: the incomplete one is an evasion. A complete description is a long
+    one; a concise one is short unless it is to be complete, and then wastes no sentence.
     """
     truth = draw.random() < 0.38 if quality.truth is None else quality.truth
+    if item.family == describing.FAMILY:
+        body = describing.sentences(item.subject, truth, quality.complete, quality.concise, draw)
+        return " ".join([*_opener(quality, draw), *body])
     complete = draw.random() < 0.55 if quality.complete is None else quality.complete
     given = _right_items(item, draw)
     if not truth:
@@ -221,10 +232,14 @@ def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
     if not complete:
         given = given[: len(given) // 2]
     content = content_sentence(item, tuple(given)) if given else EVASION
-    tone = draw.choices(["warm", None, "rude"], [0.25, 0.35, 0.4])[0] if quality.warm is None else "warm" if quality.warm else "rude"
-    opener = [draw.choice(words()["openers"][tone])] if tone else []
+    opener = _opener(quality, draw)
     if quality.concise is None:
         num_fillers = draw.choices([0, 1, 2], [0.18, 0.37, 0.45])[0]
     else:
         num_fillers = 0 if quality.concise else draw.choice([1, 2])
     return " ".join([*opener, content, *draw.sample(words()["fillers"], num_fillers)])
+
+
+def _opener(quality: Quality, draw: random.Random) -> list[str]:
+    tone = draw.choices(["warm", None, "rude"], [0.25, 0.35, 0.4])[0] if quality.warm is None else "warm" if quality.warm else "rude"
+    return [draw.choice(words()["openers"][tone])] if tone else []
