@@ -186,6 +186,8 @@ CASES = {
     "directory_without_a_name": config(("run.directory",), run__directory=""),
     "directory_that_is_a_file": Case(("run.directory", "taken"), {"--run.directory": FILE}, ("taken", "mine")),
     "directory_below_a_file": Case(("run.directory", "taken"), {"--run.directory": f"{FILE}/run"}, ("taken", "mine")),
+    "descriptions_without_the_toy": config(("toy.descriptions", "True", "toy world"), toy__descriptions="true"),
+    "size_of_a_toy_that_is_not_used": config(("toy.width", "32", "toy world"), toy__width="32"),
     "queries_of_a_toy": config(("queries.path", "queries of its own"), model__path="toy"),
     "no_queries": Case(("queries.path", "not given"), {"--queries.path": None}),
     "more_rounds_than_queries": config(("queries.path", "2 usable queries for 3 rounds"), run__iterations="3"),

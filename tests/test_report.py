@@ -236,6 +236,12 @@ def test_the_table_says_what_came_to_the_filters_and_where_mass_went():
     assert rows["log-prob a token of the first policy's answers"] == "-0.625 (they are in no pair)"
 
 
+def test_the_table_tells_groups_of_held_out_queries_apart():
+    groups = {"all": {"quality": 0.5, "tokens": 21.25, "at_limit": 0.125}, "others": {"quality": 0.75, "tokens": 9.0, "at_limit": 0.0}}
+    rows = rows_of(report.table({**ROUND, "held_out_groups": groups}))
+    assert rows["all"] == "0.500, 21.2 tokens, 0.125 cut at the limit" and rows["others"].startswith("0.750, 9.0 tokens")
+
+
 def test_table_and_page_say_what_an_endpoint_and_a_reward_model_said(tmp_path):
     judged = {"num_judged": 40, "num_unread": 1, "accuracy": 0.8125, "ties": 0.125, "consistency": 0.875, "first_position": 0.5}
     reward = {"num_trained": 90, "num_held_out": 10, "held_out_accuracy": 0.9, "judge_accuracy": 0.75, "judge_ties": 0.2}

@@ -1,6 +1,7 @@
 """The steering study: its methods are configs that can be run, and its tables say what made-up cells hold, and what is missing."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_studies_have_every_method_once_a_seed():
         assert len({cell.name for cell in cells_of_study(study, [1, 2], 64)}) == len(cells_of_study(study, [1, 2], 64))
 
 
+def test_cells_of_study_length_lie_apart_from_those_of_the_world_without_descriptions(tmp_path):
+    cells = cells_of_study("length", [1, 2, 3], 128)
+    assert Counter(cell.seed for cell in cells) == {1: 7, 2: 7, 3: 7} and {cell.iterations for cell in cells} == {5}
+    assert cells[0].name == "length/pbaa_dpo_queries_128/seed_1"
+    assert {start_folder(tmp_path, cell).name for cell in cells} == {f"start_{seed}_descriptions" for seed in (1, 2, 3)}
+    config = cell_config(cells[0], 1e-4, tmp_path)
+    assert config.toy.descriptions and config.sampling.max_new_tokens == 64
+    groups = {query.id.split("-")[0] for query in RECIPES["online"].read(config).rounds[0]}
+    assert "description" in groups and len(groups) == 11
+
+
+def test_finished_cells_keep_their_names(tmp_path):
+    names = {cell.name for study in ("main", "endurance", "data", "larger") for cell in cells_of_study(study, [1], 128)}
+    assert {"main/v1_dpo_queries_128/seed_1", "endurance/v2_queries_96/seed_1", "larger/v2_queries_128/seed_1"} < names
+    assert choosing_cells(128)[0].name == "rates/pbaa_ipo_queries_128_rate_0.0001/seed_0"
+    starts = {start_folder(tmp_path, cells_of_study(study, [1], 128)[0]).name for study in ("main", "endurance", "data", "larger")}
+    assert starts == {"start_1", "start_1_width_128"}
+    config = cell_config(cells_of_study("main", [1], 128)[0], 1e-4, tmp_path)
+    assert not config.toy.descriptions and config.sampling.max_new_tokens == 48
+
+
 def test_a_rate_is_chosen_when_all_were_tried(tmp_path):
     cells = choosing_cells(64)
     assert {cell.seed for cell in cells} == {0}
@@ -70,6 +92,25 @@ def test_tables_by_hand(tmp_path):
     assert rounds_of(tmp_path, cells[2]) is None
     write_figure(tmp_path, "main", cells)
     assert (tmp_path / "main.svg").stat().st_size > 1000
+
+
+def test_length_tables_by_hand(tmp_path):
+    """Descriptions of 20 and 24 tokens after the last round over two seeds: 22.0 with a sample deviation of 2.83."""
+    cells = [Cell("length", "pbaa_dpo", seed, 1, 64, descriptions=True) for seed in (1, 2)]
+    for cell, tokens in zip(cells, (20.0, 24.0), strict=True):
+        groups = {group: {"quality": 0.5, "tokens": tokens, "at_limit": 0.25} for group in ("all", "descriptions", "others")}
+        pairs = {group: {"chosen": 31.0, "rejected": 13.0} for group in groups}
+        numbers = {**row(0.5), "held_out_groups": groups}
+        numbers["quality_parts"] |= {"length": 0.6, "substance": 0.4}
+        finish(start_folder(tmp_path, cell) / "iteration_0", "evaluation", numbers)
+        finish(tmp_path / cell.name / "iteration_1", "round", {**numbers, "pair_tokens": pairs})
+    text = study_tables(tmp_path, "length", cells)
+    after = text.split("### Tokens of held-out answers")[1].split("###")[0]
+    assert "| PBAA, DPO | descriptions | 22.0 ± 2.8 | 22.0 ± 2.8  |" in after
+    assert "| PBAA, DPO | others       | -     | 13.0 ± 0.0  |" in text.split("### Tokens of the rejected")[1].split("###")[0]
+    assert "0.400" in text.split("### Share of a description's")[1]
+    write_figure(tmp_path, "length", cells)
+    assert (tmp_path / "length.svg").stat().st_size > 1000
 
 
 def test_pairs_at_matched_quality_are_those_of_the_policy_that_samples_them(tmp_path):

@@ -3,6 +3,7 @@
 What pairs say in a round (accuracy, ties, probabilities, steerability, tokens) is of the policy at its start; quality is after it.
 """
 
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +29,24 @@ WHOLES |= {part: "v2" for part in ("v2_positive", "v2_negative", "v2_naive")}
 
 Runs = dict[tuple[str, int], dict[int, list[dict]]]
 """(method, queries) -> seed -> rows, the start first."""
+
+
+EVERY_GROUP = ("all", "descriptions", "others")
+OF_LENGTH = (
+    ("Tokens of the chosen responses that a round trains on", "pair_tokens.{}.chosen", EVERY_GROUP, 1),
+    ("Tokens of the rejected ones", "pair_tokens.{}.rejected", EVERY_GROUP, 1),
+    ("Tokens of held-out answers, unsteered, after the iteration", "held_out_groups.{}.tokens", EVERY_GROUP, 1),
+    ("Quality of these answers", "held_out_groups.{}.quality", EVERY_GROUP, 3),
+    ("Share of these answers that ran to the limit of tokens", "held_out_groups.{}.at_limit", EVERY_GROUP, 3),
+    ("How long descriptions look to the judge", "quality_parts.length", ("descriptions",), 3),
+    ("Share of a description's sentences that are true and not repeated", "quality_parts.substance", ("descriptions",), 3),
+)
+"""Tables of study length: title, where the number stands in a row, groups of queries, digits."""
+
+
+def value(row: dict, path: str) -> float | None:
+    """The number of a row under these names; None where it is not there."""
+    return reduce(lambda part, name: (part or {}).get(name), path.split("."), row)
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -85,6 +104,8 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
     lines += ["### Less PBAA with the same base loss, seed by seed", "", _differences_table(runs, name), ""]
     if any(_difference(runs, key, baselines=WHOLES) != "-" for key in runs):
         lines += ["### Parts of G less the whole, seed by seed", "", _differences_table(runs, name, WHOLES), ""]
+    if study == "length":
+        lines += _length_tables(runs, name)
     lines += [f"### At matched quality: what the pairs are where the policy that samples them reaches {MATCHED_QUALITY}", ""]
     return "\n".join([*lines, _matched_table(runs, name), ""])
 
@@ -135,6 +156,19 @@ def _rounds_table(runs: Runs, name) -> str:
     return markdown(["method", *header], rows)
 
 
+def _length_tables(runs: Runs, name) -> list[str]:
+    """A table of every number by which a drift of lengths is seen: a row a method and group of queries, a column an iteration."""
+    shown, lines = (0, *_iterations(max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values()))), []
+    for title, path, groups, digits in OF_LENGTH:
+        rows = [
+            [name(key), group, *(spread([value(rows[k], path.format(group)) for rows in of_seeds.values()], digits) for k in shown)]
+            for key, of_seeds in runs.items()
+            for group in groups
+        ]
+        lines += [f"### {title}", "", markdown(["method", "queries", "start", *(f"iteration {k}" for k in shown[1:])], rows), ""]
+    return lines
+
+
 def _pairs_table(runs: Runs, name) -> str:
     rows = []
     for key, of_seeds in runs.items():
@@ -175,6 +209,13 @@ PANELS = (
     ("steerability", "Steerability at the round's start"), ("response_tokens", "Tokens sampled"), ("held_out_tokens", "Tokens, unsteered"),
 )  # fmt: skip
 
+PANELS_OF_LENGTH = (
+    ("held_out_groups.descriptions.tokens", "Tokens of descriptions, unsteered"), ("held_out_groups.others.tokens", "Tokens of the others"),
+    ("pair_tokens.descriptions.chosen", "Descriptions: tokens, chosen"), ("pair_tokens.descriptions.rejected", "... and rejected"),
+    ("held_out_groups.descriptions.quality", "Quality of descriptions"), ("held_out_groups.others.quality", "Quality of the others"),
+    ("quality_parts.substance", "Substance of descriptions"), ("held_out_groups.all.at_limit", "Ran to the limit"),
+)  # fmt: skip
+
 
 def write_figure(root: Path, study: str, cells: list[Cell]) -> None:
     """Curves of every method over iterations, means over its seeds with their range, to `study.svg`."""
@@ -183,9 +224,9 @@ def write_figure(root: Path, study: str, cells: list[Cell]) -> None:
         return
     shown = [key for key in runs if study != "main" or key[0] in (*FAMILIES, "random", "judge")]
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
-    for axis, (field, title) in zip(axes.flat, PANELS, strict=True):
+    for axis, (field, title) in zip(axes.flat, PANELS_OF_LENGTH if study == "length" else PANELS, strict=True):
         for color, key in zip(plt.cm.tab10(np.linspace(0, 1, 10)), shown, strict=False):
-            values = np.array([[row.get(field, np.nan) for row in rows] for rows in runs[key].values()], float)
+            values = np.array([[value(row, field) for row in rows] for rows in runs[key].values()], float)  # None becomes NaN
             label = METHODS[key[0]].title + (f", {key[1]}" if study == "data" else "")
             axis.plot(np.arange(values.shape[1]), values.mean(axis=0), color=color, label=label, marker="o", markersize=3)
             axis.fill_between(np.arange(values.shape[1]), values.min(axis=0), values.max(axis=0), color=color, alpha=0.12)
