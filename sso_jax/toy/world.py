@@ -137,6 +137,11 @@ def find(query: str) -> Item | None:
     return all_items(True).get(query)
 
 
+def knows(query: str) -> bool:
+    """Whether the query is of a family of the world."""
+    return find(query) is not None
+
+
 def group_of(query: str) -> str:
     """The group in which a query is measured: `descriptions`, where longer looks better, or `others`, where it does not."""
     return "descriptions" if find(query).family == describing.FAMILY else "others"
