@@ -4,12 +4,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
 from sso_jax.assembly import Engine
 from sso_jax.errors import InputError
+from sso_jax.hosts import each_its_own
 from sso_jax.records import Query, Triple
 from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.tokens.tokenizer import decode_text
@@ -52,7 +54,8 @@ def toy_queries(descriptions: bool = False) -> list[Query]:
 
 def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> tuple[list[Query], Counter]:
     """Queries whose plain prompt leaves room for a response; the others are counted, and refused if they are all."""
-    fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
+    fits = each_its_own(lambda query: engine.sampler.fits(engine.chat.prompt_ids(query.query)), queries)
+    fitting = list(compress(queries, fits))
     too_long, limit = len(queries) - len(fitting), engine.max_tokens
     if not fitting:
         raise InputError(f"queries.path: none of the {len(queries)} queries of {path} leaves room for a response within {limit} tokens")

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from sso_jax.errors import InputError, RunError
 from sso_jax.interrupts import stop_requested
 from sso_jax.records import leave_writing_to_another
 
+Item, Made = TypeVar("Item"), TypeVar("Made")
 _SAFE_POINTS = itertools.count()
 _PASSED_ON: list[bool] = []
 """Not empty once this process told the others of a SIGINT."""
@@ -98,6 +100,35 @@ def once(make: Callable[[], object]):
     return outcome["value"]
 
 
+def each_its_own(function: Callable[[Item], Made], items: list[Item]) -> list[Made]:
+    """`function` of every item of a list that all processes have, each of which works out its own share alone; what it makes JSON holds.
+
+    All processes must call it, in the same order. An `InputError` in one is raised in all.
+    """
+    num_processes = jax.process_count()
+    if num_processes == 1:
+        return [function(item) for item in items]
+    try:
+        outcome = {"values": [function(item) for item in own_part(items)]}
+    except InputError as error:
+        outcome = {"error": str(error)}
+    outcomes = _gather(outcome)
+    errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
+    if errors:
+        raise InputError(errors[0])
+    return [outcomes[i % num_processes]["values"][i // num_processes] for i in range(len(items))]
+
+
+def _gather(value) -> list:
+    """Each process's own `value`, anything that JSON holds, in the order of the processes."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).reshape(-1)
+    padded = np.zeros((sizes.max(),), np.uint8)
+    padded[: text.size] = text
+    of_all = np.asarray(multihost_utils.process_allgather(padded)).reshape(sizes.size, -1)
+    return [json.loads(own[:size].astype(np.uint8).tobytes()) for own, size in zip(of_all, sizes, strict=True)]
+
+
 def require_same(value, what: str) -> None:
     """Raises `InputError` in every process if one of them has another `value` (compared by its `repr`) than the first.
 
@@ -130,7 +161,7 @@ def stop_now() -> bool:
 
 
 def own_part(items: list) -> list:
-    """The share of a list, the same on all processes, that falls to this one: what it writes where each writes its own."""
+    """The share of a list, the same on all processes, that falls to this one: what it reads or writes where each has its own."""
     return items[jax.process_index() :: jax.process_count()]
 
 

@@ -11,6 +11,7 @@ from sso_jax.assembly import Engine, Objective
 from sso_jax.config import Config
 from sso_jax.environment import fitting_queries, toy_queries
 from sso_jax.errors import InputError
+from sso_jax.hosts import each_its_own
 from sso_jax.preferences.queries import deal, load_queries
 from sso_jax.preferences.responses import clean_triples, sample_triples
 from sso_jax.preferences.steering import steered_prompts
@@ -90,8 +91,8 @@ def responses(
     earlier = [partial(earlier_params, run, iteration - 1 - back) for back in range(1, min(policies, iteration))]
 
     def make() -> tuple[list[Triple], dict]:
-        prompted = [(record, steered_prompts(engine.chat, record)) for record in steered]
-        fitting = [item for item in prompted if all(engine.sampler.fits(prompt) for prompt in item[1].values())]
+        prompts = each_its_own(lambda record: steered_prompts(engine.chat, record), steered)
+        fitting = [item for item in zip(steered, prompts, strict=True) if all(engine.sampler.fits(prompt) for prompt in item[1].values())]
         start = time.perf_counter()
         triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, fitting, run.config.run.seed, iteration, wanted, earlier)
         num_tokens = sum(len(ids) for triple in triples for ids in triple.response_ids.values())

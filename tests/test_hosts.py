@@ -157,6 +157,35 @@ def test_processes_that_read_different_things_are_refused_in_all_of_them():
         assert process.returncode == 0 and line.startswith("hosts: process 1 has other queries than process 0; start all with one command")
 
 
+SHARING = """
+import sys
+from sso_jax.config import HostsConfig
+from sso_jax.errors import InputError
+from sso_jax.hosts import each_its_own, join_hosts
+port, number = sys.argv[1], int(sys.argv[2])
+join_hosts(HostsConfig(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number))
+own = []
+lengths = each_its_own(lambda text: own.append(text) or len(text), ["fox", "stork", "lynx"])
+assert lengths == [3, 5, 4] and each_its_own(len, []) == [] and each_its_own(len, ["one"]) == [3]
+
+def refuse(text):
+    if text == "stork":
+        raise InputError("a stork")
+try:
+    each_its_own(refuse, ["fox", "stork", "lynx"])
+except InputError as error:
+    print(own, error)
+"""
+
+
+def test_each_process_works_out_its_own_share_and_all_have_the_whole():
+    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", SHARING, str(port)]
+    both = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
+    assert told == ["['fox', 'lynx'] a stork", "['stork'] a stork"]
+
+
 def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_alike(material, runs):
     folder, arguments = material
     directory, logs = folder / "stopped", [folder / f"stopped_{i}.log" for i in range(2)]

@@ -77,6 +77,23 @@ def test_draws_have_the_probabilities_of_the_renormalised_nucleus():
     np.testing.assert_allclose(np.bincount(np.asarray(chosen), minlength=5) / num, expected, atol=2 / num * 5)
 
 
+@pytest.mark.parametrize("vocab_size", [100, 128, 1000])
+def test_the_token_drawn_is_that_of_the_running_sum_by_numpy(vocab_size):
+    num = 500
+    logits = np.random.default_rng(5).normal(size=vocab_size).astype(np.float32) * 2
+    probs = np.exp(logits.astype(np.float64))
+    below = np.cumsum(probs / probs.sum())
+    uniform = np.random.default_rng(6).random(num).astype(np.float32)
+    got = np.asarray(choose(jnp.broadcast_to(jnp.asarray(logits), (num, vocab_size)), jnp.asarray(uniform), make_strategy(1.0, 1.0)))
+    near = np.abs(below[None, :] - uniform[:, None].astype(np.float64)).min(axis=1) < 1e-6  # float32 may fall on either side there
+    assert near.mean() < 0.05 and len(set(got)) > 50
+    np.testing.assert_array_equal(got[~near], np.searchsorted(below, uniform[~near], side="right"))
+
+
+def test_a_token_of_the_vocabulary_is_drawn_of_logits_that_are_not_numbers():
+    assert 0 <= int(choose(jnp.full((1, 130), jnp.nan), jnp.array([0.5]), make_strategy(1.0, 0.9))[0]) < 130
+
+
 def test_a_dropped_token_is_never_drawn_even_at_the_ends():
     logits = jnp.array([[-9.0, 3.0, -9.0, 2.9, -9.0]] * 2)
     chosen = choose(logits, jnp.array([0.0, np.nextafter(1.0, 0.0, dtype=np.float32)]), make_strategy(1.0, 0.9))

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+BLOCK = 128
+"""Tokens whose masses are first summed up before one of them is drawn."""
+
 
 class Strategy(NamedTuple):
     """How a token is drawn; arrays, so that new values compile nothing anew."""
@@ -56,19 +59,42 @@ def top_p_mask(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Arra
     return (probs >= _largest_threshold(holds, probs.shape[0])[:, None]) | (top_p >= 1.0)
 
 
+def _at(mass: Float[Array, "B N"], before: Float[Array, "B"], target: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first entry with mass at which `before` and the masses up to it pass `target`; where rounding keeps all below, the last one.
+
+    Only entries with mass are ever taken: rounding must not let a dropped token in.
+    """
+    passed = (before[:, None] + jnp.cumsum(mass, axis=-1) > target[:, None]) & (mass > 0)
+    last = mass.shape[1] - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
+    return jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
+
+
+def _draw(mass: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+    """Token of each row whose interval of the masses, ordered by id, holds `uniform` times their sum.
+
+    First the block of tokens, by the sums of all blocks, then the token in it: a running sum over a whole vocabulary is slow anywhere.
+    """
+    blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % BLOCK))).reshape(mass.shape[0], -1, BLOCK)
+    sums = jnp.sum(blocks, axis=-1)  # [B, V/BLOCK]
+    totals = jnp.cumsum(sums, axis=-1)
+    target = uniform * totals[:, -1]
+    block = _at(sums, jnp.zeros_like(target), target)
+    before = jnp.take_along_axis(totals - sums, block[:, None], axis=1)[:, 0]
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, BLOCK]
+    return jnp.minimum(block * BLOCK + _at(inside, before, target), mass.shape[1] - 1)  # beyond only where there is no mass: NaN
+
+
 def choose(logits: Float[Array, "B V"], uniform: Float[Array, "B"], strategy: Strategy) -> Int[Array, "B"]:
     """Token of each row: the one whose interval of the kept, ordered-by-id probabilities holds `uniform` in [0, 1).
 
     Temperature, then top-k, then top-p on what is left, as transformers does.
     """
-    greedy = jnp.argmax(logits, axis=-1)
-    temperature = jnp.where(strategy.temperature > 0, strategy.temperature, 1.0)
-    probs = jax.nn.softmax(logits / temperature, axis=-1)
-    if strategy.top_k is not None:
-        probs = jnp.where(top_k_mask(probs, strategy.top_k), probs, 0.0)
-        probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
-    probs = jnp.where(top_p_mask(probs, strategy.top_p), probs, 0.0)
-    below = jnp.cumsum(probs, axis=-1)
-    reached = (below > (uniform * below[:, -1])[:, None]) & (probs > 0)  # rounding must not let a dropped token in
-    drawn = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), greedy)
-    return jnp.where(strategy.temperature > 0, drawn, greedy)
+
+    def drawn() -> Int[Array, "B"]:
+        probs = jax.nn.softmax(logits / strategy.temperature, axis=-1)
+        if strategy.top_k is not None:
+            probs = jnp.where(top_k_mask(probs, strategy.top_k), probs, 0.0)
+            probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
+        return _draw(jnp.where(top_p_mask(probs, strategy.top_p), probs, 0.0), uniform)
+
+    return jax.lax.cond(strategy.temperature > 0, drawn, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
