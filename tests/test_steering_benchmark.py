@@ -71,7 +71,8 @@ def test_a_rate_is_chosen_when_all_were_tried(tmp_path):
     assert {cell.seed for cell in cells} == {0}
     for cell in cells:
         if cell.method == "v2" or (cell.method == "v1_dpo" and cell.rate != RATES[0]):
-            fill(tmp_path, cell, [0.5, {RATES[0]: 0.6, RATES[1]: 0.8, RATES[2]: 0.7, RATES[3]: 0.65}[cell.rate]], [1, 1])
+            last = {RATES[0]: 0.6, RATES[1]: 0.8, RATES[2]: 0.7, RATES[3]: 0.65}[cell.rate]
+            fill(tmp_path, cell, [0.7, 0.9 - last / 10, last], [1] * 3)
     rates = chosen_rates(tmp_path, cells)
     assert rates == {"v2": RATES[1]}
     table = rates_table(tmp_path, cells, rates)

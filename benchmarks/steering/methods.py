@@ -8,6 +8,8 @@ from sso_jax.config import Config, LoggingConfig
 
 CHOOSING_SEED = 0
 """Seed on which learning rates are chosen; it is in no table."""
+ITERATIONS = 3
+"""Of study main, and of what chooses the rates: the rate that is ahead after two may have worn the policy out after three."""
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 
 IPO, DPO = {"objective.base": "ipo", "objective.beta": 0.2}, {"objective.base": "dpo", "objective.beta": 0.2}
@@ -99,7 +101,7 @@ STUDIES = {
 def cells_of_study(study: str, seeds: list[int], queries: int) -> list[Cell]:
     """The cells of a study, in the order in which they are run."""
     if study == "main":
-        return [Cell(study, method, seed, 3, queries) for group in GROUPS for seed in seeds for method in group]
+        return [Cell(study, method, seed, ITERATIONS, queries) for group in GROUPS for seed in seeds for method in group]
     if study == "endurance":
         return [Cell(study, method, seed, 10, 96) for seed in seeds for method in ("pbaa_dpo", "v1_dpo", "v2", "pbaa_ipo", "v1_ipo")]
     if study == "data":
@@ -108,12 +110,12 @@ def cells_of_study(study: str, seeds: list[int], queries: int) -> list[Cell]:
     if study == "length":
         methods = ("pbaa_dpo", "v1_dpo", "v1_g_1", "v2", "pbaa_ipo", "v1_ipo", "random")
         return [Cell(study, method, seed, 5, queries, descriptions=True) for seed in seeds for method in methods]
-    return [Cell(study, method, seed, 3, queries, width=128) for seed in seeds for method in ("pbaa_dpo", "v1_dpo", "v2")]
+    return [Cell(study, method, seed, ITERATIONS, queries, width=128) for seed in seeds for method in ("pbaa_dpo", "v1_dpo", "v2")]
 
 
 def choosing_cells(queries: int) -> list[Cell]:
-    """The cells by which learning rates are chosen: each family's own method at every rate."""
-    return [Cell("rates", family, CHOOSING_SEED, 2, queries, rate) for family in FAMILIES for rate in RATES]
+    """The cells by which learning rates are chosen: each family's own method at every rate, over as many iterations as study main has."""
+    return [Cell("rates", family, CHOOSING_SEED, ITERATIONS, queries, rate) for family in FAMILIES for rate in RATES]
 
 
 def cell_config(cell: Cell, rate: float, directory: Path) -> Config:
