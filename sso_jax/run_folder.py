@@ -38,7 +38,7 @@ def settle(directory: Path, config: Config) -> Config:
     path = directory / CONFIG_FILE
     if not path.is_file():
         return config
-    changed = _changed_fields(_read_config(path), _plain(config))
+    changed = _changed_fields(_filled(_read_config(path), _plain(Config())), _plain(config))
     if not changed:
         return config
     told = ", ".join(f"{field} ({old!r}, now {new!r})" for field, (old, new) in changed.items())
@@ -59,6 +59,12 @@ def _read_config(path: Path) -> dict:
     if not isinstance(fields, dict):
         raise InputError(f"{path}: holds no fields; {REMEDY_FOR_FILE}")
     return fields
+
+
+def _filled(fields: dict, defaults: dict) -> dict:
+    """The fields, and at its default whatever they do not name: what came after the version that wrote them."""
+    both = lambda name: isinstance(fields.get(name), dict) and isinstance(defaults.get(name), dict)  # noqa: E731
+    return {**defaults, **{name: _filled(value, defaults[name]) if both(name) else value for name, value in fields.items()}}
 
 
 def _changed_fields(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:

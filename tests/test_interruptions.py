@@ -23,10 +23,11 @@ from safetensors.numpy import load_file
 from toys import toy_model, toy_params
 
 import train
-from sso_jax import assembly, policy_training, report
+from sso_jax import assembly, policy_training, report, run_folder
 from sso_jax.assembly import export_policy
 from sso_jax.checksums import checksums
-from sso_jax.errors import RunError
+from sso_jax.config import Config, ToyConfig, to_dict
+from sso_jax.errors import InputError, RunError
 from sso_jax.interrupts import Stopped, raise_if_stopped, stopping_at_safe_points
 from sso_jax.mesh import make_mesh
 from sso_jax.records import write_text
@@ -345,3 +346,12 @@ def test_a_stop_between_looks_is_saved_without_one():
     hooks.line({"step": 0})
     hooks.save(None, 1)
     assert written == [{"step": 0}] and saved == [1]
+
+
+def test_a_field_that_came_after_the_run_began_is_no_change_at_its_default(tmp_path):
+    fields = to_dict(Config())
+    del fields["toy"]["descriptions"], fields["watch"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(fields))))
+    assert run_folder.settle(tmp_path, Config()) == Config()
+    with pytest.raises(InputError, match=r"started with other values of toy.descriptions \(False, now True\)"):
+        run_folder.settle(tmp_path, Config(toy=ToyConfig(descriptions=True)))
