@@ -74,7 +74,7 @@ def _sliced_log_probs(
 
     With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The backward pass has p
     from the log-sum-exp that the forward pass kept, and from the logits: kept where all entries are one slice, computed anew otherwise.
-    Each entry's row of the head's gradient is whole after its slice, so that none is summed up in float32 over the vocabulary.
+    A slice's part of the head's gradient is whole when the slice is done, so that no float32 sum of all of it is held.
     """
     return _log_probs_forward(head, hidden, target, columns)[0]
 
