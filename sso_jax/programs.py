@@ -154,6 +154,17 @@ def _trace(plan: Plan, place: Placement, program: Callable, args: tuple, trips: 
     return Traced(traced, place.mesh, count_flops(traced.jaxpr, trips), _bytes(plan.params, place.shardings), **sizes)
 
 
+def needed_bytes(message: str, held_bytes: int) -> int | None:
+    """What a program that does not fit would have needed, from the compiler's message; None if it is about something else.
+
+    It names either all of the memory, or that of temporaries alone, beside what the program is given (`held_bytes`).
+    """
+    to_bytes = lambda found: int(float(found[1]) * (GIB if found[2] == "G" else 2**20))  # noqa: E731
+    whole = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", message)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([GM])\) exceeds available HBM", message)
+    return to_bytes(whole) if whole else held_bytes + to_bytes(temporaries) if temporaries else None
+
+
 def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
     """The program compiled for devices with so much memory; one that does not fit has the compiler's own figure of what it needs."""
     start = time.perf_counter()
@@ -161,10 +172,9 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
         with jax.set_mesh(traced.mesh):
             memory = traced.program.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", str(error))
-        if not needed:
+        total, fits = needed_bytes(str(error), traced.params_bytes + traced.optimizer_bytes + traced.cache_bytes), False
+        if total is None:
             raise
-        total, fits = int(float(needed[1]) * (GIB if needed[2] == "G" else 2**20)), False
     else:
         total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         fits = traced.beside_bytes == 0 or total + traced.beside_bytes <= device_bytes

@@ -191,3 +191,15 @@ def test_presets_have_the_parameters_that_their_names_promise(name):
     }
     size = next(word for word in name.split("-") if word in published)
     assert total == published[size]
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded hbm capacity by 1.50G.", 17.25),
+        ("E1000: CompileTimeHbmOom: the total memory required for HLO temporaries (16.50G) exceeds available HBM (15.75G).", 18.5),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_what_a_program_that_does_not_fit_needs_is_read_from_the_compilers_words(message, gib):
+    assert programs.needed_bytes(message, 2 * programs.GIB) == (None if gib is None else gib * programs.GIB)
