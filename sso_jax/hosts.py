@@ -88,13 +88,19 @@ def once(make: Callable[[], object]):
     """What `make` returns (anything that JSON holds), called by the first process alone and shared, or the `InputError` that it raises."""
     if jax.process_count() == 1:
         return make()
-    outcome = None
-    if is_first():
-        try:
-            outcome = {"value": make()}
-        except InputError as error:
-            outcome = {"error": str(error)}
-    outcome = agree(outcome)
+    return _result(agree(_attempt(make) if is_first() else None))
+
+
+def _attempt(make: Callable[[], object]) -> dict:
+    """What `make` returns, or the `InputError` that it raises, as other processes can be told."""
+    try:
+        return {"value": make()}
+    except InputError as error:
+        return {"error": str(error)}
+
+
+def _result(outcome: dict):
+    """What an `_attempt` came to, in any process."""
     if "error" in outcome:
         raise InputError(outcome["error"])
     return outcome["value"]
@@ -108,15 +114,9 @@ def each_its_own(function: Callable[[Item], Made], items: list[Item]) -> list[Ma
     num_processes = jax.process_count()
     if num_processes == 1:
         return [function(item) for item in items]
-    try:
-        outcome = {"values": [function(item) for item in own_part(items)]}
-    except InputError as error:
-        outcome = {"error": str(error)}
-    outcomes = _gather(outcome)
-    errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
-    if errors:
-        raise InputError(errors[0])
-    return [outcomes[i % num_processes]["values"][i // num_processes] for i in range(len(items))]
+    outcomes = _gather(_attempt(lambda: [function(item) for item in own_part(items)]))
+    made = [_result(outcome) for outcome in outcomes]
+    return [made[i % num_processes][i // num_processes] for i in range(len(items))]
 
 
 def _gather(value) -> list:

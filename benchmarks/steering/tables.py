@@ -110,14 +110,14 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
     return "\n".join([*lines, _matched_table(runs, name), ""])
 
 
-def _iterations(num: int) -> list[int]:
+def _iterations(runs: Runs) -> list[int]:
     """Up to five iterations to show, the last among them."""
+    num = max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values())
     return sorted({round(k) for k in np.linspace(1, num, min(num, 5))})
 
 
 def _quality_table(runs: Runs, name) -> str:
-    num = max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values())
-    shown = _iterations(num)
+    shown = _iterations(runs)
     rows = []
     for key, of_seeds in runs.items():
         qualities = [spread([rows[k]["policy_quality"] for rows in of_seeds.values()]) for k in (0, *shown)]
@@ -146,8 +146,7 @@ def _differences_table(runs: Runs, name, baselines: dict[str, str] | None = None
 
 def _rounds_table(runs: Runs, name) -> str:
     """Accuracy, ties and steerability of every round's pairs, of those that are shown."""
-    num = max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values())
-    shown, fields = _iterations(num), ("pair_accuracy", "pair_ties", "steerability")
+    shown, fields = _iterations(runs), ("pair_accuracy", "pair_ties", "steerability")
     header = [f"{title} {k}" for title in ("accuracy", "ties", "steerability") for k in shown]
     rows = [
         [name(key), *(spread([rows[k][field] for rows in of_seeds.values()], 2) for field in fields for k in shown)]
@@ -158,7 +157,7 @@ def _rounds_table(runs: Runs, name) -> str:
 
 def _length_tables(runs: Runs, name) -> list[str]:
     """A table of every number by which a drift of lengths is seen: a row a method and group of queries, a column an iteration."""
-    shown, lines = (0, *_iterations(max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values()))), []
+    shown, lines = (0, *_iterations(runs)), []
     for title, path, groups, digits in OF_LENGTH:
         rows = [
             [name(key), group, *(spread([value(rows[k], path.format(group)) for rows in of_seeds.values()], digits) for k in shown)]
