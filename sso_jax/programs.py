@@ -28,7 +28,7 @@ from sso_jax.policy_training import abstract_state, build_optimizer, losses_of, 
 from sso_jax.recipes import generator
 from sso_jax.reference import reference_cells
 from sso_jax.reward_model import as_reward_model
-from sso_jax.sampling.decode import Prompts, State, build_parts, state_shardings
+from sso_jax.sampling.decode import Prompts, State, as_decoded, build_parts, state_shardings
 from sso_jax.sampling.slots import roomy
 from sso_jax.sampling.strategies import make_strategy
 from sso_jax.training.batches import Branch, Example, Tree, micro_trees, pack, preference_batch, row_shape, supervised_batch
@@ -197,7 +197,8 @@ def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
 def _sampling_bytes(plan: Plan, start: Callable, inputs: tuple, new_tokens: int) -> tuple[State, dict]:
     """Shapes of the state between prefill and decoding, and the bytes of its cache and of the parameters' other copy."""
     state = jax.eval_shape(lambda *args: start(*args, new_tokens), *inputs)
-    cache_bytes = _bytes(state.cache, state_shardings(plan.sampling.mesh).cache)
+    sharding = state_shardings(as_decoded(plan.model, plan.sampling.mesh), plan.sampling.mesh).cache
+    cache_bytes = _bytes(state.cache, jax.tree.map(lambda _: sharding, state.cache))
     beside = 0 if plan.sampling is plan.training else _bytes(plan.params, plan.training.shardings)
     return state, {"cache_bytes": cache_bytes, "beside_bytes": beside}
 

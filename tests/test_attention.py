@@ -7,7 +7,8 @@ import pytest
 from toys import toy_model, toy_params
 
 from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, plain_attend, splash_attend, step_attend
-from sso_jax.models.attention import causal_mask, empty_cache, tree_mask
+from sso_jax.models.attention import causal_mask, tree_mask
+from sso_jax.models.transformer import make_cache, unstack
 
 
 def test_tree_mask_is_the_drawing_of_its_docstring():
@@ -46,14 +47,17 @@ def test_a_token_that_sees_nothing_is_no_nan():
     np.testing.assert_allclose(out, 3.0)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("changes", [{}, dict(qk_norm=True, qkv_bias=False), dict(tied_head=True, num_kv_heads=4)])
-def test_cached_decode_equals_the_full_forward_pass(one_device, changes):
+def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked):
     model = toy_model(**changes)
     params = toy_params(model, one_device)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 12)))
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
     full, _ = model.apply({"params": params}, tokens, positions, causal_mask(12))
-    cache = empty_cache(model.architecture, 2, 12, jnp.float32)
+    if not stacked:  # as a CPU decodes: layer by layer, the kernels turned
+        model, params = model.clone(stacked=False), unstack(params, model.architecture.num_layers)
+    cache = make_cache(model, 2, 12)
     hidden, cache = model.apply({"params": params}, tokens[:, :7], positions[:, :7], causal_mask(7), cache, 0)
     np.testing.assert_allclose(hidden, full[:, :7], atol=2e-5)
     for t in range(7, 12):

@@ -14,21 +14,29 @@ from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, rotat
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers; slots hold tokens in the order in which they were written."""
+    """Keys and values of all layers, or of one without the first axis; slots hold tokens in the order in which they were written."""
 
-    keys: Float[Array, "L B K S H"]
-    values: Float[Array, "L B K S H"]
+    keys: Float[Array, "*L B K S H"]
+    values: Float[Array, "*L B K S H"]
 
 
 CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
-"""Logical names of the axes of a cache's arrays."""
+"""Logical names of the axes of a cache's arrays; that of one layer lacks the first."""
 
 
-def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
-    """Cache of zeros."""
+def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype, of_one_layer: bool = False) -> Cache:
+    """Cache of zeros, of all layers or of one."""
     shape = (architecture.num_layers, batch_size, architecture.num_kv_heads, num_slots, architecture.head_size)
-    zeros = constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
+    shape, axes = (shape[1:], CACHE_AXES[1:]) if of_one_layer else (shape, CACHE_AXES)
+    zeros = constrain(jnp.zeros(shape, dtype), *axes)
     return Cache(keys=zeros, values=zeros)
+
+
+def _written(cache: Cache, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], layer, slot) -> Cache:
+    """The cache with these keys and values from `slot` on, of this layer, or of its only one where that is None."""
+    start, lead = ((0, 0, slot, 0), ()) if layer is None else ((layer, 0, 0, slot, 0), (None,))
+    write = lambda whole, part: jax.lax.dynamic_update_slice(whole, part[lead].astype(whole.dtype), start)  # noqa: E731
+    return Cache(write(cache.keys, keys), write(cache.values, values))
 
 
 def tree_mask(tree: Int[Array, "B T"], branch: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -57,7 +65,10 @@ def causal_mask(num_tokens: int) -> Bool[Array, "1 T T"]:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; with a cache it writes its keys and values at `slot`."""
+    """Grouped-query attention with rotary positions; with a cache it writes its keys and values at `slot`.
+
+    The cache is that of all layers, of which this is number `layer`; or this layer's own, and `layer` is None.
+    """
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
@@ -65,9 +76,11 @@ class Attention(nn.Module):
     attend: str = "plain"
     """Name in `ATTEND` of what attends where whole sequences are run; what looks back at the cache is always plain."""
     adapters: Adapters = Adapters()
+    outputs_first: bool = False
+    """See `Projection`."""
 
     def _types(self) -> dict:
-        return dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters)
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters, outputs_first=self.outputs_first)
 
     def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
         width, head_size = self.architecture.width, self.architecture.head_size
@@ -82,7 +95,7 @@ class Attention(nn.Module):
         turn: Rotation,
         mask: Bool[Array, "#B T S"],
         cache: Cache | None,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | None,
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         a = self.architecture
@@ -99,15 +112,11 @@ class Attention(nn.Module):
         grouped = constrain(grouped.transpose(0, 2, 3, 1, 4), "batch", "kv_heads", None, None, None)  # [B, K, G, T, H]
         keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)  # [B, K, T, H]
         if cache is not None:
-            start = (layer, 0, 0, slot, 0)
-            cache = Cache(
-                keys=jax.lax.dynamic_update_slice(cache.keys, keys[None].astype(cache.keys.dtype), start),
-                values=jax.lax.dynamic_update_slice(cache.values, values[None].astype(cache.values.dtype), start),
-            )
+            cache = _written(cache, keys, values, layer, slot)
         num_seen = mask.shape[-1]
         if num_seen > length:  # a prefill that starts the cache sees its own tokens only, all else looks back at the cache
-            seen = lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)[:, :, :num_seen]  # noqa: E731
-            keys, values = seen(cache.keys), seen(cache.values)  # [B, K, S, H]
+            own = cache if layer is None else jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
+            keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
             attend = step_attend if length == 1 else plain_attend
         else:
             attend = ATTEND[self.attend]

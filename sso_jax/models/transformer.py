@@ -5,12 +5,16 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attention import Attention, Cache, causal_mask
+from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
 from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, rotation
+
+TO_WIDTH = ("out", "down")
+"""Projections back to the decoder's width; of all others it is the one axis that goes in."""
 
 
 class Layer(nn.Module):
@@ -21,12 +25,13 @@ class Layer(nn.Module):
     param_dtype: jnp.dtype
     attend: str
     adapters: Adapters
+    outputs_first: bool
 
     @nn.compact
     def __call__(self, carry, layer, turn, mask, slot):
         x, cache = carry
         x = constrain(x, "batch", None, None)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters, outputs_first=self.outputs_first)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
         attended, cache = Attention(self.architecture, **types, attend=self.attend, name="attention")(
             normed, turn, mask, cache, layer, slot
@@ -50,14 +55,14 @@ class Transformer(nn.Module):
     attend: str = "plain"
     adapters: Adapters = Adapters()
     stacked: bool = True
-    """Whether the layers are one scanned layer, or each has parameters of its own (`unstack`)."""
+    """Whether the layers are one scanned layer; or each has parameters of its own, kernels with their outputs first, and its own cache."""
 
     def setup(self):
         a = self.architecture
         init = nn.initializers.normal(0.02)
         embedding = nn.with_logical_partitioning(init, ("vocab", "width"))
         self.embedding = self.param("embedding", embedding, (a.vocab_size, a.width), self.param_dtype)
-        settings = (a, self.dtype, self.param_dtype, self.attend, self.adapters)
+        settings = (a, self.dtype, self.param_dtype, self.attend, self.adapters, not self.stacked)
         self.layers = self._scanned()(*settings) if self.stacked else [Layer(*settings) for _ in range(a.num_layers)]
         self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
         if not a.tied_head:
@@ -79,21 +84,22 @@ class Transformer(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#B T S"],
-        cache: Cache | None = None,
+        cache: Cache | tuple[Cache, ...] | None = None,
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | tuple[Cache, ...] | None]:
         """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None)."""
         table = gathered(self.embedding.astype(self.dtype), "vocab", "width")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
-        numbers, carry = jnp.arange(self.architecture.num_layers), (x, cache)
+        num_layers = self.architecture.num_layers
         shared = rotation(positions, self.architecture), mask, jnp.asarray(slot)
         if self.stacked:
-            carry, _ = self.layers(carry, numbers, *shared)
-        else:
-            for layer, number in zip(self.layers, numbers, strict=True):
-                carry, _ = layer(carry, number, *shared)
-        x, cache = carry
-        return self.final_norm(x), cache
+            (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), *shared)
+            return self.final_norm(x), cache
+        caches = []
+        for layer, own in zip(self.layers, cache or (None,) * num_layers, strict=True):
+            (x, own), _ = layer((x, own), None, *shared)
+            caches.append(own)
+        return self.final_norm(x), None if cache is None else tuple(caches)
 
     def head_matrix(self) -> Float[Array, "D V"]:
         """What hidden states are multiplied with, in the type of the arithmetic, cut over the devices as its parameter is."""
@@ -110,10 +116,25 @@ def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[A
     return jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
 
 
+def make_cache(model: Transformer, batch_size: int, num_slots: int) -> Cache | tuple[Cache, ...]:
+    """Cache of zeros as the decoder takes it: of all layers in one, or one each where they are not stacked."""
+    sizes = model.architecture, batch_size, num_slots, model.dtype
+    layers = range(model.architecture.num_layers)
+    return empty_cache(*sizes) if model.stacked else tuple(empty_cache(*sizes, of_one_layer=True) for _ in layers)
+
+
 def unstack(params: dict, num_layers: int) -> dict:
     """Parameters of a decoder whose layers are not stacked, from those of one whose layers are."""
-    own = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)}
-    return {**{name: part for name, part in params.items() if name != "layers"}, **own}
+
+    def own(path: tuple[str, ...], leaf: Array, layer: int) -> Array:
+        if path[-1] != "kernel":
+            return leaf[layer]
+        num_inputs = leaf.ndim - 2 if path[-2] in TO_WIDTH else 1
+        return jnp.moveaxis(leaf[layer], range(num_inputs), range(-num_inputs, 0))
+
+    stacked = flatten_dict(params["layers"])
+    layers = {(f"layers_{i}", *path): own(path, leaf, i) for i in range(num_layers) for path, leaf in stacked.items()}
+    return {**{name: part for name, part in params.items() if name != "layers"}, **unflatten_dict(layers)}
 
 
 def init_params(model: Transformer, key: jax.Array):

@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sso_jax.mesh import batch_sharding, batch_shards_in_context, gathered, replicated, spec
-from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask, empty_cache
-from sso_jax.models.transformer import Transformer, project, unstack
+from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask
+from sso_jax.models.layers import few_rows_product
+from sso_jax.models.transformer import Transformer, make_cache, project, unstack
 from sso_jax.sampling.strategies import Strategy, choose
 
 
@@ -41,17 +42,17 @@ class State(NamedTuple):
     """Of a batch of rows between two tokens: `step` are drawn of each, and the cache holds all but the last."""
 
     step: Int[Array, ""]
-    cache: Cache
+    cache: Cache | tuple[Cache, ...]
     last: Int[Array, "B"]
     done: Bool[Array, "B"]
     samples: Samples
 
 
 class Weights(NamedTuple):
-    """Parameters in the type of the arithmetic, and the head's matrix gathered."""
+    """Parameters in the type of the arithmetic, and the head's matrix gathered, [V, D] where layers are not stacked."""
 
     params: dict
-    head: Float[Array, "D V"]
+    head: Float[Array, "D V"] | Float[Array, "V D"]
 
 
 def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "B"]:
@@ -64,14 +65,17 @@ def to_weights(model: Transformer, params) -> Weights:
     """What prefill and decode multiply with, made once for both."""
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
     params = params if model.stacked else unstack(params, model.architecture.num_layers)
-    return Weights(params, gathered(model.apply({"params": params}, method="head_matrix"), "width", "vocab"))
+    head = gathered(model.apply({"params": params}, method="head_matrix"), "width", "vocab")
+    return Weights(params, head if model.stacked else head.T)
 
 
-def pick(
-    hidden: Float[Array, "B D"], state: State, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"]
-) -> State:
-    """Draws token number `state.step` of each row from the hidden state before it."""
-    logits = project(hidden, weights.head)  # [B, V]
+def step_logits(model: Transformer, weights: Weights, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """Scores of each row's next token, float32."""
+    return (project if model.stacked else few_rows_product)(hidden, weights.head)
+
+
+def pick(logits: Float[Array, "B V"], state: State, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"]) -> State:
+    """Draws token number `state.step` of each row from the logits behind the one before it."""
     token = jnp.where(state.done, 0, choose(logits, _uniform(prompts.keys, state.step), strategy))
     samples = Samples(
         tokens=jax.lax.dynamic_update_slice(state.samples.tokens, token[:, None], (0, state.step)),
@@ -81,14 +85,17 @@ def pick(
     return state._replace(step=state.step + 1, last=token, done=done, samples=samples)
 
 
-def with_prefix(model: Transformer, weights: Weights, prefix: Int[Array, "Q"], cache: Cache) -> Cache:
+def with_prefix(model: Transformer, weights: Weights, prefix: Int[Array, "Q"], cache):
     """The cache with these tokens in the first slots of every row; each shard of the batch runs them once, and nothing is sent round."""
     num_shards, num_slots = batch_shards_in_context(), prefix.size
     tokens, positions = (jnp.broadcast_to(row, (num_shards, num_slots)) for row in (prefix, jnp.arange(num_slots)))
-    own = empty_cache(model.architecture, num_shards, num_slots, model.dtype)
+    own = make_cache(model, num_shards, num_slots)
     _, own = model.apply({"params": weights.params}, tokens, positions, causal_mask(num_slots), own, 0)
-    num_rows = cache.keys.shape[1] // num_shards
-    write = lambda whole, part: jax.lax.dynamic_update_slice(whole, jnp.repeat(part, num_rows, axis=1), (0,) * whole.ndim)  # noqa: E731
+
+    def write(whole: Float[Array, "*L B K S H"], part: Float[Array, "*L _ K Q H"]) -> Float[Array, "*L B K S H"]:
+        repeated = jnp.repeat(part, whole.shape[-4] // num_shards, axis=-4)
+        return jax.lax.dynamic_update_slice(whole, repeated, (0,) * whole.ndim)
+
     return jax.tree.map(write, cache, own)
 
 
@@ -97,7 +104,7 @@ def prefill(
 ) -> State:
     """Runs the decoder on the prompts and draws each row's first token; there is room for `max_new_tokens`."""
     (prefix_slots,), (batch_size, prompt_slots) = prompts.prefix.shape, prompts.tokens.shape
-    cache = empty_cache(model.architecture, batch_size, prefix_slots + prompt_slots + max_new_tokens, model.dtype)
+    cache = make_cache(model, batch_size, prefix_slots + prompt_slots + max_new_tokens)
     if prefix_slots:
         cache = with_prefix(model, weights, prompts.prefix, cache)
     positions = jnp.broadcast_to(prefix_slots + jnp.arange(prompt_slots), prompts.tokens.shape)
@@ -106,7 +113,7 @@ def prefill(
     last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
     nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
     start = State(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
-    return pick(last_hidden, start, weights, prompts, strategy, stop_ids)
+    return pick(step_logits(model, weights, last_hidden), start, prompts, strategy, stop_ids)
 
 
 def decode(model: Transformer, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"], state: State) -> State:
@@ -121,7 +128,7 @@ def decode(model: Transformer, weights: Weights, prompts: Prompts, strategy: Str
         visible = (slots[None, :] < lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
         positions = (lengths + state.step - 1)[:, None]
         hidden, cache = model.apply({"params": weights.params}, state.last[:, None], positions, visible[:, None, :], state.cache, slot)
-        return pick(hidden[:, 0], state._replace(cache=cache), weights, prompts, strategy, stop_ids)
+        return pick(step_logits(model, weights, hidden[:, 0]), state._replace(cache=cache), prompts, strategy, stop_ids)
 
     unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done)  # noqa: E731
     return jax.lax.while_loop(unfinished, advance, state)
@@ -141,18 +148,18 @@ def generate(
     return decode(model, weights, prompts, strategy, stop_ids, state).samples
 
 
-def _as_decoded(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
+def as_decoded(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
     """The decoder as it decodes fastest.
 
-    On a CPU, where a step of the scan over layers copies the layer's weights out of the stack before it multiplies with them, the layers
-    are taken apart once for all steps.
+    On a CPU, where a step of the scan over layers copies the layer's weights and cache out of the stack before it multiplies with them,
+    the layers are taken apart once for all steps, and their kernels turned for `few_rows_product`.
     """
     return model.clone(stacked=mesh.devices.flat[0].platform != "cpu")
 
 
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
     """`generate` compiled: rows over the batch axes, weights as they lie. One program for each (Q, B, P, max_new_tokens)."""
-    model = _as_decoded(model, mesh)
+    model = as_decoded(model, mesh)
 
     def generate_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> Samples:
         return generate(model, params, prompts, strategy, stop_ids, max_new_tokens)
@@ -172,16 +179,16 @@ def prompt_shardings(mesh: jax.sharding.Mesh) -> Prompts:
     return Prompts(replicated(mesh), rows, rows, rows, rows)
 
 
-def state_shardings(mesh: jax.sharding.Mesh) -> State:
-    """Where the parts of a state lie: all but the step are cut by rows, the cache by heads as well."""
+def state_shardings(model: Transformer, mesh: jax.sharding.Mesh) -> State:
+    """Where the parts of a state lie, one for all arrays of the cache: all but the step are cut by rows, the cache by heads as well."""
     rows = batch_sharding(mesh)
-    cache = NamedSharding(mesh, spec(*CACHE_AXES))
-    return State(replicated(mesh), Cache(cache, cache), rows, rows, Samples(rows, rows))
+    cache = NamedSharding(mesh, spec(*(CACHE_AXES if model.stacked else CACHE_AXES[1:])))
+    return State(replicated(mesh), cache, rows, rows, Samples(rows, rows))
 
 
 def build_parts(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> tuple[Callable[..., State], Callable[..., State]]:
     """`prefill` and `decode` compiled apart, to be looked at one by one; a state's memory is given to the decoding."""
-    model = _as_decoded(model, mesh)
+    model = as_decoded(model, mesh)
 
     def prefill_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, max_new_tokens: int) -> State:
         return prefill(model, to_weights(model, params), prompts, strategy, stop_ids, max_new_tokens)
@@ -189,7 +196,7 @@ def build_parts(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) ->
     def decode_batch(params, prompts: Prompts, strategy: Strategy, stop_ids, state: State) -> State:
         return decode(model, to_weights(model, params), prompts, strategy, stop_ids, state)
 
-    whole, state = replicated(mesh), state_shardings(mesh)
+    whole, state = replicated(mesh), state_shardings(model, mesh)
     inputs = (param_shardings, prompt_shardings(mesh), whole, whole)
     return (
         jax.jit(prefill_batch, static_argnums=4, in_shardings=inputs, out_shardings=state),
