@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.steering.__main__ import chosen_rates
-from benchmarks.steering.cells import rounds_of, start_folder
+from benchmarks.steering.__main__ import chosen_rates, run_cells
+from benchmarks.steering.cells import Clock, rounds_of, start_folder
 from benchmarks.steering.methods import FAMILIES, GROUPS, METHODS, RATES, STUDIES, Cell, cell_config, cells_of_study, choosing_cells
 from benchmarks.steering.tables import MATCHED_QUALITY, rates_table, spread, study_tables, write_figure
 from sso_jax.recipes import RECIPES
+from sso_jax.toy import pretraining
 
 
 def finish(folder: Path, name: str, numbers: dict) -> None:
@@ -64,6 +65,30 @@ def test_finished_cells_keep_their_names(tmp_path):
     assert starts == {"start_1", "start_1_width_128"}
     config = cell_config(cells_of_study("main", [1], 128)[0], 1e-4, tmp_path)
     assert not config.toy.descriptions and config.sampling.max_new_tokens == 48
+
+
+def test_a_cell_is_run_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    small = pretraining.Curriculum(fact_updates=4, style_updates=6, batch_size=8, width=32, num_layers=1)
+    monkeypatch.setattr(pretraining, "Curriculum", lambda **_: small)
+    cell = Cell("larger", "v1_dpo", 1, 2, 8, width=128)
+    run = lambda clock=Clock(None): run_cells(tmp_path, [cell], {"v1_dpo": 1e-4}, 6, clock)  # noqa: E731
+    run(Clock(0.0))
+    assert rounds_of(tmp_path, cell) is None and not (tmp_path / cell.name).exists()
+    run()
+    rows = rounds_of(tmp_path, cell)
+    assert len(rows) == 3 and all(0 <= row["policy_quality"] <= 1 and set(row["quality_parts"]) for row in rows)
+    second = tmp_path / cell.name / "iteration_2" / "done"
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / cell.name).rglob("*.json")}
+    run()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / cell.name).rglob("*.json")} == written
+    (second / "round.json").unlink()
+    run()
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / cell.name).rglob("*.json")}
+    assert {path for path in written if again[path] != written[path]} == {second / "round.json"}
+    assert rounds_of(tmp_path, cell) == rows
+    line = next(line for line in study_tables(tmp_path, "larger", [cell]).splitlines() if line.startswith("| SSO v1, DPO"))
+    shown = [entry.strip() for entry in line.split("|")[2:]]
+    assert shown[:4] == ["1", *(f"{row['policy_quality']:.3f}" for row in rows)], line
 
 
 def test_a_rate_is_chosen_when_all_were_tried(tmp_path):
