@@ -1,13 +1,14 @@
 """benchmarks.speed: its arithmetic held to hand counts, the traced update held to its arithmetic, and what it makes of measurements."""
 
 import argparse
+import sys
 
 import jax
 import pytest
 from flax import linen as nn
 
 from benchmarks.speed import shapes
-from benchmarks.speed.__main__ import figures
+from benchmarks.speed.__main__ import figures, in_turns
 from benchmarks.speed.ours import make_model, make_updating, traced
 from sso_jax.models.transformer import abstract_params
 
@@ -45,11 +46,37 @@ def test_figures_are_medians_ratios_and_fractions_of_the_bound():
     cells["ours/update"] |= {"flops": 2e12, "padding": 0.0}
     cells["ours/sample"] |= {"decode_seconds": [1.0, 0.5, 2.0]}
     cells["machine"] = {"flops": 3e11, "read_bytes": 2e10, "copy_bytes": 2e10}
+    cells["transformers/sample"]["beside"] = [1.0, 1.0, 4.0]  # what ours took in turn with it
     made = figures("57m", cells, options)
     assert made["generate_tok_s"] == 16 * 64 / 2.0 and made["sso_examples_s"] == 4 / 5.0
-    assert made["rows"]["transformers/sample"]["ours_over_it"] == 2.0 and made["rows"]["transformers/update"]["ours_over_it"] == 4.0
+    assert made["rows"]["transformers/sample"]["ours_over_it"] == 4.0 and made["rows"]["ours/sample"]["ours_over_it"] == 1.0
     assert made["rows"]["ours/update"]["of_bound"] == pytest.approx(shapes.needed_update_flops(shapes.CPU)["shared"] / 3e11 / 5.0)
     # 63 steps read 24.1M and 16.4M entries of 4 bytes; each of 16 rows 2 x 8 x 2 x 64 entries of the 129th to the 191st token
     weights, tokens = 4 * (shapes.CPU.layer_params + shapes.CPU.head_params), 63 * (129 + 191) // 2
     assert made["decode_bytes_s"] == (63 * weights + 16 * tokens * 2 * 8 * 2 * 64 * 4) / 1.0
     assert made["compile_s"] == 8.0 + 5.0 and made["peak_bytes"] == 100
+
+
+def test_cells_take_turns_call_by_call(tmp_path):
+    """Two processes write their names into one file at each call: never two of one of them in a row while both have calls left."""
+    code = """
+import json, sys, time
+from benchmarks.speed.timing import timed
+name, repeats, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def work():
+    open(path, "a").write(name + "<")
+    time.sleep(0.05)
+    open(path, "a").write(">")
+print("something else")
+print(json.dumps(timed(work, repeats)))
+"""
+    calls = tmp_path / "calls"
+    found = in_turns({name: [sys.executable, "-c", code, name, str(repeats), str(calls)] for name, repeats in (("a", 3), ("b", 1))})
+    assert calls.read_text() == "a<>b<>a<>b<>a<>a<>"
+    assert len(found["a"]["seconds"]) == 3 and len(found["b"]["seconds"]) == 1 and found["a"]["first"] >= 0.05
+
+
+def test_a_cell_that_fails_ends_all(tmp_path):
+    waits, fails = "from benchmarks.speed.timing import timed; timed(print, 3)", "raise ValueError"
+    with pytest.raises(SystemExit, match="failed with exit status 1"):
+        in_turns({"a": [sys.executable, "-c", waits], "b": [sys.executable, "-c", fails]})

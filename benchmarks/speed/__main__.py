@@ -1,19 +1,23 @@
 """Speed of sampling and of the update beside the peers': `python -m benchmarks.speed` runs all in one go and prints a table.
 
 Everything is timed in a process of its own, so that its peak memory is its own; medians are over `--repeats` calls after one that warms up
-and compiles. The bound beside each figure is what this machine's measured operations and bytes a second would allow.
+and compiles. A peer and this project take turns, call by call, so that what else the machine does meets both alike; the ratio is that of
+their medians in these turns. The bound beside each figure is what this machine's measured operations and bytes a second would allow.
 """
 
 import argparse
 import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.speed import shapes
+from benchmarks.speed.timing import READY, TURNS_VARIABLE
 
 PEERS = ("transformers", "tunix")
 DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
@@ -33,7 +37,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-CELLS = ("machine", *(f"{who}/{what}" for what in ("sample", "update") for who in ("ours", *PEERS)))
+WORK = ("sample", "update")
 
 
 def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
@@ -59,17 +63,60 @@ def child(cell: str, options: argparse.Namespace) -> None:
     print(json.dumps({"host_peak_bytes": peak, **result}))
 
 
-def measure(cell: str, name: str, options: argparse.Namespace) -> dict:
-    """The figures of one cell on one shape, from a process of its own."""
+def command(cell: str, name: str, options: argparse.Namespace) -> list[str]:
+    """What runs one cell on one shape in a process of its own."""
     python = options.tunix_python if cell.startswith("tunix/") else sys.executable
-    command = [python, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
-    command += ["--tiny"] if options.tiny else []
-    command += ["--profile", str(options.profile)] if options.profile else []
-    print(f"{cell} on {name} ...", file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{cell} on {name} failed with exit status {done.returncode}; its error stands above")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    parts = [python, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
+    parts += ["--tiny"] if options.tiny else []
+    return parts + (["--profile", str(options.profile)] if options.profile else [])
+
+
+def _to_next_turn(process: subprocess.Popen) -> str | None:
+    """Waits until the process asks for a turn (None) or ends (its last line); raises `SystemExit` where it fails."""
+    last = ""
+    for line in process.stdout:
+        if line.strip() == READY:
+            return None
+        last = line
+    if process.wait():
+        raise SystemExit(f"{' '.join(process.args)} failed with exit status {process.returncode}; its error stands above")
+    return last
+
+
+def in_turns(commands: dict[str, list[str]]) -> dict[str, dict]:
+    """What each of the commands prints as its last line, run side by side, one call of one of them at a time."""
+    environment, running, results = {**os.environ, TURNS_VARIABLE: "1"}, {}, {}
+    with ExitStack() as stack:
+        for cell, parts in commands.items():
+            running[cell] = subprocess.Popen(parts, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            stack.enter_context(running[cell])
+            stack.callback(running[cell].kill)
+        told = False  # at first each gets as far as its first turn by itself
+        while running:
+            for cell, process in list(running.items()):
+                if told:
+                    print(file=process.stdin, flush=True)
+                last = _to_next_turn(process)
+                if last is not None:
+                    results[cell] = json.loads(last)
+                    del running[cell]
+            told = True
+    return results
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
+    """The figures of all cells on one shape; those of a peer have the seconds that this project took beside it."""
+    cells = in_turns({"machine": command("machine", name, options)})
+    for what in WORK:
+        ours, together, peers = f"ours/{what}", [], {}
+        for peer in options.peers or [None]:
+            names = [ours] if peer is None else [ours, f"{peer}/{what}"]
+            print(f"{' and '.join(names)} on {name} ...", file=sys.stderr, flush=True)
+            found = in_turns({cell: command(cell, name, options) for cell in names})
+            together.append(found.pop(ours))
+            peers |= {cell: {**result, "beside": together[-1]["seconds"]} for cell, result in found.items()}
+        cells |= {ours: {**together[0], "seconds": [second for one in together for second in one["seconds"]]}, **peers}
+    return cells
 
 
 def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> dict:
@@ -97,7 +144,7 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        row["ours_over_it"] = rows[f"ours/{cell.split('/')[1]}"]["rate"] / row["rate"]
+        row["ours_over_it"] = row["seconds"] / statistics.median(cells[cell].get("beside", cells[cell]["seconds"]))
     update, decode_seconds = cells["ours/update"], statistics.median(cells["ours/sample"]["decode_seconds"])
     return {
         "shape": name,
@@ -144,8 +191,7 @@ def main() -> int:
         return 0
     results = []
     for name in options.shapes:
-        wanted = [cell for cell in CELLS if cell.split("/")[0] in ("machine", "ours", *options.peers)]
-        results.append(figures(name, {cell: measure(cell, name, options) for cell in wanted}, options))
+        results.append(figures(name, measure(name, options), options))
         show(results[-1])
         if options.out:
             options.out.write_text(json.dumps({**results[0], "shapes": results}, indent=2), encoding="utf-8")
