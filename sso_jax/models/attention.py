@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import ATTEND, plain_attend, step_attend
-from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, rotate
+from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, projection_settings, rotate
 
 
 class Cache(NamedTuple):
@@ -79,14 +79,10 @@ class Attention(nn.Module):
     outputs_first: bool = False
     """See `Projection`."""
 
-    def _types(self) -> dict:
-        return dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters, outputs_first=self.outputs_first)
-
     def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
         width, head_size = self.architecture.width, self.architecture.head_size
         bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
-        types = self._types()
-        return Projection((width, num_heads, head_size), ("width", axis, "head_size"), bias_axes, **types, name=name)
+        return Projection((width, num_heads, head_size), ("width", axis, "head_size"), bias_axes, **projection_settings(self), name=name)
 
     @nn.compact
     def __call__(
@@ -123,4 +119,4 @@ class Attention(nn.Module):
         out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")
-        return Projection(shape, axes, **self._types(), name="out")(out), cache
+        return Projection(shape, axes, **projection_settings(self), name="out")(out), cache

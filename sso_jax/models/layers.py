@@ -55,14 +55,19 @@ def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Flo
     return out.reshape(*x.shape[:2], *kernel.shape[num_inputs:])
 
 
-def few_rows_product(x: Float[Array, "B I"], rows: Float[Array, "O I"]) -> Float[Array, "B O"]:
-    """`x rows^T`, float32 or wider, as `(rows x^T)^T`, for an x of few rows.
+def few_rows_product(x: Float[Array, "B inputs"], rows: Float[Array, "outputs inputs"]) -> Float[Array, "B outputs"]:
+    """`x rows^T`, in float32, as `(rows x^T)^T`, for an x of few rows.
 
     XLA on a CPU copies the right operand of a product into another order first, which for few rows of x takes as long as the product.
     So the right one is x, and the large one is read as it lies. Without the barriers XLA would turn the product round again.
     """
     turned = jax.lax.optimization_barrier(x.T)
     return jax.lax.optimization_barrier(jnp.matmul(rows, turned, preferred_element_type=jnp.float32)).T
+
+
+def projection_settings(module: nn.Module) -> dict:
+    """What a module passes on to the projections in it, by field."""
+    return {name: getattr(module, name) for name in ("dtype", "param_dtype", "adapters", "outputs_first")}
 
 
 class Projection(nn.Module):
@@ -147,11 +152,11 @@ class GatedUnit(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width, hidden = self.architecture.width, self.architecture.hidden
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters, outputs_first=self.outputs_first)
-        gate = Projection((width, hidden), ("width", "hidden"), **types, name="gate")(x)
-        up = Projection((width, hidden), ("width", "hidden"), **types, name="up")(x)
+        settings = projection_settings(self)
+        gate = Projection((width, hidden), ("width", "hidden"), **settings, name="gate")(x)
+        up = Projection((width, hidden), ("width", "hidden"), **settings, name="up")(x)
         inner = constrain(gated(gate, up), "batch", None, "hidden")
-        return Projection((hidden, width), ("hidden", "width"), **types, name="down")(inner)
+        return Projection((hidden, width), ("hidden", "width"), **settings, name="down")(inner)
 
 
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
-from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, rotation
+from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, projection_settings, rotation
 
 TO_WIDTH = ("out", "down")
 """Projections back to the decoder's width; of all others it is the one axis that goes in."""
@@ -31,14 +31,14 @@ class Layer(nn.Module):
     def __call__(self, carry, layer, turn, mask, slot):
         x, cache = carry
         x = constrain(x, "batch", None, None)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype, adapters=self.adapters, outputs_first=self.outputs_first)
+        settings = projection_settings(self)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
-        attended, cache = Attention(self.architecture, **types, attend=self.attend, name="attention")(
+        attended, cache = Attention(self.architecture, **settings, attend=self.attend, name="attention")(
             normed, turn, mask, cache, layer, slot
         )
         x = x + attended
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
-        return (x + GatedUnit(self.architecture, **types, name="unit")(normed), cache), None
+        return (x + GatedUnit(self.architecture, **settings, name="unit")(normed), cache), None
 
 
 class Transformer(nn.Module):
@@ -124,7 +124,7 @@ def make_cache(model: Transformer, batch_size: int, num_slots: int) -> Cache | t
 
 
 def unstack(params: dict, num_layers: int) -> dict:
-    """Parameters of a decoder whose layers are not stacked, from those of one whose layers are."""
+    """Parameters of a decoder whose layers are not stacked, from those of one whose layers are: each layer's own, kernels turned."""
 
     def own(path: tuple[str, ...], leaf: Array, layer: int) -> Array:
         if path[-1] != "kernel":
