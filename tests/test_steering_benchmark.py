@@ -114,6 +114,9 @@ def test_tables_by_hand(tmp_path):
     text = study_tables(tmp_path, "main", cells)
     assert "PARTIAL: 4 of 6 cells are done; missing (method/queries/seed): v2/64/1, v2/64/2." in text
     assert "0.750 ± 0.071" in text and "-0.010 ± 0.042 (1 of 2 above)" in text
+    lines = [[entry.strip() for entry in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["PBAA, DPO", "truth", "0.50 ± 0.00", "0.60 ± 0.00", "0.75 ± 0.07"] in lines
+    assert ["SSO v1, DPO", "pair accuracy", "0.80 ± 0.00", "0.90 ± 0.00", "0.70 ± 0.00"] in lines
     assert "Nothing to show" in study_tables(tmp_path, "main", cells[2:3])
     assert rounds_of(tmp_path, cells[2]) is None
     write_figure(tmp_path, "main", cells)

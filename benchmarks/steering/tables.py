@@ -19,6 +19,9 @@ from matplotlib import pyplot as plt
 PARTS = ("truth", "completeness", "politeness", "concision")
 OF_PAIRS = ("pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability", "response_tokens")
 TITLES = ("pair accuracy", "ties", "P(chosen)", "P(rejected)", "steerability", "tokens sampled")
+BY_ITERATION = tuple((field, title, 1 if field == "response_tokens" else 2) for field, title in zip(OF_PAIRS, TITLES, strict=True))
+BY_ITERATION += tuple((f"quality_parts.{part}", part, 2) for part in PARTS) + (("held_out_tokens", "tokens, unsteered", 1),)
+"""What is shown of every iteration beside quality: field, title, digits."""
 MATCHED_QUALITY = 0.65
 BASELINES = {"pbaa_ipo": "pbaa_ipo", "v1_ipo": "pbaa_ipo", "pbaa_ipo_1": "pbaa_ipo_1", "v1_ipo_1": "pbaa_ipo_1"}
 """What a method is compared with, seed by seed; PBAA with DPO where nothing else is named."""
@@ -100,7 +103,7 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
     name = lambda key: METHODS[key[0]].title + (f", {key[1]} queries" if several else "")  # noqa: E731
     lines += ["### Quality after each iteration", "", _quality_table(runs, name), ""]
     lines += ["### The last round's pairs (of the policy at its start), and the final policy's length", "", _pairs_table(runs, name), ""]
-    lines += ["### Pairs of each round", "", _rounds_table(runs, name), ""]
+    lines += ["### Pairs and policy, iteration by iteration", "", _by_iteration_table(runs, name), ""]
     lines += ["### Less PBAA with the same base loss, seed by seed", "", _differences_table(runs, name), ""]
     if any(_difference(runs, key, baselines=WHOLES) != "-" for key in runs):
         lines += ["### Parts of G less the whole, seed by seed", "", _differences_table(runs, name, WHOLES), ""]
@@ -144,15 +147,14 @@ def _differences_table(runs: Runs, name, baselines: dict[str, str] | None = None
     return markdown(["method", "quality", *TITLES[:5]], rows)
 
 
-def _rounds_table(runs: Runs, name) -> str:
-    """Accuracy, ties and steerability of every round's pairs, of those that are shown."""
-    shown, fields = _iterations(runs), ("pair_accuracy", "pair_ties", "steerability")
-    header = [f"{title} {k}" for title in ("accuracy", "ties", "steerability") for k in shown]
-    rows = [
-        [name(key), *(spread([rows[k][field] for rows in of_seeds.values()], 2) for field in fields for k in shown)]
-        for key, of_seeds in runs.items()
-    ]
-    return markdown(["method", *header], rows)
+def _by_iteration_table(runs: Runs, name) -> str:
+    """A row a method and number, a column an iteration: the pairs' numbers as they are made, those of the policy after it."""
+    shown, table = (0, *_iterations(runs)), []
+    for key, of_seeds in runs.items():
+        for field, title, digits in BY_ITERATION:
+            values = [spread([value(rows[k], field) for rows in of_seeds.values()], digits) for k in shown]
+            table.append([name(key), title, *values])
+    return markdown(["method", "number", "start", *(f"iteration {k}" for k in shown[1:])], table)
 
 
 def _length_tables(runs: Runs, name) -> list[str]:
