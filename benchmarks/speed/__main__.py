@@ -144,7 +144,7 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        row["ours_over_it"] = row["seconds"] / statistics.median(cells[cell].get("beside", cells[cell]["seconds"]))
+        row["ours_over_it"] = 1.0 if cell.startswith("ours/") else row["seconds"] / statistics.median(cells[cell]["beside"])
     update, decode_seconds = cells["ours/update"], statistics.median(cells["ours/sample"]["decode_seconds"])
     return {
         "shape": name,

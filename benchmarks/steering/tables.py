@@ -147,13 +147,17 @@ def _differences_table(runs: Runs, name, baselines: dict[str, str] | None = None
     return markdown(["method", "quality", *TITLES[:5]], rows)
 
 
+def _over_iterations(of_seeds: dict[int, list[dict]], path: str, shown: tuple[int, ...], digits: int) -> list[str]:
+    """The number under these names at each of the iterations, over the seeds."""
+    return [spread([value(rows[k], path) for rows in of_seeds.values()], digits) for k in shown]
+
+
 def _by_iteration_table(runs: Runs, name) -> str:
     """A row a method and number, a column an iteration: the pairs' numbers as they are made, those of the policy after it."""
     shown, table = (0, *_iterations(runs)), []
     for key, of_seeds in runs.items():
         for field, title, digits in BY_ITERATION:
-            values = [spread([value(rows[k], field) for rows in of_seeds.values()], digits) for k in shown]
-            table.append([name(key), title, *values])
+            table.append([name(key), title, *_over_iterations(of_seeds, field, shown, digits)])
     return markdown(["method", "number", "start", *(f"iteration {k}" for k in shown[1:])], table)
 
 
@@ -162,7 +166,7 @@ def _length_tables(runs: Runs, name) -> list[str]:
     shown, lines = (0, *_iterations(runs)), []
     for title, path, groups, digits in OF_LENGTH:
         rows = [
-            [name(key), group, *(spread([value(rows[k], path.format(group)) for rows in of_seeds.values()], digits) for k in shown)]
+            [name(key), group, *_over_iterations(of_seeds, path.format(group), shown, digits)]
             for key, of_seeds in runs.items()
             for group in groups
         ]
