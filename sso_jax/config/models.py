@@ -19,7 +19,7 @@ class ModelConfig:
     reference_path: Optional[str] = None
     """Hugging Face folder of another reference than the policy at the start of the round."""
     remat: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    """Recompute all of each layer in the backward pass, in least memory; false keeps what its products and attention give."""
     attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
     """Attention of whole sequences: `plain` runs anywhere, `cudnn` is for NVIDIA, `splash` for TPU; `auto` takes the platform's."""
     matmul_precision: Optional[Literal["default", "high", "highest"]] = None

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sso_jax.mesh import over_mesh
+from sso_jax.models.kept import NAME, kept
+from sso_jax.models.layers import turned_product
 
 HIDDEN_SCORE = -1e30
 """Added to the score of a key that must not be seen: large enough to swallow it, small enough to stay finite."""
@@ -20,7 +22,7 @@ LANES = 128
 LARGEST_CUDNN_HEAD = 128
 
 
-SMALLEST_BLOCK, MOST_BLOCKS = 128, 8
+SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
 """Whole sequences are attended a block of queries at a time."""
 
 
@@ -74,25 +76,30 @@ def plain_attend(queries, keys, values, mask):
 def _attend_forward(queries, keys, values, mask):
     blocks = _blocks(queries.shape[3], keys.shape[2])
     parts = [_attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end]) for a, b, end in blocks]
-    out, log_totals = (jnp.concatenate(pieces, axis=3) for pieces in zip(*parts, strict=True))
+    out, log_totals = (kept(jnp.concatenate(pieces, axis=3)) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
 
 
 def _attend_backward(kept, d_out):
-    """With P the weights, dV = P' dO, dS = P * (dO V' - sum(dO * O)), dQ = dS K / sqrt(H), dK = dS' Q / sqrt(H)."""
+    """With P the weights, dV' = dO' P, dS = P * (dO V' - sum(dO * O)), dQ = dS K / sqrt(H), dK' = Q' dS / sqrt(H).
+
+    The last ones are had turned, as products that take P and dS, the large ones, as they lie.
+    """
     queries, keys, values, mask, out, log_totals = kept
     scale = 1.0 / math.sqrt(queries.shape[-1])
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
-    d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    d_queries, d_keys, d_values = [], *(jnp.zeros(x.swapaxes(-1, -2).shape, jnp.float32) for x in (keys, values))  # [B, K, H, S]
     dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)  # noqa: E731
+    flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # [B, K, G*T, ...]  # noqa: E731
     for a, b, end in _blocks(queries.shape[3], keys.shape[2]):
         q, k, v, do = queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], d_out[..., a:b, :]
         weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])
         d_scores = (weights * (dot("bkgth,bksh->bkgts", do, v) - inner[..., a:b, :]) * scale).astype(q.dtype)
         d_queries.append(dot("bkgts,bksh->bkgth", d_scores, k).astype(q.dtype))
-        d_keys = d_keys.at[:, :, :end].add(dot("bkgts,bkgth->bksh", d_scores, q))
-        d_values = d_values.at[:, :, :end].add(dot("bkgts,bkgth->bksh", weights.astype(v.dtype), do))
-    return jnp.concatenate(d_queries, axis=3), d_keys.astype(keys.dtype), d_values.astype(values.dtype), None
+        d_keys = d_keys.at[..., :end].add(turned_product(flat(q), flat(d_scores)))
+        d_values = d_values.at[..., :end].add(turned_product(flat(do), flat(weights.astype(v.dtype))))
+    d_keys, d_values = d_keys.swapaxes(-1, -2).astype(keys.dtype), d_values.swapaxes(-1, -2).astype(values.dtype)
+    return jnp.concatenate(d_queries, axis=3), d_keys, d_values, None
 
 
 plain_attend.defvjp(_attend_forward, _attend_backward)
@@ -119,7 +126,9 @@ def _splash_row(queries, keys, values, mask, interpret: bool):
     block = next(size for size in (512, 384, 256, 128) if length % size == 0)
     names = ("q", "kv", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
-    kernel = splash.make_splash_mha(mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = splash.make_splash_mha(
+        mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=NAME, interpret=interpret
+    )
     # Under jit the flag comes back as a traced array, which the kernel then branches on in Python (seen in jax 0.10.2).
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     return kernel(queries, keys, values)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import ATTEND, plain_attend, step_attend
+from sso_jax.models.kept import kept
 from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, projection_settings, rotate
 
 
@@ -99,9 +100,9 @@ class Attention(nn.Module):
         keys = self._projection("key", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
         values = self._projection("value", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
         if a.qk_norm:
-            queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(queries)
-            keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(keys)
-        queries, keys = rotate(queries, turn), rotate(keys, turn)
+            queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(kept(queries))
+            keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(kept(keys))
+        queries, keys, values = kept(rotate(queries, turn)), kept(rotate(keys, turn)), kept(values)
 
         batch, length = x.shape[:2]
         grouped = queries.reshape(batch, length, a.num_kv_heads, -1, a.head_size)  # [B, T, K, G, H]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture, RopeScaling
+from sso_jax.models.kept import kept
 
 _kernel_init = nn.initializers.normal(0.02)
 
@@ -63,6 +64,14 @@ def few_rows_product(x: Float[Array, "B inputs"], rows: Float[Array, "outputs in
     """
     turned = jax.lax.optimization_barrier(x.T)
     return jax.lax.optimization_barrier(jnp.matmul(rows, turned, preferred_element_type=jnp.float32)).T
+
+
+def turned_product(x: Float[Array, "... N M"], right: Float[Array, "... N E"]) -> Float[Array, "... M E"]:
+    """`x^T right`, in float32, for an x much smaller than `right`.
+
+    XLA on a CPU would copy the large one where it contracts the axis that lies outermost; here x alone is copied, turned, before.
+    """
+    return jnp.matmul(jax.lax.optimization_barrier(x.swapaxes(-1, -2)), right, preferred_element_type=jnp.float32)
 
 
 def projection_settings(module: nn.Module) -> dict:
@@ -155,7 +164,7 @@ class GatedUnit(nn.Module):
         settings = projection_settings(self)
         gate = Projection((width, hidden), ("width", "hidden"), **settings, name="gate")(x)
         up = Projection((width, hidden), ("width", "hidden"), **settings, name="up")(x)
-        inner = constrain(gated(gate, up), "batch", None, "hidden")
+        inner = constrain(gated(kept(gate), kept(up)), "batch", None, "hidden")
         return Projection((hidden, width), ("hidden", "width"), **settings, name="down")(inner)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
+from sso_jax.models.kept import keep_marked, kept
 from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, projection_settings, rotation
 
 TO_WIDTH = ("out", "down")
@@ -36,7 +37,7 @@ class Layer(nn.Module):
         attended, cache = Attention(self.architecture, **settings, attend=self.attend, name="attention")(
             normed, turn, mask, cache, layer, slot
         )
-        x = x + attended
+        x = kept(x + attended)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
         return (x + GatedUnit(self.architecture, **settings, name="unit")(normed), cache), None
 
@@ -44,8 +45,9 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The decoder of `architecture`; its layers are one scanned layer, so that compile time does not grow with depth.
 
-    `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes each layer in the backward pass;
-    `attend` names the attention of whole sequences (`attend.ATTEND`), `adapters` adds low-rank parameters to projections.
+    `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes all of each layer in the backward pass,
+    where otherwise what is `kept` of it is not; `attend` names the attention of whole sequences (`attend.ATTEND`), `adapters` adds
+    low-rank parameters to projections.
     """
 
     architecture: Architecture
@@ -71,7 +73,7 @@ class Transformer(nn.Module):
 
     def _scanned(self) -> type[nn.Module]:
         return nn.scan(
-            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            nn.remat(Layer, prevent_cse=False, policy=None if self.remat else keep_marked),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

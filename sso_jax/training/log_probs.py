@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import batch_sharding, batch_shards_in_context, constrain, gathered, replicated, vocab_shards_in_context
 from sso_jax.models.attention import tree_mask
+from sso_jax.models.layers import turned_product
 from sso_jax.models.transformer import Transformer, project
 from sso_jax.training.batches import Rows
 
@@ -66,6 +67,20 @@ def _logits(hidden: Float[Array, "R M D"], part: _Slice) -> Float[Array, "R M E"
     return constrain(logits, "batch", None, "vocab")
 
 
+def _chosen_logits(logits: Float[Array, "R M E"], part: _Slice, target: Int[Array, "R M"]) -> Float[Array, "R M"]:
+    """The target's logit where the slice has it, 0 elsewhere.
+
+    Looked up where the vocabulary is whole, since XLA on a CPU writes all of a masked copy to memory before it sums it; summed where the
+    entries lie on several devices, which then exchange a number a token.
+    """
+    if vocab_shards_in_context() > 1:
+        return jnp.sum(jnp.where(part.is_target, logits, 0.0), axis=-1)
+    entry = target - part.start
+    inside = jnp.clip(entry, 0, logits.shape[-1] - 1)
+    found = jnp.take_along_axis(logits, inside[..., None], axis=-1)[..., 0]
+    return jnp.where((entry == inside) & (True if part.fresh is None else part.fresh[inside]), found, 0.0)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sliced_log_probs(
     head: Float[Array, "D S L"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
@@ -85,7 +100,7 @@ def _log_probs_forward(head, hidden, target, columns):
     def of_slice(number):
         part = _slice(head, target, number, size)
         logits = _logits(hidden, part)
-        return jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(part.is_target, logits, 0.0), axis=-1), logits
+        return jax.nn.logsumexp(logits, axis=-1), _chosen_logits(logits, part, target), logits
 
     if num == 1:
         log_total, chosen, logits = of_slice(0)
@@ -112,7 +127,7 @@ def _log_probs_backward(columns, kept, gradient):
         probs = jnp.exp((_logits(hidden, part) if logits is None else logits) - log_total[..., None])
         d_logits = gradient[..., None] * (part.is_target - probs)  # [R, M, E]
         flat = d_logits.astype(head.dtype).reshape(flat_hidden.shape[0], -1)  # [R*M, E], for the reason in `flat_product`
-        d_matrix = jnp.matmul(flat_hidden.T, flat, preferred_element_type=jnp.float32).reshape(width, num_shards, size)
+        d_matrix = turned_product(flat_hidden, flat).reshape(width, num_shards, size)
         return part.start, constrain(d_matrix, "width", "vocab", None), _by_shard(flat, part.matrix, num_shards)
 
     if num == 1:
