@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from sso_jax.mesh import over_mesh
 from sso_jax.models.kept import NAME, kept
-from sso_jax.models.layers import turned_product
+from sso_jax.models.layers import few_rows_product, turned_product
 
 HIDDEN_SCORE = -1e30
 """Added to the score of a key that must not be seen: large enough to swallow it, small enough to stay finite."""
@@ -39,15 +39,35 @@ def step_attend(
     return _attend_block(queries, keys, values, mask)[0]
 
 
+def few_rows_step_attend(
+    queries: Float[Array, "B K G 1 H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B 1 S"],
+) -> Float[Array, "B K G 1 H"]:
+    """As `step_attend` for a single token on a CPU: keys are read as they lie, as weights are, by `few_rows_product`."""
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    scores = few_rows_product(queries[..., 0, :] * scale, keys)  # [B, K, G, S]
+    return _mixed(scores[..., None, :] + _hidden(mask), values)[0]
+
+
+def _hidden(mask: Bool[Array, "#B T S"]) -> Float[Array, "#B 1 1 T S"]:
+    """What is added to scores: nothing where a key is seen."""
+    return jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
+
+
 def _scores(queries, keys, mask) -> Float[Array, "B K G T S"]:
     scale = 1.0 / math.sqrt(queries.shape[-1])
     scores = jnp.einsum("bkgth,bksh->bkgts", queries * scale, keys, preferred_element_type=jnp.float32)
-    return scores + jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
+    return scores + _hidden(mask)
 
 
 def _attend_block(queries, keys, values, mask) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T 1"]]:
     """Attended values, and the log of the sum of the exponentials of each query's scores, float32."""
-    scores = _scores(queries, keys, mask)
+    return _mixed(_scores(queries, keys, mask), values)
+
+
+def _mixed(scores: Float[Array, "B K G T S"], values: Float[Array, "B K S H"]):
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

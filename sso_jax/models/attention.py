@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attend import ATTEND, plain_attend, step_attend
+from sso_jax.models.attend import ATTEND, few_rows_step_attend, plain_attend, step_attend
 from sso_jax.models.kept import kept
 from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, projection_settings, rotate
 
@@ -114,7 +114,8 @@ class Attention(nn.Module):
         if num_seen > length:  # a prefill that starts the cache sees its own tokens only, all else looks back at the cache
             own = cache if layer is None else jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
             keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
-            attend = step_attend if length == 1 else plain_attend
+            one = few_rows_step_attend if self.outputs_first else step_attend
+            attend = one if length == 1 else plain_attend
         else:
             attend = ATTEND[self.attend]
         out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]

@@ -56,14 +56,14 @@ def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Flo
     return out.reshape(*x.shape[:2], *kernel.shape[num_inputs:])
 
 
-def few_rows_product(x: Float[Array, "B inputs"], rows: Float[Array, "outputs inputs"]) -> Float[Array, "B outputs"]:
+def few_rows_product(x: Float[Array, "... B inputs"], rows: Float[Array, "... outputs inputs"]) -> Float[Array, "... B outputs"]:
     """`x rows^T`, in float32, as `(rows x^T)^T`, for an x of few rows.
 
     XLA on a CPU copies the right operand of a product into another order first, which for few rows of x takes as long as the product.
     So the right one is x, and the large one is read as it lies. Without the barriers XLA would turn the product round again.
     """
-    turned = jax.lax.optimization_barrier(x.T)
-    return jax.lax.optimization_barrier(jnp.matmul(rows, turned, preferred_element_type=jnp.float32)).T
+    turned = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+    return jax.lax.optimization_barrier(jnp.matmul(rows, turned, preferred_element_type=jnp.float32)).swapaxes(-1, -2)
 
 
 def turned_product(x: Float[Array, "... N M"], right: Float[Array, "... N E"]) -> Float[Array, "... M E"]:
