@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import toy_model, toy_params
 
-from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, plain_attend, splash_attend, step_attend
+from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, few_rows_step_attend, plain_attend, splash_attend, step_attend
 from sso_jax.models.attention import causal_mask, tree_mask
 from sso_jax.models.transformer import make_cache, unstack
 
@@ -64,6 +64,37 @@ def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked
         visible = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
         hidden, cache = model.apply({"params": params}, tokens[:, t : t + 1], positions[:, t : t + 1], visible, cache, t)
         np.testing.assert_allclose(hidden[:, 0], full[:, t], atol=2e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize("wanted", [[[6], [2]], [[1, 6, 3], [0, 0, 5]]])
+def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, stacked, before, wanted):
+    """In a whole sequence, and in one that goes on from `before` tokens in the cache; the cache comes out the same."""
+    model = toy_model(qk_norm=True)
+    params, wanted = toy_params(model, one_device), jnp.asarray(wanted)
+    if not stacked:
+        model, params = model.clone(stacked=False), unstack(params, model.architecture.num_layers)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, before + 7)))
+    positions = jnp.broadcast_to(jnp.arange(before + 7), tokens.shape)
+    mask, cache = causal_mask(before + 7), make_cache(model, 2, before + 7)
+    if before:
+        seen = mask[:, :before, :before]
+        _, cache = model.apply({"params": params}, tokens[:, :before], positions[:, :before], seen, cache, 0)
+    inputs = (tokens[:, before:], positions[:, before:], mask[:, before:], cache, before)
+    every, expected_cache = model.apply({"params": params}, *inputs)
+    some, own_cache = model.apply({"params": params}, *inputs, wanted)
+    assert some.shape == (*wanted.shape, model.architecture.width)
+    for row, at in enumerate(np.asarray(wanted)):
+        np.testing.assert_allclose(some[row], every[row, at], atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), own_cache, expected_cache)
+
+
+def test_a_token_of_few_rows_attends_as_one_of_many():
+    draw = np.random.default_rng(0)
+    queries, keys, values = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((3, 2, 4, 1, 8), (3, 2, 11, 8), (3, 2, 11, 8)))
+    visible = jnp.asarray(np.arange(11)[None, None, :] < np.array([1, 6, 11])[:, None, None])
+    np.testing.assert_allclose(few_rows_step_attend(queries, keys, values, visible), step_attend(queries, keys, values, visible), atol=1e-6)
 
 
 def test_padding_behind_a_row_changes_nothing_before_it(one_device):

@@ -35,6 +35,12 @@ def test_top_p_of_one_keeps_every_token():
     assert top_p_mask(probs, jnp.float32(1.0)).tolist() == [[True, True, True]]
 
 
+def test_a_nucleus_of_nearly_everything_leaves_out_what_may_be_left_out_alone():
+    probs = np.array([[0.5, 0.25, 0.2, 0.05 - 3e-6, 2e-6, 1e-6]], np.float32)
+    masks = [np.asarray(top_p_mask(jnp.asarray(probs), jnp.float32(top_p)))[0].tolist() for top_p in (0.9, 0.9999, 0.999998)]
+    assert masks == [[True] * 3 + [False] * 3, [True] * 4 + [False] * 2, [True] * 5 + [False]]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-20, 20, width=32), min_size=8, max_size=8), st.floats(0.01, 0.99))
 def test_nucleus_is_enough_and_no_token_of_it_could_be_spared(logits, top_p):

@@ -126,6 +126,8 @@ def needed_decode_bytes(shape: Shape) -> float:
 
 
 def needed_sample_flops(shape: Shape) -> float:
-    """Operations of prefill, whose tokens do not meet the vocabulary, and of decoding."""
-    prefill = shape.sample_rows * shape.sample_prompt * shape.layer_params
+    """Operations of decoding and of prefill: of its tokens all but each row's last need the last layer's keys and values alone."""
+    keys_and_values = 2 * shape.width * shape.num_kv_heads * shape.head_size
+    before_last = shape.layer_params * (shape.num_layers - 1) / shape.num_layers + keys_and_values
+    prefill = shape.sample_rows * shape.sample_prompt * before_last
     return 2.0 * (prefill + shape.sample_rows * shape.sample_new * (shape.layer_params + shape.head_params))

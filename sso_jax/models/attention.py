@@ -11,7 +11,7 @@ from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import ATTEND, few_rows_step_attend, plain_attend, step_attend
 from sso_jax.models.kept import kept
-from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, projection_settings, rotate
+from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, at_tokens, projection_settings, rotate
 
 
 class Cache(NamedTuple):
@@ -94,31 +94,37 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: Int[Array, ""] | None,
         slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        wanted: Int[Array, "B W"] | None = None,
+    ) -> tuple[Float[Array, "B W D"], Cache | None]:
+        """Attended activations of the `wanted` tokens of each row, of all T where None."""
         a = self.architecture
-        queries = self._projection("query", a.num_heads, "heads")(x)  # [B, T, N, H]
+        queries = self._projection("query", a.num_heads, "heads")(at_tokens(x, wanted))  # [B, W, N, H]
         keys = self._projection("key", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
         values = self._projection("value", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
         if a.qk_norm:
             queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(kept(queries))
             keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(kept(keys))
-        queries, keys, values = kept(rotate(queries, turn)), kept(rotate(keys, turn)), kept(values)
+        query_turn = Rotation(*(at_tokens(part, wanted) for part in turn))
+        queries, keys, values = kept(rotate(queries, query_turn)), kept(rotate(keys, turn)), kept(values)
 
-        batch, length = x.shape[:2]
-        grouped = queries.reshape(batch, length, a.num_kv_heads, -1, a.head_size)  # [B, T, K, G, H]
-        grouped = constrain(grouped.transpose(0, 2, 3, 1, 4), "batch", "kv_heads", None, None, None)  # [B, K, G, T, H]
+        (batch, length), num_queries = x.shape[:2], queries.shape[1]
+        grouped = queries.reshape(batch, num_queries, a.num_kv_heads, -1, a.head_size)  # [B, W, K, G, H]
+        grouped = constrain(grouped.transpose(0, 2, 3, 1, 4), "batch", "kv_heads", None, None, None)  # [B, K, G, W, H]
         keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)  # [B, K, T, H]
         if cache is not None:
             cache = _written(cache, keys, values, layer, slot)
         num_seen = mask.shape[-1]
-        if num_seen > length:  # a prefill that starts the cache sees its own tokens only, all else looks back at the cache
+        looks_back = num_seen > length
+        if looks_back:  # a prefill that starts the cache sees its own tokens only, all else looks back at the cache
             own = cache if layer is None else jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
             keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
-            one = few_rows_step_attend if self.outputs_first else step_attend
-            attend = one if length == 1 else plain_attend
+        if num_queries == 1 and self.outputs_first:
+            attend = few_rows_step_attend
+        elif num_queries == 1 or wanted is not None:
+            attend = step_attend
         else:
-            attend = ATTEND[self.attend]
-        out = attend(grouped, keys, values, mask)  # [B, K, G, T, H]
-        out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
+            attend = plain_attend if looks_back else ATTEND[self.attend]
+        out = attend(grouped, keys, values, at_tokens(mask, wanted))  # [B, K, G, W, H]
+        out = out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, a.num_heads, a.head_size)  # [B, W, N, H]
         shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")
         return Projection(shape, axes, **projection_settings(self), name="out")(out), cache

@@ -74,6 +74,11 @@ def turned_product(x: Float[Array, "... N M"], right: Float[Array, "... N E"]) -
     return jnp.matmul(jax.lax.optimization_barrier(x.swapaxes(-1, -2)), right, preferred_element_type=jnp.float32)
 
 
+def at_tokens(x: Array, wanted: Int[Array, "B W"] | None) -> Array:
+    """Of `x` [B or 1, T, ...] what belongs to the `wanted` tokens of each row, [B, W, ...]; all of it where that is None."""
+    return x if wanted is None else jnp.take_along_axis(x, jnp.expand_dims(wanted, tuple(range(2, x.ndim))), axis=1)
+
+
 def projection_settings(module: nn.Module) -> dict:
     """What a module passes on to the projections in it, by field."""
     return {name: getattr(module, name) for name in ("dtype", "param_dtype", "adapters", "outputs_first")}

@@ -12,7 +12,7 @@ from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
 from sso_jax.models.kept import keep_marked, kept
-from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, projection_settings, rotation
+from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, at_tokens, projection_settings, rotation
 
 TO_WIDTH = ("out", "down")
 """Projections back to the decoder's width; of all others it is the one axis that goes in."""
@@ -29,15 +29,15 @@ class Layer(nn.Module):
     outputs_first: bool
 
     @nn.compact
-    def __call__(self, carry, layer, turn, mask, slot):
+    def __call__(self, carry, layer, turn, mask, slot, wanted=None):
         x, cache = carry
         x = constrain(x, "batch", None, None)
         settings = projection_settings(self)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
         attended, cache = Attention(self.architecture, **settings, attend=self.attend, name="attention")(
-            normed, turn, mask, cache, layer, slot
+            normed, turn, mask, cache, layer, slot, wanted
         )
-        x = kept(x + attended)
+        x = kept(at_tokens(x, wanted) + attended)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
         return (x + GatedUnit(self.architecture, **settings, name="unit")(normed), cache), None
 
@@ -88,18 +88,23 @@ class Transformer(nn.Module):
         mask: Bool[Array, "#B T S"],
         cache: Cache | tuple[Cache, ...] | None = None,
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], Cache | tuple[Cache, ...] | None]:
-        """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None)."""
+        wanted: Int[Array, "B W"] | None = None,
+    ) -> tuple[Float[Array, "B W D"], Cache | tuple[Cache, ...] | None]:
+        """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None).
+
+        They are those of the `wanted` tokens of each row, of all T where None. Where layers are not stacked, the last one computes keys
+        and values of all tokens and the rest of these alone.
+        """
         table = gathered(self.embedding.astype(self.dtype), "vocab", "width")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         num_layers = self.architecture.num_layers
         shared = rotation(positions, self.architecture), mask, jnp.asarray(slot)
         if self.stacked:
             (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), *shared)
-            return self.final_norm(x), cache
+            return self.final_norm(at_tokens(x, wanted)), cache
         caches = []
-        for layer, own in zip(self.layers, cache or (None,) * num_layers, strict=True):
-            (x, own), _ = layer((x, own), None, *shared)
+        for number, (layer, own) in enumerate(zip(self.layers, cache or (None,) * num_layers, strict=True), 1):
+            (x, own), _ = layer((x, own), None, *shared, wanted if number == num_layers else None)
             caches.append(own)
         return self.final_norm(x), None if cache is None else tuple(caches)
 

@@ -109,11 +109,11 @@ def prefill(
         cache = with_prefix(model, weights, prompts.prefix, cache)
     positions = jnp.broadcast_to(prefix_slots + jnp.arange(prompt_slots), prompts.tokens.shape)
     mask = causal_mask(prefix_slots + prompt_slots)[:, prefix_slots:]
-    hidden, cache = model.apply({"params": weights.params}, prompts.tokens, positions, mask, cache, prefix_slots)
-    last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    last = (prompts.lengths - 1)[:, None]
+    hidden, cache = model.apply({"params": weights.params}, prompts.tokens, positions, mask, cache, prefix_slots, last)
     nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
     start = State(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
-    return pick(step_logits(model, weights, last_hidden), start, prompts, strategy, stop_ids)
+    return pick(step_logits(model, weights, hidden[:, 0]), start, prompts, strategy, stop_ids)
 
 
 def decode(model: Transformer, weights: Weights, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"], state: State) -> State:

@@ -26,28 +26,28 @@ def make_strategy(temperature: float, top_p: float, top_k: int | None = None) ->
     return Strategy(jnp.float32(temperature), jnp.float32(top_p), None if top_k is None else jnp.int32(top_k))
 
 
-def _largest_threshold(holds, batch_size: int) -> Float[Array, "B"]:
-    """Largest float32 t in [0, 1] for which `holds(t)`, true for small t and false for large; 0 where it never holds.
+def _largest_threshold(holds, low: Float[Array, "B"], high: Float[Array, "B"]) -> Float[Array, "B"]:
+    """Largest float32 t in [low, high] for which `holds(t)`, true for small t and false for large; `low` where it never holds.
 
-    Floats of one sign are ordered as their bits, so 31 halvings of the bits find the threshold exactly.
+    Floats of one sign are ordered as their bits, so that halvings of the bits, at most 31, find the threshold exactly.
     """
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
-    one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
 
-    def halve(_, bounds):
+    def halve(bounds):
         low, high = bounds
         middle = low + (high - low + 1) // 2
         true = holds(as_float(middle))
         return jnp.where(true, middle, low), jnp.where(true, high, middle - 1)
 
-    start = jnp.zeros((batch_size,), jnp.int32), jnp.full((batch_size,), one, jnp.int32)
-    return as_float(jax.lax.fori_loop(0, 31, halve, start)[0])
+    bits = tuple(jax.lax.bitcast_convert_type(bound, jnp.int32) for bound in (low, high))
+    return as_float(jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, bits)[0])
 
 
 def top_k_mask(probs: Float[Array, "B V"], top_k: Int[Array, ""]) -> Bool[Array, "B V"]:
     """The `top_k` likeliest tokens, and those as likely as the last of them."""
     holds = lambda t: jnp.sum(probs >= t[:, None], axis=-1) >= top_k  # noqa: E731
-    return probs >= _largest_threshold(holds, probs.shape[0])[:, None]
+    highest = jnp.max(probs, axis=-1)
+    return probs >= _largest_threshold(holds, jnp.zeros_like(highest), highest)[:, None]
 
 
 def top_p_mask(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
@@ -56,7 +56,10 @@ def top_p_mask(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Arra
     Tokens exactly as likely as the last of them are in too; a sort would keep some of them by their ids.
     """
     holds = lambda t: jnp.sum(jnp.where(probs >= t[:, None], probs, 0.0), axis=-1) >= top_p  # noqa: E731
-    return (probs >= _largest_threshold(holds, probs.shape[0])[:, None]) | (top_p >= 1.0)
+    highest = jnp.max(probs, axis=-1)
+    left_out = jnp.maximum(1.0 - top_p, 0.0)
+    lowest = jnp.minimum(left_out / (2 * probs.shape[1]), highest)  # all tokens below it have at most half of what may be left out
+    return (probs >= _largest_threshold(holds, lowest, highest)[:, None]) | (top_p >= 1.0)
 
 
 def _at(mass: Float[Array, "B N"], before: Float[Array, "B"], target: Float[Array, "B"]) -> Int[Array, "B"]:

@@ -181,8 +181,7 @@ def cell_log_probs_and_means(
 def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
     """Final hidden states where response tokens are predicted from."""
     mask = tree_mask(rows.tree, rows.branch)
-    hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask)
-    return jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
+    return model.apply({"params": params}, rows.tokens, rows.positions, mask, wanted=rows.source)[0]
 
 
 def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells"]:
