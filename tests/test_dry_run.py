@@ -91,14 +91,19 @@ def test_a_mesh_of_its_own_to_sample_on_holds_a_second_copy_of_the_parameters(fo
 
 
 def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
-    """Counted by hand: matrices and attention over all slots for each token, the head once a row and token drawn."""
+    """Counted by hand: matrices and attention over all slots for each token, the head once a row and token drawn.
+
+    The last layer of prefill gives keys and values for each token and all else for the last one of each row, as layers do on a CPU.
+    """
     plan, compiled = online
     a, rows, slots, new = plan.model.architecture, 8, 32, 8
     attention = a.width * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads)
     layer = attention + 3 * a.width * a.hidden
     seen = lambda tokens: 2 * a.num_heads * a.head_size * tokens  # noqa: E731
     head = a.width * a.vocab_size
-    prefill = 2 * rows * (slots * a.num_layers * (layer + seen(slots)) + head)
+    keys_and_values = 2 * a.width * a.head_size * a.num_kv_heads
+    last_layer = slots * keys_and_values + (layer - keys_and_values) + seen(slots)
+    prefill = 2 * rows * (slots * (a.num_layers - 1) * (layer + seen(slots)) + last_layer + head)
     step = 2 * rows * (a.num_layers * (layer + seen(slots + new)) + head)
     assert compiled["prefill"].flops == prefill
     assert compiled["decode"].flops == (new - 1) * step
