@@ -35,7 +35,7 @@ from sso_jax.sampling.sampler import Sampler
 from sso_jax.sampling.strategies import make_strategy
 from sso_jax.tokens.chat import Chat, make_chat
 from sso_jax.tokens.tokenizer import load_tokenizer, stop_ids
-from sso_jax.training.log_probs import build_score
+from sso_jax.training.log_probs import Score, build_score
 from sso_jax.training.losses import BASE_LOSSES, base_loss, check_name
 from sso_jax.training.objectives import (
     BaseLoss,
@@ -62,7 +62,7 @@ class Engine:
     model: Transformer
     chat: Chat
     sampler: Sampler
-    score: Callable
+    score: Score
     mesh: jax.sharding.Mesh
     shardings: dict
     """Sharding of each parameter."""

@@ -34,12 +34,12 @@ def logits(model, params) -> np.ndarray:
     return np.asarray(model.apply({"params": params}, hidden, method="logits"))
 
 
-def train(model, params, mesh):
+def train(model, params, mesh, apart=False):
     """State after two SGD updates on one example."""
     batch = supervised_batch([Tree([1, 2, 3], [Branch([4, 5, 6], 0)])], 1, 1, row_shape([[Tree([1, 2, 3], [Branch([4, 5, 6], 0)])]]))
     optimizer = optax.sgd(1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
-    update = build_update(supervised_losses(model), optimizer, mesh, shardings, batch)
+    update = build_update(supervised_losses(model), optimizer, mesh, shardings, batch, apart)
     state = init_state(params, optimizer, shardings)
     for _ in range(2):
         state, _ = update(state, batch, np.float32(0.1))
@@ -71,6 +71,14 @@ def test_fresh_adapters_follow_from_the_seed_on_any_mesh(one_device, eight_devic
     for path in one:
         np.testing.assert_array_equal(one[path], eight[path])
         assert path.endswith("_b") or not np.array_equal(one[path], other[path])
+
+
+def test_adapters_train_the_same_with_layers_apart(trained, one_device):
+    base, model, state = trained
+    _, whole = adapted(jax.device_put(base), one_device)
+    apart = train(model, whole, one_device, apart=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), apart.params, state.params)
+    assert any(np.abs(np.asarray(leaf)).max() > 1e-3 for leaf in jax.tree.leaves(state.params))
 
 
 def test_training_moves_the_adapters_and_nothing_else(trained):

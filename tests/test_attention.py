@@ -1,5 +1,7 @@
 """Who sees whom: the tree mask as drawn, padding that changes nothing, and a cached decode that equals the full forward pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from toys import toy_model, toy_params
 
 from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, few_rows_step_attend, plain_attend, splash_attend, step_attend
 from sso_jax.models.attention import causal_mask, tree_mask
-from sso_jax.models.transformer import make_cache, unstack
+from sso_jax.models.layout import unstack
+from sso_jax.models.transformer import make_cache
 
 
 def test_tree_mask_is_the_drawing_of_its_docstring():
@@ -56,7 +59,7 @@ def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
     full, _ = model.apply({"params": params}, tokens, positions, causal_mask(12))
     if not stacked:  # as a CPU decodes: layer by layer, the kernels turned
-        model, params = model.clone(stacked=False), unstack(params, model.architecture.num_layers)
+        model, params = model.clone(stacked=False, outputs_first=True), unstack(params, turned=True)
     cache = make_cache(model, 2, 12)
     hidden, cache = model.apply({"params": params}, tokens[:, :7], positions[:, :7], causal_mask(7), cache, 0)
     np.testing.assert_allclose(hidden, full[:, :7], atol=2e-5)
@@ -68,13 +71,13 @@ def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("before", [0, 4])
-@pytest.mark.parametrize("wanted", [[[6], [2]], [[1, 6, 3], [0, 0, 5]]])
+@pytest.mark.parametrize("wanted", [[[6], [2]], [[1, 6, 3], [0, 0, 5]], [[0, 1, 2, 3, 4, 5, 6, 2], [6, 6, 5, 4, 3, 2, 1, 0]]])
 def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, stacked, before, wanted):
     """In a whole sequence, and in one that goes on from `before` tokens in the cache; the cache comes out the same."""
     model = toy_model(qk_norm=True)
     params, wanted = toy_params(model, one_device), jnp.asarray(wanted)
     if not stacked:
-        model, params = model.clone(stacked=False), unstack(params, model.architecture.num_layers)
+        model, params = model.clone(stacked=False, outputs_first=True), unstack(params, turned=True)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, before + 7)))
     positions = jnp.broadcast_to(jnp.arange(before + 7), tokens.shape)
     mask, cache = causal_mask(before + 7), make_cache(model, 2, before + 7)
@@ -152,6 +155,18 @@ def test_attention_of_the_last_tokens_is_that_of_the_whole_sequence_with_its_gra
     got, expected = (
         (attend(*inputs), jax.grad(lambda *i, attend=attend: jnp.sum(attend(*i) * weights), argnums=(0, 1, 2))(*inputs))
         for attend in (last, whole)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_attention_of_tokens_in_any_order_sees_what_the_mask_says_with_its_gradients():
+    draw = np.random.default_rng(5)
+    inputs = [jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 150, 8), (2, 2, 90, 8), (2, 2, 90, 8)]]
+    order = draw.integers(0, 90, (2, 150))  # three blocks of queries; tokens come twice, and early ones late
+    mask = jnp.asarray(np.tril(np.ones((90, 90), bool))[order])
+    got, expected = (
+        _value_and_gradients(attend, inputs, mask, np.ones((2, 150)))
+        for attend in (jax.jit(partial(plain_attend, ordered=False)), step_attend)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 

@@ -109,10 +109,24 @@ def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
     assert compiled["decode"].flops == (new - 1) * step
 
 
-def test_an_update_costs_four_scorings_a_microbatch_and_attention_five(online):
-    _, compiled = online  # forward, forward again under remat, two products backward for each; attention recomputes its scores once more
-    num_micro = 2
-    assert num_micro * 4 < compiled["update"].flops / compiled["scoring"].flops < num_micro * 5
+def test_operations_of_scoring_and_of_the_update_are_the_hand_count(online):
+    """A microbatch of 4 examples is 12 trees of 16 + 48 + 48 tokens, in 4 rows of 352 with 320 places for targets.
+
+    Queries go 64 at a time with the keys up to their block's end. Scoring on a CPU runs the last layer for the targets' sources alone,
+    whose queries see all keys. The update computes all layers anew in its backward pass, but for what their last projection gives: with two
+    products backward that is four of each; of attention's, two forward, two again, and five backward.
+    """
+    plan, compiled = online
+    a, rows, tokens, targets, num_micro = plan.model.architecture, 4, 352, 320, 2
+    layer = a.width * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads) + 3 * a.width * a.hidden
+    down, keys_and_values, head = a.width * a.hidden, 2 * a.width * a.head_size * a.num_kv_heads, a.width * a.vocab_size
+    attended = 2 * a.num_heads * a.head_size  # multiply-adds for each pair of tokens: scores, values
+    pairs = 64 * (64 + 128 + 192 + 256 + 320) + 32 * 352
+    last = tokens * keys_and_values + targets * (layer - keys_and_values) + targets * tokens * attended
+    forward = (a.num_layers - 1) * (tokens * layer + pairs * attended) + last + targets * head
+    assert compiled["scoring"].flops == 2 * rows * forward
+    of_layers = a.num_layers * (tokens * (4 * layer - down) + 9 * pairs * attended // 2)
+    assert compiled["update"].flops == num_micro * 2 * rows * (of_layers + 3 * targets * head)
 
 
 def test_the_log_prob_of_the_original_response_is_in_the_update_where_it_is_logged(folder, online):

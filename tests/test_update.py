@@ -51,7 +51,7 @@ def scored(model, params, mesh, examples, cells, noise):
     return [e._replace(reference_log_probs=(np.array(row) + o).tolist()) for e, row, o in zip(examples, sums, off, strict=True)]
 
 
-def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0):
+def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0, apart=False):
     """Metrics of each of `num_steps` updates on one batch, and the parameters after them.
 
     The reference is the model itself plus `noise` nats, so that margins differ from 0 by more than rounding.
@@ -66,7 +66,7 @@ def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, lear
     optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, mesh, shardings, batch)
+    update = build_update(losses, optimizer, mesh, shardings, batch, apart)
     state, metrics = init_state(params, optimizer, shardings), []
     with jax.set_mesh(mesh):
         for _ in range(num_steps):
@@ -96,6 +96,22 @@ def test_eight_devices_train_as_one_does(one_device, eight_devices):
         # Adam divides by the root of the second moment: where a gradient is near 0, its rounding decides the sign of a step of 1e-4
         np.testing.assert_allclose(a, b, atol=3.1e-4)
         assert np.mean(np.abs(a - b) > 1e-6) < 0.02
+
+
+@pytest.mark.parametrize("micro", [8, 3])
+def test_layers_apart_train_as_stacked_ones_do(one_device, micro):
+    settings = dict(micro=micro, num_steps=2, learning_rate=1e-4)
+    (stacked, params), (apart, params_apart) = (run_steps(one_device, ONLINE_IPO, **settings, apart=apart) for apart in (False, True))
+    assert_same_metrics(stacked, apart)
+    assert jax.tree.structure(params) == jax.tree.structure(params_apart)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_apart), strict=True):
+        np.testing.assert_allclose(a, b, atol=2.1e-4)  # as on eight devices, two steps
+        assert np.mean(np.abs(a - b) > 1e-6) < 0.02
+
+
+def test_layers_apart_train_on_eight_devices_as_on_one(one_device, eight_devices):
+    (one, _), (eight, _) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4, apart=True) for mesh in (one_device, eight_devices))
+    assert_same_metrics(one, eight)
 
 
 def test_microbatches_sum_to_the_whole_batch(one_device):

@@ -19,6 +19,7 @@ from sso_jax.flops import count_flops
 from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import fastest
+from sso_jax.models.layout import trains_apart
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.policy_training import abstract_state
 from sso_jax.sampling.decode import Prompts, build_generate, build_parts
@@ -34,7 +35,7 @@ from sso_jax.training.batches import (
     row_shape,
     steered_trees,
 )
-from sso_jax.training.log_probs import build_score
+from sso_jax.training.log_probs import Score, build_score
 from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.update import TrainState, build_update, init_state, make_optimizer, preference_losses
 
@@ -118,7 +119,7 @@ class Updating(NamedTuple):
     shardings: TrainState
     items: list[Scorable]
     cells: list[tuple[str, str]]
-    score: Callable
+    score: Score
     update: Callable
     batch_of: Callable[[list[list[float]]], PreferenceBatch]
     """The batch of the examples with these log-probs of the reference."""
@@ -141,7 +142,7 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
         return preference_batch(examples, objective.cells, shape.update_microbatch, len(micros), rows)
 
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)))
+    update = build_update(losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)), trains_apart(model, mesh))
     score = build_score(model, mesh, shardings)
     return Updating(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
 
@@ -159,7 +160,8 @@ def traced(parts: Updating) -> dict:
     rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh)), num_cells)
     with jax.set_mesh(parts.mesh):
         updated = jax.make_jaxpr(parts.update)(parts.shapes, batch, RATE)
-        scored = jax.make_jaxpr(parts.score, static_argnums=2)(parts.shapes.params, rows, num_cells)
+        params = jax.eval_shape(parts.score.lay_out, parts.shapes.params)
+        scored = jax.make_jaxpr(parts.score.log_probs, static_argnums=2)(params, rows, num_cells)
     return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
 
 

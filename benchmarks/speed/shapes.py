@@ -98,16 +98,24 @@ def needed_update_flops(shape: Shape) -> dict[str, float]:
     """Operations that one update needs by arithmetic, two a multiply-add: products with parameters, and attention to what is visible.
 
     Forward and backward are three forward passes, the reference a fourth.
-      shared:   each context's prompt once for its two responses, response tokens alone meet the vocabulary.
+      shared:   each context's prompt once for its two responses; the tokens that response tokens are predicted from meet the vocabulary,
+                and of the others the last layer computes keys and values alone.
       releases: a row for each of the six log-probs, every token meets the vocabulary.
     """
     prompt, response = shape.update_prompt, shape.update_response
     trees, rows, length = 3 * shape.update_examples, 6 * shape.update_examples, prompt + response
-    attended = 2 * shape.num_layers * shape.num_heads * shape.head_size  # multiply-adds for each visible pair of tokens: scores, values
+    attended = 2 * shape.num_heads * shape.head_size  # of a layer, multiply-adds for each visible pair of tokens: scores, values
     seen = lambda tokens, before=0: tokens * before + tokens * (tokens + 1) // 2  # noqa: E731
     pairs = seen(prompt) + 2 * seen(response, prompt)
-    shared = trees * ((prompt + 2 * response) * shape.layer_params + 2 * response * shape.head_params + pairs * attended)
-    releases = rows * (length * (shape.layer_params + shape.head_params) + seen(length) * attended)
+    pairs_of_sources = 2 * (prompt + seen(response - 1, prompt))  # the prompt's last token, and all but the last of the response
+    of_layer, keys_and_values = shape.layer_params / shape.num_layers, 2 * shape.width * shape.num_kv_heads * shape.head_size
+    below_last = (shape.num_layers - 1) * of_layer + keys_and_values
+    shared = trees * (
+        (prompt + 2 * response) * below_last
+        + 2 * response * (of_layer - keys_and_values + shape.head_params)
+        + ((shape.num_layers - 1) * pairs + pairs_of_sources) * attended
+    )
+    releases = rows * (length * (shape.layer_params + shape.head_params) + seen(length) * shape.num_layers * attended)
     return {"shared": 4 * 2.0 * shared, "releases": 4 * 2.0 * releases}
 
 

@@ -75,43 +75,43 @@ def _mixed(scores: Float[Array, "B K G T S"], values: Float[Array, "B K S H"]):
     return (mixed / total).astype(values.dtype), top + jnp.log(total)
 
 
-def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
-    """First query of each block, the one behind its last, and the key behind the last that it sees; queries are those of the last keys."""
+def _blocks(num_queries: int, num_keys: int, ordered: bool) -> list[tuple[int, int, int]]:
+    """First query of each block, the one behind its last, and the key behind the last that it may see."""
     size = max(SMALLEST_BLOCK, -(-num_queries // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
     ends = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
-    return [(start, end, num_keys - num_queries + end) for start, end in ends]
+    return [(start, end, num_keys - num_queries + end if ordered else num_keys) for start, end in ends]
 
 
-@jax.custom_vjp
-def plain_attend(queries, keys, values, mask):
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def plain_attend(queries, keys, values, mask, ordered: bool = True):
     """As `step_attend` for a whole sequence, or the last T of its S tokens, in which no token sees a later one.
 
     Queries are taken a block at a time with the keys up to the block's end: what lies above the diagonal's blocks is not computed, and
     only one block's scores are in memory. Nothing of size [T, S] is kept for the backward pass: it has each query's log-sum-exp and
     computes the weights anew from it (Dao 2023, alg. 2).
     """
-    return _attend_forward(queries, keys, values, mask)[0]
+    return _attend_forward(queries, keys, values, mask, ordered)[0]
 
 
-def _attend_forward(queries, keys, values, mask):
-    blocks = _blocks(queries.shape[3], keys.shape[2])
+def _attend_forward(queries, keys, values, mask, ordered):
+    blocks = _blocks(queries.shape[3], keys.shape[2], ordered)
     parts = [_attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end]) for a, b, end in blocks]
     out, log_totals = (kept(jnp.concatenate(pieces, axis=3)) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
 
 
-def _attend_backward(kept, d_out):
+def _attend_backward(ordered, residuals, d_out):
     """With P the weights, dV' = dO' P, dS = P * (dO V' - sum(dO * O)), dQ = dS K / sqrt(H), dK' = Q' dS / sqrt(H).
 
     The last ones are had turned, as products that take P and dS, the large ones, as they lie.
     """
-    queries, keys, values, mask, out, log_totals = kept
+    queries, keys, values, mask, out, log_totals = residuals
     scale = 1.0 / math.sqrt(queries.shape[-1])
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
     d_queries, d_keys, d_values = [], *(jnp.zeros(x.swapaxes(-1, -2).shape, jnp.float32) for x in (keys, values))  # [B, K, H, S]
     dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)  # noqa: E731
     flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # [B, K, G*T, ...]  # noqa: E731
-    for a, b, end in _blocks(queries.shape[3], keys.shape[2]):
+    for a, b, end in _blocks(queries.shape[3], keys.shape[2], ordered):
         q, k, v, do = queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], d_out[..., a:b, :]
         weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])
         d_scores = (weights * (dot("bkgth,bksh->bkgts", do, v) - inner[..., a:b, :]) * scale).astype(q.dtype)

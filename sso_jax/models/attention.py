@@ -1,5 +1,6 @@
 """Activations and a mask in, attended activations and an updated key/value cache out."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -120,8 +121,10 @@ class Attention(nn.Module):
             keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
         if num_queries == 1 and self.outputs_first:
             attend = few_rows_step_attend
-        elif num_queries == 1 or wanted is not None:
+        elif num_queries == 1:
             attend = step_attend
+        elif wanted is not None:
+            attend = partial(plain_attend, ordered=False)
         else:
             attend = plain_attend if looks_back else ATTEND[self.attend]
         out = attend(grouped, keys, values, at_tokens(mask, wanted))  # [B, K, G, W, H]

@@ -5,7 +5,6 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import constrain, gathered
@@ -13,9 +12,6 @@ from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
 from sso_jax.models.kept import keep_marked, kept
 from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, at_tokens, projection_settings, rotation
-
-TO_WIDTH = ("out", "down")
-"""Projections back to the decoder's width; of all others it is the one axis that goes in."""
 
 
 class Layer(nn.Module):
@@ -57,14 +53,16 @@ class Transformer(nn.Module):
     attend: str = "plain"
     adapters: Adapters = Adapters()
     stacked: bool = True
-    """Whether the layers are one scanned layer; or each has parameters of its own, kernels with their outputs first, and its own cache."""
+    """Whether the layers are one scanned layer, or each has parameters and a cache of its own (`models.layout`)."""
+    outputs_first: bool = False
+    """Of layers apart: whether the output axes of kernels are the first ones, see `Projection`."""
 
     def setup(self):
         a = self.architecture
         init = nn.initializers.normal(0.02)
         embedding = nn.with_logical_partitioning(init, ("vocab", "width"))
         self.embedding = self.param("embedding", embedding, (a.vocab_size, a.width), self.param_dtype)
-        settings = (a, self.dtype, self.param_dtype, self.attend, self.adapters, not self.stacked)
+        settings = (a, self.dtype, self.param_dtype, self.attend, self.adapters, self.outputs_first)
         self.layers = self._scanned()(*settings) if self.stacked else [Layer(*settings) for _ in range(a.num_layers)]
         self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
         if not a.tied_head:
@@ -92,21 +90,23 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B W D"], Cache | tuple[Cache, ...] | None]:
         """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None).
 
-        They are those of the `wanted` tokens of each row, of all T where None. Where layers are not stacked, the last one computes keys
-        and values of all tokens and the rest of these alone.
+        They are those of the `wanted` tokens of each row, of all T where None. Where layers are not stacked and fewer are wanted than there
+        are, the last one computes keys and values of all tokens and the rest of these alone.
         """
         table = gathered(self.embedding.astype(self.dtype), "vocab", "width")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         num_layers = self.architecture.num_layers
-        shared = rotation(positions, self.architecture), mask, jnp.asarray(slot)
+        turn, slot = rotation(positions, self.architecture), jnp.asarray(slot)
         if self.stacked:
-            (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), *shared)
+            (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), turn, mask, slot)
             return self.final_norm(at_tokens(x, wanted)), cache
+        turn, mask = computed_once((turn, mask), positions)
+        in_last, behind = (wanted, None) if wanted is not None and wanted.shape[1] < tokens.shape[1] else (None, wanted)
         caches = []
         for number, (layer, own) in enumerate(zip(self.layers, cache or (None,) * num_layers, strict=True), 1):
-            (x, own), _ = layer((x, own), None, *shared, wanted if number == num_layers else None)
+            (x, own), _ = layer((x, own), None, turn, mask, slot, in_last if number == num_layers else None)
             caches.append(own)
-        return self.final_norm(x), None if cache is None else tuple(caches)
+        return self.final_norm(at_tokens(x, behind)), None if cache is None else tuple(caches)
 
     def head_matrix(self) -> Float[Array, "D V"]:
         """What hidden states are multiplied with, in the type of the arithmetic, cut over the devices as its parameter is."""
@@ -115,6 +115,17 @@ class Transformer(nn.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32."""
         return project(hidden, gathered(self.head_matrix(), "width", "vocab"))
+
+
+def computed_once(tree, positions: Int[Array, "B T"]):
+    """`tree`, which XLA on a CPU would compute anew in each of the layers that read it, barrier or not, since they are no loop's.
+
+    It does not see through a branch whose condition it cannot know, such as that a position is not negative. A single token's is not
+    worth a branch.
+    """
+    if positions.shape[1] == 1:
+        return tree
+    return jax.lax.cond(positions[0, 0] >= 0, lambda own: own, lambda own: jax.tree.map(jnp.zeros_like, own), tree)
 
 
 def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
@@ -128,20 +139,6 @@ def make_cache(model: Transformer, batch_size: int, num_slots: int) -> Cache | t
     sizes = model.architecture, batch_size, num_slots, model.dtype
     layers = range(model.architecture.num_layers)
     return empty_cache(*sizes) if model.stacked else tuple(empty_cache(*sizes, of_one_layer=True) for _ in layers)
-
-
-def unstack(params: dict, num_layers: int) -> dict:
-    """Parameters of a decoder whose layers are not stacked, from those of one whose layers are: each layer's own, kernels turned."""
-
-    def own(path: tuple[str, ...], leaf: Array, layer: int) -> Array:
-        if path[-1] != "kernel":
-            return leaf[layer]
-        num_inputs = leaf.ndim - 2 if path[-2] in TO_WIDTH else 1
-        return jnp.moveaxis(leaf[layer], range(num_inputs), range(-num_inputs, 0))
-
-    stacked = flatten_dict(params["layers"])
-    layers = {(f"layers_{i}", *path): own(path, leaf, i) for i in range(num_layers) for path, leaf in stacked.items()}
-    return {**{name: part for name, part in params.items() if name != "layers"}, **unflatten_dict(layers)}
 
 
 def init_params(model: Transformer, key: jax.Array):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from sso_jax.mesh import batch_sharding, batch_shards_in_context, gathered, replicated, spec
 from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask
 from sso_jax.models.layers import few_rows_product
-from sso_jax.models.transformer import Transformer, make_cache, project, unstack
+from sso_jax.models.layout import runs_apart, unstack
+from sso_jax.models.transformer import Transformer, make_cache, project
 from sso_jax.sampling.strategies import Strategy, choose
 
 
@@ -64,7 +65,7 @@ def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "
 def to_weights(model: Transformer, params) -> Weights:
     """What prefill and decode multiply with, made once for both."""
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
-    params = params if model.stacked else unstack(params, model.architecture.num_layers)
+    params = params if model.stacked else unstack(params, turned=True)
     head = gathered(model.apply({"params": params}, method="head_matrix"), "width", "vocab")
     return Weights(params, head if model.stacked else head.T)
 
@@ -149,12 +150,9 @@ def generate(
 
 
 def as_decoded(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
-    """The decoder as it decodes fastest.
-
-    On a CPU, where a step of the scan over layers copies the layer's weights and cache out of the stack before it multiplies with them,
-    the layers are taken apart once for all steps, and their kernels turned for `few_rows_product`.
-    """
-    return model.clone(stacked=mesh.devices.flat[0].platform != "cpu")
+    """The decoder as it decodes fastest: layers that run apart are so from one call to the next, kernels turned for `few_rows_product`."""
+    apart = runs_apart(mesh)
+    return model.clone(stacked=not apart, outputs_first=apart)
 
 
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:

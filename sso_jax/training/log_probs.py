@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import batch_sharding, batch_shards_in_context, constrain, gathered, replicated, vocab_shards_in_context
+from sso_jax.mesh import param_shardings as shardings_on
 from sso_jax.models.attention import tree_mask
 from sso_jax.models.layers import turned_product
-from sso_jax.models.transformer import Transformer, project
+from sso_jax.models.layout import as_they_lie, build_unstack, runs_apart
+from sso_jax.models.transformer import Transformer, abstract_params, project
 from sso_jax.training.batches import Rows
 
 MAX_LOGITS = 2**25
@@ -180,7 +182,7 @@ def cell_log_probs_and_means(
 
 def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
     """Final hidden states where response tokens are predicted from."""
-    mask = tree_mask(rows.tree, rows.branch)
+    mask, model = tree_mask(rows.tree, rows.branch), as_they_lie(model, params)
     return model.apply({"params": params}, rows.tokens, rows.positions, mask, wanted=rows.source)[0]
 
 
@@ -193,11 +195,24 @@ def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M
     return sums[:num_cells]
 
 
-def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Float[Array, "cells"]]:
+class Score(NamedTuple):
     """`cell_log_probs` compiled: rows over the batch axes. One program for each row shape."""
+
+    lay_out: Callable[[dict], dict]
+    """The parameters as `log_probs` takes them, made once for all batches."""
+    log_probs: Callable[..., Float[Array, "cells"]]
+    """(parameters laid out, rows, number of cells) -> sums."""
+
+
+def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Score:
+    """Programs that score rows under the model, by layers apart where they run faster so."""
+    lay_out, laid_out = (lambda params: params), param_shardings
+    if runs_apart(mesh):
+        laid_out = shardings_on(abstract_params(model.clone(stacked=False)), mesh)
+        lay_out = build_unstack(laid_out)
 
     def score_batch(params, rows: Rows, num_cells: int):
         return cell_log_probs(model, params, rows, num_cells)
 
-    shardings = (param_shardings, batch_sharding(mesh))
-    return jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=replicated(mesh))
+    shardings = (laid_out, batch_sharding(mesh))
+    return Score(lay_out, jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=replicated(mesh)))

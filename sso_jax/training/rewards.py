@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sso_jax.mesh import batch_sharding, num_batch_shards, replicated
 from sso_jax.models.attention import tree_mask
+from sso_jax.models.layout import as_they_lie
 from sso_jax.models.reward import RewardModel
 from sso_jax.progress import progress_bar
 from sso_jax.training.batches import Branch, Rows, RowShape, Tree, cut_microbatches, first_fit, pack
@@ -88,6 +89,7 @@ def reward_batch(pairs: list[Rated], micro_size: int, num_micro: int, shape: Row
 
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
     """Rewards at the ends of responses, float32."""
+    model = as_they_lie(model, params)
     hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch))
     return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")
 

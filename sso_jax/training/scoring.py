@@ -1,6 +1,5 @@
 """Prompts and responses of examples in, their log-prob sums out, scored in packed batches of one shape."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ import jax
 from sso_jax.mesh import batch_sharding, num_batch_shards, place
 from sso_jax.progress import progress_bar
 from sso_jax.training.batches import RowShape, Tree, pack, row_shape, steered_trees
+from sso_jax.training.log_probs import Score
 
 
 class Scorable(NamedTuple):
@@ -26,7 +26,7 @@ def scoring_batches(items: list[Scorable], cells: list[tuple[str, str]], batch_s
 
 
 def score_examples(
-    score: Callable,
+    score: Score,
     mesh: jax.sharding.Mesh,
     params,
     items: list[Scorable],
@@ -43,13 +43,13 @@ def score_examples(
     if not batches:
         return []
     shape = shape or row_shape(batches, num_batch_shards(mesh))
-    num_cells = batch_size * len(cells)
+    num_cells, params = batch_size * len(cells), score.lay_out(params)
     sums: list[list[float]] = []
     with progress_bar(stage, len(items), "example") as bar:
         for start, trees in zip(range(0, len(items), batch_size), batches, strict=True):
             with jax.set_mesh(mesh):
                 rows = place(pack(trees, shape, num_cells), batch_sharding(mesh))
-                values = jax.device_get(score(params, rows, num_cells)).reshape(batch_size, len(cells))
+                values = jax.device_get(score.log_probs(params, rows, num_cells)).reshape(batch_size, len(cells))
             count = min(batch_size, len(items) - start)
             sums.extend(values[:count].tolist())
             bar.update(count)

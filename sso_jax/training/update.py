@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from sso_jax.mesh import place, replicated, spec
 from sso_jax.models.adapters import join, split_trainable
+from sso_jax.models.layout import stack, unstack
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
 from sso_jax.training.log_probs import cell_log_probs
@@ -152,32 +153,38 @@ def build_update(
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
     batch: NamedTuple,
+    apart: bool = False,
 ) -> Callable[[TrainState, NamedTuple, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state's memory is given to the new.
 
     The rate is an argument and `optimizer` gives the step at rate 1, so that rounds with other numbers of updates share a program.
     The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32 before the one update.
     Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
+
+    With `apart` (`trains_apart`) the losses are given parameters whose layers are apart; those of the state stay stacked.
     """
+    lay_out, lay_back = (unstack, stack) if apart else (lambda params: params,) * 2
 
     def weighted(params, frozen, micro):
         losses, metrics = example_losses(join(params, frozen), micro)
         means = {name: jnp.sum(micro.weights * value) for name, value in metrics.items()}
         return jnp.sum(micro.weights * losses), means
 
-    def gradient_of(state: TrainState, micro):
+    def gradient_of(params, frozen, micro):
         """Gradient of one microbatch in float32, and its share of the metrics."""
-        (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(state.params, state.frozen, micro)
+        (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(params, frozen, micro)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), means
 
     def update_batch(state: TrainState, batch: NamedTuple, rate):
+        of_micro = partial(gradient_of, lay_out(state.params), lay_out(state.frozen))
         first = jax.tree.map(lambda part: part[0], batch)
         if batch.weights.shape[0] == 1:  # nothing to add up, and no second gradient in memory
-            gradient, means = gradient_of(state, first)
+            gradient, means = of_micro(first)
         else:
-            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(gradient_of, state, first))
-            add = lambda total, micro: (jax.tree.map(jnp.add, total, gradient_of(state, micro)), None)  # noqa: E731
+            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(of_micro, first))
+            add = lambda total, micro: (jax.tree.map(jnp.add, total, of_micro(micro)), None)  # noqa: E731
             (gradient, means), _ = jax.lax.scan(add, zeros, batch)
+        gradient = lay_back(gradient)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, optax.tree.scale(rate, changes))
         metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": rate}

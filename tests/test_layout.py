@@ -1,0 +1,101 @@
+"""Layers in stacks and apart: the same parameters, log-probs and gradients; what is shared by all layers is computed once."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from toys import ARCHITECTURE, toy_model, toy_params
+
+from sso_jax.mesh import param_shardings
+from sso_jax.models.attention import causal_mask
+from sso_jax.models.layers import Adapters
+from sso_jax.models.layout import as_they_lie, stack, trains_apart, unstack
+from sso_jax.models.transformer import abstract_params
+from sso_jax.training.batches import Branch, Tree, pack, row_shape
+from sso_jax.training.log_probs import build_score, cell_log_probs
+
+NUM_LAYERS = ARCHITECTURE.num_layers
+TREES = [
+    Tree([5, 6, 7], [Branch([8, 9, 10], 0), Branch([11], 1)]),
+    Tree([12, 13], [Branch([14, 15], 2)]),
+    Tree([16] * 9, [Branch([17, 18, 19, 20], 3), Branch([21] * 5, 4)]),
+]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return pack(TREES, row_shape([TREES], 1), 5)
+
+
+def test_taken_apart_and_stacked_again_parameters_are_the_same(one_device):
+    model = toy_model().clone(adapters=Adapters(2, 4.0, ("query", "down")))
+    params = toy_params(model, one_device)
+    apart = unstack(params)
+    assert "layers" not in apart and all(f"layers_{i}" in apart for i in range(NUM_LAYERS))
+    np.testing.assert_array_equal(apart["layers_1"]["unit"]["gate"]["kernel"], params["layers"]["unit"]["gate"]["kernel"][1])
+    assert jax.tree.structure(stack(apart)) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, stack(apart), params)
+
+
+def test_stacks_keep_the_order_of_more_than_ten_layers():
+    params = {"layers": {"norm": {"scale": jnp.arange(24.0).reshape(12, 2)}}, "head": jnp.ones(3)}
+    jax.tree.map(np.testing.assert_array_equal, stack(unstack(params)), params)
+
+
+def test_parameters_without_layers_stay_as_they_are():
+    assert unstack({}) == {} and stack({}) == {}
+    assert unstack({"head": 1.0}) == stack({"head": 1.0}) == {"head": 1.0}
+
+
+def test_log_probs_and_gradients_are_the_same_with_layers_apart(one_device, rows):
+    model = toy_model(qk_norm=True)
+    params = toy_params(model, one_device, scale=3.0)  # at ten times the usual scale gradients are too ill-conditioned for float32
+    weights = np.array([1.0, -2.0, 3.0, 0.5, -1.0], np.float32)
+
+    def loss(params):
+        log_probs = cell_log_probs(model, params, rows, 5)
+        return jnp.sum(log_probs * weights), log_probs
+
+    (_, expected), d_params = jax.value_and_grad(loss, has_aux=True)(params)
+    (_, got), d_apart = jax.value_and_grad(loss, has_aux=True)(unstack(params))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    got, expected = flatten_dict(stack(d_apart)), flatten_dict(d_params)
+    assert got.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(got[path], leaf, atol=1e-5 * np.abs(leaf).max(), err_msg=str(path))
+
+
+def test_scoring_takes_layers_apart_once_and_gives_the_plain_log_probs(one_device, eight_devices, rows):
+    model = toy_model()
+    many = pack(TREES, row_shape([TREES], 8), 5)
+    for mesh, own in ((one_device, rows), (eight_devices, many)):
+        params = toy_params(model, mesh)
+        score = build_score(model, mesh, param_shardings(abstract_params(model), mesh))
+        laid_out = score.lay_out(params)
+        assert not as_they_lie(model, laid_out).stacked
+        with jax.set_mesh(mesh):
+            got = score.log_probs(laid_out, own, 5)
+        np.testing.assert_allclose(got, cell_log_probs(model, toy_params(model, one_device), rows, 5), rtol=1e-5)
+
+
+def test_layers_train_apart_on_a_cpu_unless_they_are_to_be_computed_anew(one_device):
+    assert trains_apart(toy_model(), one_device)
+    assert not trains_apart(toy_model().clone(remat=True), one_device)
+
+
+def count_sines(model, params) -> int:
+    """Sines in the compiled program of a forward pass."""
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(8), tokens.shape) + tokens[:, :1]  # no constant
+    run = lambda params, tokens, positions: model.apply({"params": params}, tokens, positions, causal_mask(8))[0]  # noqa: E731
+    return len(re.findall(r" sine\(", jax.jit(run).lower(params, tokens, positions).compile().as_text()))
+
+
+def test_rotations_are_computed_once_for_all_layers(one_device):
+    model = toy_model()
+    params = toy_params(model, one_device)
+    assert count_sines(model, params) == 1
+    assert count_sines(model.clone(stacked=False), unstack(params)) == 1
