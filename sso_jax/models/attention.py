@@ -99,19 +99,19 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B W D"], Cache | None]:
         """Attended activations of the `wanted` tokens of each row, of all T where None."""
         a = self.architecture
-        queries = self._projection("query", a.num_heads, "heads")(at_tokens(x, wanted))  # [B, W, N, H]
-        keys = self._projection("key", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
-        values = self._projection("value", a.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
+        by_head = lambda name, num_heads, axis, x: self._projection(name, num_heads, axis)(x).transpose(0, 2, 1, 3)  # noqa: E731
+        queries = by_head("query", a.num_heads, "heads", at_tokens(x, wanted))  # [B, N, W, H]
+        keys = by_head("key", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
+        values = by_head("value", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
         if a.qk_norm:
             queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(kept(queries))
             keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(kept(keys))
         query_turn = Rotation(*(at_tokens(part, wanted) for part in turn))
         queries, keys, values = kept(rotate(queries, query_turn)), kept(rotate(keys, turn)), kept(values)
 
-        (batch, length), num_queries = x.shape[:2], queries.shape[1]
-        grouped = queries.reshape(batch, num_queries, a.num_kv_heads, -1, a.head_size)  # [B, W, K, G, H]
-        grouped = constrain(grouped.transpose(0, 2, 3, 1, 4), "batch", "kv_heads", None, None, None)  # [B, K, G, W, H]
-        keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)  # [B, K, T, H]
+        (batch, length), num_queries = x.shape[:2], queries.shape[2]
+        grouped = queries.reshape(batch, a.num_kv_heads, -1, num_queries, a.head_size)  # [B, K, G, W, H]
+        grouped = constrain(grouped, "batch", "kv_heads", None, None, None)
         if cache is not None:
             cache = _written(cache, keys, values, layer, slot)
         num_seen = mask.shape[-1]

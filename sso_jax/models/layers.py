@@ -191,19 +191,20 @@ def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) 
 class Rotation(NamedTuple):
     """Sine and cosine of each token's angles; computed once for all layers."""
 
-    sin: Float[Array, "B T 1 H/2"]
-    cos: Float[Array, "B T 1 H/2"]
+    sin: Float[Array, "B T H/2"]
+    cos: Float[Array, "B T H/2"]
 
 
 def rotation(positions: Int[Array, "B T"], architecture: Architecture) -> Rotation:
     """Angles `position * frequency_i` of the tokens, float32."""
     frequencies = rope_frequencies(architecture.head_size, architecture.rope_theta, architecture.rope_scaling)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]  # [B, T, 1, H/2]
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]  # [B, T, H/2]
     return Rotation(jnp.sin(angles), jnp.cos(angles))
 
 
-def rotate(x: Float[Array, "B T M H"], by: Rotation) -> Float[Array, "B T M H"]:
+def rotate(x: Float[Array, "B M T H"], by: Rotation) -> Float[Array, "B M T H"]:
     """Turns the pair (x_i, x_{i+H/2}) of each head by its angle, in float32 (Hugging Face's pairing of the halves)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    sin, cos = by.sin[:, None], by.cos[:, None]
+    turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
