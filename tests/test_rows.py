@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from toys import toy_model, toy_params
 
+from sso_jax.flops import count_flops
 from sso_jax.mesh import spec
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.transformer import Transformer
@@ -118,6 +119,16 @@ def test_no_array_of_all_tokens_times_the_vocabulary_is_made():
     target = jnp.zeros((2, 64), jnp.int32)
     program = jax.make_jaxpr(jax.grad(lambda h: token_log_probs(head, h, target, 60).sum()))(hidden)
     assert largest_array(program.jaxpr) <= 2 * 64 * 60 < 2 * 64 * 1000
+
+
+def test_logits_that_are_all_in_memory_at_once_are_not_computed_anew():
+    """Three products of 128 tokens with a head of [4, 1000], though slices are multiples of 128; two slices of 512 would have four."""
+    hidden, head, target = jnp.zeros((2, 64, 4)), jnp.zeros((4, 1000)), jnp.zeros((2, 64), jnp.int32)
+    operations = [
+        count_flops(jax.make_jaxpr(jax.grad(lambda *x, n=columns: token_log_probs(*x, target, n).sum(), argnums=(0, 1)))(head, hidden))
+        for columns in (1000, 999)
+    ]
+    assert operations == [3 * 2 * 128 * 4 * 1000, 4 * 2 * 128 * 4 * 2 * 512]
 
 
 def unpack(rows: Rows, num_cells: int) -> dict[int, tuple[list[int], list[int]]]:

@@ -144,9 +144,9 @@ def gated(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array
     return nn.silu(gate) * up
 
 
-def _gated_backward(kept, d_out):
+def _gated_backward(residuals, d_out):
     """With s = sigmoid(g): silu'(g) = s (1 + g (1 - s))."""
-    gate, up = kept
+    gate, up = residuals
     share = nn.sigmoid(gate)
     return d_out * up * share * (1 + gate * (1 - share)), d_out * gate * share
 

@@ -43,6 +43,8 @@ class _Slice(NamedTuple):
 
 def _slice_sizes(local_size: int, columns: int) -> tuple[int, int]:
     """Number of slices of a shard, and the entries of each: nearly even, at most `columns`."""
+    if columns >= local_size:
+        return 1, local_size
     unit = LANES if columns >= LANES else 1
     num = -(-local_size // (columns // unit * unit))
     return num, min(local_size, -(-local_size // (num * unit)) * unit)
@@ -118,8 +120,8 @@ def _log_probs_forward(head, hidden, target, columns):
     return chosen - log_total, (head, hidden, target, log_total, logits)
 
 
-def _log_probs_backward(columns, kept, gradient):
-    head, hidden, target, log_total, logits = kept
+def _log_probs_backward(columns, residuals, gradient):
+    head, hidden, target, log_total, logits = residuals
     (width, num_shards, local_size), flat_hidden = head.shape, hidden.reshape(-1, hidden.shape[-1])
     num, size = _slice_sizes(local_size, columns)
 
