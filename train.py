@@ -4,6 +4,7 @@ import sys
 
 from sso_jax.command import run_command
 from sso_jax.config import Config
+from sso_jax.host_memory import use_huge_pages
 
 
 def main(argv: list[str]) -> int:
@@ -12,4 +13,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -5,9 +5,9 @@ import logging
 import os
 import sys
 
-from sso_jax import host_memory
 from sso_jax.config import parse
 from sso_jax.errors import InputError, RunError
+from sso_jax.host_memory import keep_few_arenas
 from sso_jax.interrupts import EXIT_STATUS, Stopped, stopping_at_safe_points
 
 
@@ -21,7 +21,7 @@ def run_command(program: str, description: str, config_class: type, module: str,
       cannot go on.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
-    host_memory.arrange()
+    keep_few_arenas()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sso_jax").setLevel(logging.INFO)
     try:

@@ -4,39 +4,38 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
-import mmap
 import os
+import platform
+import sys
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_ARENA_MAX = -8
 """Of glibc's mallopt."""
+VARIABLE = "GLIBC_TUNABLES"
+SETTINGS = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**60, "arena_max": 1}
+"""Of glibc's malloc: one arena in huge pages serves all threads and keeps what is freed."""
+FIRST_GLIBC = (2, 35)
+"""The first one that knows all of them."""
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-HEAP_SHARE = 0.75
-"""Of the machine's memory, that the heap has addresses in huge pages for; what it does not use takes no memory."""
 
 
-def arrange() -> None:
-    """Arranges the heap for a run; called before JAX is loaded and threads are started.
+def use_huge_pages() -> None:
+    """Has a process that will compute on the CPU start again, once, with its heap in huge pages; the first thing that a program does.
 
-    JAX, Orbax and TensorStore free in one thread what another allocated, which leaves holes in arena after arena of the heap: threads
-    share one arena a core in place of eight.
-
-    On a CPU a compiled function allocates its arrays from the heap, anew at each call. By default glibc has the system map them in pages of
-    4 kB, cleared one by one as they are first touched, and unmaps them again. Here one arena serves all threads, keeps what is freed, and
-    lies in huge pages.
+    A compiled function allocates its arrays from the heap, anew at each call. By default glibc has the system map them in pages of 4 kB,
+    cleared one by one as they are first touched, and unmaps them again. It reads how to do otherwise before Python runs: hence the start.
+    Nothing happens where GLIBC_TUNABLES is set already.
     """
-    if not has_huge_pages():
-        _mallopt(M_ARENA_MAX, max(2, os.cpu_count() or 1))
-        return
-    _mallopt(M_ARENA_MAX, 1)
-    _mallopt(M_MMAP_MAX, 0)
-    _mallopt(M_TRIM_THRESHOLD, -1)
-    _reserve_huge_pages()
+    if VARIABLE not in os.environ and has_huge_pages():
+        os.environ[VARIABLE] = ":".join(f"glibc.malloc.{name}={value}" for name, value in SETTINGS.items())
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def has_huge_pages() -> bool:
     """Whether arrays live in a heap that can lie in huge pages: JAX computes on the CPU, and the system gives such pages to who asks."""
-    return on_cpu() and HUGE_PAGES.is_file() and "[never]" not in HUGE_PAGES.read_text()
+    name, version = platform.libc_ver()
+    known = name == "glibc" and tuple(map(int, version.split(".")[:2])) >= FIRST_GLIBC
+    return known and on_cpu() and HUGE_PAGES.is_file() and "[never]" not in HUGE_PAGES.read_text()
 
 
 def on_cpu() -> bool:
@@ -46,26 +45,15 @@ def on_cpu() -> bool:
     return not (importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"))
 
 
-def _reserve_huge_pages() -> None:
-    """Lets the heap grow at once as far as it may, marks that for huge pages, and frees it: none of it is touched, so no memory is taken.
+def keep_few_arenas() -> None:
+    """Has the threads of a process share one arena of the heap a core in place of eight; called before they are started.
 
-    glibc would mark its heap itself where GLIBC_TUNABLES asks for it, but reads that before any Python runs. Without `arrange` before, the
-    addresses are no part of the heap, and nothing changes.
+    JAX, Orbax and TensorStore free in one thread what another allocated, which leaves holes in arena after arena. Where GLIBC_TUNABLES
+    says how many there are, that stays.
     """
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    libc.malloc.argtypes, libc.free.argtypes = (ctypes.c_size_t,), (ctypes.c_void_p,)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    size = int(HEAP_SHARE * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE)
-    if start := libc.malloc(size):
-        libc.madvise(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, size - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
-        libc.free(start)
-
-
-def _mallopt(parameter: int, value: int) -> None:
     choose = getattr(ctypes.CDLL(None), "mallopt", None)
-    if choose is not None:
-        choose(parameter, value)
+    if choose is not None and "arena_max" not in os.environ.get(VARIABLE, ""):
+        choose(M_ARENA_MAX, max(2, os.cpu_count() or 1))
 
 
 def give_back() -> None:
@@ -77,5 +65,3 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-        if has_huge_pages():  # what the heap grows by from now on is none of what was marked
-            _reserve_huge_pages()

@@ -1,14 +1,13 @@
 """What is freed in pieces goes back to the system; on a CPU the heap lies in huge pages."""
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sso_jax.host_memory import HUGE_PAGES, give_back, on_cpu
+from sso_jax.host_memory import give_back, has_huge_pages, on_cpu
 
 
 def resident_megabytes() -> float:
@@ -25,10 +24,10 @@ def test_memory_full_of_holes_is_given_back():
     assert before - resident_megabytes() > 100 and len(kept) == 2000
 
 
-IN_A_NEW_PROCESS = """
-import ctypes, mmap, re, sys
+PROGRAM = """
+import ctypes, re, sys
 from pathlib import Path
-from sso_jax import host_memory
+from sso_jax.host_memory import give_back, keep_few_arenas, use_huge_pages
 
 def in_huge_pages(address):
     for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
@@ -37,30 +36,34 @@ def in_huge_pages(address):
             if start <= address < end:
                 return " hg" in part.split("VmFlags:")[1]
 
+print("started", *sys.argv[1:], flush=True)
+use_huge_pages()
+keep_few_arenas()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_size_t,), (ctypes.c_void_p,)
-host_memory.arrange()
-before = int(Path("/proc/self/statm").read_text().split()[1])
 for gives_back in (False, True):
     if gives_back:
-        host_memory.give_back()
+        give_back()
     block = libc.malloc(200 << 20)
     print(in_huge_pages(block + (100 << 20)))
     libc.free(block)
-print((int(Path("/proc/self/statm").read_text().split()[1]) - before) * mmap.PAGESIZE < 50 << 20)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the heap is glibc's")
-@pytest.mark.parametrize("platforms", ["cpu", "cuda"])
-def test_large_arrays_lie_in_huge_pages_on_a_cpu_and_what_is_not_used_takes_no_memory(platforms):
-    """As /proc/self/smaps says of the address of a large block, at first and after memory was given back."""
-    if "[never]" in HUGE_PAGES.read_text():
-        pytest.skip("the system gives no huge pages")
-    environment = {**os.environ, "JAX_PLATFORMS": platforms}
-    ran = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS], capture_output=True, text=True, env=environment, check=True)
-    marked = str(platforms == "cpu")
-    assert ran.stdout.split() == [marked, marked, "True"]
+@pytest.mark.skipif(not has_huge_pages(), reason="the system gives no huge pages, or this is no CPU")
+@pytest.mark.parametrize(
+    ("variables", "starts", "marked"),
+    [({"JAX_PLATFORMS": "cpu"}, 2, True), ({"JAX_PLATFORMS": "cuda"}, 1, False), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, 1, False)],
+)
+def test_a_program_on_a_cpu_starts_again_once_with_large_arrays_in_huge_pages(tmp_path, variables, starts, marked):
+    """As /proc/self/smaps says of the address of a large block, at first and after memory was given back; arguments stay."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    given = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "JAX_PLATFORMS")}
+    given["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, str(program), "--field", "a value"]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**given, **variables}, check=True)
+    assert ran.stdout.splitlines() == ["started --field a value"] * starts + [str(marked)] * 2
 
 
 @pytest.mark.parametrize(("platforms", "expected"), [("cpu", True), ("cuda", False), ("cpu,cuda", False), ("tpu", False)])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.speed import shapes
 from benchmarks.speed.timing import READY, TURNS_VARIABLE
-from sso_jax import host_memory
+from sso_jax.host_memory import use_huge_pages
 
 PEERS = ("transformers", "tunix")
 DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
@@ -49,7 +49,7 @@ def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None)
 
         return machine.measure(shape.dtype)
     if who == "ours":
-        host_memory.arrange()  # as train.py and sample.py begin
+        use_huge_pages()  # as train.py and sample.py begin
         from benchmarks.speed import ours
 
         return ours.profiled(what, shape, repeats, profile)
