@@ -87,7 +87,8 @@ def plain_attend(queries, keys, values, mask, ordered: bool = True):
     """As `step_attend` for a whole sequence, or the last T of its S tokens, in which no token sees a later one.
 
     Queries are taken a block at a time with the keys up to the block's end: what lies above the diagonal's blocks is not computed, and
-    only one block's scores are in memory. Nothing of size [T, S] is kept for the backward pass: it has each query's log-sum-exp and
+    only one block's scores are in memory. Where queries are not `ordered`, as some tokens of a sequence, every block meets all keys, and
+    the mask alone says what is seen. Nothing of size [T, S] is kept for the backward pass: it has each query's log-sum-exp and
     computes the weights anew from it (Dao 2023, alg. 2).
     """
     return _attend_forward(queries, keys, values, mask, ordered)[0]

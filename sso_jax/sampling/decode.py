@@ -150,7 +150,7 @@ def generate(
 
 
 def as_decoded(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
-    """The decoder as it decodes fastest: layers that run apart are so from one call to the next, kernels turned for `few_rows_product`."""
+    """The decoder as it decodes fastest: with its layers apart where they run faster so, and kernels then turned for `few_rows_product`."""
     apart = runs_apart(mesh)
     return model.clone(stacked=not apart, outputs_first=apart)
 
