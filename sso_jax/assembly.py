@@ -176,7 +176,8 @@ def build_decoder(
     attend = fastest(mesh.devices.flat[0].platform) if model.attention == "auto" else model.attention
     adapters = Adapters(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else Adapters()
     types = jnp.dtype(model.compute_dtype), jnp.dtype(model.param_dtype)
-    decoder = Transformer(architecture, *types, remat=model.remat, attend=attend, adapters=adapters)
+    settings = {"remat": model.remat, "attend": attend, "adapters": adapters, "max_logits": model.max_logits, "laid": model.layers}
+    decoder = Transformer(architecture, *types, **settings)
     return decoder, param_shardings(abstract_params(decoder), mesh)
 
 

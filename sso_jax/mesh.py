@@ -25,6 +25,15 @@ RULES = {
 """Logical axis -> mesh axes; None is a copy on every device."""
 
 
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
+    """XLA's options for programs of large products.
+
+    On a GPU cuBLAS multiplies and adds to what is there, such as the sum of gradients; where XLA may take its own products in their place
+    it first fuses into them what stands before them, and computes that anew for each product when cuBLAS proves faster after all.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform in ("gpu", "cuda") else {}
+
+
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> jax.sharding.Mesh:
     """Device mesh of the given sizes; one of them may be -1 and takes what is left.
 

@@ -16,7 +16,7 @@ from sso_jax.config import Config, OptimizerConfig
 from sso_jax.errors import InputError, RunError
 from sso_jax.mesh import num_batch_shards, replicated
 from sso_jax.models.adapters import split_trainable
-from sso_jax.models.layout import trains_apart
+from sso_jax.models.layout import training_layout
 from sso_jax.models.transformer import Transformer
 from sso_jax.preferences.keywords import graded_variants, random_variants
 from sso_jax.preferences.steering import steered_prompts
@@ -209,7 +209,7 @@ def train_round(
     shapes, shardings = _shapes_with(parts, engine, optimizer)
     first, title = plan.make_batch(0), f"iteration {iteration}: {stage}"
     if stage not in programs:
-        programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, trains_apart(engine.model, engine.mesh))
+        programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, training_layout(engine.model, engine.mesh))
     padding = 1.0 - sum(plan.num_tokens) / (num_updates * first.rows.tokens.size)
     log.info("%s: updates in rows of %s (microbatches, rows, tokens), %.0f%% padding", title, first.rows.tokens.shape, 100 * padding)
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:

@@ -22,7 +22,7 @@ from sso_jax.flops import count_flops
 from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings, replicated
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_config import CONFIG_FILE, fetch, read_architecture
-from sso_jax.models.layout import trains_apart
+from sso_jax.models.layout import training_layout
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.policy_training import abstract_state, build_optimizer, losses_of, new_parts, trained_cells
@@ -300,7 +300,7 @@ def _trace_update(plan: Plan, batch, losses: ExampleLosses) -> Traced:
     plan = dataclasses.replace(plan, params={**plan.params, **parts})
     optimizer, rate = build_optimizer(config.optimizer), jax.ShapeDtypeStruct((), jnp.float32)
     shapes, shardings = abstract_state(plan.params, place.shardings, optimizer, mesh)
-    update = build_update(losses, optimizer, mesh, shardings, batch, trains_apart(plan.model, mesh))
+    update = build_update(losses, optimizer, mesh, shardings, batch, training_layout(plan.model, mesh))
     moments = _bytes(shapes.optimizer, shardings.optimizer)
     return _trace(plan, place, update, (shapes, _shapes(batch), rate), optimizer_bytes=moments)
 

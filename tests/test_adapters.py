@@ -14,6 +14,7 @@ from sso_jax.models.adapters import fresh_adapters, is_adapter, join, split_trai
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.hf_weights import read_params, write_params
 from sso_jax.models.layers import Adapters
+from sso_jax.models.layout import training_layout
 from sso_jax.models.transformer import abstract_params
 from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
 from sso_jax.training.update import build_update, init_state, state_shardings, supervised_losses
@@ -34,12 +35,12 @@ def logits(model, params) -> np.ndarray:
     return np.asarray(model.apply({"params": params}, hidden, method="logits"))
 
 
-def train(model, params, mesh, apart=False):
+def train(model, params, mesh):
     """State after two SGD updates on one example."""
     batch = supervised_batch([Tree([1, 2, 3], [Branch([4, 5, 6], 0)])], 1, 1, row_shape([[Tree([1, 2, 3], [Branch([4, 5, 6], 0)])]]))
     optimizer = optax.sgd(1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
-    update = build_update(supervised_losses(model), optimizer, mesh, shardings, batch, apart)
+    update = build_update(supervised_losses(model), optimizer, mesh, shardings, batch, training_layout(model, mesh))
     state = init_state(params, optimizer, shardings)
     for _ in range(2):
         state, _ = update(state, batch, np.float32(0.1))
@@ -74,11 +75,11 @@ def test_fresh_adapters_follow_from_the_seed_on_any_mesh(one_device, eight_devic
 
 
 def test_adapters_train_the_same_with_layers_apart(trained, one_device):
-    base, model, state = trained
-    _, whole = adapted(jax.device_put(base), one_device)
-    apart = train(model, whole, one_device, apart=True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), apart.params, state.params)
-    assert any(np.abs(np.asarray(leaf)).max() > 1e-3 for leaf in jax.tree.leaves(state.params))
+    base, model, _ = trained
+    models = (model.clone(laid=laid) for laid in ("stacked", "apart"))
+    stacked, apart = (train(own, adapted(jax.device_put(base), one_device)[1], one_device) for own in models)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), apart.params, stacked.params)
+    assert any(np.abs(np.asarray(leaf)).max() > 1e-3 for leaf in jax.tree.leaves(stacked.params))
 
 
 def test_training_moves_the_adapters_and_nothing_else(trained):

@@ -84,6 +84,7 @@ def test_scoring_takes_layers_apart_once_and_gives_the_plain_log_probs(one_devic
 def test_layers_train_apart_on_a_cpu_unless_they_are_to_be_computed_anew(one_device):
     assert trains_apart(toy_model(), one_device)
     assert not trains_apart(toy_model().clone(remat=True), one_device)
+    assert not trains_apart(toy_model().clone(laid="stacked"), one_device)
 
 
 def count_sines(model, params) -> int:

@@ -15,7 +15,7 @@ from sso_jax.models.transformer import abstract_params
 
 def test_the_model_is_the_one_of_the_issue():
     shape = shapes.CPU
-    model, _ = make_model(shape, remat=False)
+    model, _ = make_model(shape)
     entries = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract_params(model))))
     assert round(entries / 1e6, 1) == 56.9
     assert abs(entries - shape.num_params) < 20_000  # norms and biases

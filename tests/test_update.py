@@ -11,6 +11,7 @@ from toys import toy_model, toy_params
 from sso_jax.assembly import build_objective
 from sso_jax.config import ObjectiveConfig
 from sso_jax.mesh import param_shardings
+from sso_jax.models.layout import training_layout
 from sso_jax.models.transformer import abstract_params
 from sso_jax.training.batches import Branch, Example, Tree, cut_microbatches, micro_trees, preference_batch, row_shape, supervised_batch
 from sso_jax.training.log_probs import build_score
@@ -51,12 +52,12 @@ def scored(model, params, mesh, examples, cells, noise):
     return [e._replace(reference_log_probs=(np.array(row) + o).tolist()) for e, row, o in zip(examples, sums, off, strict=True)]
 
 
-def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0, apart=False):
+def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0, laid="stacked"):
     """Metrics of each of `num_steps` updates on one batch, and the parameters after them.
 
     The reference is the model itself plus `noise` nats, so that margins differ from 0 by more than rounding.
     """
-    model = toy_model()
+    model = toy_model().clone(laid=laid)
     params = toy_params(model, mesh, scale=3.0)  # at ten times the usual scale gradients are too ill-conditioned for float32
     objective = build_objective(objective_config)
     examples = scored(model, params, mesh, random_examples(num_examples), objective.cells, noise)
@@ -66,7 +67,7 @@ def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, lear
     optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, mesh, shardings, batch, apart)
+    update = build_update(losses, optimizer, mesh, shardings, batch, training_layout(model, mesh))
     state, metrics = init_state(params, optimizer, shardings), []
     with jax.set_mesh(mesh):
         for _ in range(num_steps):
@@ -101,7 +102,7 @@ def test_eight_devices_train_as_one_does(one_device, eight_devices):
 @pytest.mark.parametrize("micro", [8, 3])
 def test_layers_apart_train_as_stacked_ones_do(one_device, micro):
     settings = dict(micro=micro, num_steps=2, learning_rate=1e-4)
-    (stacked, params), (apart, params_apart) = (run_steps(one_device, ONLINE_IPO, **settings, apart=apart) for apart in (False, True))
+    (stacked, params), (apart, params_apart) = (run_steps(one_device, ONLINE_IPO, **settings, laid=laid) for laid in ("stacked", "apart"))
     assert_same_metrics(stacked, apart)
     assert jax.tree.structure(params) == jax.tree.structure(params_apart)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_apart), strict=True):
@@ -110,7 +111,7 @@ def test_layers_apart_train_as_stacked_ones_do(one_device, micro):
 
 
 def test_layers_apart_train_on_eight_devices_as_on_one(one_device, eight_devices):
-    (one, _), (eight, _) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4, apart=True) for mesh in (one_device, eight_devices))
+    (one, _), (eight, _) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4, laid="apart") for mesh in (one_device, eight_devices))
     assert_same_metrics(one, eight)
 
 

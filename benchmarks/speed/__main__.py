@@ -40,6 +40,9 @@ def arguments() -> argparse.Namespace:
 
 WORK = ("sample", "update")
 
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
+"""What errors say where an accelerator's memory is too small: the other cells are measured all the same."""
+
 
 def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
     """One measurement, in this process."""
@@ -60,7 +63,13 @@ def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None)
 def child(cell: str, options: argparse.Namespace) -> None:
     """Runs one cell and prints its figures as the last line of standard output."""
     shape = shapes.SHAPES[options.shapes[0]]
-    result = run_cell(cell, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile)
+    try:
+        result = run_cell(cell, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile)
+    except RuntimeError as error:  # JAX's and PyTorch's own are kinds of it
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        print(f"{cell} on {shape}: {error}", file=sys.stderr)
+        result = {"out_of_memory": True}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({"host_peak_bytes": peak, **result}))
 
@@ -134,7 +143,7 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
     rows = {}
     for cell, result in cells.items():
         what = cell.partition("/")[2]
-        if what:
+        if what and "out_of_memory" not in result:
             seconds = statistics.median(result["seconds"])
             rate = (tokens if what == "sample" else shape.update_examples) / seconds
             peak = result.get("device_peak_bytes") or result["host_peak_bytes"]
@@ -146,24 +155,33 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        row["ours_over_it"] = 1.0 if cell.startswith("ours/") else row["seconds"] / statistics.median(cells[cell]["beside"])
-    update, decode_seconds = cells["ours/update"], statistics.median(cells["ours/sample"]["decode_seconds"])
-    return {
+        alone = cell.startswith("ours/") or "beside" not in cells[cell]
+        row["ours_over_it"] = 1.0 if alone else row["seconds"] / statistics.median(cells[cell]["beside"])
+    made = {
         "shape": name,
-        "generate_tok_s": rows["ours/sample"]["rate"],
-        "sso_examples_s": rows["ours/update"]["rate"],
         "compile_s": sum(row["first_seconds"] - row["seconds"] for cell, row in rows.items() if cell.startswith("ours")),
-        "peak_bytes": rows["ours/update"]["peak_bytes"],
-        "update_flops": update["flops"],
-        "update_flops_needed": shapes.needed_update_flops(shape)["shared"],
-        "update_padding": update["padding"],
-        "update_flops_s": update["flops"] / rows["ours/update"]["seconds"],
-        "decode_seconds": decode_seconds,
-        "decode_bytes_s": shapes.needed_decode_bytes(shape) / decode_seconds,
         "bounds": bounds,
         "machine": machine,
         "rows": rows,
+        "out_of_memory": [cell for cell, result in cells.items() if "out_of_memory" in result],
     }
+    if "ours/sample" in rows:
+        seconds = statistics.median(cells["ours/sample"]["decode_seconds"])
+        rate = shapes.needed_decode_bytes(shape) / seconds
+        made |= {"generate_tok_s": rows["ours/sample"]["rate"], "decode_seconds": seconds, "decode_bytes_s": rate}
+    if "ours/update" in rows:
+        row, needed = rows["ours/update"], shapes.needed_update_flops(shape)["shared"]
+        datasheet = machine.get("datasheet_flops")
+        made |= {
+            "sso_examples_s": row["rate"],
+            "peak_bytes": row["peak_bytes"],
+            "update_flops": cells["ours/update"]["flops"],
+            "update_flops_needed": needed,
+            "update_padding": cells["ours/update"]["padding"],
+            "update_flops_s": needed / row["seconds"],
+            "update_mfu": needed / row["seconds"] / datasheet if datasheet else None,
+        }
+    return made
 
 
 def show(result: dict) -> None:
@@ -179,10 +197,17 @@ def show(result: dict) -> None:
             f"| {cell} | {row['seconds']:.2f} s | {row['rate']:.3g} {unit} | {row['of_bound']:.0%} | {row['peak_bytes'] / 1e9:.2f} "
             f"| {max(0.0, row['first_seconds'] - row['seconds']):.1f} s | {row['ours_over_it']:.2f} |"
         )
-    rate = result["decode_bytes_s"]
-    print(f"decoding alone: {rate / 1e9:.2f} GB/s of weights and cache, {rate / machine['copy_bytes']:.0%} of the copy bandwidth")
-    ratio = result["update_flops"] / result["update_flops_needed"]
-    print(f"operations of the traced update and scoring: {ratio:.3f} of what arithmetic needs; padding {result['update_padding']:.1%}")
+    for cell in result["out_of_memory"]:
+        print(f"| {cell} | out of memory | | | | | |")
+    if "decode_bytes_s" in result:
+        rate = result["decode_bytes_s"]
+        print(f"decoding alone: {rate / 1e9:.2f} GB/s of weights and cache, {rate / machine['copy_bytes']:.0%} of the copy bandwidth")
+    if "update_flops" in result:
+        ratio = result["update_flops"] / result["update_flops_needed"]
+        print(f"operations of the traced update and scoring: {ratio:.3f} of what arithmetic needs; padding {result['update_padding']:.1%}")
+        if result["update_mfu"]:
+            peak = f"the {machine['datasheet_flops'] / 1e12:.0f} TFLOP/s of its datasheet"
+            print(f"update: {result['update_flops_s'] / 1e12:.0f} TFLOP/s that arithmetic needs, MFU {result['update_mfu']:.1%} of {peak}")
 
 
 def main() -> int:

@@ -14,12 +14,13 @@ from flax import linen as nn
 from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
 from benchmarks.speed.timing import timed
 from sso_jax.assembly import build_objective
-from sso_jax.config import ObjectiveConfig
+from sso_jax.config import LoraConfig, ObjectiveConfig
 from sso_jax.flops import count_flops
 from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import fastest
-from sso_jax.models.layout import trains_apart
+from sso_jax.models.layers import Adapters
+from sso_jax.models.layout import training_layout
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.policy_training import abstract_state
 from sso_jax.sampling.decode import Prompts, build_generate, build_parts
@@ -43,8 +44,8 @@ RATE = np.float32(1e-6)
 NUM_DECODES = 3
 
 
-def make_model(shape: Shape, remat: bool, devices: list | None = None) -> tuple[Transformer, jax.sharding.Mesh]:
-    """Decoder of the shape, and a mesh of these devices (all of them where None)."""
+def make_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, jax.sharding.Mesh]:
+    """Decoder of the shape without its adapters, and a mesh of these devices (all of them where None)."""
     architecture = Architecture(
         model_type="qwen2",
         width=shape.width,
@@ -60,7 +61,7 @@ def make_model(shape: Shape, remat: bool, devices: list | None = None) -> tuple[
     )
     mesh = make_mesh(1, -1, 1, devices)
     attend = fastest(mesh.devices.flat[0].platform)
-    return Transformer(architecture, jnp.dtype(shape.dtype), jnp.dtype("float32"), remat=remat, attend=attend), mesh
+    return Transformer(architecture, jnp.dtype(shape.dtype), jnp.dtype("float32"), attend=attend, max_logits=shape.max_logits), mesh
 
 
 def random_params(model: Transformer, shardings):
@@ -70,7 +71,7 @@ def random_params(model: Transformer, shardings):
 
 def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     """A call that answers a batch of prompts through the sampler of a run; and the seconds that decoding alone takes."""
-    model, mesh = make_model(shape, remat=False)
+    model, mesh = make_model(shape)
     shardings = param_shardings(abstract_params(model), mesh)
     params = random_params(model, shardings)
     sampler = Sampler(
@@ -127,7 +128,10 @@ class Updating(NamedTuple):
 
 def make_updating(shape: Shape, devices: list | None = None) -> Updating:
     """The programs of scoring and of the update; nothing is compiled or allocated."""
-    model, mesh = make_model(shape, shape.dtype == "bfloat16", devices)
+    model, mesh = make_model(shape, devices)
+    if shape.adapter_rank:
+        adapters = Adapters(shape.adapter_rank, 2.0 * shape.adapter_rank, LoraConfig().targets)
+        model = model.clone(param_dtype=model.dtype, adapters=adapters)
     boxed = abstract_params(model)
     shardings = param_shardings(boxed, mesh)
     objective = build_objective(ObjectiveConfig(base="ipo", beta=0.2))
@@ -142,7 +146,7 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
         return preference_batch(examples, objective.cells, shape.update_microbatch, len(micros), rows)
 
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)), trains_apart(model, mesh))
+    update = build_update(losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)), training_layout(model, mesh))
     score = build_score(model, mesh, shardings)
     return Updating(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
 
@@ -160,7 +164,7 @@ def traced(parts: Updating) -> dict:
     rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh)), num_cells)
     with jax.set_mesh(parts.mesh):
         updated = jax.make_jaxpr(parts.update)(parts.shapes, batch, RATE)
-        params = jax.eval_shape(parts.score.lay_out, parts.shapes.params)
+        params = jax.eval_shape(parts.score.lay_out, parts.shapes.whole_params())
         scored = jax.make_jaxpr(parts.score.log_probs, static_argnums=2)(params, rows, num_cells)
     return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
 
@@ -168,13 +172,16 @@ def traced(parts: Updating) -> dict:
 def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     """A call that scores the reference and does one update; and its operations as traced."""
     parts = make_updating(shape)
-    params = random_params(parts.model, parts.shardings.params)
+    params = random_params(parts.model, param_shardings(abstract_params(parts.model), parts.mesh))
     held = {"state": init_state(params, parts.optimizer, parts.shardings)}
+    batch = parts.batch_of(no_log_probs(parts.items, parts.cells))  # rows are packed ahead of the device in a run
 
     def work():
-        sums = score_examples(parts.score, parts.mesh, held["state"].params, parts.items, parts.cells, shape.update_microbatch, "reference")
+        params, size = held["state"].whole_params(), shape.update_microbatch
+        sums = score_examples(parts.score, parts.mesh, params, parts.items, parts.cells, size, "reference")
+        scored = batch._replace(reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape))
         with jax.set_mesh(parts.mesh):
-            held["state"], metrics = parts.update(held["state"], parts.batch_of(sums), RATE)
+            held["state"], metrics = parts.update(held["state"], scored, RATE)
         jax.block_until_ready((held["state"], metrics))
 
     return work, lambda: traced(parts)

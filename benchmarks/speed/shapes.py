@@ -38,6 +38,17 @@ class Shape:
     update_response: int = 128
     update_microbatch: int = 1
     """Examples of a device step, this project's train.microbatch_size."""
+    max_logits: int = 2**25
+    """This project's model.max_logits."""
+    adapter_rank: int = 0
+    """Where it is not 0, adapters of this rank on all projections are trained, on frozen weights of the type of the arithmetic."""
+
+    @property
+    def adapter_params(self) -> int:
+        """Entries of the adapters' matrices in all layers."""
+        heads, kv_heads = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        ends = 2 * (self.width + heads) + 2 * (self.width + kv_heads) + 3 * (self.width + self.hidden)  # inputs and outputs of projections
+        return self.num_layers * self.adapter_rank * ends
 
     @property
     def layer_params(self) -> int:
@@ -58,14 +69,25 @@ class Shape:
 
 CPU = Shape(512, 8, 8, 2, 1536, 32000, 64, "float32")
 """56.9M parameters."""
-LARGE = dict(dtype="bfloat16", sample_rows=64, sample_prompt=512, sample_new=256, update_examples=8, update_prompt=512, update_response=512)
+LARGE = dict(
+    dtype="bfloat16",
+    sample_rows=64,
+    sample_prompt=512,
+    sample_new=256,
+    update_examples=8,
+    update_prompt=512,
+    update_response=512,
+    update_microbatch=2,
+    max_logits=2**30,
+)
 SHAPES = {
     "57m": CPU,
     "0.5b": Shape(896, 24, 14, 2, 4864, 151936, 64, **LARGE),
     "1.5b": Shape(1536, 28, 12, 2, 8960, 151936, 128, **LARGE),
-    "7b": Shape(3584, 28, 28, 4, 18944, 152064, 128, **LARGE),
+    "7b": Shape(3584, 28, 28, 4, 18944, 152064, 128, **{**LARGE, "update_microbatch": 1}, adapter_rank=64),
 }
-"""By name; the larger ones have the sizes of Qwen2's family and are for a GPU."""
+"""By name; the larger ones have the sizes of Qwen2's family and are for a GPU. All weights of the largest and their moments would take
+122 GB: its update trains adapters."""
 
 
 def smaller(shape: Shape) -> Shape:
@@ -97,7 +119,7 @@ def example_ids(shape: Shape) -> list[tuple[dict[str, list[int]], dict[str, list
 def needed_update_flops(shape: Shape) -> dict[str, float]:
     """Operations that one update needs by arithmetic, two a multiply-add: products with parameters, and attention to what is visible.
 
-    Forward and backward are three forward passes, the reference a fourth.
+    Forward and backward are three forward passes, the reference a fourth; of products with frozen weights forward and backward are two.
       shared:   each context's prompt once for its two responses; the tokens that response tokens are predicted from meet the vocabulary,
                 and of the others the last layer computes keys and values alone.
       releases: a row for each of the six log-probs, every token meets the vocabulary.
@@ -110,13 +132,16 @@ def needed_update_flops(shape: Shape) -> dict[str, float]:
     pairs_of_sources = 2 * (prompt + seen(response - 1, prompt))  # the prompt's last token, and all but the last of the response
     of_layer, keys_and_values = shape.layer_params / shape.num_layers, 2 * shape.width * shape.num_kv_heads * shape.head_size
     below_last = (shape.num_layers - 1) * of_layer + keys_and_values
-    shared = trees * (
-        (prompt + 2 * response) * below_last
-        + 2 * response * (of_layer - keys_and_values + shape.head_params)
-        + ((shape.num_layers - 1) * pairs + pairs_of_sources) * attended
-    )
-    releases = rows * (length * (shape.layer_params + shape.head_params) + seen(length) * shape.num_layers * attended)
-    return {"shared": 4 * 2.0 * shared, "releases": 4 * 2.0 * releases}
+    passes = 3 if shape.adapter_rank else 4
+    trained = 4 * shape.adapter_params / (passes * shape.layer_params)  # of a token's operations in a layer, beside the layer's own
+    products = (1 + trained) * ((prompt + 2 * response) * below_last + 2 * response * (of_layer - keys_and_values))
+    shared = products + 2 * response * shape.head_params
+    attention = ((shape.num_layers - 1) * pairs + pairs_of_sources) * attended
+    whole_rows = (1 + trained) * length * shape.layer_params + length * shape.head_params
+    return {
+        "shared": 2.0 * trees * (passes * shared + 4 * attention),
+        "releases": 2.0 * rows * (passes * whole_rows + 4 * seen(length) * shape.num_layers * attended),
+    }
 
 
 def needed_sample_bytes(shape: Shape) -> float:

@@ -20,10 +20,19 @@ class ModelConfig:
     """Hugging Face folder of another reference than the policy at the start of the round."""
     remat: bool = True
     """Recompute all of each layer in the backward pass, in least memory; false keeps what its products and attention give."""
+    layers: Literal["auto", "stacked", "apart"] = "auto"
+    """How programs read the layers: `apart` is faster and holds a copy of the weights in that order while it samples, scores and, without
+    `remat`, trains; `stacked` holds none but what another `compute_dtype` needs; `auto` is `stacked` on a TPU, `apart` elsewhere."""
     attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
     """Attention of whole sequences: `plain` runs anywhere, `cudnn` is for NVIDIA, `splash` for TPU; `auto` takes the platform's."""
+    max_logits: int = 2**25
+    """Logits that a device holds at once, 4 bytes each: response tokens meet the vocabulary in slices of about that many. Where all fit the
+    backward pass does not compute them anew."""
     matmul_precision: Optional[Literal["default", "high", "highest"]] = None
     """Exactness of matrix products; null is `highest` for float32 arithmetic and the platform's own for bfloat16."""
+
+    def __post_init__(self):
+        require(self.max_logits >= 1, "model.max_logits", self.max_logits, "1 or more")
 
 
 @dataclass(frozen=True)

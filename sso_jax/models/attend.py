@@ -135,7 +135,7 @@ def cudnn_attend(queries, keys, values, mask, implementation: str | None = "cudn
     flat = queries.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_size)  # [B, T, N, H]
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)  # [B, S, K, H]
     whole = jnp.broadcast_to(mask[:, None], (batch, 1, *mask.shape[1:]))  # [B, 1, T, S]
-    out = jax.nn.dot_product_attention(flat, keys, values, mask=whole, implementation=implementation)
+    out = jax.nn.dot_product_attention(flat, keys, values, mask=whole, is_causal=True, implementation=implementation)
     return out.reshape(batch, length, num_kv_heads, -1, head_size).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
 
 

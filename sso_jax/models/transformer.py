@@ -52,6 +52,10 @@ class Transformer(nn.Module):
     remat: bool = False
     attend: str = "plain"
     adapters: Adapters = Adapters()
+    max_logits: int = 2**25
+    """How many logits a device holds at once where log-probs are taken (`training.log_probs`)."""
+    laid: str = "auto"
+    """How programs have the layers: "stacked", "apart", or as `models.layout` finds faster."""
     stacked: bool = True
     """Whether the layers are one scanned layer, or each has parameters and a cache of its own (`models.layout`)."""
     outputs_first: bool = False

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from sso_jax.mesh import batch_sharding, batch_shards_in_context, gathered, replicated, spec
 from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask
 from sso_jax.models.layers import few_rows_product
-from sso_jax.models.layout import runs_apart, unstack
+from sso_jax.models.layout import on_cpu, runs_apart, unstack
 from sso_jax.models.transformer import Transformer, make_cache, project
 from sso_jax.sampling.strategies import Strategy, choose
 
@@ -50,7 +50,7 @@ class State(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters in the type of the arithmetic, and the head's matrix gathered, [V, D] where layers are not stacked."""
+    """Parameters in the type of the arithmetic, and the head's matrix gathered, [V, D] where output axes are the first ones."""
 
     params: dict
     head: Float[Array, "D V"] | Float[Array, "V D"]
@@ -65,14 +65,14 @@ def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "
 def to_weights(model: Transformer, params) -> Weights:
     """What prefill and decode multiply with, made once for both."""
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
-    params = params if model.stacked else unstack(params, turned=True)
+    params = params if model.stacked else unstack(params, model.outputs_first)
     head = gathered(model.apply({"params": params}, method="head_matrix"), "width", "vocab")
-    return Weights(params, head if model.stacked else head.T)
+    return Weights(params, head.T if model.outputs_first else head)
 
 
 def step_logits(model: Transformer, weights: Weights, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
     """Scores of each row's next token, float32."""
-    return (project if model.stacked else few_rows_product)(hidden, weights.head)
+    return (few_rows_product if model.outputs_first else project)(hidden, weights.head)
 
 
 def pick(logits: Float[Array, "B V"], state: State, prompts: Prompts, strategy: Strategy, stop_ids: Int[Array, "Z"]) -> State:
@@ -150,9 +150,10 @@ def generate(
 
 
 def as_decoded(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
-    """The decoder as it decodes fastest: with its layers apart where they run faster so, and kernels then turned for `few_rows_product`."""
-    apart = runs_apart(mesh)
-    return model.clone(stacked=not apart, outputs_first=apart)
+    """The decoder as it decodes fastest: with its layers apart where they run faster so; on a CPU kernels are then turned for
+    `few_rows_product`."""
+    apart = runs_apart(model, mesh)
+    return model.clone(stacked=not apart, outputs_first=apart and on_cpu(mesh))
 
 
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:

@@ -1,5 +1,6 @@
 """Logits [B, V] and one uniform number a row in, the next token of each row out. No sort; every setting is a traced value."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 128
 """Tokens whose masses are first summed up before one of them is drawn."""
+
+WAYS, NUM_LOOKS = 8, 11
+"""On an accelerator: parts into which a look at the vocabulary splits what bounds a threshold, and looks that leave one of 2^31 floats."""
 
 
 class Strategy(NamedTuple):
@@ -29,18 +33,27 @@ def make_strategy(temperature: float, top_p: float, top_k: int | None = None) ->
 def _largest_threshold(holds, low: Float[Array, "B"], high: Float[Array, "B"]) -> Float[Array, "B"]:
     """Largest float32 t in [low, high] for which `holds(t)`, true for small t and false for large; `low` where it never holds.
 
-    Floats of one sign are ordered as their bits, so that halvings of the bits, at most 31, find the threshold exactly.
+    Floats of one sign are ordered as their bits, so that a search among the bits finds the threshold exactly. A CPU, which pays for each
+    sum, halves them until all rows are done; an accelerator, which pays for each look at the vocabulary, and a GPU for each time the host
+    asks whether to go on, compares with several thresholds in one look, a fixed number of times.
     """
-    as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
-
-    def halve(bounds):
-        low, high = bounds
-        middle = low + (high - low + 1) // 2
-        true = holds(as_float(middle))
-        return jnp.where(true, middle, low), jnp.where(true, high, middle - 1)
-
     bits = tuple(jax.lax.bitcast_convert_type(bound, jnp.int32) for bound in (low, high))
-    return as_float(jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, bits)[0])
+    halve = lambda *bounds: jax.lax.while_loop(lambda b: jnp.any(b[0] < b[1]), partial(_narrowed, holds, 2), bounds)[0]  # noqa: E731
+    split = lambda *bounds: jax.lax.fori_loop(0, NUM_LOOKS, lambda _, b: _narrowed(holds, WAYS, b), bounds)[0]  # noqa: E731
+    return jax.lax.bitcast_convert_type(jax.lax.platform_dependent(*bits, cpu=halve, default=split), jnp.float32)
+
+
+def _narrowed(holds, ways: int, bounds: tuple[Int[Array, "B"], Int[Array, "B"]]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """The part of the bounds that holds the threshold, of `ways` nearly equal ones; as bits of floats."""
+    low, high = bounds
+    step = (high - low + ways - 1) // ways
+    tried = [jnp.minimum(low + part * step, high) for part in range(1, ways)]
+    found = [holds(jax.lax.bitcast_convert_type(bits, jnp.float32)) for bits in tried]
+    for bits, true in zip(tried, found, strict=True):  # ascending: the last true one bounds from below, the first false one from above
+        low = jnp.where(true, bits, low)
+    for bits, true in zip(reversed(tried), reversed(found), strict=True):
+        high = jnp.where(true, high, bits - 1)
+    return low, high
 
 
 def top_k_mask(probs: Float[Array, "B V"], top_k: Int[Array, ""]) -> Bool[Array, "B V"]:

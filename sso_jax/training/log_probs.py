@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sso_jax.mesh import batch_sharding, batch_shards_in_context, constrain, gathered, replicated, vocab_shards_in_context
+from sso_jax.mesh import batch_sharding, batch_shards_in_context, compiler_options, constrain, gathered, replicated, vocab_shards_in_context
 from sso_jax.mesh import param_shardings as shardings_on
 from sso_jax.models.attention import tree_mask
 from sso_jax.models.layers import turned_product
-from sso_jax.models.layout import as_they_lie, build_unstack, runs_apart
+from sso_jax.models.layout import as_they_lie, build_lay_out, runs_apart
 from sso_jax.models.transformer import Transformer, abstract_params, project
 from sso_jax.training.batches import Rows
 
-MAX_LOGITS = 2**25
-"""Logits that a device holds at once; all response tokens meet the vocabulary in slices of about that many."""
 LANES = 128
 """Slices of so many entries or more are multiples of it, as TPUs lay out an array's last axis."""
 
@@ -192,7 +190,7 @@ def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M
     head = model.apply({"params": params}, method="head_matrix")
     num_rows, num_targets = rows.target.shape
     tokens_of_device = -(-num_rows // batch_shards_in_context()) * num_targets
-    log_probs = token_log_probs(head, hidden, rows.target, max(1, MAX_LOGITS // tokens_of_device))
+    log_probs = token_log_probs(head, hidden, rows.target, max(1, model.max_logits // tokens_of_device))
     sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
     return sums[:num_cells]
 
@@ -208,13 +206,13 @@ class Score(NamedTuple):
 
 def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Score:
     """Programs that score rows under the model, by layers apart where they run faster so."""
-    lay_out, laid_out = (lambda params: params), param_shardings
-    if runs_apart(mesh):
-        laid_out = shardings_on(abstract_params(model.clone(stacked=False)), mesh)
-        lay_out = build_unstack(laid_out)
+    apart = runs_apart(model, mesh)
+    laid_out = shardings_on(abstract_params(model.clone(stacked=not apart)), mesh)
+    lay_out = build_lay_out(model, mesh, apart)
 
     def score_batch(params, rows: Rows, num_cells: int):
         return cell_log_probs(model, params, rows, num_cells)
 
-    shardings = (laid_out, batch_sharding(mesh))
-    return Score(lay_out, jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=replicated(mesh)))
+    shardings, whole = (laid_out, batch_sharding(mesh)), replicated(mesh)
+    options = compiler_options(mesh)
+    return Score(lay_out, jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=whole, compiler_options=options))

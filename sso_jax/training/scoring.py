@@ -46,11 +46,18 @@ def score_examples(
     num_cells, params = batch_size * len(cells), score.lay_out(params)
     sums: list[list[float]] = []
     with progress_bar(stage, len(items), "example") as bar:
-        for start, trees in zip(range(0, len(items), batch_size), batches, strict=True):
+
+        def take(values: jax.Array) -> None:
+            count = min(batch_size, len(items) - len(sums))
+            sums.extend(jax.device_get(values).reshape(batch_size, len(cells))[:count].tolist())
+            bar.update(count)
+
+        running = None
+        for trees in batches:  # the device works on the next one while the host takes what the one before it gave
             with jax.set_mesh(mesh):
                 rows = place(pack(trees, shape, num_cells), batch_sharding(mesh))
-                values = jax.device_get(score.log_probs(params, rows, num_cells)).reshape(batch_size, len(cells))
-            count = min(batch_size, len(items) - start)
-            sums.extend(values[:count].tolist())
-            bar.update(count)
+                running, before = score.log_probs(params, rows, num_cells), running
+            if before is not None:
+                take(before)
+        take(running)
     return sums

@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from sso_jax.mesh import place, replicated, spec
+from sso_jax.mesh import compiler_options, place, replicated, spec
 from sso_jax.models.adapters import join, split_trainable
-from sso_jax.models.layout import stack, unstack
+from sso_jax.models.layout import AS_STORED, Layout
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
 from sso_jax.training.log_probs import cell_log_probs
@@ -153,7 +153,7 @@ def build_update(
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
     batch: NamedTuple,
-    apart: bool = False,
+    layout: Layout = AS_STORED,
 ) -> Callable[[TrainState, NamedTuple, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state's memory is given to the new.
 
@@ -161,9 +161,8 @@ def build_update(
     The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32 before the one update.
     Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
 
-    With `apart` (`trains_apart`) the losses are given parameters whose layers are apart; those of the state stay stacked.
+    The losses are given the parameters by `layout` (`training_layout`), once for all microbatches; those of the state stay as they are.
     """
-    lay_out, lay_back = (unstack, stack) if apart else (lambda params: params,) * 2
 
     def weighted(params, frozen, micro):
         losses, metrics = example_losses(join(params, frozen), micro)
@@ -176,7 +175,7 @@ def build_update(
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), means
 
     def update_batch(state: TrainState, batch: NamedTuple, rate):
-        of_micro = partial(gradient_of, lay_out(state.params), lay_out(state.frozen))
+        of_micro = partial(gradient_of, layout.lay_out(state.params), layout.lay_out(state.frozen))
         first = jax.tree.map(lambda part: part[0], batch)
         if batch.weights.shape[0] == 1:  # nothing to add up, and no second gradient in memory
             gradient, means = of_micro(first)
@@ -184,7 +183,7 @@ def build_update(
             zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(of_micro, first))
             add = lambda total, micro: (jax.tree.map(jnp.add, total, of_micro(micro)), None)  # noqa: E731
             (gradient, means), _ = jax.lax.scan(add, zeros, batch)
-        gradient = lay_back(gradient)
+        gradient = layout.lay_back(gradient)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, optax.tree.scale(rate, changes))
         metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": rate}
@@ -195,4 +194,5 @@ def build_update(
         donate_argnums=0,
         in_shardings=(shardings, batch_shardings(batch, mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
+        compiler_options=compiler_options(mesh),
     )
