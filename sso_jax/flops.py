@@ -1,4 +1,4 @@
-"""A traced program in, its floating-point operations out: matrix products only, counted before compilation.
+"""A traced program in, its floating-point operations out: matrix products alone, counted before compilation.
 
 XLA's own `cost_analysis` counts the body of a loop once; here a scan counts its length, and a while loop the trips that the caller names.
 """
@@ -28,6 +28,8 @@ def _of_equation(equation, while_trips: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
+    if name.startswith("dot_product_attention_"):
+        return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
         return max(_count(branch.jaxpr, while_trips) for branch in params["branches"])
     inner = sum(_count(_open(value), while_trips) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr))
@@ -49,6 +51,12 @@ def _repeats(name: str, params: dict, while_trips: int) -> int:
 
 def _open(program: ClosedJaxpr | Jaxpr) -> Jaxpr:
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def _of_cudnn(equation, num_products: int) -> int:
+    """cuDNN's attention, which skips the half of each product that is above the diagonal: queries [B, T, N, H], keys [B, S, K, H]."""
+    (batch, length, num_heads, head_size), (_, num_keys, _, _) = (operand.aval.shape for operand in equation.invars[:2])
+    return num_products * batch * num_heads * length * num_keys * head_size
 
 
 def _of_product(equation) -> int:

@@ -1,10 +1,12 @@
 """Operations counted from the program: products, loops, branches and the passes of a gradient, each against arithmetic."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 from toys import toy_model, toy_params
 
-from sso_jax.flops import count_flops
+from sso_jax.flops import _of_equation, count_flops
 from sso_jax.models.attention import causal_mask
 
 A, B = jnp.zeros((4, 8)), jnp.zeros((8, 16))
@@ -53,3 +55,11 @@ def test_a_decoder_counts_what_its_sizes_say(one_device):
     attention = 2 * heads * length  # a token meets every key, then every value
     expected = 2 * 2 * length * (a.num_layers * (matrices + attention) + a.width * a.vocab_size)
     assert count(run, params) == expected
+
+
+def test_cudnn_attention_counts_half_of_each_square():
+    """Two products forward and five backward, each over 3 x 4 pairs of tokens of 2 rows and 6 heads, 8 wide, half of two operations each."""
+    operands = [SimpleNamespace(aval=jnp.zeros(shape)) for shape in ((2, 3, 6, 8), (2, 4, 2, 8), (2, 4, 2, 8))]
+    for name, products in (("dot_product_attention_fwd_wrapper", 2), ("dot_product_attention_bwd_wrapper", 5)):
+        equation = SimpleNamespace(primitive=SimpleNamespace(name=name), params={}, invars=operands)
+        assert _of_equation(equation, 1) == products * (2 * 6 * 3 * 4 * 8)

@@ -21,6 +21,7 @@ from benchmarks.speed.timing import READY, TURNS_VARIABLE
 from sso_jax.host_memory import use_huge_pages
 
 PEERS = ("transformers", "tunix")
+WORK = ["sample", "update"]
 DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
 
 
@@ -28,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu", help="default: %(default)s")
     parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, help="default: 57m on a CPU; 0.5b 1.5b 7b on a GPU")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="what to time (default: %(default)s)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="whom to time beside this project (default: nobody)")
     parser.add_argument("--tunix_python", default=sys.executable, help="Python that has google-tunix (default: this one)")
     parser.add_argument("--repeats", type=int, default=5, help="calls that are timed (default: %(default)s)")
@@ -37,8 +39,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
 
-
-WORK = ("sample", "update")
 
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
 """What errors say where an accelerator's memory is too small: the other cells are measured all the same."""
@@ -118,7 +118,7 @@ def in_turns(commands: dict[str, list[str]]) -> dict[str, dict]:
 def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
     """The figures of all cells on one shape; those of a peer have the seconds that this project took beside it."""
     cells = in_turns({"machine": command("machine", name, options)})
-    for what in WORK:
+    for what in options.work:
         ours, together, peers = f"ours/{what}", [], {}
         for peer in options.peers or [None]:
             names = [ours] if peer is None else [ours, f"{peer}/{what}"]

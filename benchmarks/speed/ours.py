@@ -163,9 +163,9 @@ def traced(parts: Updating) -> dict:
     trees = [tree for e, item in enumerate(parts.items) for tree in steered_trees(*item, parts.cells, e * len(parts.cells))]
     rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh)), num_cells)
     with jax.set_mesh(parts.mesh):
-        updated = jax.make_jaxpr(parts.update)(parts.shapes, batch, RATE)
+        updated = parts.update.trace(parts.shapes, batch, RATE).jaxpr
         params = jax.eval_shape(parts.score.lay_out, parts.shapes.whole_params())
-        scored = jax.make_jaxpr(parts.score.log_probs, static_argnums=2)(params, rows, num_cells)
+        scored = parts.score.log_probs.trace(params, rows, num_cells).jaxpr
     return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
 
 
