@@ -58,7 +58,7 @@ def test_a_decoder_counts_what_its_sizes_say(one_device):
 
 
 def test_cudnn_attention_counts_half_of_each_square():
-    """Two products forward and five backward, each over 3 x 4 pairs of tokens of 2 rows and 6 heads, 8 wide, half of two operations each."""
+    """Two products forward and five backward, each over 3 x 4 pairs of tokens of 2 rows and 6 heads, 8 wide, half of two operations."""
     operands = [SimpleNamespace(aval=jnp.zeros(shape)) for shape in ((2, 3, 6, 8), (2, 4, 2, 8), (2, 4, 2, 8))]
     for name, products in (("dot_product_attention_fwd_wrapper", 2), ("dot_product_attention_bwd_wrapper", 5)):
         equation = SimpleNamespace(primitive=SimpleNamespace(name=name), params={}, invars=operands)
