@@ -1,6 +1,7 @@
 """Layers in stacks and apart: the same parameters, log-probs and gradients; what is shared by all layers is computed once."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from toys import ARCHITECTURE, toy_model, toy_params
 
-from sso_jax.mesh import param_shardings
+from sso_jax.mesh import compiler_options, param_shardings
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.layers import Adapters
-from sso_jax.models.layout import as_they_lie, stack, trains_apart, unstack
+from sso_jax.models.layout import as_they_lie, build_lay_out, laid_out, runs_apart, stack, trains_apart, unstack
 from sso_jax.models.transformer import abstract_params
+from sso_jax.sampling.decode import as_decoded
 from sso_jax.training.batches import Branch, Tree, pack, row_shape
 from sso_jax.training.log_probs import build_score, cell_log_probs
 
@@ -81,10 +83,44 @@ def test_scoring_takes_layers_apart_once_and_gives_the_plain_log_probs(one_devic
         np.testing.assert_allclose(got, cell_log_probs(model, toy_params(model, one_device), rows, 5), rtol=1e-5)
 
 
-def test_layers_train_apart_on_a_cpu_unless_they_are_to_be_computed_anew(one_device):
+def test_layers_lie_apart_where_that_is_faster_or_asked_for(one_device):
     assert trains_apart(toy_model(), one_device)
     assert not trains_apart(toy_model().clone(remat=True), one_device)
     assert not trains_apart(toy_model().clone(laid="stacked"), one_device)
+    platforms = {"cpu": (True, True), "gpu": (True, False), "tpu": (False, False)}
+    for name, expected in platforms.items():
+        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=name)], object))
+        decoder = as_decoded(toy_model(), mesh)
+        assert (not decoder.stacked, decoder.outputs_first) == (runs_apart(toy_model(), mesh), expected[1]) == expected
+        assert bool(compiler_options(mesh)) is (name == "gpu")
+
+
+def test_weights_are_converted_once_and_gradients_are_those_of_the_stored_ones(one_device, rows):
+    """Each projection converts what is float32 and rounds its gradient to bfloat16; converted before, the same numbers come out."""
+    model = toy_model().clone(dtype=jnp.bfloat16)
+    params = {**toy_params(model, one_device, scale=3.0), "another": {"weight": jnp.ones(3)}}
+    given = laid_out(model, params, apart=False)
+    assert {leaf.dtype for path, leaf in flatten_dict(given).items() if path[0] != "another"} == {jnp.dtype("bfloat16")}
+    assert given["another"]["weight"].dtype == jnp.float32
+
+    def loss(params):
+        return jnp.sum(cell_log_probs(model, params, rows, 5) * np.array([1.0, -2.0, 3.0, 0.5, -1.0], np.float32))
+
+    (expected, d_stored), (got, d_given) = (jax.jit(jax.value_and_grad(loss))(own) for own in (params, given))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    d_stored, d_given = flatten_dict(d_stored), flatten_dict(d_given)
+    for path, leaf in d_stored.items():
+        np.testing.assert_allclose(np.asarray(d_given[path], np.float32), leaf, atol=2**-8 * np.abs(leaf).max(), err_msg=str(path))
+
+
+def test_laying_out_passes_on_what_stays_as_it_is(one_device):
+    model = toy_model()
+    params = toy_params(model, one_device)
+    stacked, apart = (build_lay_out(model, one_device, apart)(params) for apart in (False, True))
+    assert stacked["layers"]["unit"]["up"]["kernel"] is params["layers"]["unit"]["up"]["kernel"]
+    assert apart["embedding"] is params["embedding"] and "layers_2" in apart
+    halved = build_lay_out(model.clone(dtype=jnp.bfloat16), one_device, True)(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(halved)} == {jnp.dtype("bfloat16")}
 
 
 def count_sines(model, params) -> int:

@@ -1,5 +1,7 @@
 """Choosing a token without a sort, against NumPy with one."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sso_jax.sampling.strategies import choose, make_strategy, top_k_mask, top_p_mask
+from sso_jax.sampling.strategies import NUM_LOOKS, WAYS, _narrowed, choose, make_strategy, top_k_mask, top_p_mask
 
 
 def sorted_nucleus(probs, top_p):
@@ -28,6 +30,34 @@ def test_nucleus_equals_the_sorted_one(top_p):
         found = set(np.flatnonzero(mask).tolist())
         # a float32 sum may reach top_p one token earlier or later where the mass lands on it to the last bit
         assert found == expected or (len(found ^ expected) == 1 and abs(row[list(expected)].sum() - top_p) < 1e-6)
+
+
+@pytest.mark.parametrize("ways", [2, WAYS])
+def test_a_threshold_is_found_exactly_by_halves_and_by_several_at_a_look(ways):
+    """The largest threshold that keeps a mass is the least probability kept, to the last bit; here by NumPy's sort."""
+    probs = np.random.default_rng(5).dirichlet(np.full(300, 0.3), size=40).astype(np.float32)
+    order = -np.sort(-probs, axis=-1)
+    mass = np.cumsum(order, axis=-1)
+    wanted = np.float32(0.6) * mass[:, -1]
+    expected = np.take_along_axis(order, (mass >= wanted[:, None]).argmax(-1)[:, None], axis=-1)[:, 0]
+    holds = lambda t: jnp.sum(jnp.where(probs >= t[:, None], probs, 0.0), axis=-1) >= wanted  # noqa: E731
+    bounds = tuple(jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32) for x in (np.zeros(40), np.ones(40)))
+    for _ in range(31 if ways == 2 else NUM_LOOKS):
+        bounds = jax.jit(partial(_narrowed, holds, ways))(bounds)
+    np.testing.assert_array_equal(*bounds)
+    close = np.abs(mass - wanted[:, None]).min(-1) < 1e-6  # where rounding may move the edge by a token
+    found = np.asarray(jax.lax.bitcast_convert_type(bounds[0], jnp.float32))
+    np.testing.assert_array_equal(found[~close], expected[~close])
+    assert close.sum() < 5
+
+
+def test_looks_are_enough_for_all_floats_of_one_sign():
+    """Each leaves at most an eighth of what bounds the threshold, rounded up: 2^31 of them after ten are 2, after eleven one."""
+    low, high = jnp.zeros(3, jnp.int32), jnp.full(3, 0x7F7FFFFF, jnp.int32)
+    target = jnp.array([0, 12345678, 0x7F7FFFFF], jnp.int32)
+    for _ in range(NUM_LOOKS):
+        low, high = _narrowed(lambda t: jax.lax.bitcast_convert_type(t, jnp.int32) <= target, WAYS, (low, high))
+    assert low.tolist() == high.tolist() == target.tolist()
 
 
 def test_top_p_of_one_keeps_every_token():
