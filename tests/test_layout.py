@@ -87,12 +87,14 @@ def test_layers_lie_apart_where_that_is_faster_or_asked_for(one_device):
     assert trains_apart(toy_model(), one_device)
     assert not trains_apart(toy_model().clone(remat=True), one_device)
     assert not trains_apart(toy_model().clone(laid="stacked"), one_device)
-    platforms = {"cpu": (True, True), "gpu": (True, False), "tpu": (False, False)}
-    for name, expected in platforms.items():
-        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=name)], object))
+    cases = {("cpu", 8): (True, True, True), ("gpu", 1): (True, False, True), ("gpu", 8): (True, False, False), ("tpu", 1): (False,) * 3}
+    for (name, size), expected in cases.items():
+        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=name)] * size, object), size=size)
         decoder = as_decoded(toy_model(), mesh)
-        assert (not decoder.stacked, decoder.outputs_first) == (runs_apart(toy_model(), mesh), expected[1]) == expected
+        assert (not decoder.stacked, decoder.outputs_first, runs_apart(toy_model(), mesh)) == expected
         assert bool(compiler_options(mesh)) is (name == "gpu")
+        asked = {laid: runs_apart(toy_model().clone(laid=laid), mesh) for laid in ("stacked", "apart")}
+        assert asked == {"stacked": False, "apart": True}
 
 
 def test_weights_are_converted_once_and_gradients_are_those_of_the_stored_ones(one_device, rows):

@@ -22,7 +22,8 @@ class ModelConfig:
     """Recompute all of each layer in the backward pass, in least memory; false keeps what its products and attention give."""
     layers: Literal["auto", "stacked", "apart"] = "auto"
     """How programs read the layers: `apart` is faster and holds a copy of the weights in that order while it samples, scores and, without
-    `remat`, trains; `stacked` holds none but what another `compute_dtype` needs; `auto` is `stacked` on a TPU, `apart` elsewhere."""
+    `remat`, trains; `stacked` holds none but what another `compute_dtype` needs; `auto` is `stacked` on TPUs, and on several GPUs but for
+    sampling, and `apart` elsewhere."""
     attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
     """Attention of whole sequences: `plain` runs anywhere, `cudnn` is for NVIDIA, `splash` for TPU; `auto` takes the platform's."""
     max_logits: int = 2**25

@@ -22,13 +22,18 @@ def on_cpu(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def runs_apart(model: Transformer, mesh: jax.sharding.Mesh) -> bool:
-    """Whether layers run apart: by `laid`, or else where that is faster.
+def decodes_apart(model: Transformer, mesh: jax.sharding.Mesh) -> bool:
+    """Whether decoding has the layers apart: by `laid`, or else where that is faster.
 
     That is on a CPU and on a GPU, where a scan copies weights, caches and activations out of stacks and into them. On a TPU they stay one
     scanned layer, which compiles in the same time at any depth.
     """
     return mesh.devices.flat[0].platform != "tpu" if model.laid == "auto" else model.laid == "apart"
+
+
+def runs_apart(model: Transformer, mesh: jax.sharding.Mesh) -> bool:
+    """As `decodes_apart`, for scoring and the update, which for several GPUs compile for minutes then: there by `laid` alone."""
+    return decodes_apart(model, mesh) and (model.laid == "apart" or on_cpu(mesh) or mesh.size == 1)
 
 
 def trains_apart(model: Transformer, mesh: jax.sharding.Mesh) -> bool:

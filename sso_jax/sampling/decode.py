@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from sso_jax.mesh import batch_sharding, batch_shards_in_context, gathered, replicated, spec
 from sso_jax.models.attention import CACHE_AXES, Cache, causal_mask
 from sso_jax.models.layers import few_rows_product
-from sso_jax.models.layout import on_cpu, runs_apart, unstack
+from sso_jax.models.layout import decodes_apart, on_cpu, unstack
 from sso_jax.models.transformer import Transformer, make_cache, project
 from sso_jax.sampling.strategies import Strategy, choose
 
@@ -152,7 +152,7 @@ def generate(
 def as_decoded(model: Transformer, mesh: jax.sharding.Mesh) -> Transformer:
     """The decoder as it decodes fastest: with its layers apart where they run faster so; on a CPU kernels are then turned for
     `few_rows_product`."""
-    apart = runs_apart(model, mesh)
+    apart = decodes_apart(model, mesh)
     return model.clone(stacked=not apart, outputs_first=apart and on_cpu(mesh))
 
 
