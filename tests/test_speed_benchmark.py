@@ -7,6 +7,7 @@ import jax
 import pytest
 from flax import linen as nn
 
+from benchmarks.speed import __main__ as main
 from benchmarks.speed import shapes
 from benchmarks.speed.__main__ import figures, in_turns
 from benchmarks.speed.ours import make_model, make_updating, traced
@@ -61,6 +62,18 @@ def test_figures_are_medians_ratios_and_fractions_of_the_bound():
     weights, tokens = 4 * (shapes.CPU.layer_params + shapes.CPU.head_params), 63 * (129 + 191) // 2
     assert made["decode_bytes_s"] == (63 * weights + 16 * tokens * 2 * 8 * 2 * 64 * 4) / 1.0
     assert made["compile_s"] == 8.0 + 5.0 and made["peak_bytes"] == 100
+
+
+def test_a_cell_that_runs_out_of_memory_is_reported_and_the_others_are_measured(monkeypatch, capsys):
+    of = {"machine": {"flops": 3e11, "read_bytes": 2e10, "copy_bytes": 2e10}, "ours/update": {"out_of_memory": True, "host_peak_bytes": 1}}
+    of["transformers/update"] = {"first": 9.0, "seconds": [4.0], "host_peak_bytes": 100}
+    monkeypatch.setattr(main, "in_turns", lambda commands: {cell: dict(of[cell]) for cell in commands})
+    options = argparse.Namespace(tiny=False, work=["update"], peers=["transformers"], tunix_python="", repeats=1, profile=None)
+    made = figures("57m", main.measure("57m", options), options)
+    assert made["out_of_memory"] == ["ours/update"] and list(made["rows"]) == ["transformers/update"]
+    assert made["rows"]["transformers/update"]["ours_over_it"] == 1.0 and "sso_examples_s" not in made
+    main.show(made)
+    assert "| ours/update | out of memory |" in capsys.readouterr().out
 
 
 def test_cells_take_turns_call_by_call(tmp_path):

@@ -125,8 +125,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
             print(f"{' and '.join(names)} on {name} ...", file=sys.stderr, flush=True)
             found = in_turns({cell: command(cell, name, options) for cell in names})
             together.append(found.pop(ours))
-            peers |= {cell: {**result, "beside": together[-1]["seconds"]} for cell, result in found.items()}
-        cells |= {ours: {**together[0], "seconds": [second for one in together for second in one["seconds"]]}, **peers}
+            peers |= {cell: {**result, "beside": together[-1].get("seconds", [])} for cell, result in found.items()}
+        cells |= {ours: {**together[0], "seconds": [second for one in together for second in one.get("seconds", [])]}, **peers}
     return cells
 
 
@@ -155,7 +155,7 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        alone = cell.startswith("ours/") or "beside" not in cells[cell]
+        alone = cell.startswith("ours/") or not cells[cell]["beside"]  # where this project ran out of memory
         row["ours_over_it"] = 1.0 if alone else row["seconds"] / statistics.median(cells[cell]["beside"])
     made = {
         "shape": name,
