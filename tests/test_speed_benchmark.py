@@ -1,6 +1,7 @@
 """benchmarks.speed: its arithmetic held to hand counts, the traced update held to its arithmetic, and what it makes of measurements."""
 
 import argparse
+import dataclasses
 import sys
 
 import jax
@@ -35,6 +36,18 @@ def test_needed_operations_are_the_hand_count():
     assert needed["shared"] == 8 * (products + attention)
     assert needed["releases"] == 8 * (9216 * (8 * layer + head) + 24 * (384 * 385 // 2) * 8 * 2 * 512)
     assert round(8 * products / 1e12, 2) == 1.52 and round(8 * 9216 * (8 * layer + head) / 1e12, 2) == 2.99
+
+
+def test_frozen_weights_need_three_passes_and_their_adapters_four():
+    """Of rank 4: two projections of 512 to 512, two of 512 to 128, three of 512 and 1536, each with a matrix at both ends."""
+    adapted = dataclasses.replace(shapes.CPU, adapter_rank=4)
+    layer, keys_and_values, head = 512 * (2 * 512 + 2 * 128) + 3 * 512 * 1536, 2 * 512 * 128, 512 * 32000
+    of_adapters, of_their_keys_and_values = 4 * (2 * 1024 + 2 * 640 + 3 * 2048), 4 * 2 * 640
+    frozen = 6144 * (7 * layer + keys_and_values) + 3072 * (layer - keys_and_values + head)
+    trained = 6144 * (7 * of_adapters + of_their_keys_and_values) + 3072 * (of_adapters - of_their_keys_and_values)
+    expected = shapes.needed_update_flops(shapes.CPU)["shared"] - 2 * frozen + 8 * trained  # of four passes, two operations each, one less
+    assert shapes.needed_update_flops(adapted)["shared"] == expected
+    assert adapted.adapter_params == 8 * of_adapters
 
 
 def test_the_traced_update_runs_little_more_than_it_must():

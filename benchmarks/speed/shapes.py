@@ -131,16 +131,24 @@ def needed_update_flops(shape: Shape) -> dict[str, float]:
     pairs = seen(prompt) + 2 * seen(response, prompt)
     pairs_of_sources = 2 * (prompt + seen(response - 1, prompt))  # the prompt's last token, and all but the last of the response
     of_layer, keys_and_values = shape.layer_params / shape.num_layers, 2 * shape.width * shape.num_kv_heads * shape.head_size
-    below_last = (shape.num_layers - 1) * of_layer + keys_and_values
     passes = 3 if shape.adapter_rank else 4
-    trained = 4 * shape.adapter_params / (passes * shape.layer_params)  # of a token's operations in a layer, beside the layer's own
-    products = (1 + trained) * ((prompt + 2 * response) * below_last + 2 * response * (of_layer - keys_and_values))
-    shared = products + 2 * response * shape.head_params
+    of_adapters, of_their_keys_and_values = (
+        shape.adapter_params / shape.num_layers,
+        2 * shape.adapter_rank * (shape.width + shape.num_kv_heads * shape.head_size),
+    )
+
+    def met(of_layer: float, keys_and_values: float) -> float:
+        """Entries of layers times the tokens of a tree that meet them."""
+        below_last = (shape.num_layers - 1) * of_layer + keys_and_values
+        return (prompt + 2 * response) * below_last + 2 * response * (of_layer - keys_and_values)
+
+    products = met(of_layer, keys_and_values) + 2 * response * shape.head_params
     attention = ((shape.num_layers - 1) * pairs + pairs_of_sources) * attended
-    whole_rows = (1 + trained) * length * shape.layer_params + length * shape.head_params
+    shared = passes * products + 4 * (met(of_adapters, of_their_keys_and_values) + attention)
+    whole_rows = passes * length * (shape.layer_params + shape.head_params) + 4 * length * shape.adapter_params
     return {
-        "shared": 2.0 * trees * (passes * shared + 4 * attention),
-        "releases": 2.0 * rows * (passes * whole_rows + 4 * seen(length) * shape.num_layers * attended),
+        "shared": 2.0 * trees * shared,
+        "releases": 2.0 * rows * (whole_rows + 4 * seen(length) * shape.num_layers * attended),
     }
 
 
