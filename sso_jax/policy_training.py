@@ -142,7 +142,8 @@ def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[Rat
 
 def _shape(engine: Engine, config: Config, iteration: int, micros: list[list[Tree]], earlier: RowShape | None) -> RowShape:
     """Shape of the rows of a round's microbatches, where it can be that of the `earlier` round."""
-    return lasting_row_shape(micros, num_batch_shards(engine.mesh), earlier, is_last=iteration == config.run.iterations)
+    is_last = iteration == config.run.iterations
+    return lasting_row_shape(micros, num_batch_shards(engine.mesh), earlier, is_last, engine.model.by_sequence)
 
 
 def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], int, int]:

@@ -32,7 +32,7 @@ from sso_jax.reward_model import as_reward_model
 from sso_jax.sampling.decode import Prompts, State, as_decoded, build_parts, state_shardings
 from sso_jax.sampling.slots import roomy
 from sso_jax.sampling.strategies import make_strategy
-from sso_jax.training.batches import Branch, Example, Tree, micro_trees, pack, preference_batch, row_shape, supervised_batch
+from sso_jax.training.batches import Branch, Example, RowShape, Tree, micro_trees, pack, preference_batch, row_shape, supervised_batch
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.rewards import Rated, pair_trees, reward_batch, reward_losses
 from sso_jax.training.update import ExampleLosses, build_update, supervised_losses
@@ -240,6 +240,10 @@ def _objective(config: Config) -> Objective:
     return with_original(objective) if config.train.log_original else objective
 
 
+def _row_shape(plan: Plan, trees: list[Tree]) -> RowShape:
+    return row_shape([trees], num_batch_shards(plan.training.mesh), by_sequence=plan.model.by_sequence)
+
+
 def trace_scoring(plan: Plan) -> Traced:
     """Log-probs of one device step of examples by the reference."""
     objectives = generator.objectives(plan.config) if plan.config.recipe == "generator" else (_objective(plan.config),)
@@ -247,7 +251,7 @@ def trace_scoring(plan: Plan) -> Traced:
     count = microbatch_size(plan.config)
     trees = micro_trees(_examples(plan, count, cells), cells)
     num_cells = count * len(cells)
-    rows = pack(trees, row_shape([trees], num_batch_shards(plan.training.mesh)), num_cells)
+    rows = pack(trees, _row_shape(plan, trees), num_cells)
     score = build_score(plan.model, plan.training.mesh, plan.training.shardings)
     params = jax.eval_shape(score.lay_out, plan.params)
     return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells))
@@ -267,7 +271,7 @@ def trace_generator_update(plan: Plan) -> Traced:
 def _trace_preferences(plan: Plan, objective: Objective) -> Traced:
     train, micro, cells = plan.config.train, microbatch_size(plan.config), trained_cells(objective)
     examples = _examples(plan, train.batch_size, cells)
-    shape = row_shape([micro_trees(examples[:micro], cells)], num_batch_shards(plan.training.mesh))
+    shape = _row_shape(plan, micro_trees(examples[:micro], cells))
     batch = preference_batch(examples, cells, micro, train.batch_size // micro, shape)
     return _trace_update(plan, batch, losses_of(plan.model, objective))
 
@@ -276,7 +280,7 @@ def trace_supervised_update(plan: Plan) -> Traced:
     """One update of train.batch_size demonstrations."""
     train, micro = plan.config.train, microbatch_size(plan.config)
     trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * train.batch_size
-    shape = row_shape([trees[:micro]], num_batch_shards(plan.training.mesh))
+    shape = _row_shape(plan, trees[:micro])
     batch = supervised_batch(trees, micro, train.batch_size // micro, shape)
     return _trace_update(plan, batch, supervised_losses(plan.model))
 
@@ -288,7 +292,7 @@ def trace_reward_update(plan: Plan) -> Traced:
     boxed = abstract_params(model)
     plan = dataclasses.replace(plan, model=model, params=nn.unbox(boxed), training=Placement(mesh, param_shardings(boxed, mesh)))
     pairs = [Rated([0] * plan.prompt_tokens, *[[0] * plan.response_tokens] * 2)] * train.batch_size
-    shape = row_shape([pair_trees(pairs[:micro])], num_batch_shards(mesh))
+    shape = _row_shape(plan, pair_trees(pairs[:micro]))
     batch = reward_batch(pairs, micro, train.batch_size // micro, shape)
     return _trace_update(plan, batch, reward_losses(model, 0.0, 0.0, 0.0))
 

@@ -163,7 +163,7 @@ def _reference_log_probs(
     if not batches:
         return [], None
     earlier, is_last = run.earlier_shape(iteration, folder, "pairs"), iteration == config.run.iterations
-    shape = lasting_row_shape(batches, num_batch_shards(engine.mesh), earlier, is_last)
+    shape = lasting_row_shape(batches, num_batch_shards(engine.mesh), earlier, is_last, engine.model.by_sequence)
     return score_examples(engine.score, engine.mesh, reference, items, cells, micro, stage, shape), shape
 
 

@@ -10,8 +10,11 @@ from toys import toy_model, toy_params
 
 from sso_jax.models.attend import ATTEND, cudnn_attend, fastest, few_rows_step_attend, plain_attend, splash_attend, step_attend
 from sso_jax.models.attention import causal_mask, tree_mask
+from sso_jax.models.layers import at_tokens
 from sso_jax.models.layout import unstack
+from sso_jax.models.sequences import make_sequences
 from sso_jax.models.transformer import make_cache
+from sso_jax.training.batches import Branch, Tree, pack, row_shape
 
 
 def test_tree_mask_is_the_drawing_of_its_docstring():
@@ -190,6 +193,64 @@ def test_splash_attention_is_cut_over_the_mesh(packed_rows, eight_devices):
         got = jax.jit(lambda *inputs: splash_attend(*inputs, mask, interpret=True))(*inputs)
     expected = plain_attend(*inputs, mask)
     np.testing.assert_allclose(got * real[:, None, None, :, None], expected * real[:, None, None, :, None], atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def rows_with_sequences():
+    """Rows of trees with one to three responses each, as arrays."""
+    draw = np.random.default_rng(6)
+    ids = lambda low, high: [1] * int(draw.integers(low, high))  # noqa: E731
+    trees = [Tree(ids(1, 15), [Branch(ids(1, 12), 0) for _ in range(1 + i % 3)]) for i in range(9)]
+    return jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], 2, by_sequence=True), 1))
+
+
+def _random_heads(rows, num_queries, seed=7):
+    draw = np.random.default_rng(seed)
+    normal = lambda *sizes: jnp.asarray(draw.normal(size=(rows.tokens.shape[0], *sizes, 16)), "float32")  # noqa: E731
+    return normal(2, 3, num_queries), normal(2, rows.tokens.shape[1]), normal(2, rows.tokens.shape[1])
+
+
+def test_attention_by_sequences_equals_that_by_the_mask_with_its_gradients(rows_with_sequences):
+    rows = rows_with_sequences
+    assert rows.sequences.shape[1] > 3  # several trees a row
+    inputs, mask = _random_heads(rows, rows.tokens.shape[1]), tree_mask(rows.tree, rows.branch)
+    sequences = make_sequences(rows.sequences, rows.positions)
+    by_sequence = lambda *a: cudnn_attend(*a, sequences, implementation="xla")  # noqa: E731
+    got, expected = (_value_and_gradients(attend, inputs, mask, np.asarray(rows.tree) > 0) for attend in (by_sequence, plain_attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_attention_by_sequences_of_some_tokens_equals_that_by_the_mask_with_its_gradients(rows_with_sequences):
+    """The queries are those from which response tokens are predicted; the last of a prompt comes once for each of its responses."""
+    rows = rows_with_sequences
+    inputs, mask = _random_heads(rows, rows.source.shape[1]), at_tokens(tree_mask(rows.tree, rows.branch), rows.source)
+    sequences = make_sequences(rows.sequences, rows.positions, rows.place)
+    by_sequence = lambda *a: cudnn_attend(*a, sequences, implementation="xla")  # noqa: E731
+    plain = partial(plain_attend, ordered=False)
+    got, expected = (_value_and_gradients(attend, inputs, mask, np.asarray(rows.cell) == 0) for attend in (by_sequence, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_queries_of_no_sequence_find_nothing_and_leave_no_gradient(rows_with_sequences):
+    rows = rows_with_sequences
+    inputs, padding = _random_heads(rows, rows.tokens.shape[1]), np.asarray(rows.tree) == 0
+    assert padding.any()
+    sequences = make_sequences(rows.sequences, rows.positions)
+    attend = lambda *a: cudnn_attend(*a, None, sequences, implementation="xla")  # noqa: E731
+    gradients = jax.grad(lambda *a: jnp.sum(attend(*a) ** 2), argnums=(0, 1, 2))(*inputs)
+    for x in (attend(*inputs), *gradients):
+        entries = np.moveaxis(np.asarray(x), -2, 1)  # [B, T, ...]
+        assert np.isfinite(entries).all() and not entries[padding].any() and entries[~padding].any()
+
+
+def test_attention_by_sequences_is_cut_over_the_mesh(rows_with_sequences, eight_devices):
+    rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows_with_sequences)
+    inputs, mask, real = _random_heads(rows, rows.tokens.shape[1]), tree_mask(rows.tree, rows.branch), np.asarray(rows.tree) > 0
+    attend = lambda *a: cudnn_attend(*a, None, make_sequences(rows.sequences, rows.positions), implementation="xla")  # noqa: E731
+    with jax.set_mesh(eight_devices):
+        got = jax.jit(attend)(*inputs)
+    keep = real[:, None, None, :, None]
+    np.testing.assert_allclose(got * keep, plain_attend(*inputs, mask) * keep, atol=2e-5)
 
 
 def test_cudnn_attention_leaves_float32_to_the_plain_one(packed_rows):

@@ -1,5 +1,7 @@
 """Packed rows with shared prompts against plain rows, one response each: same log-probs, same gradients, no token lost."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ from toys import toy_model, toy_params
 
 from sso_jax.flops import count_flops
 from sso_jax.mesh import spec
+from sso_jax.models.attend import ATTEND, cudnn_attend
 from sso_jax.models.attention import causal_mask
+from sso_jax.models.layout import unstack
 from sso_jax.models.transformer import Transformer
-from sso_jax.training.batches import Branch, Rows, Tree, first_fit, lasting_row_shape, pack, row_shape, steered_trees
+from sso_jax.training.batches import Branch, Rows, RowShape, Tree, first_fit, lasting_row_shape, pack, row_shape, steered_trees
 from sso_jax.training.log_probs import cell_log_probs, token_log_probs
 
 
@@ -54,6 +58,30 @@ def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_
     ours, theirs = (jax.jit(jax.grad(lambda p, f=f: jnp.sum(weights * f(p))))(params) for f in (packed, plain))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one_device, stacked, monkeypatch):
+    """Layers apart run their last one for some tokens alone; cuDNN itself needs a GPU, the same call without it stands in."""
+    monkeypatch.setitem(ATTEND, "cudnn", partial(cudnn_attend, implementation="xla"))
+    model = toy_model(num_layers=2)
+    params = toy_params(model, one_device, scale=2.0)
+    params, model = params if stacked else unstack(params), model.clone(stacked=stacked)
+    trees = random_trees()
+    rows = jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], by_sequence=True), 40))
+    without = jax.tree.map(jnp.asarray, pack(trees, row_shape([trees]), 40))
+    assert rows.sequences.size and not without.sequences.size
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=40), jnp.float32)
+
+    def found(model, rows):
+        loss = lambda params: jnp.sum(weights * cell_log_probs(model, params, rows, 40))  # noqa: E731
+        return cell_log_probs(model, params, rows, 40), jax.jit(jax.grad(loss))(params)
+
+    fused = model.clone(attend="cudnn")
+    expected = found(model, rows)
+    for other in (found(fused, rows), found(fused, without)):
+        for a, b in zip(*map(jax.tree.leaves, (other, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_rematerialised_layers_give_the_same_gradients(one_device):
@@ -163,6 +191,45 @@ def test_first_fit_fills_bins_and_leaves_no_two_that_could_be_one(sizes):
     loads = [sum(sizes[i] for i in bin_) for bin_ in bins]
     assert all(load <= 20 for load in loads)
     assert all(a + b > 20 for n, a in enumerate(loads) for b in loads[n + 1 :])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 30))
+def test_sequences_are_each_response_behind_its_prompt(seed, num_trees):
+    trees = random_trees(seed, num_trees)
+    num_cells = sum(len(tree.branches) for tree in trees)
+    shape = row_shape([trees], by_sequence=True)
+    if not shape.num_sequences:  # they would be most of them padding
+        shape = shape._replace(num_sequences=num_cells, sequence_tokens=32)
+    rows = pack(trees, shape, num_cells)
+    found = [rows.tokens[row][own[own >= 0]].tolist() for row, of_row in enumerate(rows.sequences) for own in of_row if own[0] >= 0]
+    assert sorted(found) == sorted(tree.prompt_ids + branch.response_ids for tree in trees for branch in tree.branches)
+    for row, (places, sources, cells) in enumerate(zip(rows.place, rows.source, rows.cell, strict=True)):
+        used = cells < num_cells
+        columns = rows.sequences[row].reshape(-1)
+        assert (columns[places[used]] == sources[used]).all() and (places[~used] == columns.size).all()
+        assert len(set(places[used].tolist())) == used.sum()  # no two at one place
+        assert (rows.tokens[row][columns[places[used] + 1]] == rows.target[row][used]).all()
+
+
+def test_a_shape_has_sequences_where_they_would_not_be_most_of_them_padding():
+    tree = lambda prompt, *lengths: Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])  # noqa: E731
+    even = [tree(64, 32, 32) for _ in range(4)]  # a row of 128 tokens each, with two sequences of 96
+    assert row_shape([even], by_sequence=True) == RowShape(4, 128, 64, 2, 96)
+    assert row_shape([even]) == RowShape(4, 128, 64)
+    uneven = [tree(100, 28), *(tree(2, 1, 1, 1, 1) for _ in range(20))]  # 81 sequences in a row, one of them of 128 tokens
+    assert row_shape([uneven], by_sequence=True).num_sequences == 0
+
+
+def test_a_later_round_takes_another_shape_where_its_sequences_do_not_fit():
+    tree = lambda prompt, *lengths: Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])  # noqa: E731
+    first = [[tree(64, 32, 32)] * 4]
+    shape = lasting_row_shape(first, 1, None, is_last=True, by_sequence=True)
+    assert lasting_row_shape([[tree(60, 30, 30)] * 4], 1, shape, is_last=True, by_sequence=True) == shape
+    for later in ([tree(96, 32)] * 4, [tree(32, 32, 32, 32)] * 4):  # a longer one, and more of them
+        found = lasting_row_shape([later], 1, shape, is_last=True, by_sequence=True)
+        assert found != shape and found.num_sequences and pack(later, found, 1)
+        assert lasting_row_shape([later], 1, shape._replace(num_sequences=0, sequence_tokens=0), is_last=True).num_sequences == 0
 
 
 def test_trees_of_a_steered_example_share_each_prompt_once():

@@ -51,10 +51,11 @@ def test_a_threshold_is_found_exactly_by_halves_and_by_several_at_a_look(ways):
     assert close.sum() < 5
 
 
-def test_looks_are_enough_for_all_floats_of_one_sign():
-    """Each leaves at most an eighth of what bounds the threshold, rounded up: 2^31 of them after ten are 2, after eleven one."""
-    low, high = jnp.zeros(3, jnp.int32), jnp.full(3, 0x7F7FFFFF, jnp.int32)
-    target = jnp.array([0, 12345678, 0x7F7FFFFF], jnp.int32)
+def test_looks_are_enough_for_all_probabilities():
+    """Each leaves an eighth of what bounds the threshold, rounded up: of fewer than 2^30 floats up to 1 one is left after ten."""
+    most = 0x3F800001  # the float after 1, which a probability may be by rounding
+    low, high = jnp.zeros(3, jnp.int32), jnp.full(3, most, jnp.int32)
+    target = jnp.array([0, 12345678, most], jnp.int32)
     for _ in range(NUM_LOOKS):
         low, high = _narrowed(lambda t: jax.lax.bitcast_convert_type(t, jnp.int32) <= target, WAYS, (low, high))
     assert low.tolist() == high.tolist() == target.tolist()

@@ -142,7 +142,8 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
     def batch_of(sums: list[list[float]]) -> PreferenceBatch:
         examples = [Example(str(i), *item, log_probs) for i, (item, log_probs) in enumerate(zip(items, sums, strict=True))]
         micros = cut_microbatches(examples, shape.update_microbatch, len(items) // shape.update_microbatch)
-        rows = row_shape([micro_trees(micro, objective.cells) for micro in micros], num_batch_shards(mesh))
+        trees = [micro_trees(micro, objective.cells) for micro in micros]
+        rows = row_shape(trees, num_batch_shards(mesh), by_sequence=model.by_sequence)
         return preference_batch(examples, objective.cells, shape.update_microbatch, len(micros), rows)
 
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
@@ -161,7 +162,7 @@ def traced(parts: Updating) -> dict:
     batch = parts.batch_of(no_log_probs(parts.items, parts.cells))
     num_cells = len(parts.items) * len(parts.cells)
     trees = [tree for e, item in enumerate(parts.items) for tree in steered_trees(*item, parts.cells, e * len(parts.cells))]
-    rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh)), num_cells)
+    rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh), by_sequence=parts.model.by_sequence), num_cells)
     with jax.set_mesh(parts.mesh):
         updated = parts.update.trace(parts.shapes, batch, RATE).jaxpr
         params = jax.eval_shape(parts.score.lay_out, parts.shapes.whole_params())

@@ -13,6 +13,7 @@ from sso_jax.models.architecture import Architecture
 from sso_jax.models.attend import ATTEND, few_rows_step_attend, plain_attend, step_attend
 from sso_jax.models.kept import kept
 from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, at_tokens, projection_settings, rotate
+from sso_jax.models.sequences import Sequences
 
 
 class Cache(NamedTuple):
@@ -96,8 +97,9 @@ class Attention(nn.Module):
         layer: Int[Array, ""] | None,
         slot: Int[Array, ""],
         wanted: Int[Array, "B W"] | None = None,
+        sequences: Sequences | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | None]:
-        """Attended activations of the `wanted` tokens of each row, of all T where None."""
+        """Attended activations of the `wanted` tokens of each row, of all T where None; `sequences` have the queries of the same ones."""
         a = self.architecture
         by_head = lambda name, num_heads, axis, x: self._projection(name, num_heads, axis)(x).transpose(0, 2, 1, 3)  # noqa: E731
         queries = by_head("query", a.num_heads, "heads", at_tokens(x, wanted))  # [B, N, W, H]
@@ -123,6 +125,8 @@ class Attention(nn.Module):
             attend = few_rows_step_attend
         elif num_queries == 1:
             attend = step_attend
+        elif sequences is not None:
+            attend = partial(ATTEND[self.attend], sequences=sequences)
         elif wanted is not None:
             attend = partial(plain_attend, ordered=False)
         else:

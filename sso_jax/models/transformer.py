@@ -9,9 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture
+from sso_jax.models.attend import BY_SEQUENCE
 from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
 from sso_jax.models.kept import keep_marked, kept
 from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, at_tokens, projection_settings, rotation
+from sso_jax.models.sequences import make_sequences
 
 
 class Layer(nn.Module):
@@ -25,13 +27,13 @@ class Layer(nn.Module):
     outputs_first: bool
 
     @nn.compact
-    def __call__(self, carry, layer, turn, mask, slot, wanted=None):
+    def __call__(self, carry, layer, turn, mask, slot, sequences=None, wanted=None):
         x, cache = carry
         x = constrain(x, "batch", None, None)
         settings = projection_settings(self)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
         attended, cache = Attention(self.architecture, **settings, attend=self.attend, name="attention")(
-            normed, turn, mask, cache, layer, slot, wanted
+            normed, turn, mask, cache, layer, slot, wanted, sequences
         )
         x = kept(at_tokens(x, wanted) + attended)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
@@ -73,12 +75,17 @@ class Transformer(nn.Module):
             head = nn.with_logical_partitioning(init, ("width", "vocab"))
             self.head = self.param("head", head, (a.width, a.vocab_size), self.param_dtype)
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether the attention of whole sequences takes packed rows as sequences, see `__call__`."""
+        return self.attend in BY_SEQUENCE
+
     def _scanned(self) -> type[nn.Module]:
         return nn.scan(
             nn.remat(Layer, prevent_cse=False, policy=None if self.remat else keep_marked),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.architecture.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -91,24 +98,31 @@ class Transformer(nn.Module):
         cache: Cache | tuple[Cache, ...] | None = None,
         slot: Int[Array, ""] | int = 0,
         wanted: Int[Array, "B W"] | None = None,
+        sequences: Int[Array, "B Z U"] | None = None,
+        place: Int[Array, "B W"] | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | tuple[Cache, ...] | None]:
         """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None).
 
         They are those of the `wanted` tokens of each row, of all T where None. Where layers are not stacked and fewer are wanted than there
-        are, the last one computes keys and values of all tokens and the rest of these alone.
+        are, the last one computes keys and values of all tokens and the rest of these alone. `sequences` say the same as the mask, in
+        columns (`make_sequences`), for the attention that takes them, and `place` where the wanted tokens stand in them.
         """
         table = gathered(self.embedding.astype(self.dtype), "vocab", "width")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         num_layers = self.architecture.num_layers
         turn, slot = rotation(positions, self.architecture), jnp.asarray(slot)
+        by_sequence = self.by_sequence and sequences is not None and sequences.size > 0
+        of_all = make_sequences(sequences, positions) if by_sequence else None
         if self.stacked:
-            (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), turn, mask, slot)
+            (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), turn, mask, slot, of_all)
             return self.final_norm(at_tokens(x, wanted)), cache
-        turn, mask = computed_once((turn, mask), positions)
         in_last, behind = (wanted, None) if wanted is not None and wanted.shape[1] < tokens.shape[1] else (None, wanted)
+        of_last = make_sequences(sequences, positions, place) if by_sequence and in_last is not None else of_all
+        turn, mask, of_all, of_last = computed_once((turn, mask, of_all, of_last), positions)
         caches = []
         for number, (layer, own) in enumerate(zip(self.layers, cache or (None,) * num_layers, strict=True), 1):
-            (x, own), _ = layer((x, own), None, turn, mask, slot, in_last if number == num_layers else None)
+            last = number == num_layers
+            (x, own), _ = layer((x, own), None, turn, mask, slot, of_last if last else of_all, in_last if last else None)
             caches.append(own)
         return self.final_norm(at_tokens(x, behind)), None if cache is None else tuple(caches)
 

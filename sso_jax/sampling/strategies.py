@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 BLOCK = 128
 """Tokens whose masses are first summed up before one of them is drawn."""
 
-WAYS, NUM_LOOKS = 8, 11
-"""On an accelerator: parts into which a look at the vocabulary splits what bounds a threshold, and looks that leave one of 2^31 floats."""
+WAYS, NUM_LOOKS = 8, 10
+"""On an accelerator: parts into which a look at the vocabulary splits what bounds a threshold, and looks that leave one of the
+2^30 floats of a probability."""
 
 
 class Strategy(NamedTuple):
@@ -31,7 +32,7 @@ def make_strategy(temperature: float, top_p: float, top_k: int | None = None) ->
 
 
 def _largest_threshold(holds, low: Float[Array, "B"], high: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Largest float32 t in [low, high] for which `holds(t)`, true for small t and false for large; `low` where it never holds.
+    """Largest float32 t in [low, high], bounds from 0 to 1, for which `holds(t)`, true for small t and false for large; else `low`.
 
     Floats of one sign are ordered as their bits, so that a search among the bits finds the threshold exactly. A CPU, which pays for each
     sum, halves them until all rows are done; an accelerator, which pays for each look at the vocabulary, and a GPU for each time the host

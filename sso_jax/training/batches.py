@@ -22,6 +22,8 @@ from sso_jax.records import Triple
 ROW_STEP, TARGET_STEP = 32, 64
 ATTENTION_LENGTH = 4096
 """About the length of row at which attending costs as much as all products with weights."""
+MOST_COPIES = 4
+"""Sequences of a row may have room for so many times its tokens; where they would need more, there are none."""
 SPARE, MOST_WASTE = 0.0625, 0.5
 """Shares: how much longer trees may get before the shape of a run's rows changes, and how much dearer than need be it may get."""
 COMPILE_STEPS = 100
@@ -46,7 +48,10 @@ class Tree(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows [R, T] and, for each row, its up to M response tokens: where each is predicted from, what it is, its cell."""
+    """Packed rows [R, T] and, for each row, its up to M response tokens: where each is predicted from, what it is, its cell.
+
+    Where their shape has sequences, also each response behind its prompt as a sequence of its own, for attention that takes no mask.
+    """
 
     tokens: Int[np.ndarray, "R T"]
     positions: Int[np.ndarray, "R T"]
@@ -55,6 +60,10 @@ class Rows(NamedTuple):
     source: Int[np.ndarray, "R M"]
     target: Int[np.ndarray, "R M"]
     cell: Int[np.ndarray, "R M"]
+    sequences: Int[np.ndarray, "R Z U"]
+    """Columns of the tokens of each, -1 behind its last."""
+    place: Int[np.ndarray, "R M"]
+    """Where in them, as one list of Z*U places, the token stands that a response token is predicted from; Z*U of unused targets."""
 
 
 class RowShape(NamedTuple):
@@ -63,6 +72,9 @@ class RowShape(NamedTuple):
     num_rows: int
     num_tokens: int
     num_targets: int
+    num_sequences: int = 0
+    """Responses of a row that are also sequences of their own; 0 where attention goes by the mask."""
+    sequence_tokens: int = 0
 
 
 def steered_trees(prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[tuple[str, str]], start: int) -> list[Tree]:
@@ -95,20 +107,38 @@ def _round_up(value: int, step: int) -> int:
     return max(step, -(-value // step) * step)
 
 
-def row_shape(batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0.0) -> RowShape:
+class _Size(NamedTuple):
+    """What a tree takes of a row."""
+
+    tokens: int
+    targets: int
+    branches: int
+    longest: int
+    """Tokens of its prompt and its longest response."""
+
+
+def _size(tree: Tree, spare: float = 0.0) -> _Size:
+    """That of a tree which is longer by the share `spare`; its targets by four times that, for those of a row vary most."""
+    lengths = [len(branch.response_ids) for branch in tree.branches]
+    longest = len(tree.prompt_ids) + max(lengths, default=0)
+    return _Size(_longer(tree.num_tokens(), spare), _longer(sum(lengths), 4 * spare), len(lengths), _longer(longest, spare))
+
+
+def row_shape(batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0.0, by_sequence: bool = False) -> RowShape:
     """Cheapest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`.
 
     Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of them empty. It is
-    the shape for trees that are longer by the share `spare`.
+    the shape for trees that are longer by the share `spare`; `by_sequence` gives it sequences, unless they would be most of them padding.
     """
-    sizes = [[_longer(tree.num_tokens(), spare) for tree in trees] for trees in batches]
-    targets = [[_longer(_num_targets(tree), 4 * spare) for tree in trees] for trees in batches]  # those of one row vary most
-    longest = max(size for of_batch in sizes for size in of_batch)
-    shapes = [_shape_of_length(sizes, targets, _round_up(times * longest, ROW_STEP), row_multiple) for times in (1, 2, 3, 4)]
+    sizes = [[_size(tree, spare) for tree in trees] for trees in batches]
+    longest = max(size.tokens for of_batch in sizes for size in of_batch)
+    shapes = [_shape_of_length(sizes, _round_up(times * longest, ROW_STEP), row_multiple, spare, by_sequence) for times in (1, 2, 3, 4)]
     return min(shapes, key=_cost)
 
 
-def lasting_row_shape(batches: list[list[Tree]], row_multiple: int, earlier: RowShape | None, is_last: bool) -> RowShape:
+def lasting_row_shape(
+    batches: list[list[Tree]], row_multiple: int, earlier: RowShape | None, is_last: bool, by_sequence: bool = False
+) -> RowShape:
     """Shape of the rows of a round: that of the round before where these batches pack into it, so that nothing is compiled again.
 
     Otherwise, and where the earlier one would cost more than a compilation does, or more than MOST_WASTE above the cheapest, it is decided
@@ -119,7 +149,7 @@ def lasting_row_shape(batches: list[list[Tree]], row_multiple: int, earlier: Row
     fits = earlier is not None and earlier.num_rows % row_multiple == 0 and _holds(earlier, batches)
     if fits and _cost(earlier) <= (1.0 + waste) * _cost(row_shape(batches, row_multiple)):
         return earlier
-    return row_shape(batches, row_multiple, 0.0 if is_last or waste < SPARE else SPARE)
+    return row_shape(batches, row_multiple, 0.0 if is_last or waste < SPARE else SPARE, by_sequence)
 
 
 def _longer(size: int, spare: float) -> int:
@@ -131,34 +161,37 @@ def _cost(shape: RowShape) -> float:
     return shape.num_rows * shape.num_tokens * (1.0 + shape.num_tokens / ATTENTION_LENGTH)
 
 
-def _shape_of_length(sizes: list[list[int]], targets: list[list[int]], num_tokens: int, row_multiple: int) -> RowShape:
-    """Rounded shape of rows of `num_tokens` for batches of trees with so many tokens and so many of them targets."""
-    num_rows, num_targets = _filled(sizes, targets, num_tokens)
+def _shape_of_length(sizes: list[list[_Size]], num_tokens: int, row_multiple: int, spare: float, by_sequence: bool) -> RowShape:
+    """Rounded shape of rows of `num_tokens` for batches of trees of these sizes."""
+    num_rows, num_targets, num_sequences = _filled(sizes, num_tokens)
     step = max(1, 2 ** (num_rows.bit_length() - 3))  # within a quarter of a power of two: few shapes, little padding
-    return RowShape(_round_up(_round_up(num_rows, step), row_multiple), num_tokens, _round_up(num_targets, TARGET_STEP))
+    num_sequences = int(num_sequences * (1.0 + 4 * spare))
+    longest = _round_up(max(size.longest for of_batch in sizes for size in of_batch), ROW_STEP)
+    sequences = (num_sequences, longest) if by_sequence and num_sequences * longest <= MOST_COPIES * num_tokens else ()
+    return RowShape(_round_up(_round_up(num_rows, step), row_multiple), num_tokens, _round_up(num_targets, TARGET_STEP), *sequences)
 
 
-def _filled(sizes: list[list[int]], targets: list[list[int]], num_tokens: int) -> tuple[int, int]:
-    """(rows, targets in a row) that the fullest of these batches takes."""
-    num_rows, num_targets = 1, 1
-    for of_batch, wanted in zip(sizes, targets, strict=True):
-        bins = first_fit(of_batch, num_tokens)
+def _filled(sizes: list[list[_Size]], num_tokens: int) -> tuple[int, int, int]:
+    """(rows, targets in a row, branches in a row) that the fullest of these batches takes."""
+    num_rows, num_targets, num_branches = 1, 1, 1
+    for of_batch in sizes:
+        bins = [[of_batch[i] for i in bin_] for bin_ in first_fit([size.tokens for size in of_batch], num_tokens)]
         num_rows = max(num_rows, len(bins))
-        num_targets = max(num_targets, *(sum(wanted[i] for i in bin_) for bin_ in bins))
-    return num_rows, num_targets
+        num_targets = max(num_targets, *(sum(size.targets for size in bin_) for bin_ in bins))
+        num_branches = max(num_branches, *(sum(size.branches for size in bin_) for bin_ in bins))
+    return num_rows, num_targets, num_branches
 
 
 def _holds(shape: RowShape, batches: list[list[Tree]]) -> bool:
     """Whether every one of these batches packs into the shape."""
-    sizes = [[tree.num_tokens() for tree in trees] for trees in batches]
-    if max(size for of_batch in sizes for size in of_batch) > shape.num_tokens:
+    sizes = [[_size(tree) for tree in trees] for trees in batches]
+    if max(size.tokens for of_batch in sizes for size in of_batch) > shape.num_tokens:
         return False
-    num_rows, num_targets = _filled(sizes, [[_num_targets(tree) for tree in trees] for trees in batches], shape.num_tokens)
-    return num_rows <= shape.num_rows and num_targets <= shape.num_targets
-
-
-def _num_targets(tree: Tree) -> int:
-    return sum(len(branch.response_ids) for branch in tree.branches)
+    num_rows, num_targets, num_branches = _filled(sizes, shape.num_tokens)
+    if num_rows > shape.num_rows or num_targets > shape.num_targets:
+        return False
+    longest = max(size.longest for of_batch in sizes for size in of_batch)
+    return not shape.num_sequences or (num_branches <= shape.num_sequences and longest <= shape.sequence_tokens)
 
 
 def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
@@ -171,18 +204,38 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
     longest = max((tree.num_tokens() for tree in trees), default=0)
     if longest > shape.num_tokens or len(bins) > shape.num_rows:
         raise ValueError(f"{len(bins)} rows with trees of up to {longest} tokens do not pack into {shape}; take row_shape of all batches")
-    row_tokens, row_targets = (shape.num_rows, shape.num_tokens), (shape.num_rows, shape.num_targets)
-    rows = Rows(*(np.zeros(row_tokens, np.int32) for _ in range(4)), *(np.zeros(row_targets, np.int32) for _ in range(3)))
-    rows.cell[:] = num_cells
+    num_places = shape.num_sequences * shape.sequence_tokens
+    of_tokens = lambda: np.zeros((shape.num_rows, shape.num_tokens), np.int32)  # noqa: E731
+    of_targets = lambda value=0: np.full((shape.num_rows, shape.num_targets), value, np.int32)  # noqa: E731
+    rows = Rows(
+        tokens=of_tokens(),
+        positions=of_tokens(),
+        tree=of_tokens(),
+        branch=of_tokens(),
+        source=of_targets(),
+        target=of_targets(),
+        cell=of_targets(num_cells),
+        sequences=np.full((shape.num_rows, shape.num_sequences, shape.sequence_tokens), -1, np.int32),
+        place=of_targets(num_places),
+    )
     for row, members in enumerate(bins):
-        at = targets = 0
+        free = _Free(0, 0, 0)
         for number, member in enumerate(members, start=1):
-            at, targets = _write_tree(rows, row, at, targets, number, trees[member])
+            free = _write_tree(rows, row, free, number, trees[member])
     return rows
 
 
-def _write_tree(rows: Rows, row: int, at: int, targets: int, number: int, tree: Tree) -> tuple[int, int]:
-    """Writes a tree at column `at` and its targets from `targets` on; returns the next free ones."""
+class _Free(NamedTuple):
+    """The first of a row's columns, targets and sequences that are free."""
+
+    column: int
+    target: int
+    sequence: int
+
+
+def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _Free:
+    """Writes a tree and its targets from the free places of a row on; returns the next free ones."""
+    at, targets, _ = free
     trunk = len(tree.prompt_ids)
     trunk_end = at + trunk
     rows.tokens[row, at:trunk_end] = tree.prompt_ids
@@ -198,9 +251,13 @@ def _write_tree(rows: Rows, row: int, at: int, targets: int, number: int, tree: 
         rows.source[row, wanted] = [trunk_end - 1, *range(end, end + size - 1)][:size]
         rows.target[row, wanted] = branch.response_ids
         rows.cell[row, wanted] = branch.cell
+        if rows.sequences.size:
+            sequence = free.sequence + branch_number - 1
+            rows.sequences[row, sequence, : trunk + size] = [*range(at, trunk_end), *range(end, end + size)]
+            rows.place[row, wanted] = sequence * rows.sequences.shape[2] + trunk - 1 + np.arange(size)
         end, targets = end + size, targets + size
     rows.tree[row, at:end] = number
-    return end, targets
+    return _Free(end, targets, free.sequence + len(tree.branches))
 
 
 class Example(NamedTuple):
@@ -271,7 +328,7 @@ def preference_batch(
 
 def supervised_batch(trees: list[Tree], micro_size: int, num_micro: int, shape: RowShape) -> SupervisedBatch:
     """Prompt-response trees of one update as arrays; cell e of a microbatch is its example e."""
-    total = sum(_num_targets(tree) for tree in trees)
+    total = sum(_size(tree).targets for tree in trees)
     weights = np.zeros((num_micro, micro_size), np.float32)
     rows = []
     for a, micro in enumerate(cut_microbatches(trees, micro_size, num_micro)):

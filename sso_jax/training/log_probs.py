@@ -69,6 +69,27 @@ def _logits(hidden: Float[Array, "R M D"], part: _Slice) -> Float[Array, "R M E"
     return constrain(logits, "batch", None, "vocab")
 
 
+def _log_sum_exp(logits: Float[Array, "R M E"]) -> Float[Array, "R M"]:
+    """`log sum(exp(logits))`; on a GPU, which waits for memory here, by one pass over them in place of two."""
+    plain = partial(jax.nn.logsumexp, axis=-1)
+    if vocab_shards_in_context() > 1:
+        return plain(logits)
+    return jax.lax.platform_dependent(logits, cuda=_log_sum_exp_in_one_pass, default=plain)
+
+
+def _log_sum_exp_in_one_pass(logits: Float[Array, "R M E"]) -> Float[Array, "R M"]:
+    """With the largest so far, and the sum of exponentials taken against it."""
+
+    def merged(a, b):
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        smaller = jnp.exp(-jnp.abs(top_a - top_b))
+        return jnp.maximum(top_a, top_b), jnp.where(top_a >= top_b, sum_a + sum_b * smaller, sum_a * smaller + sum_b)
+
+    nothing = jnp.finfo(logits.dtype).min, jnp.zeros((), logits.dtype)  # finite: the difference of two infinite ones is no number
+    top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), nothing, merged, (logits.ndim - 1,))
+    return top + jnp.log(total)
+
+
 def _chosen_logits(logits: Float[Array, "R M E"], part: _Slice, target: Int[Array, "R M"]) -> Float[Array, "R M"]:
     """The target's logit where the slice has it, 0 elsewhere.
 
@@ -102,7 +123,7 @@ def _log_probs_forward(head, hidden, target, columns):
     def of_slice(number):
         part = _slice(head, target, number, size)
         logits = _logits(hidden, part)
-        return jax.nn.logsumexp(logits, axis=-1), _chosen_logits(logits, part, target), logits
+        return _log_sum_exp(logits), _chosen_logits(logits, part, target), logits
 
     if num == 1:
         log_total, chosen, logits = of_slice(0)
@@ -183,7 +204,8 @@ def cell_log_probs_and_means(
 def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
     """Final hidden states where response tokens are predicted from."""
     mask, model = tree_mask(rows.tree, rows.branch), as_they_lie(model, params)
-    return model.apply({"params": params}, rows.tokens, rows.positions, mask, wanted=rows.source)[0]
+    inputs = rows.tokens, rows.positions, mask
+    return model.apply({"params": params}, *inputs, wanted=rows.source, sequences=rows.sequences, place=rows.place)[0]
 
 
 def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells"]:
@@ -202,6 +224,8 @@ class Score(NamedTuple):
     """The parameters as `log_probs` takes them, made once for all batches."""
     log_probs: Callable[..., Float[Array, "cells"]]
     """(parameters laid out, rows, number of cells) -> sums."""
+    by_sequence: bool
+    """Whether rows are best given with sequences."""
 
 
 def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Score:
@@ -215,4 +239,5 @@ def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) ->
 
     shardings, whole = (laid_out, batch_sharding(mesh)), replicated(mesh)
     options = compiler_options(mesh)
-    return Score(lay_out, jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=whole, compiler_options=options))
+    scored = jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=whole, compiler_options=options)
+    return Score(lay_out, scored, model.by_sequence)

@@ -90,7 +90,8 @@ def reward_batch(pairs: list[Rated], micro_size: int, num_micro: int, shape: Row
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
     """Rewards at the ends of responses, float32."""
     model = as_they_lie(model, params)
-    hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch))
+    mask = tree_mask(rows.tree, rows.branch)
+    hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask, sequences=rows.sequences)
     return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")
 
 
