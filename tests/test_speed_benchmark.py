@@ -80,13 +80,15 @@ def test_figures_are_medians_ratios_and_fractions_of_the_bound():
 def test_a_cell_that_runs_out_of_memory_is_reported_and_the_others_are_measured(monkeypatch, capsys):
     of = {"machine": {"flops": 3e11, "read_bytes": 2e10, "copy_bytes": 2e10}, "ours/update": {"out_of_memory": True, "host_peak_bytes": 1}}
     of["transformers/update"] = {"first": 9.0, "seconds": [4.0], "host_peak_bytes": 100}
+    of["transformers/machine"] = {"flops": 1e11, "host_peak_bytes": 100}
     monkeypatch.setattr(main, "in_turns", lambda commands: {cell: dict(of[cell]) for cell in commands})
     options = argparse.Namespace(tiny=False, work=["update"], peers=["transformers"], tunix_python="", repeats=1, profile=None)
     made = figures("57m", main.measure("57m", options), options)
     assert made["out_of_memory"] == ["ours/update"] and list(made["rows"]) == ["transformers/update"]
     assert made["rows"]["transformers/update"]["ours_over_it"] == 1.0 and "sso_examples_s" not in made
     main.show(made)
-    assert "| ours/update | out of memory |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| ours/update | out of memory |" in shown and "300 GFLOP/s" in shown and "PyTorch's products 100 GFLOP/s" in shown
 
 
 def test_cells_take_turns_call_by_call(tmp_path):

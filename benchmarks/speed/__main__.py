@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+TORCH_MACHINE = "transformers/machine"
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
 """What errors say where an accelerator's memory is too small: the other cells are measured all the same."""
 
@@ -118,6 +119,9 @@ def in_turns(commands: dict[str, list[str]]) -> dict[str, dict]:
 def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
     """The figures of all cells on one shape; those of a peer have the seconds that this project took beside it."""
     cells = in_turns({"machine": command("machine", name, options)})
+    if "transformers" in options.peers:  # what its ratio owes to its products
+        torch = in_turns({TORCH_MACHINE: command(TORCH_MACHINE, name, options)})[TORCH_MACHINE]
+        cells["machine"]["torch_flops"] = torch["flops"]
     for what in options.work:
         ours, together, peers = f"ours/{what}", [], {}
         for peer in options.peers or [None]:
@@ -189,6 +193,8 @@ def show(result: dict) -> None:
     machine = result["machine"]
     kinds = {"read_bytes": "read", "copy_bytes": "copied"}
     measured = [f"{machine['flops'] / 1e9:.0f} GFLOP/s", *(f"{machine[kind] / 1e9:.1f} GB/s {name}" for kind, name in kinds.items())]
+    if "torch_flops" in machine:
+        measured.append(f"PyTorch's products {machine['torch_flops'] / 1e9:.0f} GFLOP/s")
     print(f"\n{result['shape']}: {', '.join(measured)}")
     print("| work | median | rate | of the bound | peak GB | compiled in | this project is faster by |\n|---|---|---|---|---|---|---|")
     for cell, row in result["rows"].items():

@@ -38,6 +38,19 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def machine(shape: Shape, repeats: int) -> dict:
+    """A second's `flops` of PyTorch's [N, N] @ [N, N], as `machine.measure` has those of XLA's."""
+    on_gpu = torch.cuda.is_available()
+    size = 8192 if on_gpu else 2048
+    square = torch.randn(size, size, device="cuda" if on_gpu else "cpu", dtype=getattr(torch, shape.dtype))
+
+    def work() -> None:
+        square @ square
+        _wait()
+
+    return {"flops": 2.0 * size**3 / min(timed(work, 2 * repeats)["seconds"])}
+
+
 def sample(shape: Shape, repeats: int) -> dict:
     """transformers' `generate` with its key/value cache."""
     model = _model(shape).eval()
