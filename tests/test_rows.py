@@ -18,7 +18,7 @@ from sso_jax.models.attention import causal_mask
 from sso_jax.models.layout import unstack
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import Branch, Rows, RowShape, Tree, first_fit, lasting_row_shape, pack, row_shape, steered_trees
-from sso_jax.training.log_probs import cell_log_probs, token_log_probs
+from sso_jax.training.log_probs import _log_sum_exp_in_one_pass, cell_log_probs, token_log_probs
 
 
 def random_trees(seed=0, num_trees=9):
@@ -82,6 +82,16 @@ def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one
     for other in (found(fused, rows), found(fused, without)):
         for a, b in zip(*map(jax.tree.leaves, (other, expected)), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_the_log_sum_exp_in_one_pass_is_numpys_in_two(scale):
+    """Exponentials of 300 overflow; entries of minus infinity, which a slice has where another one has them, count for nothing."""
+    logits = (np.random.default_rng(8).normal(size=(2, 3, 1000)) * scale).astype(np.float32)
+    logits[..., ::7] = -np.inf
+    top = logits.astype(np.float64).max(-1, keepdims=True)
+    expected = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[..., 0]
+    np.testing.assert_allclose(jax.jit(_log_sum_exp_in_one_pass)(logits), expected, rtol=1e-6)
 
 
 def test_rematerialised_layers_give_the_same_gradients(one_device):

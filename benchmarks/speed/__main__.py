@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
 
 
 TORCH_MACHINE = "transformers/machine"
+"""The cell that measures PyTorch's products."""
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
 """What errors say where an accelerator's memory is too small: the other cells are measured all the same."""
 

@@ -13,6 +13,10 @@ from benchmarks.speed.timing import timed
 BETA, ALPHA, STEERING_WEIGHT = 0.2, 0.66, 0.1
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _model(shape: Shape):
     torch.manual_seed(SEED)
     config = Qwen2Config(
@@ -28,8 +32,7 @@ def _model(shape: Shape):
         eos_token_id=None,
         pad_token_id=0,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Qwen2ForCausalLM(config).to(device=device, dtype=getattr(torch, shape.dtype))
+    return Qwen2ForCausalLM(config).to(device=_device(), dtype=getattr(torch, shape.dtype))
 
 
 def _wait() -> None:
@@ -40,9 +43,8 @@ def _wait() -> None:
 
 def machine(shape: Shape, repeats: int) -> dict:
     """A second's `flops` of PyTorch's [N, N] @ [N, N], as `machine.measure` has those of XLA's."""
-    on_gpu = torch.cuda.is_available()
-    size = 8192 if on_gpu else 2048
-    square = torch.randn(size, size, device="cuda" if on_gpu else "cpu", dtype=getattr(torch, shape.dtype))
+    size = 2048 if _device() == "cpu" else 8192
+    square = torch.randn(size, size, device=_device(), dtype=getattr(torch, shape.dtype))
 
     def work() -> None:
         square @ square
