@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from sso_jax.assembly import Engine, build_engine, enable_compilation_cache, find_policy, load_params
+from sso_jax.assembly import Engine, build_engine, find_policy, load_params, prepare_jax
 from sso_jax.benchmark_answers import check_form, converse, write_answers
 from sso_jax.config import SampleConfig
 from sso_jax.errors import InputError
@@ -31,6 +31,7 @@ def run(config: SampleConfig) -> None:
       InputError: for anything wrong with the config or its files, before anything is written.
     """
     _check_fields(config)
+    prepare_jax(config.run.compilation_cache)
     if config.form == "records":
         _write_records(config)
         return
@@ -66,7 +67,6 @@ def _check_fields(config: SampleConfig) -> None:
 def _policy(config: SampleConfig) -> tuple[Engine, dict]:
     folder = fetch(find_policy(config.model.path))
     engine = build_engine(folder, config)
-    enable_compilation_cache(config.run.compilation_cache)
     return engine, load_params(folder, engine)
 
 
@@ -85,7 +85,6 @@ def _write_records(config: SampleConfig) -> None:
         )
     if not fitting:
         raise InputError(f"queries: none leaves room for a response within {engine.max_tokens} tokens; give shorter ones")
-    enable_compilation_cache(config.run.compilation_cache)
     params = load_params(folder, engine)
     if config.steered:
         notes = None if config.out is None or config.principles.source == "predefined" else Path(f"{config.out}.notes")

@@ -285,8 +285,13 @@ def newest_folder(path: str, name: str) -> str:
     return str(found[-1]) if found else path
 
 
-def enable_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` between runs; an empty name keeps none."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+def prepare_jax(compilation_cache: str = "") -> None:
+    """What holds for a whole process, told to JAX before anything asks it for a device.
+
+    A CPU computes in the thread that calls. In one of JAX's own a call's results are there before its working memory is free, and the
+    next call takes as much again. Compiled programs are kept in the folder between runs; an empty name keeps none.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from sso_jax.assembly import enable_compilation_cache
+from sso_jax.assembly import prepare_jax
 from sso_jax.config import EvaluateConfig
 from sso_jax.errors import InputError
 from sso_jax.mesh import make_mesh
@@ -36,7 +36,7 @@ def run(config: EvaluateConfig) -> None:
         raise InputError(f"out: {config.out!r} cannot be written; name the JSON file to write, in a folder that is there")
     pairs = load_pairs(config.pairs.path, config.pairs.split)
     refuse_equal_sides(pairs, config.pairs.path)
-    enable_compilation_cache(config.run.compilation_cache)
+    prepare_jax(config.run.compilation_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     rewards = open_rater(config.model.path, config.model, mesh).rewards(pairs, "rewards")
     result = evaluate(pairs, rewards)

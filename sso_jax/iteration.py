@@ -13,7 +13,7 @@ from pathlib import Path
 from etils import epath
 
 from sso_jax import dry_run, host_memory, report, rounds, run_folder, stages
-from sso_jax.assembly import build_engine, enable_compilation_cache
+from sso_jax.assembly import build_engine, prepare_jax
 from sso_jax.config import Config, ToyConfig, to_dict
 from sso_jax.environment import no_judge, toy_environment
 from sso_jax.errors import InputError
@@ -46,6 +46,7 @@ def run(config: Config) -> None:
     _refuse_toy_fields(config)
     if config.dry_run is not None:
         return dry_run.run(config)
+    prepare_jax(config.run.compilation_cache)
     join_hosts(config.hosts)
     directory = epath.Path(config.run.directory)
     config = run_folder.settle(directory, config)
@@ -54,7 +55,6 @@ def run(config: Config) -> None:
         log.info("%s is finished; see %s", directory, directory / "report.html")
         return
     check_logging(config.logging)
-    enable_compilation_cache(config.run.compilation_cache)
     with ExitStack() as stack:
         stack.enter_context(losses_of_processes_told())
         prepared = _prepare(config, directory, stack)

@@ -43,6 +43,7 @@ from sso_jax.training.update import (
     ExampleLosses,
     TrainState,
     build_update,
+    compile_ahead,
     init_state,
     learning_rates,
     loss_at_reference,
@@ -224,6 +225,8 @@ def train_round(
         save = lambda state, step: checkpoints.save(manager, state, step, wait=every_steps == 1)  # noqa: E731
         hooks = _hooks(line, look, save, every_steps, num_updates)._replace(examples=lambda step: plan.ids[step])
         start = time.perf_counter()
+        if done < num_updates:
+            compile_ahead(programs[stage], state, first, engine.mesh)
         state = run_updates(programs[stage], state, plan.make_batch, plan.num_tokens, rates, done, engine.mesh, hooks, title)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds

@@ -2,9 +2,7 @@
 
 import collections
 import json
-import logging
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
-from toys import DATA
+from toys import DATA, Compilations
 
 import sample
 import train
@@ -63,25 +61,6 @@ def toy_run(small_curriculum, tmp_path_factory):
 
 
 COMPILED: list[str] = []
-
-
-class Compilations(logging.Handler):
-    """Names of the programs that JAX compiles while it is open, from JAX's own log."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def emit(self, record):
-        found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
-        self.names += [found.group(1)] if found else []
-
-    def __enter__(self):
-        logging.getLogger("jax").addHandler(self)
-        return self
-
-    def __exit__(self, *_):
-        logging.getLogger("jax").removeHandler(self)
 
 
 def test_a_whole_run_compiles_few_programs(toy_run):

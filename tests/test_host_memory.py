@@ -78,3 +78,22 @@ def test_without_a_word_it_is_the_cpu_unless_another_platform_is_installed(monke
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: plugins)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert on_cpu() is not bool(plugins)
+
+
+DISPATCH = """
+import jax, jax.numpy as jnp
+from sso_jax.assembly import prepare_jax
+prepare_jax()
+squared = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: y @ y / 1024, x))
+start = jnp.ones((1024, 1024))
+squared(start).block_until_ready()
+print(all(squared(start).is_ready() for _ in range(5)))
+"""
+
+
+def test_a_cpu_computes_in_the_thread_that_calls():
+    """Its result is there when the call returns: no other call can have begun before this one's memory was free."""
+    given = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # with several devices it always computes elsewhere
+    command = [sys.executable, "-c", DISPATCH]
+    ran = subprocess.run(command, capture_output=True, text=True, env=given, cwd=Path(__file__).resolve().parents[1], check=True)
+    assert ran.stdout.split() == ["True"]

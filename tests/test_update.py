@@ -6,18 +6,30 @@ import jax
 import numpy as np
 import pytest
 import torch
-from toys import toy_model, toy_params
+from toys import Compilations, toy_model, toy_params
 
 from sso_jax.assembly import build_objective
 from sso_jax.config import ObjectiveConfig
-from sso_jax.mesh import param_shardings
+from sso_jax.mesh import param_shardings, place
 from sso_jax.models.layout import training_layout
 from sso_jax.models.transformer import abstract_params
-from sso_jax.training.batches import Branch, Example, Tree, cut_microbatches, micro_trees, preference_batch, row_shape, supervised_batch
+from sso_jax.training.batches import (
+    Branch,
+    Example,
+    RowShape,
+    Tree,
+    cut_microbatches,
+    micro_trees,
+    preference_batch,
+    row_shape,
+    supervised_batch,
+)
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
 from sso_jax.training.update import (
+    batch_shardings,
     build_update,
+    compile_ahead,
     decayed,
     init_state,
     learning_rates,
@@ -193,3 +205,21 @@ def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_d
     with jax.set_mesh(one_device):
         _, metrics = update(init_state(params, optimizer, shardings), batch, np.float32(0))
     assert float(metrics["loss"]) == pytest.approx(-(sums[0][0] + sums[1][0]) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
+def test_an_update_compiled_ahead_is_not_compiled_again_when_it_is_called(devices, request):
+    """Neither for the first state nor for the one that an update gave; a batch of another length is compiled for when it comes."""
+    mesh, model = request.getfixturevalue(devices), toy_model()
+    params, optimizer = toy_params(model, mesh), make_optimizer(0.9, 0.95, 1e-8, 0.0, 1.0)
+    shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
+    trees = [Tree([5, 6, 7], [Branch([8, 9], 0)])]
+    batches = [supervised_batch(trees, 1, 1, RowShape(4, num_tokens, 4)) for num_tokens in (8, 16)]
+    update = build_update(supervised_losses(model), optimizer, mesh, shardings, batches[0])
+    state, counts = init_state(params, optimizer, shardings), []
+    with jax.log_compiles(), Compilations() as compilations, jax.set_mesh(mesh):
+        compile_ahead(update, state, batches[0], mesh)
+        for batch in (batches[0], batches[0], batches[1]):
+            counts.append(compilations.names.count("update_batch"))
+            state, _ = update(state, place(batch, batch_shardings(batch, mesh)), np.float32(1e-3))
+    assert counts + [compilations.names.count("update_batch")] == [1, 1, 1, 2]

@@ -1,6 +1,8 @@
-"""Small decoders with random weights, and the paths of the real data, for the tests."""
+"""Small decoders with random weights, the paths of the real data, and what JAX compiles, for the tests."""
 
 import dataclasses
+import logging
+import re
 from pathlib import Path
 
 import jax
@@ -35,3 +37,22 @@ def toy_params(model: Transformer, mesh, scale: float = 10.0):
     boxed = init_params(model, jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, nn.unbox(boxed))
     return jax.device_put(params, param_shardings(abstract_params(model), mesh))
+
+
+class Compilations(logging.Handler):
+    """Names of the programs that JAX compiles while it is open, from JAX's own log."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def emit(self, record):
+        found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
+        self.names += [found.group(1)] if found else []
+
+    def __enter__(self):
+        logging.getLogger("jax").addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        logging.getLogger("jax").removeHandler(self)

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
 from benchmarks.speed.timing import timed
-from sso_jax.assembly import build_objective
+from sso_jax.assembly import build_objective, prepare_jax
 from sso_jax.config import LoraConfig, ObjectiveConfig
 from sso_jax.flops import count_flops
 from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings
@@ -38,7 +38,7 @@ from sso_jax.training.batches import (
 )
 from sso_jax.training.log_probs import Score, build_score
 from sso_jax.training.scoring import Scorable, score_examples
-from sso_jax.training.update import TrainState, build_update, init_state, make_optimizer, preference_losses
+from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state, make_optimizer, preference_losses
 
 RATE = np.float32(1e-6)
 NUM_DECODES = 3
@@ -174,15 +174,18 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     """A call that scores the reference and does one update; and its operations as traced."""
     parts = make_updating(shape)
     params = random_params(parts.model, param_shardings(abstract_params(parts.model), parts.mesh))
-    held = {"state": init_state(params, parts.optimizer, parts.shardings)}
+    held = {"state": init_state(params, parts.optimizer, parts.shardings), "updates": 0}
     batch = parts.batch_of(no_log_probs(parts.items, parts.cells))  # rows are packed ahead of the device in a run
 
     def work():
         params, size = held["state"].whole_params(), shape.update_microbatch
         sums = score_examples(parts.score, parts.mesh, params, parts.items, parts.cells, size, "reference")
         scored = batch._replace(reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape))
+        if held["updates"] == 0:  # as a round begins
+            compile_ahead(parts.update, held["state"], scored, parts.mesh)
         with jax.set_mesh(parts.mesh):
             held["state"], metrics = parts.update(held["state"], scored, RATE)
+        held["updates"] += 1
         jax.block_until_ready((held["state"], metrics))
 
     return work, lambda: traced(parts)
@@ -191,6 +194,7 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
 def profiled(what: str, shape: Shape, repeats: int, profile: Path | None) -> dict:
     """`sample` or `update`, then one call of it more under JAX's profiler where `profile` names a folder; the device's peak memory."""
     start = {"sample": start_sampling, "update": start_updates}[what]
+    prepare_jax()  # as a run begins
     work, facts = start(shape)
     result = {**timed(work, repeats), **facts()}
     if profile is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.steering import tables
 from benchmarks.steering.cells import Clock, make_world, measure_start, rounds_of, run_cell
 from benchmarks.steering.methods import FAMILIES, METHODS, RATES, STUDIES, Cell, cell_config, cells_of_study, choosing_cells
-from sso_jax.assembly import enable_compilation_cache
+from sso_jax.assembly import prepare_jax
 
 log = logging.getLogger("benchmarks.steering")
 
@@ -65,7 +65,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given = arguments()
     clock = Clock(None if given.minutes is None else time.time() + 60 * given.minutes)
-    enable_compilation_cache("~/.cache/sso_jax/xla")
+    prepare_jax("~/.cache/sso_jax/xla")
     choosing = choosing_cells(given.queries)
     if not given.tables_only:
         run_cells(given.directory, choosing, {}, given.held_out, clock)

@@ -34,6 +34,7 @@ from sso_jax.training.loop import Hooks, run_updates
 from sso_jax.training.update import (
     TrainState,
     build_update,
+    compile_ahead,
     init_state,
     learning_rates,
     make_optimizer,
@@ -242,6 +243,8 @@ def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder:
             checkpoints.save(manager, state, step, wait=every_steps == 1)
 
         hooks = Hooks(lines.append, save, every_steps)
+        if done < len(updates):
+            compile_ahead(update, state, make_batch(0), mesh)
         state = run_updates(update, state, make_batch, num_tokens, rates, done, mesh, hooks, "toy policy: supervised start")
     return model, state.params, tokenizer
 

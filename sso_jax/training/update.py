@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from sso_jax.host_memory import give_back
 from sso_jax.mesh import compiler_options, place, replicated, spec
 from sso_jax.models.adapters import join, split_trainable
 from sso_jax.models.layout import AS_STORED, Layout
@@ -196,3 +197,13 @@ def build_update(
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=compiler_options(mesh),
     )
+
+
+def compile_ahead(update: Callable, state: TrainState, batch: NamedTuple, mesh: jax.sharding.Mesh) -> None:
+    """Compiles what `build_update` gave for a state and batches like these, and gives the system what compiling leaves in the heap.
+
+    The update finds the program when it is called; its arrays would otherwise come on top of that.
+    """
+    with jax.set_mesh(mesh):
+        update.lower(state, place(batch, batch_shardings(batch, mesh)), np.float32(0.0)).compile()
+    give_back()
