@@ -174,18 +174,17 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     """A call that scores the reference and does one update; and its operations as traced."""
     parts = make_updating(shape)
     params = random_params(parts.model, param_shardings(abstract_params(parts.model), parts.mesh))
-    held = {"state": init_state(params, parts.optimizer, parts.shardings), "updates": 0}
+    held = {"state": init_state(params, parts.optimizer, parts.shardings)}
     batch = parts.batch_of(no_log_probs(parts.items, parts.cells))  # rows are packed ahead of the device in a run
 
     def work():
         params, size = held["state"].whole_params(), shape.update_microbatch
         sums = score_examples(parts.score, parts.mesh, params, parts.items, parts.cells, size, "reference")
         scored = batch._replace(reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape))
-        if held["updates"] == 0:  # as a round begins
+        if held["state"].step == 0:  # as a round begins
             compile_ahead(parts.update, held["state"], scored, parts.mesh)
         with jax.set_mesh(parts.mesh):
             held["state"], metrics = parts.update(held["state"], scored, RATE)
-        held["updates"] += 1
         jax.block_until_ready((held["state"], metrics))
 
     return work, lambda: traced(parts)
