@@ -17,6 +17,7 @@ from sso_jax.config import ModelConfig, RewardConfig
 from sso_jax.errors import InputError
 from sso_jax.mesh import param_shardings
 from sso_jax.models.architecture import RopeScaling
+from sso_jax.models.attend import ATTEND, cudnn_attend
 from sso_jax.models.reward import reward_model
 from sso_jax.models.transformer import abstract_params, init_params
 from sso_jax.recipes.reward import mix, split_pairs
@@ -153,6 +154,26 @@ def test_a_reward_does_not_depend_on_packing_or_on_the_mesh(one_device, eight_de
     spread, sharded = random_reward_model(architecture, eight_devices)
     rate = build_rate(spread, eight_devices, jax.tree.map(lambda x: x.sharding, sharded))
     np.testing.assert_allclose(rate_pairs(rate, eight_devices, sharded, pairs, 512, "s"), alone, atol=1e-3)
+
+
+def test_rewards_by_sequences_are_those_by_the_mask(one_device, monkeypatch):
+    """cuDNN itself needs a GPU, the same call without it stands in."""
+    given = []
+
+    def attend(queries, keys, values, mask, sequences=None):
+        given.append(sequences is not None)
+        return cudnn_attend(queries, keys, values, mask, sequences, implementation="xla")
+
+    monkeypatch.setitem(ATTEND, "cudnn", attend)
+    draw = np.random.default_rng(1)
+    pairs = [Rated(*(draw.integers(3, 1024, size).tolist() for size in sizes)) for sizes in [(5, 9, 30), (3, 200, 1), (40, 20, 60)]]
+    model, params = random_reward_model(FAMILIES["qwen2"], one_device)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    expected, found = (
+        rate_pairs(build_rate(m, one_device, shardings), one_device, params, pairs, 256, "s") for m in (model, model.clone(attend="cudnn"))
+    )
+    assert {True, False} == set(given)  # rows of the shortest length hold several responses, and go by the mask
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_ends_are_where_pack_writes_the_last_tokens():

@@ -253,9 +253,13 @@ def test_trees_of_a_steered_example_share_each_prompt_once():
 
 
 def test_rows_that_do_not_hold_their_trees_are_refused():
-    trees = random_trees()
-    with pytest.raises(ValueError, match="do not pack"):
-        pack(trees, row_shape([trees[:1]])._replace(num_rows=1), 40)
+    """One row, token, target, sequence or token of a sequence less than the trees fill."""
+    tree = Tree([1] * 10, [Branch([2] * 6, 0), Branch([3] * 4, 1)])
+    shape = RowShape(num_rows=2, num_tokens=20, num_targets=10, num_sequences=2, sequence_tokens=16)
+    assert pack([tree, tree], shape, 2).tree.all()
+    for field in RowShape._fields:
+        with pytest.raises(ValueError, match="2 trees of 40 tokens, the longest of 20, do not pack into RowShape"):
+            pack([tree, tree], shape._replace(**{field: getattr(shape, field) - 1}), 2)
 
 
 def stretched(batch: list[Tree], factor: float) -> list[Tree]:

@@ -198,12 +198,13 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
     """Packs trees into rows first-fit. Unused targets point to the cell `num_cells`, which nobody reads.
 
     Raises:
-      ValueError: if the trees need more rows, tokens or targets than `shape` has.
+      ValueError: if the trees need more rows, tokens, targets or sequences than `shape` has.
     """
-    bins = first_fit([tree.num_tokens() for tree in trees], shape.num_tokens)
-    longest = max((tree.num_tokens() for tree in trees), default=0)
-    if longest > shape.num_tokens or len(bins) > shape.num_rows:
-        raise ValueError(f"{len(bins)} rows with trees of up to {longest} tokens do not pack into {shape}; take row_shape of all batches")
+    sizes = [tree.num_tokens() for tree in trees]
+    if trees and not _holds(shape, [trees]):
+        needed = f"{len(trees)} trees of {sum(sizes)} tokens, the longest of {max(sizes)}"
+        raise ValueError(f"{needed}, do not pack into {shape}; take row_shape of all batches")
+    bins = first_fit(sizes, shape.num_tokens)
     num_places = shape.num_sequences * shape.sequence_tokens
     of_tokens = lambda: np.zeros((shape.num_rows, shape.num_tokens), np.int32)  # noqa: E731
     of_targets = lambda value=0: np.full((shape.num_rows, shape.num_targets), value, np.int32)  # noqa: E731

@@ -131,7 +131,10 @@ def _row_tokens(length: int) -> int:
 def rate_pairs(
     rate: Callable, mesh: jax.sharding.Mesh, params, pairs: list[Rated], tokens_at_once: int, stage: str
 ) -> list[tuple[float, float]]:
-    """(reward of chosen, reward of rejected) of every pair; each response has a row of its own, longer ones come in smaller batches."""
+    """(reward of chosen, reward of rejected) of every pair.
+
+    A row holds one response, or of the shortest as many as fit; longer ones come in smaller batches.
+    """
     shards = num_batch_shards(mesh)
     trees = [Tree(p.prompt_ids, [Branch(response, 0)]) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
     rewards = np.zeros(len(trees), np.float32)
@@ -141,7 +144,8 @@ def rate_pairs(
     with progress_bar(stage, len(trees), "response") as bar:
         for length, members in sorted(lengths.items()):
             num_rows = -(-max(1, tokens_at_once // length) // shards) * shards
-            shape = RowShape(num_rows, length, length)
+            alone = (1, length) if length > SHORTEST_ROW else ()  # a response is longer than half of its row, but in the shortest
+            shape = RowShape(num_rows, length, length, *alone)
             for start in range(0, len(members), num_rows):
                 batch = members[start : start + num_rows]
                 rows = [Tree(trees[i].prompt_ids, [trees[i].branches[0]._replace(cell=cell)]) for cell, i in enumerate(batch)]
