@@ -1,5 +1,6 @@
 """Packed rows with shared prompts against plain rows, one response each: same log-probs, same gradients, no token lost."""
 
+import random
 from functools import partial
 
 import jax
@@ -282,6 +283,26 @@ def test_a_later_round_keeps_the_shape_while_its_batches_fit_and_it_is_not_too_d
     few = [batch[:4] for batch in first]
     assert lasting_row_shape(few, 2, shape, is_last=True) == row_shape(few, 2)  # it would be padding, most of it
     assert lasting_row_shape(first, 8, shape._replace(num_rows=shape.num_rows + 1), is_last=True) == row_shape(first, 8)  # another mesh
+
+
+def test_batches_pack_into_a_shape_with_room_to_spare_though_its_rows_hold_more_of_the_shorter_trees():
+    """Of trees of 562 tokens one goes into 1,152 once they are lengthened by a sixteenth, two as they are, with 1,024 targets."""
+    long, short = (Tree([1] * prompt, [Branch([2] * length, 0)] * 2) for prompt, length in ((900, 91), (50, 256)))
+    batches = [[long] * 3, [short] * 3]
+    for by_sequence in (False, True):
+        shape = lasting_row_shape(batches, 1, None, is_last=False, by_sequence=by_sequence)
+        assert all((pack(batch, shape, 1).tree > 0).sum() == 3 * batch[0].num_tokens() for batch in batches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 12), st.booleans())
+def test_every_batch_packs_into_the_shape_of_its_round(seed, num_batches, num_trees, by_sequence):
+    """Prompts and responses of very different lengths, as a limit of new tokens gives them."""
+    draw = random.Random(seed)
+    tree = lambda: Tree([1] * draw.choice((2, 40, 300)), [Branch([2] * draw.choice((1, 30, 90)), 0) for _ in range(draw.choice((1, 2, 3)))])  # noqa: E731
+    batches = [[tree() for _ in range(num_trees)] for _ in range(num_batches)]
+    shape = lasting_row_shape(batches, 1, None, is_last=False, by_sequence=by_sequence)
+    assert all((pack(batch, shape, 1).tree > 0).sum() == sum(t.num_tokens() for t in batch) for batch in batches)
 
 
 def test_a_round_of_many_batches_takes_the_cheapest_shape_for_it_pays_for_its_compilation():

@@ -127,10 +127,11 @@ def _size(tree: Tree, spare: float = 0.0) -> _Size:
 def row_shape(batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0.0, by_sequence: bool = False) -> RowShape:
     """Cheapest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`.
 
-    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of them empty. It is
-    the shape for trees that are longer by the share `spare`; `by_sequence` gives it sequences, unless they would be most of them padding.
+    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of them empty. The
+    same batches with trees longer by the share `spare` pack into it too. That they pack themselves does not follow: of shorter trees a row
+    may hold more, and with them more targets. `by_sequence` gives it sequences, unless they would be most of them padding.
     """
-    sizes = [[_size(tree, spare) for tree in trees] for trees in batches]
+    sizes = [[_size(tree, longer) for tree in trees] for longer in dict.fromkeys((0.0, spare)) for trees in batches]
     longest = max(size.tokens for of_batch in sizes for size in of_batch)
     shapes = [_shape_of_length(sizes, _round_up(times * longest, ROW_STEP), row_multiple, spare, by_sequence) for times in (1, 2, 3, 4)]
     return min(shapes, key=_cost)
