@@ -29,7 +29,7 @@ from sso_jax.models.hf_config import CONFIG_FILE, GENERATION_FILE, read_architec
 from sso_jax.models.hf_weights import check_weights, read_params, write_params
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
-from sso_jax.records import is_remote
+from sso_jax.records import files_below, is_remote
 from sso_jax.sampling.decode import build_generate
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.sampling.strategies import make_strategy
@@ -269,9 +269,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as local:
         yield Path(local)
-        for file in sorted(Path(local).iterdir()) if is_first() else ():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / file.name).write_bytes(file.read_bytes())
+        for name in files_below(local) if is_first() else ():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((Path(local) / name).read_bytes())
 
 
 def find_policy(path: str) -> str:

@@ -3,9 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from etils import epath
-
-from sso_jax.records import is_remote
+from sso_jax.records import files_below, is_remote
 
 
 def checksum(path: Path) -> str:
@@ -18,8 +16,7 @@ def checksum(path: Path) -> str:
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path in it."""
-    found = sorted(root / name for root, _, names in epath.Path(folder).walk() for name in names)
-    return {str(path.relative_to(folder)): checksum(path) for path in found}
+    return {name: checksum(folder / name) for name in files_below(folder)}
 
 
 def damage(folder: Path, expected: dict[str, str]) -> str | None:

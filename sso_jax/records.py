@@ -164,6 +164,19 @@ def is_remote(path: str | Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def files_below(folder: str | Path) -> list[str]:
+    """Paths, from the folder on, of all files in it and in the folders in it, sorted.
+
+    Not by `walk`, which names an object store's folders without the store (etils 1.15); nor is the empty object that some stores keep in
+    place of a folder a file in it.
+    """
+    found = []
+    for path in epath.Path(folder).iterdir():
+        if path.name and path != epath.Path(folder):
+            found += [f"{path.name}/{below}" for below in files_below(path)] if path.is_dir() else [path.name]
+    return sorted(found)
+
+
 def read_json_lines(path: str | Path) -> list[dict]:
     """Objects of a JSON Lines file, empty lines skipped."""
     return [row for _, row in read_numbered_lines(path)]

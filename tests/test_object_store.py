@@ -21,6 +21,7 @@ from sso_jax.metrics import open_metrics
 from sso_jax.models.hf_config import fetch
 from sso_jax.models.hf_weights import read_params
 from sso_jax.records import Query, is_remote, read_json_lines
+from sso_jax.tokens.tokenizer import load_tokenizer
 from sso_jax.toy.pretraining import train_tokenizer
 
 
@@ -82,13 +83,23 @@ def test_metrics_are_appended_and_rewound(run):
 
 def test_a_policy_goes_out_and_comes_back(run, one_device):
     model, tokenizer = toy_model(vocab_size=1024, num_layers=1), train_tokenizer()
+    templates = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}  # the second one is written to a folder of its own
+    tokenizer.chat_template = templates
     params = toy_params(model, one_device)
-    export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), run / "iteration_2" / "policy", "float32")
+    folder = run / "iteration_2"
+    export = lambda: export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "policy", "float32") or {}  # noqa: E731
+    stages.plain_stage(folder, "export", export, "policy")
+    marked = json.loads((folder / "done" / "export.json").read_text())["files"]
+    assert {"policy/config.json", "policy/model.safetensors", "policy/additional_chat_templates/tool_use.jinja"} <= marked.keys()
+    assert stages.whole(folder, "export") is not None
     found = find_policy("gs://bucket/run")
     assert found == "gs://bucket/run/iteration_2/policy"
     local = fetch(found)
     assert json.loads((local / "config.json").read_text())["vocab_size"] == 1024
     again = read_params(local, model, one_device)
     np.testing.assert_array_equal(again["embedding"], params["embedding"])
+    assert load_tokenizer(local).chat_template == templates
+    (folder / "policy" / "additional_chat_templates" / "tool_use.jinja").write_text("another")
+    assert stages.whole(folder, "export") is None
     with pytest.raises(InputError, match=r"model\.path: no folder 'gs://bucket/other'"):
         fetch("gs://bucket/other")

@@ -9,7 +9,7 @@ from etils import epath
 
 from sso_jax.errors import InputError
 from sso_jax.models.architecture import Architecture, RopeScaling
-from sso_jax.records import is_remote
+from sso_jax.records import files_below, is_remote
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 REWARD_CLASS = "ForSequenceClassification"
@@ -47,9 +47,9 @@ def _copied(folder: epath.Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"model.path: no folder {str(folder)!r}; check the name and the rights to read it")
     local = Path(tempfile.mkdtemp(prefix="sso_jax-"))
-    for file in folder.iterdir():
-        if not file.is_dir():
-            file.copy(local / file.name)
+    for name in files_below(folder):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).copy(local / name)
     return local
 
 
