@@ -217,8 +217,10 @@ def train_round(
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
         done = 0 if state is None else int(state.step)
-        frozen = split_trainable(params)[1]
-        state = init_state({**params, **parts}, optimizer, shardings) if state is None else state._replace(frozen=frozen)
+        if state is None:
+            state = init_state({**params, **parts}, optimizer, shardings)
+        else:
+            state = _going_on(state, params)
         rewind(done)
         line = _checking_first_loss(line, plan.first_loss, config.model.compute_dtype, title)
         every_steps = config.checkpoint.every_steps
@@ -232,6 +234,14 @@ def train_round(
     rate = sum(plan.num_tokens[done:]) / seconds
     how = {"updates": num_updates, "padding": padding, "row_shape": plan.shape, "seconds": seconds, "tokens_per_second": rate}
     return without_parts(state.whole_params(), parts), how
+
+
+def _going_on(state: TrainState, params: dict) -> TrainState:
+    """The state of a checkpoint, with the frozen ones of the parameters given; the others, which it has further on, leave the memory."""
+    trainable, frozen = split_trainable(params)
+    for leaf in jax.tree.leaves(trainable):
+        leaf.delete()
+    return state._replace(frozen=frozen)
 
 
 def _checking_first_loss(line: Callable[[dict], None], expected: float | None, dtype: str, stage: str) -> Callable[[dict], None]:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from toys import toy_model, toy_params
 
 import train
-from sso_jax import assembly, policy_training, report, run_folder
+from sso_jax import assembly, policy_training, report, rounds, run_folder
 from sso_jax.assembly import export_policy
 from sso_jax.checksums import checksums
 from sso_jax.config import Config, ToyConfig, to_dict
@@ -119,6 +119,21 @@ def test_a_signal_stops_a_run_with_status_75_and_the_same_command_ends_it_alike(
     assert "stopped by a signal in iteration 1" in error and "run the same command again" in error and "Traceback" not in error
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
     assert same_end(tmp_path / "run", whole)
+
+
+def test_training_that_goes_on_from_a_checkpoint_uses_up_the_parameters_given(arguments, whole, tmp_path, monkeypatch):
+    """As the first update of a training does that begins: no second copy of what is trained is held."""
+    directory, given = unfinished_copy(whole, tmp_path, "training"), []
+
+    def train_round(engine, losses, plan, config, params, *more, **named):
+        given.extend(jax.tree.leaves(params))
+        assert not any(leaf.is_deleted() for leaf in given)
+        return policy_training.train_round(engine, losses, plan, config, params, *more, **named)
+
+    monkeypatch.setattr(rounds, "train_round", train_round)
+    assert train.main([*arguments, "--run.directory", str(directory)]) == 0
+    assert given and all(leaf.is_deleted() for leaf in given)
+    assert same_end(directory, whole)
 
 
 def test_safe_points_raise_only_after_a_signal_and_handlers_come_back():
