@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from toys import Compilations, toy_model, toy_params
 
 from sso_jax.assembly import build_objective
 from sso_jax.config import ObjectiveConfig
-from sso_jax.mesh import param_shardings, place
+from sso_jax.mesh import param_shardings, place, replicated
 from sso_jax.models.layout import training_layout
 from sso_jax.models.transformer import abstract_params
 from sso_jax.training.batches import (
@@ -180,6 +181,21 @@ def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
     for a, b in zip(jax.tree.leaves(ours), tensors, strict=True):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=2e-6)
     assert 0 < sum(mask) < len(mask)
+
+
+def test_moments_of_bfloat16_weights_are_float32(one_device):
+    """After a gradient of 1 and n of 0: m = (1 - b1) b1^n, v = (1 - b2) b2^n, which bfloat16 would round back to where it was."""
+    weights = {"kernel": jnp.ones((2, 3), jnp.bfloat16)}
+    optimizer = make_optimizer(0.9, 0.999, 1e-8, 0.0, 0.0)
+    state = optimizer.init(weights)
+    for gradient in (1.0, 0.0, 0.0, 0.0):
+        _, state = optimizer.update({"kernel": jnp.full((2, 3), gradient, jnp.float32)}, state, weights)
+    first, second = state[0].mu["kernel"], state[0].nu["kernel"]
+    assert first.dtype == second.dtype == jnp.float32
+    np.testing.assert_allclose(first, 0.1 * 0.9**3, rtol=1e-6)
+    np.testing.assert_allclose(second, 0.001 * 0.999**3, rtol=1e-5)
+    shardings = state_shardings(weights, {"kernel": replicated(one_device)}, optimizer, one_device)
+    assert jax.tree.structure(shardings.optimizer) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize(

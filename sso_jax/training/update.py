@@ -118,9 +118,13 @@ def learning_rates(peak: float, kind: str, warmup_ratio: float, num_updates: int
 
 
 def make_optimizer(b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
-    """The step of AdamW at learning rate 1, with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the global norm."""
+    """The step of AdamW at learning rate 1, with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the global norm.
+
+    Moments are float32 whatever the parameters are: a second one of type bfloat16 would never fall at b2 = 0.999.
+    """
     adamw = optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed, mu_dtype=jnp.float32)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    return optax.GradientTransformation(lambda params: optimizer.init(optax.tree.cast(params, jnp.float32)), optimizer.update)
 
 
 def state_shardings(params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
