@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from benchmarks.speed import __main__ as main
-from benchmarks.speed import shapes
+from benchmarks.speed import machine, shapes
 from benchmarks.speed.__main__ import figures, in_turns
 from benchmarks.speed.ours import make_model, make_updating, traced
 from sso_jax.models.transformer import abstract_params
@@ -82,10 +82,12 @@ def test_a_cell_that_runs_out_of_memory_is_reported_and_the_others_are_measured(
     of["transformers/update"] = {"first": 9.0, "seconds": [4.0], "host_peak_bytes": 100}
     of["transformers/machine"] = {"flops": 1e11, "host_peak_bytes": 100}
     monkeypatch.setattr(main, "in_turns", lambda commands: {cell: dict(of[cell]) for cell in commands})
-    options = argparse.Namespace(tiny=False, work=["update"], peers=["transformers"], tunix_python="", repeats=1, profile=None)
+    options = argparse.Namespace(
+        tiny=False, device="cpu", work=["update"], peers=["transformers"], tunix_python="", repeats=1, profile=None
+    )
     made = figures("57m", main.measure("57m", options), options)
     assert made["out_of_memory"] == ["ours/update"] and list(made["rows"]) == ["transformers/update"]
-    assert made["rows"]["transformers/update"]["ours_over_it"] == 1.0 and "sso_examples_s" not in made
+    assert made["rows"]["transformers/update"]["ours_over_it"] is None and "sso_examples_s" not in made
     main.show(made)
     shown = capsys.readouterr().out
     assert "| ours/update | out of memory |" in shown and "300 GFLOP/s" in shown and "PyTorch's products 100 GFLOP/s" in shown
@@ -114,3 +116,15 @@ def test_a_cell_that_fails_ends_all(tmp_path):
     waits, fails = "from benchmarks.speed.timing import timed; timed(print, 3)", "raise ValueError"
     with pytest.raises(SystemExit, match="failed with exit status 1"):
         in_turns({"a": [sys.executable, "-c", waits], "b": [sys.executable, "-c", fails]})
+
+
+def test_a_device_that_is_not_there_is_refused():
+    machine.require("cpu")
+    with pytest.raises(SystemExit, match="--device gpu: JAX computes on cpu here"):
+        machine.require("gpu")
+
+
+def test_peers_that_would_train_something_else_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["speed", "--device", "gpu", "--peers", "transformers"])
+    with pytest.raises(SystemExit, match="they train all weights where 7b has adapters"):
+        main.main()

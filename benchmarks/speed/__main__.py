@@ -9,7 +9,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.speed import shapes
-from benchmarks.speed.timing import READY, TURNS_VARIABLE
+from benchmarks.speed.timing import READY, TURNS_VARIABLE, host_peak_bytes
 from sso_jax.host_memory import use_huge_pages
 
 PEERS = ("transformers", "tunix")
@@ -27,7 +26,7 @@ DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu", help="what computes (default: %(default)s)")
     parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, help="default: 57m on a CPU; 0.5b 1.5b 7b on a GPU")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="what to time (default: %(default)s)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="whom to time beside this project (default: nobody)")
@@ -42,22 +41,23 @@ def arguments() -> argparse.Namespace:
 
 TORCH_MACHINE = "transformers/machine"
 """The cell that measures PyTorch's products."""
+SHARED_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""So that a peer in another process finds memory on the same GPU."""
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
 """What errors say where an accelerator's memory is too small: the other cells are measured all the same."""
 
 
-def run_cell(cell: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
+def run_cell(cell: str, device: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
     """One measurement, in this process."""
     who, _, what = cell.partition("/")
-    if who == "machine":
-        from benchmarks.speed import machine
-
-        return machine.measure(shape.dtype)
-    if who == "ours":
+    if who in ("machine", "ours"):
         use_huge_pages()  # as train.py and sample.py begin
-        from benchmarks.speed import ours
+        from benchmarks.speed import machine, ours
+        from sso_jax.assembly import prepare_jax
 
-        return ours.profiled(what, shape, repeats, profile)
+        prepare_jax()
+        machine.require(device)
+        return machine.measure(shape.dtype) if who == "machine" else ours.profiled(what, shape, repeats, profile)
     peer = importlib.import_module(f"benchmarks.speed.peer_{who}")
     return getattr(peer, what)(shape, repeats)
 
@@ -66,20 +66,20 @@ def child(cell: str, options: argparse.Namespace) -> None:
     """Runs one cell and prints its figures as the last line of standard output."""
     shape = shapes.SHAPES[options.shapes[0]]
     try:
-        result = run_cell(cell, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile)
+        result = run_cell(cell, options.device, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile)
     except RuntimeError as error:  # JAX's and PyTorch's own are kinds of it
         if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         print(f"{cell} on {shape}: {error}", file=sys.stderr)
         result = {"out_of_memory": True}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"host_peak_bytes": peak, **result}))
+    print(json.dumps({"host_peak_bytes": host_peak_bytes(), **result}))
 
 
 def command(cell: str, name: str, options: argparse.Namespace) -> list[str]:
     """What runs one cell on one shape in a process of its own."""
     python = options.tunix_python if cell.startswith("tunix/") else sys.executable
-    parts = [python, "-m", "benchmarks.speed", "--cell", cell, "--shapes", name, "--repeats", str(options.repeats)]
+    parts = [python, "-m", "benchmarks.speed", "--cell", cell, "--device", options.device, "--shapes", name]
+    parts += ["--repeats", str(options.repeats)]
     parts += ["--tiny"] if options.tiny else []
     return parts + (["--profile", str(options.profile)] if options.profile else [])
 
@@ -160,8 +160,8 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        alone = cell.startswith("ours/") or not cells[cell]["beside"]  # where this project ran out of memory
-        row["ours_over_it"] = 1.0 if alone else row["seconds"] / statistics.median(cells[cell]["beside"])
+        beside = row["seconds"] if cell.startswith("ours/") else statistics.median(cells[cell]["beside"] or [0.0])
+        row["ours_over_it"] = row["seconds"] / beside if beside else None  # where this project ran out of memory
     made = {
         "shape": name,
         "compile_s": sum(row["first_seconds"] - row["seconds"] for cell, row in rows.items() if cell.startswith("ours")),
@@ -200,9 +200,10 @@ def show(result: dict) -> None:
     print("| work | median | rate | of the bound | peak GB | compiled in | this project is faster by |\n|---|---|---|---|---|---|---|")
     for cell, row in result["rows"].items():
         unit = "tokens/s" if cell.endswith("sample") else "examples/s"
+        ratio = "" if row["ours_over_it"] is None else f"{row['ours_over_it']:.2f}"
         print(
             f"| {cell} | {row['seconds']:.2f} s | {row['rate']:.3g} {unit} | {row['of_bound']:.0%} | {row['peak_bytes'] / 1e9:.2f} "
-            f"| {max(0.0, row['first_seconds'] - row['seconds']):.1f} s | {row['ours_over_it']:.2f} |"
+            f"| {max(0.0, row['first_seconds'] - row['seconds']):.1f} s | {ratio} |"
         )
     for cell in result["out_of_memory"]:
         print(f"| {cell} | out of memory | | | | | |")
@@ -223,6 +224,10 @@ def main() -> int:
     if options.cell:
         child(options.cell, options)
         return 0
+    unlike = [name for name in options.shapes if options.peers and shapes.SHAPES[name].adapter_rank]
+    if unlike:
+        raise SystemExit(f"--peers: they train all weights where {' and '.join(unlike)} has adapters; leave --peers or the shape out")
+    os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else SHARED_GPU
     results = []
     for name in options.shapes:
         results.append(figures(name, measure(name, options), options))

@@ -9,6 +9,13 @@ DATASHEET_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 """Operations a second of dense bfloat16 products by NVIDIA's datasheets (SXM), by a part of the device's name."""
 
 
+def require(device: str) -> None:
+    """Ends the program where JAX does not compute on this kind of device, "cpu" or "gpu"."""
+    found = jax.default_backend()
+    if found != device:
+        raise SystemExit(f"--device {device}: JAX computes on {found} here; install jax[cuda13] for a GPU, or give another --device")
+
+
 def _best(work, repeats: int) -> float:
     """Seconds of a call, the fastest of the repeats: what the machine can do, not what it did beside other work.
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
 from benchmarks.speed.timing import timed
-from sso_jax.assembly import build_objective, prepare_jax
+from sso_jax.assembly import build_objective
 from sso_jax.config import LoraConfig, ObjectiveConfig
 from sso_jax.flops import count_flops
 from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings
@@ -192,12 +192,10 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
 
 def profiled(what: str, shape: Shape, repeats: int, profile: Path | None) -> dict:
     """`sample` or `update`, then one call of it more under JAX's profiler where `profile` names a folder; the device's peak memory."""
-    start = {"sample": start_sampling, "update": start_updates}[what]
-    prepare_jax()  # as a run begins
-    work, facts = start(shape)
-    result = {**timed(work, repeats), **facts()}
+    work, facts = {"sample": start_sampling, "update": start_updates}[what](shape)
+    result = timed(work, repeats)
+    memory = jax.devices()[0].memory_stats() or {}  # None on a CPU
     if profile is not None:
         with jax.profiler.trace(str(profile / what)):
             work()
-    memory = jax.devices()[0].memory_stats() or {}  # None on a CPU
-    return {**result, "device_peak_bytes": memory.get("peak_bytes_in_use", 0)}
+    return {**result, "device_peak_bytes": memory.get("peak_bytes_in_use", 0), **facts()}

@@ -4,6 +4,8 @@ It is timed as its users run it: `generate` for sampling, and for the update wha
 of an example, logits of every token, policy and reference. PyTorch comes with requirements-test.txt.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -41,6 +43,11 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def _timed(work: Callable[[], None], repeats: int) -> dict:
+    """As `timed`, with the device's peak memory, 0 for a CPU."""
+    return {**timed(work, repeats), "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+
+
 def machine(shape: Shape, repeats: int) -> dict:
     """A second's `flops` of PyTorch's [N, N] @ [N, N], as `machine.measure` has those of XLA's."""
     size = 2048 if _device() == "cpu" else 8192
@@ -66,7 +73,7 @@ def sample(shape: Shape, repeats: int) -> dict:
         if out.shape[1] != shape.sample_prompt + shape.sample_new:
             raise AssertionError("a response is shorter than was asked for")
 
-    return timed(work, repeats)
+    return _timed(work, repeats)
 
 
 def update(shape: Shape, repeats: int) -> dict:
@@ -94,12 +101,12 @@ def update(shape: Shape, repeats: int) -> dict:
         of_policy = log_probs(policy)
         ratios = of_policy - of_reference
         steering = ipo(ratios[:, 2:4]) + ipo(ratios[:, 4:6])
-        quality = (of_policy[:, 2] / length).exp() ** ALPHA
-        loss = (ipo(ratios[:, 0:2]) + STEERING_WEIGHT * quality * steering).mean()
+        weight = torch.sigmoid(-(ALPHA * of_policy[:, 0] + (1.0 - ALPHA) * of_policy[:, 1]) / length)
+        loss = (ipo(ratios[:, 0:2]) + STEERING_WEIGHT * weight * steering).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         _wait()
 
-    return timed(work, repeats)
+    return _timed(work, repeats)

@@ -1,6 +1,7 @@
-"""A call in, its seconds out; one call at a time in turn with other processes where whoever started this one asks for it."""
+"""A call in, its seconds and the process' memory out; one call at a time in turn with others where whoever started this one asks for it."""
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,8 +17,16 @@ def wait_for_turn() -> None:
     sys.stdin.readline()
 
 
+def host_peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def timed(work: Callable[[], object], repeats: int) -> dict:
-    """Seconds of the first call, which warms up and compiles, and of each of the repeats; `work` returns when all is done."""
+    """Seconds of the first call, which warms up and compiles, and of each of the repeats, and the peak memory behind them.
+
+    `work` returns when all is done.
+    """
     seconds = []
     for _ in range(repeats + 1):
         if TURNS_VARIABLE in os.environ:
@@ -25,4 +34,4 @@ def timed(work: Callable[[], object], repeats: int) -> dict:
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
-    return {"first": seconds[0], "seconds": seconds[1:]}
+    return {"first": seconds[0], "seconds": seconds[1:], "host_peak_bytes": host_peak_bytes()}
