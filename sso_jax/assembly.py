@@ -100,7 +100,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that the config describes; settings that its form does not use are named in the log.
 
     Raises:
-      InputError: for an unknown base, or a setting that the base or the form does not use.
+      InputError: for an unknown base, a setting that the base does not use, or form "generator" with both of its weights 0.
     """
     base, plain, settings, more = _choose_losses(config)
     scale, form = SteeringScale(config.positive_weight, config.negative_weight), config.form

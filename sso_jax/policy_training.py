@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -80,8 +81,7 @@ def plan_preferences(
     if objective.degree_weight is not None:
         variants = [degree_ids(engine, triple, objective.degree_removal, config.run.seed) for triple in pairs]
         examples = [with_degrees(example, own) for example, own in zip(examples, variants, strict=True)]
-    updates, micro, num_micro = _updates(examples, config, iteration)
-    micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
+    updates, micros, micro, num_micro = _cut(examples, config, iteration)
     shape = _shape(engine, config, iteration, [micro_trees(part, cells) for part in micros], earlier)
     num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in updates]
     make_batch = lambda step: preference_batch(updates[step], cells, micro, num_micro, shape)  # noqa: E731
@@ -125,8 +125,7 @@ def new_parts(model: Transformer, config: Config) -> dict:
 
 def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: list[Tree], earlier: RowShape | None = None) -> Plan:
     """Order and shape of the batches of prompts with one response each."""
-    updates, micro, num_micro = _updates(trees, config, iteration)
-    micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
+    updates, micros, micro, num_micro = _cut(trees, config, iteration)
     shape = _shape(engine, config, iteration, micros, earlier)
     num_tokens = [sum(tree.num_tokens() for tree in update) for update in updates]
     return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape), [[] for _ in updates], shape)
@@ -134,8 +133,7 @@ def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: l
 
 def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[Rated], earlier: RowShape | None = None) -> Plan:
     """Order and shape of the batches of a reward model's pairs."""
-    updates, micro, num_micro = _updates(pairs, config, iteration)
-    micros = [part for update in updates for part in cut_microbatches(update, micro, num_micro) if part]
+    updates, micros, micro, num_micro = _cut(pairs, config, iteration)
     shape = _shape(engine, config, iteration, [pair_trees(part) for part in micros], earlier)
     num_tokens = [sum(pair.num_tokens() for pair in update) for update in updates]
     return Plan(num_tokens, lambda step: reward_batch(updates[step], micro, num_micro, shape), [[] for _ in updates], shape)
@@ -147,13 +145,26 @@ def _shape(engine: Engine, config: Config, iteration: int, micros: list[list[Tre
     return lasting_row_shape(micros, num_batch_shards(engine.mesh), earlier, is_last, engine.model.by_sequence)
 
 
-def _updates(items: list, config: Config, iteration: int) -> tuple[list[list], int, int]:
-    """The items of each update, the size of a microbatch, and how many an update has."""
+class _Cut(NamedTuple):
+    """Items as a round trains on them."""
+
+    updates: list[list]
+    micros: list[list]
+    """Those of all microbatches that hold any."""
+    micro_size: int
+    num_micro: int
+    """Microbatches of an update."""
+
+
+def _cut(items: list, config: Config, iteration: int) -> _Cut:
+    """The items of each update and of each microbatch, in the order that follows from the seed."""
     train = config.train
     order = update_order(len(items), train.batch_size, train.epochs, train.shuffle, f"{config.run.seed}/{iteration}")
     batch_size = min(train.batch_size, len(items))
-    micro = min(train.microbatch_size or batch_size, batch_size)
-    return [[items[i] for i in update] for update in order], micro, -(-batch_size // micro)
+    size = min(train.microbatch_size or batch_size, batch_size)
+    num_micro = -(-batch_size // size)
+    updates = [[items[i] for i in update] for update in order]
+    return _Cut(updates, [part for update in updates for part in cut_microbatches(update, size, num_micro) if part], size, num_micro)
 
 
 @lru_cache  # one object for all rounds: JAX finds again what it compiled for it

@@ -217,9 +217,13 @@ def test_a_number_that_is_not_finite_stops_training_by_name(one_device):
         return state, {"loss": 1.0 if batch.number < 2 else math.nan, "grad_norm": 2.0}
 
     hooks = Hooks(written.append, lambda state, step: saved.append(step), 2, lambda step: [f"q{step}", "r"])
-    with pytest.raises(RunError, match=r"updates: update 2 has loss nan \(examples q2, r\); the checkpoints are of before it"):
-        run_updates(update, {}, lambda step: Batch(np.int32(step)), [5] * 4, [0.1] * 4, 0, one_device, hooks, "updates")
+    run = lambda hooks: run_updates(update, {}, lambda i: Batch(np.int32(i)), [5] * 4, [0.1] * 4, 0, one_device, hooks, "updates")  # noqa: E731
+    known = r"updates: update 2 has loss nan \(examples q2, r\); the checkpoints are of before it. Look at these examples, lower opt"
+    with pytest.raises(RunError, match=known):
+        run(hooks)
     assert saved == [1, 2] and [line["step"] for line in written] == [0, 1]
+    with pytest.raises(RunError, match=r"update 2 has loss nan; the checkpoints are of before it. Lower optimizer.learning_rate"):
+        run(hooks._replace(examples=lambda step: []))  # demonstrations have no ids
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(arguments, whole, tmp_path):

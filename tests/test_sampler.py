@@ -11,8 +11,9 @@ from sso_jax.flops import count_flops
 from sso_jax.mesh import param_shardings
 from sso_jax.models.transformer import abstract_params
 from sso_jax.sampling.decode import build_generate, build_parts, prefill, to_weights
-from sso_jax.sampling.sampler import Request, Sampler, bucket, cut_batches, pad_prompts, row_key, shared_prefix
+from sso_jax.sampling.sampler import Request, Sampler, cut_batches, pad_prompts, row_key, shared_prefix
 from sso_jax.sampling.strategies import make_strategy
+from sso_jax.tokens.lengths import bucket
 
 
 def make_sampler(model, mesh, stop_ids=(), temperature=0.9, batch_size=4, max_new_tokens=24, max_tokens=128):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sso_jax.sampling.sampler import bucket
 from sso_jax.sampling.slots import MOST_WASTE, SLOTS_FILE, open_slots
+from sso_jax.tokens.lengths import bucket
 
 
 def padded(run, iteration, lengths, kind="0+48"):

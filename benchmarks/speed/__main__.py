@@ -142,7 +142,7 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
     tokens = shape.sample_rows * shape.sample_new
     bounds = {
         "sample": tokens
-        / max(shapes.needed_sample_bytes(shape) / machine["read_bytes"], shapes.needed_sample_flops(shape) / machine["flops"]),
+        / max(shapes.needed_sample_bytes(shape) / machine["copy_bytes"], shapes.needed_sample_flops(shape) / machine["flops"]),
         "update": shape.update_examples * machine["flops"] / shapes.needed_update_flops(shape)["shared"],
     }
     rows = {}

@@ -18,8 +18,8 @@ from sso_jax.models.fingerprint import fingerprint
 from sso_jax.progress import progress_bar
 from sso_jax.sampling.decode import Prompts, Samples, prompt_shardings
 from sso_jax.sampling.strategies import Strategy
+from sso_jax.tokens.lengths import bucket
 
-SHORTEST_BUCKET = 32
 PREFIX_STEP = 64
 """What all prompts of a stage start with is run once, in multiples of this many tokens: few shapes, and nothing for a few tokens."""
 
@@ -36,14 +36,6 @@ def row_key(seed: int, iteration: int, query_id: str, role: str) -> tuple[int, i
     """Random key of one response, two 32-bit words, from what the response is and not from where it stands in a batch."""
     digest = hashlib.blake2b(f"{seed}\0{iteration}\0{query_id}\0{role}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
-
-
-def bucket(length: int, shortest: int = SHORTEST_BUCKET) -> int:
-    """Smallest of `shortest` times 1, 1.5, 2, 3, 4, 6, 8, ... that holds `length`: few shapes, at most half of one wasted."""
-    size = shortest
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
 
 
 def cut_batches(lengths: list[int], batch_size: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sso_jax.hosts import once
 from sso_jax.records import write_text
-from sso_jax.sampling.sampler import bucket
+from sso_jax.tokens.lengths import bucket
 
 SLOTS_FILE = "prompt_slots.json"
 SPARE, MOST_WASTE = 0.0625, 2

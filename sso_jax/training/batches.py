@@ -306,7 +306,8 @@ def micro_trees(examples: list[Example], cells: list[tuple[str, str]]) -> list[T
     return [tree for e, example in enumerate(examples) for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))]
 
 
-def _stack(rows: list[Rows]) -> Rows:
+def stack_rows(rows: list[Rows]) -> Rows:
+    """Rows of microbatches, which come first."""
     return Rows(*(np.stack(parts) for parts in zip(*rows, strict=True)))
 
 
@@ -325,7 +326,7 @@ def preference_batch(
             num_tokens[a, e] = [len(example.responses[response]) for _, response in cells]
             references[a, e] = example.reference_log_probs
             weights[a, e] = 1.0 / len(examples)
-    return PreferenceBatch(_stack(rows), num_tokens, references, weights)
+    return PreferenceBatch(stack_rows(rows), num_tokens, references, weights)
 
 
 def supervised_batch(trees: list[Tree], micro_size: int, num_micro: int, shape: RowShape) -> SupervisedBatch:
@@ -337,4 +338,4 @@ def supervised_batch(trees: list[Tree], micro_size: int, num_micro: int, shape: 
         placed = [Tree(tree.prompt_ids, [branch._replace(cell=e) for branch in tree.branches]) for e, tree in enumerate(micro)]
         rows.append(pack(placed, shape, micro_size))
         weights[a, : len(micro)] = 1.0 / total
-    return SupervisedBatch(_stack(rows), weights)
+    return SupervisedBatch(stack_rows(rows), weights)

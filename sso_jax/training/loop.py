@@ -105,8 +105,10 @@ def run_updates(
 def _require_finite(numbers: dict[str, float], step: int, examples: list[str], stage: str) -> None:
     broken = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if broken:
-        shown = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
+        more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
+        shown = f" (examples {', '.join(examples[:8])}{more})" if examples else ""
         raise RunError(
-            f"{stage}: update {step} has {', '.join(broken)} (examples {shown}); the checkpoints are of before it. Look at these "
-            "examples, lower optimizer.learning_rate, or set model.compute_dtype float32, in a new run.directory"
+            f"{stage}: update {step} has {', '.join(broken)}{shown}; the checkpoints are of before it. "
+            f"{'Look at these examples, lower' if examples else 'Lower'} optimizer.learning_rate, or set model.compute_dtype float32, in a "
+            "new run.directory"
         )

@@ -15,7 +15,8 @@ from sso_jax.models.attention import tree_mask
 from sso_jax.models.layout import as_they_lie
 from sso_jax.models.reward import RewardModel
 from sso_jax.progress import progress_bar
-from sso_jax.training.batches import Branch, Rows, RowShape, Tree, cut_microbatches, first_fit, pack
+from sso_jax.tokens.lengths import bucket
+from sso_jax.training.batches import Branch, Rows, RowShape, Tree, cut_microbatches, first_fit, pack, stack_rows
 from sso_jax.training.losses import Pair
 from sso_jax.training.update import ExampleLosses
 
@@ -84,7 +85,7 @@ def reward_batch(pairs: list[Rated], micro_size: int, num_micro: int, shape: Row
         rows.append(pack(trees, shape, 2 * micro_size))
         ends.append(branch_ends(trees, shape, 2 * micro_size))
         weights[a, : len(micro)] = 1.0 / len(pairs)
-    return RewardBatch(Rows(*(np.stack(parts) for parts in zip(*rows, strict=True))), np.stack(ends), weights)
+    return RewardBatch(stack_rows(rows), np.stack(ends), weights)
 
 
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
@@ -120,14 +121,6 @@ def build_rate(model: RewardModel, mesh: jax.sharding.Mesh, param_shardings) -> 
     return jax.jit(rate_batch, in_shardings=shardings, out_shardings=replicated(mesh))
 
 
-def _row_tokens(length: int) -> int:
-    """The smallest of 128 times 1, 1.5, 2, 3, 4, 6, 8, ... that holds `length`: few shapes to compile."""
-    size = SHORTEST_ROW
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
 def rate_pairs(
     rate: Callable, mesh: jax.sharding.Mesh, params, pairs: list[Rated], tokens_at_once: int, stage: str
 ) -> list[tuple[float, float]]:
@@ -140,7 +133,7 @@ def rate_pairs(
     rewards = np.zeros(len(trees), np.float32)
     lengths: dict[int, list[int]] = {}
     for i, tree in enumerate(trees):
-        lengths.setdefault(_row_tokens(tree.num_tokens()), []).append(i)
+        lengths.setdefault(bucket(tree.num_tokens(), SHORTEST_ROW), []).append(i)
     with progress_bar(stage, len(trees), "response") as bar:
         for length, members in sorted(lengths.items()):
             num_rows = -(-max(1, tokens_at_once // length) // shards) * shards
