@@ -94,7 +94,11 @@ def test_a_policy_goes_out_and_comes_back(run, one_device):
     assert stages.whole(folder, "export") is not None
     found = find_policy("gs://bucket/run")
     assert found == "gs://bucket/run/iteration_2/policy"
+    (folder / "policy" / "original").mkdir()
+    (folder / "policy" / "original" / "params.json").write_text("{}")
     local = fetch(found)
+    assert not (local / "original").exists()  # as of the hub
+    assert [path.name for path in fetch(found, files=("config.json",)).iterdir()] == ["config.json"]
     assert json.loads((local / "config.json").read_text())["vocab_size"] == 1024
     again = read_params(local, model, one_device)
     np.testing.assert_array_equal(again["embedding"], params["embedding"])
@@ -103,3 +107,5 @@ def test_a_policy_goes_out_and_comes_back(run, one_device):
     assert stages.whole(folder, "export") is None
     with pytest.raises(InputError, match=r"model\.path: no folder 'gs://bucket/other'"):
         fetch("gs://bucket/other")
+    with pytest.raises(InputError, match=r"pairs\.reward_model: no folder"):
+        fetch("gs://bucket/other", "pairs.reward_model")

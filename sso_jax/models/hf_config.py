@@ -20,13 +20,13 @@ _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "
 
 
 def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED) -> Path:
-    """Local folder of a model: `path` itself, or the hub's snapshot of these files of that id; errors name the config's `field`.
+    """Local folder of a model: `path` itself, or a copy of these files of an object store or the hub; errors name the config's `field`.
 
     Raises:
       InputError: if it is neither.
     """
     if is_remote(path):
-        return _copied(epath.Path(path))
+        return _copied(epath.Path(path), field, files)
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -42,12 +42,14 @@ def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED
         raise InputError(f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error
 
 
-def _copied(folder: epath.Path) -> Path:
-    """A folder of an object store, copied to this machine: safetensors are read in slices, which needs a file."""
+def _copied(folder: epath.Path, field: str, files: tuple[str, ...]) -> Path:
+    """These files of a folder of an object store, copied to this machine: safetensors are read in slices, which needs a file."""
+    from huggingface_hub.utils import filter_repo_objects
+
     if not folder.is_dir():
-        raise InputError(f"model.path: no folder {str(folder)!r}; check the name and the rights to read it")
+        raise InputError(f"{field}: no folder {str(folder)!r}; check the name and the rights to read it")
     local = Path(tempfile.mkdtemp(prefix="sso_jax-"))
-    for name in files_below(folder):
+    for name in filter_repo_objects(files_below(folder), allow_patterns=list(files), ignore_patterns=LEFT_ON_THE_HUB):
         (local / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).copy(local / name)
     return local
