@@ -107,5 +107,5 @@ def test_a_policy_goes_out_and_comes_back(run, one_device):
     assert stages.whole(folder, "export") is None
     with pytest.raises(InputError, match=r"model\.path: no folder 'gs://bucket/other'"):
         fetch("gs://bucket/other")
-    with pytest.raises(InputError, match=r"pairs\.reward_model: no folder"):
-        fetch("gs://bucket/other", "pairs.reward_model")
+    with pytest.raises(InputError, match=r"filter\.reward_path: no folder"):
+        fetch("gs://bucket/other", "filter.reward_path")
