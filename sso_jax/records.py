@@ -170,9 +170,9 @@ def files_below(folder: str | Path) -> list[str]:
     Not by `walk`, which names an object store's folders without the store (etils 1.15); nor is the empty object that some stores keep in
     place of a folder a file in it.
     """
-    found = []
-    for path in epath.Path(folder).iterdir():
-        if path.name and path != epath.Path(folder):
+    folder, found = epath.Path(folder), []
+    for path in folder.iterdir():
+        if path != folder:
             found += [f"{path.name}/{below}" for below in files_below(path)] if path.is_dir() else [path.name]
     return sorted(found)
 

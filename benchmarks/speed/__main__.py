@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.speed import shapes
-from benchmarks.speed.timing import READY, TURNS_VARIABLE, host_peak_bytes
+from benchmarks.speed.timing import READY, TURNS_VARIABLE
 from sso_jax.host_memory import use_huge_pages
 
 PEERS = ("transformers", "tunix")
@@ -72,7 +72,7 @@ def child(cell: str, options: argparse.Namespace) -> None:
             raise
         print(f"{cell} on {shape}: {error}", file=sys.stderr)
         result = {"out_of_memory": True}
-    print(json.dumps({"host_peak_bytes": host_peak_bytes(), **result}))
+    print(json.dumps(result))
 
 
 def command(cell: str, name: str, options: argparse.Namespace) -> list[str]:
@@ -160,8 +160,8 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        beside = row["seconds"] if cell.startswith("ours/") else statistics.median(cells[cell]["beside"] or [0.0])
-        row["ours_over_it"] = row["seconds"] / beside if beside else None  # where this project ran out of memory
+        beside = [row["seconds"]] if cell.startswith("ours/") else cells[cell]["beside"]  # empty where this project ran out of memory
+        row["ours_over_it"] = row["seconds"] / statistics.median(beside) if beside else None
     made = {
         "shape": name,
         "compile_s": sum(row["first_seconds"] - row["seconds"] for cell, row in rows.items() if cell.startswith("ours")),

@@ -16,6 +16,11 @@ def require(device: str) -> None:
         raise SystemExit(f"--device {device}: JAX computes on {found} here; install jax[cuda13] for a GPU, or give another --device")
 
 
+def device_peak_bytes() -> int:
+    """The most memory that this process has held on its first device so far; 0 on a CPU, which does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
 def _best(work, repeats: int) -> float:
     """Seconds of a call, the fastest of the repeats: what the machine can do, not what it did beside other work.
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from benchmarks.speed.machine import device_peak_bytes
 from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
 from benchmarks.speed.timing import timed
 from sso_jax.assembly import build_objective
@@ -193,9 +194,8 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
 def profiled(what: str, shape: Shape, repeats: int, profile: Path | None) -> dict:
     """`sample` or `update`, then one call of it more under JAX's profiler where `profile` names a folder; the device's peak memory."""
     work, facts = {"sample": start_sampling, "update": start_updates}[what](shape)
-    result = timed(work, repeats)
-    memory = jax.devices()[0].memory_stats() or {}  # None on a CPU
+    result = {**timed(work, repeats), "device_peak_bytes": device_peak_bytes()}
     if profile is not None:
         with jax.profiler.trace(str(profile / what)):
             work()
-    return {**result, "device_peak_bytes": memory.get("peak_bytes_in_use", 0), **facts()}
+    return {**result, **facts()}

@@ -17,6 +17,7 @@ from tunix.models.qwen2.model import ModelConfig, Qwen2
 from tunix.rl.common import build_positions_from_mask, make_causal_attn_mask
 from tunix.sft.dpo.dpo_trainer import TrainExample, compute_logps, dpo_loss_fn
 
+from benchmarks.speed.machine import device_peak_bytes
 from benchmarks.speed.shapes import CELLS, SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
 from benchmarks.speed.timing import timed
 
@@ -63,7 +64,7 @@ class _Prompts:
 
 def _timed(work: Callable[[], None], repeats: int) -> dict:
     """As `timed`, with the device's peak memory, 0 for a CPU."""
-    return {**timed(work, repeats), "device_peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)}
+    return {**timed(work, repeats), "device_peak_bytes": device_peak_bytes()}
 
 
 def sample(shape: Shape, repeats: int) -> dict:

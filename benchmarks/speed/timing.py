@@ -17,11 +17,6 @@ def wait_for_turn() -> None:
     sys.stdin.readline()
 
 
-def host_peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def timed(work: Callable[[], object], repeats: int) -> dict:
     """Seconds of the first call, which warms up and compiles, and of each of the repeats, and the peak memory behind them.
 
@@ -34,4 +29,5 @@ def timed(work: Callable[[], object], repeats: int) -> dict:
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
-    return {"first": seconds[0], "seconds": seconds[1:], "host_peak_bytes": host_peak_bytes()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"first": seconds[0], "seconds": seconds[1:], "host_peak_bytes": peak}
