@@ -2,15 +2,15 @@
 
 import sys
 
-from sso_jax.command import run_command
+from sso_jax.commands.cli import run_command
 from sso_jax.config import EvaluateConfig
-from sso_jax.host_memory import use_huge_pages
+from sso_jax.runtime.host_memory import use_huge_pages
 
 
 def main(argv: list[str]) -> int:
     """Exit status of the evaluation."""
     description = "Scores preference pairs with a reward model: accuracy in all, by section and by domain."
-    return run_command("evaluate.py", description, EvaluateConfig, "sso_jax.evaluation", argv)
+    return run_command("evaluate.py", description, EvaluateConfig, "sso_jax.commands.evaluate", argv)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 import sys
 
-from sso_jax.command import run_command
+from sso_jax.commands.cli import run_command
 from sso_jax.config import SampleConfig
-from sso_jax.host_memory import use_huge_pages
+from sso_jax.runtime.host_memory import use_huge_pages
 
 
 def main(argv: list[str]) -> int:
     """Exit status of the sampling."""
     description = "Samples from a policy: plain answers, or triples under good and bad principles."
-    return run_command("sample.py", description, SampleConfig, "sso_jax.answers", argv)
+    return run_command("sample.py", description, SampleConfig, "sso_jax.commands.sample", argv)
 
 
 if __name__ == "__main__":

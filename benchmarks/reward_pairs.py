@@ -16,7 +16,7 @@ import numpy as np
 import evaluate
 import sample
 import train
-from sso_jax.records import read_json_lines, write_records
+from sso_jax.runtime.json_lines import read_json_lines, write_records
 from sso_jax.toy import world
 from sso_jax.toy.judge import judge
 

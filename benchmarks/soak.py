@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 import train
-from sso_jax import host_memory
+from sso_jax.runtime import host_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"queries.per_iteration": 48, "sampling.batch_size": 48, "train.batch_size": 8}
@@ -77,14 +77,14 @@ def main() -> int:
     shutil.rmtree(options.directory, ignore_errors=True)
     if options.start is not None:
         copy_start(options.start / "iteration_0", options.directory / "iteration_0")
-    soak, give_back = Soak(), host_memory.give_back
+    soak, release_memory = Soak(), host_memory.release_memory
     jax.monitoring.register_event_duration_secs_listener(soak.hear)
 
     def give_back_and_look() -> None:
-        give_back()
+        release_memory()
         soak.look()
 
-    host_memory.give_back = give_back_and_look  # the last thing that a round does
+    host_memory.release_memory = give_back_and_look  # the last thing that a round does
     fields = {**SMALL, "run.iterations": options.iterations, "run.directory": options.directory}
     arguments = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
     status = train.main(["--config", str(ROOT / "configs" / "tiny.yaml"), *arguments])

@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 from flax import linen as nn
 
-from sso_jax import dry_run, programs
+from sso_jax.commands import dry_run, programs
 from sso_jax.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
-from sso_jax.progress import progress_bar
+from sso_jax.runtime.progress import progress_bar
 
 MODELS = ("Qwen/Qwen2-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
 FORMS = {"online": ObjectiveConfig(base="ipo", beta=0.2), "generator": ObjectiveConfig(base="dpo", form="generator")}

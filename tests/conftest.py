@@ -11,8 +11,8 @@ import jax
 import pytest
 from toys import toy_model, toy_params
 
-from sso_jax.assembly import export_policy
-from sso_jax.mesh import make_mesh
+from sso_jax.models.export import export_policy
+from sso_jax.runtime.mesh import make_mesh
 from sso_jax.toy.pretraining import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -17,8 +17,8 @@ from toys import DATA, Compilations
 
 import sample
 import train
-from sso_jax.tokens.chat import make_chat
-from sso_jax.tokens.tokenizer import load_tokenizer
+from sso_jax.data.chat import make_chat
+from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints
 

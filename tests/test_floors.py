@@ -7,18 +7,25 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sso_jax"
-FLOORS = {
-    "errors": 0, "checksums": 0, "host_memory": 0, "interrupts": 0, "journal": 0, "watch": 0,
-    "records": 0, "row_files": 0, "conversations": 0, "config": 0, "progress": 0, "command": 0,
-    "endpoint": 1, "mesh": 1, "models": 1, "tokens": 1, "flops": 1, "hosts": 1, "stages": 1,
-    "sampling": 2, "training": 2,
-    "preferences": 3,
-    "assembly": 4, "toy": 4, "metrics": 4, "report": 4, "answers": 4, "iteration": 4,
-    "benchmark_answers": 4, "reward_model": 4, "pairs_out": 4, "report_triples": 4, "evaluation": 4, "steering_sources": 4,
-    "environment": 4, "dry_run": 4, "programs": 4, "run_folder": 4, "policy_training": 4, "rounds": 4, "reference": 4, "sampled": 4,
-    "recipes": 4,
-}  # fmt: skip
-ONLY_IN = {"orbax": "training/checkpoints.py", "tensorboardX": "metrics.py", "matplotlib": "report.py", "httpx2": "endpoint.py"}
+ORDER = (
+    ("runtime",),
+    ("config",),
+    ("data",),
+    ("models",),
+    ("sampling", "training"),
+    ("preferences",),
+    ("toy",),
+    ("recipes",),
+    ("commands",),
+)
+"""Folders from the ground up; those of one floor do not import each other."""
+FLOORS = {folder: floor for floor, folders in enumerate(ORDER) for folder in folders}
+ONLY_IN = {
+    "orbax": "training/checkpoints.py",
+    "tensorboardX": "training/metrics.py",
+    "matplotlib": "commands/report/figures.py",
+    "httpx2": "preferences/endpoint.py",
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 from flax import linen as nn
 
-from sso_jax.mesh import param_shardings
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
+from sso_jax.runtime.mesh import param_shardings
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARCHITECTURE = Architecture(
     model_type="qwen2",
     vocab_size=96,
-    width=32,
-    hidden=64,
+    embed_dim=32,
+    mlp_dim=64,
     num_layers=3,
     num_heads=4,
     num_kv_heads=2,

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.kills.starts import CONFIG, ROOT, Start, draw_moment, start_run
-from sso_jax.checksums import checksum, checksums
 from sso_jax.config import Config, parse
-from sso_jax.progress import progress_bar
-from sso_jax.records import append_line, read_json_lines, write_text
+from sso_jax.runtime.checksums import checksum, checksums
+from sso_jax.runtime.files import append_line, write_text
+from sso_jax.runtime.json_lines import read_json_lines
+from sso_jax.runtime.progress import progress_bar
 
 TIMES = ("seconds", "tokens_per_second")
 KEPT = ("policy/", "queries.jsonl", "principles.jsonl", "responses.jsonl", "pairs.jsonl", "evaluation.jsonl", "start/")

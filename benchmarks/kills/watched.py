@@ -20,7 +20,12 @@ import threading
 from collections.abc import Callable
 
 import train
-from sso_jax import policy_training, reference, report, rounds, sampled, steering_sources
+from sso_jax.commands.report import page as report
+from sso_jax.preferences import principle_sources as steering_sources
+from sso_jax.recipes import run as rounds
+from sso_jax.recipes.stages import sampling as sampled
+from sso_jax.recipes.stages import scoring as reference
+from sso_jax.recipes.stages import update as policy_training
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints

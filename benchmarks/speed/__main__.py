@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.speed import shapes
 from benchmarks.speed.timing import READY, TURNS_VARIABLE
-from sso_jax.host_memory import use_huge_pages
+from sso_jax.runtime.host_memory import use_huge_pages
 
 PEERS = ("transformers", "tunix")
 WORK = ["sample", "update"]
@@ -53,7 +53,7 @@ def run_cell(cell: str, device: str, shape: shapes.Shape, repeats: int, profile:
     if who in ("machine", "ours"):
         use_huge_pages()  # as train.py and sample.py begin
         from benchmarks.speed import machine, ours
-        from sso_jax.assembly import prepare_jax
+        from sso_jax.runtime.jax_setup import prepare_jax
 
         prepare_jax()
         machine.require(device)

@@ -14,32 +14,29 @@ from flax import linen as nn
 from benchmarks.speed.machine import device_peak_bytes
 from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids, prompt_ids
 from benchmarks.speed.timing import timed
-from sso_jax.assembly import build_objective
+from sso_jax.commands.flops import count_flops
 from sso_jax.config import LoraConfig, ObjectiveConfig
-from sso_jax.flops import count_flops
-from sso_jax.mesh import make_mesh, num_batch_shards, param_shardings
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attend import fastest
+from sso_jax.models.kernels import default_kernel
+from sso_jax.models.layer_layout import training_layout
 from sso_jax.models.layers import Adapters
-from sso_jax.models.layout import training_layout
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
-from sso_jax.policy_training import abstract_state
-from sso_jax.sampling.decode import Prompts, build_generate, build_parts
+from sso_jax.recipes.objective import build_objective
+from sso_jax.recipes.stages.update import abstract_state
+from sso_jax.runtime.mesh import make_mesh, num_batch_shards, param_shardings
+from sso_jax.sampling.decode import build_generate, build_parts
+from sso_jax.sampling.prefill import Prompts
 from sso_jax.sampling.sampler import Request, Sampler, pad_prompts
-from sso_jax.sampling.strategies import make_strategy
-from sso_jax.training.batches import (
-    Example,
-    PreferenceBatch,
-    cut_microbatches,
-    micro_trees,
-    pack,
-    preference_batch,
-    row_shape,
-    steered_trees,
-)
+from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.training.batches import Example, PreferenceBatch, cut_microbatches, micro_trees, preference_batch
+from sso_jax.training.example_losses import preference_losses
 from sso_jax.training.log_probs import Score, build_score
+from sso_jax.training.optimizer import make_optimizer
+from sso_jax.training.packing import pack
+from sso_jax.training.row_shapes import row_shape
 from sso_jax.training.scoring import Scorable, score_examples
-from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state, make_optimizer, preference_losses
+from sso_jax.training.trees import steered_trees
+from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state
 
 RATE = np.float32(1e-6)
 NUM_DECODES = 3
@@ -49,19 +46,19 @@ def make_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, 
     """Decoder of the shape without its adapters, and a mesh of these devices (all of them where None)."""
     architecture = Architecture(
         model_type="qwen2",
-        width=shape.width,
+        embed_dim=shape.width,
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_size=shape.head_size,
-        hidden=shape.hidden,
+        mlp_dim=shape.hidden,
         vocab_size=shape.vocab_size,
         max_positions=4096,
         rope_theta=1e6,
         qkv_bias=True,
     )
     mesh = make_mesh(1, -1, 1, devices)
-    attend = fastest(mesh.devices.flat[0].platform)
+    attend = default_kernel(mesh.devices.flat[0].platform)
     return Transformer(architecture, jnp.dtype(shape.dtype), jnp.dtype("float32"), attend=attend, max_logits=shape.max_logits), mesh
 
 
@@ -78,7 +75,7 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     sampler = Sampler(
         generate=build_generate(model, mesh, shardings),
         mesh=mesh,
-        strategy=make_strategy(TEMPERATURE, TOP_P),
+        strategy=make_sampling_params(TEMPERATURE, TOP_P),
         stop_ids=(),  # the end of turn is never sampled
         max_new_tokens=shape.sample_new,
         max_tokens=4096,
@@ -100,7 +97,7 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
 def decode_seconds(parts: tuple[Callable, Callable], mesh: jax.sharding.Mesh, params, prompts: Prompts, shape: Shape) -> list[float]:
     """Seconds of decoding without its prefill, three times."""
     prefill, decode = parts
-    inputs = (params, prompts, make_strategy(TEMPERATURE, TOP_P), np.zeros((0,), np.int32))
+    inputs = (params, prompts, make_sampling_params(TEMPERATURE, TOP_P), np.zeros((0,), np.int32))
     seconds = []
     with jax.set_mesh(mesh):
         for _ in range(1 + NUM_DECODES):

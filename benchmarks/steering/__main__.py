@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.steering import tables
 from benchmarks.steering.cells import Clock, make_world, measure_start, rounds_of, run_cell
 from benchmarks.steering.methods import FAMILIES, METHODS, RATES, STUDIES, Cell, cell_config, cells_of_study, choosing_cells
-from sso_jax.assembly import prepare_jax
+from sso_jax.runtime.jax_setup import prepare_jax
 
 log = logging.getLogger("benchmarks.steering")
 

@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.steering.methods import Cell
-from sso_jax import rounds, stages
-from sso_jax.assembly import Engine, build_engine, load_params
 from sso_jax.config import Config
-from sso_jax.environment import Environment, judged, toy_environment
-from sso_jax.mesh import make_mesh
-from sso_jax.metrics import open_metrics
+from sso_jax.data.records import Triple
 from sso_jax.recipes import RECIPES
-from sso_jax.records import Triple, read_records
-from sso_jax.rounds import Run
+from sso_jax.recipes import run as rounds
+from sso_jax.recipes.engine import Engine, build_engine, load_params
+from sso_jax.recipes.environment import Environment, judged, toy_environment
+from sso_jax.recipes.run import Run
+from sso_jax.recipes.stages.evaluation import evaluate
+from sso_jax.runtime import stage_markers as stages
+from sso_jax.runtime.json_lines import read_records
+from sso_jax.runtime.mesh import make_mesh
 from sso_jax.toy import pretraining
 from sso_jax.toy.world import group_of
+from sso_jax.training.metrics import open_metrics
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +98,7 @@ def measure_start(root: Path, world: World, cell: Cell, config: Config) -> None:
     directory = start_policy(root, cell).parent
     run = Run(config, directory, world.engine, world.environment, None, None, open_metrics(directory, config.logging, {}, writes=True))
     if stages.finished(run.folder(0), "evaluation") is None:
-        rounds.evaluate(run, 0, load_params(directory / "start", world.engine))
+        evaluate(run, 0, load_params(directory / "start", world.engine))
 
 
 def steerability(run: Run, iteration: int) -> dict[str, float]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from sso_jax.config.inputs import DemonstrationsConfig, EndpointConfig, JudgingConfig, PairsConfig, PrinciplesConfig, QueriesConfig
 from sso_jax.config.machine import CheckpointConfig, HostsConfig, LoggingConfig, MeshConfig, RunConfig, WatchConfig
-from sso_jax.config.material import DemonstrationsConfig, EndpointConfig, JudgingConfig, PairsConfig, PrinciplesConfig, QueriesConfig
 from sso_jax.config.models import LoraConfig, ModelConfig, ToyConfig
 from sso_jax.config.sampling import FilterConfig, SamplingConfig
 from sso_jax.config.training import GeneratorConfig, ObjectiveConfig, OptimizerConfig, RewardConfig, TrainConfig

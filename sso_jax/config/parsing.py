@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import jsonargparse
 import yaml
 
 from sso_jax.config.values import KEY_REMEDY, require
-from sso_jax.errors import InputError
+from sso_jax.runtime.errors import InputError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -120,3 +121,16 @@ def _refuse_infinite(fields: dict, prefix: str = "") -> None:
 def to_dict(config) -> dict:
     """The config as plain nested dictionaries, for YAML and for comparison."""
     return dataclasses.asdict(config)
+
+
+def to_json_dict(config) -> dict:
+    """`to_dict` in JSON's types: tuples are lists."""
+    return json.loads(json.dumps(to_dict(config)))
+
+
+def with_value(config, path: list[str], value):
+    """The config with the field at `path` set; lists become tuples."""
+    name, *rest = path
+    if rest:
+        return dataclasses.replace(config, **{name: with_value(getattr(config, name), rest, value)})
+    return dataclasses.replace(config, **{name: tuple(value) if isinstance(value, list) else value})

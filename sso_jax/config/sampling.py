@@ -5,7 +5,7 @@ from typing import Optional
 
 from sso_jax.config.machine import MeshConfig
 from sso_jax.config.values import require
-from sso_jax.errors import InputError
+from sso_jax.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

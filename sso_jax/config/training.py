@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from sso_jax.config.values import require
-from sso_jax.errors import InputError
+from sso_jax.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class RewardConfig:
     """Share of pairs taken to be in the wrong order."""
     margin: float = 0.0
     """Lead of the chosen response that the loss asks for."""
-    centring: float = 0.0
+    center_coefficient: float = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps them near 0; 0.01 is usual."""
     held_out: float = 0.1
     """Share of the pairs, by query, that is not trained on: accuracy is measured on them every checkpoint.every_steps."""
@@ -166,7 +166,7 @@ class RewardConfig:
     def __post_init__(self):
         require(0 <= self.label_smoothing < 0.5, "reward.label_smoothing", self.label_smoothing, "a share in [0, 0.5)")
         require(self.margin >= 0, "reward.margin", self.margin, "0 or more")
-        require(self.centring >= 0, "reward.centring", self.centring, "0 or more")
+        require(self.center_coefficient >= 0, "reward.center_coefficient", self.center_coefficient, "0 or more")
         require(0 <= self.held_out < 1, "reward.held_out", self.held_out, "a share in [0, 1)")
         share = self.annotated_share
         require(share is None or 0 < share < 1, "reward.annotated_share", share, "a share in (0, 1), or null")

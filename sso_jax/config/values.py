@@ -1,6 +1,6 @@
 """Values of config fields in, `InputError` out where one is out of range, and what a config may not hold."""
 
-from sso_jax.errors import InputError
+from sso_jax.runtime.errors import InputError
 
 KEY_REMEDY = "set the key in the environment (endpoint.key_variable names the variable) and nowhere else"
 

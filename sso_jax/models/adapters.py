@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sso_jax.mesh import param_shardings
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
+from sso_jax.runtime.mesh import param_shardings
 
 NAMES = ("adapter_a", "adapter_b")
 

@@ -1,12 +1,12 @@
 """Sizes and switches of a decoder: one frozen `Architecture` that layers, weights and sampler read.
 
-Shape alphabet of the whole project: B batch, T tokens, V vocabulary, D width, F hidden, N query heads, K key/value heads,
+Shape alphabet of the whole project: B batch, T tokens, V vocabulary, D embed, F mlp, N query heads, K key/value heads,
 H head size, S cache slots, L layers, G query heads that share a key/value head (N = K*G).
 """
 
 from dataclasses import dataclass
 
-from sso_jax.errors import InputError
+from sso_jax.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Architecture:
     model_type: str
     """Hugging Face's name of the family: llama, qwen2, qwen3, mistral."""
     vocab_size: int
-    width: int
-    hidden: int
+    embed_dim: int
+    mlp_dim: int
     num_layers: int
     num_heads: int
     num_kv_heads: int

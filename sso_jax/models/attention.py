@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from sso_jax.mesh import constrain
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attend import ATTEND, few_rows_step_attend, plain_attend, step_attend
-from sso_jax.models.kept import kept
-from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, at_tokens, projection_settings, rotate
+from sso_jax.models.kernels import KERNELS, few_rows_step_attend, plain_attend, step_attend
+from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, apply_rope, at_tokens, projection_options
+from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.sequences import Sequences
+from sso_jax.runtime.mesh import constrain
 
 
 class Cache(NamedTuple):
@@ -77,15 +77,15 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     attend: str = "plain"
-    """Name in `ATTEND` of what attends where whole sequences are run; what looks back at the cache is always plain."""
+    """Name in `KERNELS` of what attends where whole sequences are run; what looks back at the cache is always plain."""
     adapters: Adapters = Adapters()
     outputs_first: bool = False
     """See `Projection`."""
 
     def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
-        width, head_size = self.architecture.width, self.architecture.head_size
+        width, head_size = self.architecture.embed_dim, self.architecture.head_size
         bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
-        return Projection((width, num_heads, head_size), ("width", axis, "head_size"), bias_axes, **projection_settings(self), name=name)
+        return Projection((width, num_heads, head_size), ("embed", axis, "head_size"), bias_axes, **projection_options(self), name=name)
 
     @nn.compact
     def __call__(
@@ -96,20 +96,24 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: Int[Array, ""] | None,
         slot: Int[Array, ""],
-        wanted: Int[Array, "B W"] | None = None,
+        query_indices: Int[Array, "B W"] | None = None,
         sequences: Sequences | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | None]:
-        """Attended activations of the `wanted` tokens of each row, of all T where None; `sequences` have the queries of the same ones."""
+        """Attended activations of the `query_indices` tokens of each row, of all T where None; `sequences` have the queries of the same ones."""
         a = self.architecture
         by_head = lambda name, num_heads, axis, x: self._projection(name, num_heads, axis)(x).transpose(0, 2, 1, 3)  # noqa: E731
-        queries = by_head("query", a.num_heads, "heads", at_tokens(x, wanted))  # [B, N, W, H]
+        queries = by_head("query", a.num_heads, "heads", at_tokens(x, query_indices))  # [B, N, W, H]
         keys = by_head("key", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
         values = by_head("value", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
         if a.qk_norm:
-            queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(kept(queries))
-            keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(kept(keys))
-        query_turn = Rotation(*(at_tokens(part, wanted) for part in turn))
-        queries, keys, values = kept(rotate(queries, query_turn)), kept(rotate(keys, turn)), kept(values)
+            queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(save_for_backward(queries))
+            keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(save_for_backward(keys))
+        query_turn = Rotation(*(at_tokens(part, query_indices) for part in turn))
+        queries, keys, values = (
+            save_for_backward(apply_rope(queries, query_turn)),
+            save_for_backward(apply_rope(keys, turn)),
+            save_for_backward(values),
+        )
 
         (batch, length), num_queries = x.shape[:2], queries.shape[2]
         grouped = queries.reshape(batch, a.num_kv_heads, -1, num_queries, a.head_size)  # [B, K, G, W, H]
@@ -126,12 +130,12 @@ class Attention(nn.Module):
         elif num_queries == 1:
             attend = step_attend
         elif sequences is not None:
-            attend = partial(ATTEND[self.attend], sequences=sequences)
-        elif wanted is not None:
+            attend = partial(KERNELS[self.attend], sequences=sequences)
+        elif query_indices is not None:
             attend = partial(plain_attend, ordered=False)
         else:
-            attend = plain_attend if looks_back else ATTEND[self.attend]
-        out = attend(grouped, keys, values, at_tokens(mask, wanted))  # [B, K, G, W, H]
+            attend = plain_attend if looks_back else KERNELS[self.attend]
+        out = attend(grouped, keys, values, at_tokens(mask, query_indices))  # [B, K, G, W, H]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, a.num_heads, a.head_size)  # [B, W, N, H]
-        shape, axes = (a.num_heads, a.head_size, a.width), ("heads", "head_size", "width")
-        return Projection(shape, axes, **projection_settings(self), name="out")(out), cache
+        shape, axes = (a.num_heads, a.head_size, a.embed_dim), ("heads", "head_size", "embed")
+        return Projection(shape, axes, **projection_options(self), name="out")(out), cache

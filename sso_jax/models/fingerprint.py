@@ -5,7 +5,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 
-from sso_jax.hosts import whole
+from sso_jax.runtime.hosts import fetch_global
 
 
 @jax.jit
@@ -22,4 +22,4 @@ def _sums(params) -> jax.Array:
 
 def fingerprint(params) -> str:
     """Hexadecimal digest of the parameters' bits; one pass over them on the devices, nothing but the sums comes to the host."""
-    return hashlib.blake2b(whole(_sums(params)).tobytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(fetch_global(_sums(params)).tobytes(), digest_size=8).hexdigest()

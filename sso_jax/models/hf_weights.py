@@ -18,15 +18,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sso_jax.errors import InputError
-from sso_jax.hosts import is_first, whole
-from sso_jax.mesh import param_shardings
 from sso_jax.models.adapters import is_adapter, merged
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_config import read_json_file
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
-from sso_jax.records import write_text
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.files import write_text
+from sso_jax.runtime.hosts import fetch_global, is_first
+from sso_jax.runtime.mesh import param_shardings
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -265,7 +265,7 @@ def write_params(
         arrays = {}
         for name, path, row in shard:
             value = merged(flat, path, row, adapters) if path.startswith("layers/") else flat[path]
-            arrays[name] = _to_hf(RULES[path], whole(value).astype(element_type))
+            arrays[name] = _to_hf(RULES[path], fetch_global(value).astype(element_type))
             weight_map[name] = file
         if is_first():
             save_file(arrays, folder / file, metadata={"format": "pt"})

@@ -9,9 +9,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture, RopeScaling
-from sso_jax.models.kept import kept
+from sso_jax.models.remat_policy import save_for_backward
+from sso_jax.runtime.mesh import constrain, gathered
 
 _kernel_init = nn.initializers.normal(0.02)
 
@@ -74,12 +74,12 @@ def turned_product(x: Float[Array, "... N M"], right: Float[Array, "... N E"]) -
     return jnp.matmul(jax.lax.optimization_barrier(x.swapaxes(-1, -2)), right, preferred_element_type=jnp.float32)
 
 
-def at_tokens(x: Array, wanted: Int[Array, "B W"] | None) -> Array:
-    """Of `x` [B or 1, T, ...] what belongs to the `wanted` tokens of each row, [B, W, ...]; all of it where that is None."""
-    return x if wanted is None else jnp.take_along_axis(x, jnp.expand_dims(wanted, tuple(range(2, x.ndim))), axis=1)
+def at_tokens(x: Array, query_indices: Int[Array, "B W"] | None) -> Array:
+    """Of `x` [B or 1, T, ...] what belongs to the `query_indices` tokens of each row, [B, W, ...]; all of it where that is None."""
+    return x if query_indices is None else jnp.take_along_axis(x, jnp.expand_dims(query_indices, tuple(range(2, x.ndim))), axis=1)
 
 
-def projection_settings(module: nn.Module) -> dict:
+def projection_options(module: nn.Module) -> dict:
     """What a module passes on to the projections in it, by field."""
     return {name: getattr(module, name) for name in ("dtype", "param_dtype", "adapters", "outputs_first")}
 
@@ -154,7 +154,7 @@ def _gated_backward(residuals, d_out):
 gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
 
 
-class GatedUnit(nn.Module):
+class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU)."""
 
     architecture: Architecture
@@ -165,12 +165,12 @@ class GatedUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        width, hidden = self.architecture.width, self.architecture.hidden
-        settings = projection_settings(self)
-        gate = Projection((width, hidden), ("width", "hidden"), **settings, name="gate")(x)
-        up = Projection((width, hidden), ("width", "hidden"), **settings, name="up")(x)
-        inner = constrain(gated(kept(gate), kept(up)), "batch", None, "hidden")
-        return Projection((hidden, width), ("hidden", "width"), **settings, name="down")(inner)
+        width, hidden = self.architecture.embed_dim, self.architecture.mlp_dim
+        settings = projection_options(self)
+        gate = Projection((width, hidden), ("embed", "mlp"), **settings, name="gate")(x)
+        up = Projection((width, hidden), ("embed", "mlp"), **settings, name="up")(x)
+        inner = constrain(gated(save_for_backward(gate), save_for_backward(up)), "batch", None, "mlp")
+        return Projection((hidden, width), ("mlp", "embed"), **settings, name="down")(inner)
 
 
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -183,8 +183,8 @@ def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) 
     if scaling is not None:
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         span = scaling.high_freq_factor - scaling.low_freq_factor
-        kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+        save_for_backward = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        frequencies = frequencies * (save_for_backward + (1 - save_for_backward) / scaling.factor)
     return frequencies.astype(np.float32)
 
 
@@ -202,7 +202,7 @@ def rotation(positions: Int[Array, "B T"], architecture: Architecture) -> Rotati
     return Rotation(jnp.sin(angles), jnp.cos(angles))
 
 
-def rotate(x: Float[Array, "B M T H"], by: Rotation) -> Float[Array, "B M T H"]:
+def apply_rope(x: Float[Array, "B M T H"], by: Rotation) -> Float[Array, "B M T H"]:
     """Turns the pair (x_i, x_{i+H/2}) of each head by its angle, in float32 (Hugging Face's pairing of the halves)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = by.sin[:, None], by.cos[:, None]

@@ -6,13 +6,13 @@ Sizes as in the models' published config.json; only the dry run reads them, a ru
 from sso_jax.models.architecture import Architecture, RopeScaling
 
 _LLAMA_3 = dict(model_type="llama", vocab_size=128256, num_kv_heads=8, rope_theta=5e5, norm_eps=1e-5)
-_LLAMA_3_8B = dict(**_LLAMA_3, width=4096, hidden=14336, num_layers=32, num_heads=32, head_size=128)
+_LLAMA_3_8B = dict(**_LLAMA_3, embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, head_size=128)
 _LLAMA_3_1_8B = Architecture(**_LLAMA_3_8B, max_positions=131072, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
 _LLAMA_3_2 = dict(**_LLAMA_3, max_positions=131072, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tied_head=True)
 _QWEN_2 = dict(model_type="qwen2", max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
-_QWEN_2_7B = dict(**_QWEN_2, vocab_size=152064, width=3584, hidden=18944, num_layers=28, num_heads=28, num_kv_heads=4, head_size=128)
-_QWEN_2_1_5B = dict(**_QWEN_2, vocab_size=151936, width=1536, hidden=8960, num_layers=28, num_heads=12, num_kv_heads=2, head_size=128)
-_QWEN_2_0_5B = dict(**_QWEN_2, vocab_size=151936, width=896, hidden=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_size=64)
+_QWEN_2_7B = dict(**_QWEN_2, vocab_size=152064, embed_dim=3584, mlp_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4, head_size=128)
+_QWEN_2_1_5B = dict(**_QWEN_2, vocab_size=151936, embed_dim=1536, mlp_dim=8960, num_layers=28, num_heads=12, num_kv_heads=2, head_size=128)
+_QWEN_2_0_5B = dict(**_QWEN_2, vocab_size=151936, embed_dim=896, mlp_dim=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_size=64)
 
 PRESETS: dict[str, Architecture] = {
     "meta-llama/Meta-Llama-3-8B": Architecture(**_LLAMA_3_8B, max_positions=8192),
@@ -20,10 +20,10 @@ PRESETS: dict[str, Architecture] = {
     "meta-llama/Llama-3.1-8B": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.2-1B-Instruct": Architecture(
-        **_LLAMA_3_2, width=2048, hidden=8192, num_layers=16, num_heads=32, head_size=64
+        **_LLAMA_3_2, embed_dim=2048, mlp_dim=8192, num_layers=16, num_heads=32, head_size=64
     ),
     "meta-llama/Llama-3.2-3B-Instruct": Architecture(
-        **_LLAMA_3_2, width=3072, hidden=8192, num_layers=28, num_heads=24, head_size=128
+        **_LLAMA_3_2, embed_dim=3072, mlp_dim=8192, num_layers=28, num_heads=24, head_size=128
     ),
     "Qwen/Qwen2-7B": Architecture(**{**_QWEN_2_7B, "max_positions": 131072}),
     "Qwen/Qwen2-7B-Instruct": Architecture(**_QWEN_2_7B),

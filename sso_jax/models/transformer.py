@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from sso_jax.mesh import constrain, gathered
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attend import BY_SEQUENCE
 from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
-from sso_jax.models.kept import keep_marked, kept
-from sso_jax.models.layers import Adapters, GatedUnit, RMSNorm, at_tokens, projection_settings, rotation
+from sso_jax.models.kernels import BY_SEQUENCE
+from sso_jax.models.layers import Adapters, RMSNorm, SwiGLU, at_tokens, projection_options, rotation
+from sso_jax.models.remat_policy import save_for_backward, save_marked
 from sso_jax.models.sequences import make_sequences
+from sso_jax.runtime.mesh import constrain, gathered
 
 
 class Layer(nn.Module):
@@ -27,24 +27,24 @@ class Layer(nn.Module):
     outputs_first: bool
 
     @nn.compact
-    def __call__(self, carry, layer, turn, mask, slot, sequences=None, wanted=None):
+    def __call__(self, carry, layer, turn, mask, slot, sequences=None, query_indices=None):
         x, cache = carry
         x = constrain(x, "batch", None, None)
-        settings = projection_settings(self)
+        settings = projection_options(self)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
         attended, cache = Attention(self.architecture, **settings, attend=self.attend, name="attention")(
-            normed, turn, mask, cache, layer, slot, wanted, sequences
+            normed, turn, mask, cache, layer, slot, query_indices, sequences
         )
-        x = kept(at_tokens(x, wanted) + attended)
+        x = save_for_backward(at_tokens(x, query_indices) + attended)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
-        return (x + GatedUnit(self.architecture, **settings, name="unit")(normed), cache), None
+        return (x + SwiGLU(self.architecture, **settings, name="unit")(normed), cache), None
 
 
 class Transformer(nn.Module):
     """The decoder of `architecture`; its layers are one scanned layer, so that compile time does not grow with depth.
 
     `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes all of each layer in the backward pass,
-    where otherwise what is `kept` of it is not; `attend` names the attention of whole sequences (`attend.ATTEND`), `adapters` adds
+    where otherwise what is `save_for_backward` of it is not; `attend` names the attention of whole sequences (`attend.ATTEND`), `adapters` adds
     low-rank parameters to projections.
     """
 
@@ -66,14 +66,14 @@ class Transformer(nn.Module):
     def setup(self):
         a = self.architecture
         init = nn.initializers.normal(0.02)
-        embedding = nn.with_logical_partitioning(init, ("vocab", "width"))
-        self.embedding = self.param("embedding", embedding, (a.vocab_size, a.width), self.param_dtype)
+        embedding = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        self.embedding = self.param("embedding", embedding, (a.vocab_size, a.embed_dim), self.param_dtype)
         settings = (a, self.dtype, self.param_dtype, self.attend, self.adapters, self.outputs_first)
         self.layers = self._scanned()(*settings) if self.stacked else [Layer(*settings) for _ in range(a.num_layers)]
         self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
         if not a.tied_head:
-            head = nn.with_logical_partitioning(init, ("width", "vocab"))
-            self.head = self.param("head", head, (a.width, a.vocab_size), self.param_dtype)
+            head = nn.with_logical_partitioning(init, ("embed", "vocab"))
+            self.head = self.param("head", head, (a.embed_dim, a.vocab_size), self.param_dtype)
 
     @property
     def by_sequence(self) -> bool:
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
 
     def _scanned(self) -> type[nn.Module]:
         return nn.scan(
-            nn.remat(Layer, prevent_cse=False, policy=None if self.remat else keep_marked),
+            nn.remat(Layer, prevent_cse=False, policy=None if self.remat else save_marked),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -97,17 +97,17 @@ class Transformer(nn.Module):
         mask: Bool[Array, "#B T S"],
         cache: Cache | tuple[Cache, ...] | None = None,
         slot: Int[Array, ""] | int = 0,
-        wanted: Int[Array, "B W"] | None = None,
+        query_indices: Int[Array, "B W"] | None = None,
         sequences: Int[Array, "B Z U"] | None = None,
         place: Int[Array, "B W"] | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | tuple[Cache, ...] | None]:
         """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None).
 
-        They are those of the `wanted` tokens of each row, of all T where None. Where layers are not stacked and fewer are wanted than there
+        They are those of the `query_indices` tokens of each row, of all T where None. Where layers are not stacked and fewer are wanted than there
         are, the last one computes keys and values of all tokens and the rest of these alone. `sequences` say the same as the mask, in
         columns (`make_sequences`), for the attention that takes them, and `place` where the wanted tokens stand in them.
         """
-        table = gathered(self.embedding.astype(self.dtype), "vocab", "width")  # rows are cut by batch
+        table = gathered(self.embedding.astype(self.dtype), "vocab", "embed")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         num_layers = self.architecture.num_layers
         turn, slot = rotation(positions, self.architecture), jnp.asarray(slot)
@@ -115,8 +115,10 @@ class Transformer(nn.Module):
         of_all = make_sequences(sequences, positions) if by_sequence else None
         if self.stacked:
             (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), turn, mask, slot, of_all)
-            return self.final_norm(at_tokens(x, wanted)), cache
-        in_last, behind = (wanted, None) if wanted is not None and wanted.shape[1] < tokens.shape[1] else (None, wanted)
+            return self.final_norm(at_tokens(x, query_indices)), cache
+        in_last, behind = (
+            (query_indices, None) if query_indices is not None and query_indices.shape[1] < tokens.shape[1] else (None, query_indices)
+        )
         of_last = make_sequences(sequences, positions, place) if by_sequence and in_last is not None else of_all
         turn, mask, of_all, of_last = computed_once((turn, mask, of_all, of_last), positions)
         caches = []
@@ -132,7 +134,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token, float32."""
-        return project(hidden, gathered(self.head_matrix(), "width", "vocab"))
+        return project(hidden, gathered(self.head_matrix(), "embed", "vocab"))
 
 
 def computed_once(tree, positions: Int[Array, "B T"]):

@@ -9,7 +9,7 @@ from importlib import resources
 
 import json_repair
 
-from sso_jax.records import Answer, Question, Triple
+from sso_jax.data.records import Answer, Question, Triple
 
 ORDERS = ("chosen_first", "rejected_first")
 VERDICT_TOKENS = 64

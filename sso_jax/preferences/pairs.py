@@ -7,12 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.records import RESPONSES, Dropped, Triple
-from sso_jax.tokens.tokenizer import encode_text, tokens_hash
+from sso_jax.data.records import RESPONSES, Dropped, Triple
+from sso_jax.data.tokenizer import encode_text, tokens_hash
 
 SCORED_CELLS = [("plain", "chosen"), ("plain", "rejected")]
-FILTER_CELLS = [(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")]
-"""The six log-probs that the filter reads."""
 
 
 _OTHER = {"chosen": "rejected", "rejected": "chosen", "original": "original"}
@@ -61,39 +59,6 @@ def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
     }
 
 
-def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
-    """The log-probability filter of SSO's release, on mean log-probs; `p`, `o`, `n` are the contexts x+, x, x-.
-
-    1. order: keep p_chosen > o_chosen > n_chosen and n_rejected > o_rejected > p_rejected;
-    2. near on-policy: keep o_chosen and o_rejected at or above their means over what is left;
-    3. clear gap: keep p_chosen - n_chosen and n_rejected - p_rejected above their means over what is left.
-    """
-    dropped: Dropped = {}
-
-    def keep(rows: list[Triple], reason: str, test: Callable[[np.ndarray], np.ndarray]) -> list[Triple]:
-        if not rows:
-            return rows
-        tables = [mean_log_probs(t) for t in rows]
-        values = np.array([[table[c][r] for c, r in FILTER_CELLS] for table in tables])  # columns: oc, or, pc, pr, nc, nr
-        mask = test(values)
-        dropped.update({row.id: reason for row, kept in zip(rows, mask, strict=True) if not kept})
-        return [row for row, kept in zip(rows, mask, strict=True) if kept]
-
-    def ordered(v: np.ndarray) -> np.ndarray:
-        return (v[:, 2] > v[:, 0]) & (v[:, 0] > v[:, 4]) & (v[:, 5] > v[:, 1]) & (v[:, 1] > v[:, 3])
-
-    def near_policy(v: np.ndarray) -> np.ndarray:
-        return np.all(v[:, :2] >= v[:, :2].mean(axis=0), axis=1)
-
-    def clear_gap(v: np.ndarray) -> np.ndarray:
-        gaps = np.stack([v[:, 2] - v[:, 4], v[:, 5] - v[:, 3]], axis=1)
-        return np.all(gaps > gaps.mean(axis=0), axis=1)
-
-    kept = keep(triples, "filter_order", ordered)
-    kept = keep(kept, "filter_off_policy", near_policy)
-    return keep(kept, "filter_small_gap", clear_gap), dropped
-
-
 def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> list[Triple]:
     """Triples of a file with token ids: the sampled ones where they are this tokenizer's, else the texts' with an end of turn."""
     hashed = tokens_hash(tokenizer)
@@ -115,7 +80,7 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) ->
     Where the prompts tell scores, pairs whose scores are equal have no contrast either.
     """
     compared = {response for _, response in cells}
-    told = any(context.startswith("told_") for context, _ in cells)
+    told = any(context.startswith("score_conditioned_") for context, _ in cells)
     kept: list[Triple] = []
     dropped: Dropped = {}
     for triple in triples:
@@ -128,20 +93,6 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) ->
             dropped[triple.id] = "original_is_chosen_or_rejected"
         elif told and triple.scores["chosen"] == triple.scores["rejected"]:
             dropped[triple.id] = "equal_scores"
-        else:
-            kept.append(triple)
-    return kept, dropped
-
-
-def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Dropped]:
-    """Triples whose chosen response was scored at least `least` above the rejected one; those without scores are dropped too."""
-    kept: list[Triple] = []
-    dropped: Dropped = {}
-    for triple in triples:
-        if triple.scores is None:
-            dropped[triple.id] = "no_scores"
-        elif triple.scores["chosen"] - triple.scores["rejected"] < least:
-            dropped[triple.id] = "small_score_gap"
         else:
             kept.append(triple)
     return kept, dropped

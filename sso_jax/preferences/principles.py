@@ -10,11 +10,11 @@ from typing import NamedTuple
 import json_repair
 import yaml
 
-from sso_jax.hosts import each_its_own
-from sso_jax.records import Answer, PrincipledQuery, Query, Question
+from sso_jax.data.chat import Chat
+from sso_jax.data.records import Answer, PrincipledQuery, Query, Question
+from sso_jax.data.tokenizer import decode_text
+from sso_jax.runtime.hosts import map_across_processes
 from sso_jax.sampling.sampler import Request, Sampler, row_key
-from sso_jax.tokens.chat import Chat
-from sso_jax.tokens.tokenizer import decode_text
 
 CONCISION = "Concision"
 NAMING_TOKENS, WRITING_TOKENS = 32, 160
@@ -149,7 +149,7 @@ def ask_policy(
     sampler: Sampler, params, chat: Chat, questions: list[Question], seed: int, iteration: int, stage: str, max_tokens: int
 ) -> list[Answer]:
     """What the policy answers to each question; those that do not fit the model are not asked."""
-    prompts = each_its_own(lambda question: chat.prompt_ids(question.text), questions)
+    prompts = map_across_processes(lambda question: chat.prompt_ids(question.text), questions)
     asked = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
     requests = [Request(prompts[i], row_key(seed, iteration, *questions[i].id.rsplit("/", 1))) for i in asked]
     sampled = sampler.sample(params, requests, stage, max_tokens)

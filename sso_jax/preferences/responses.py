@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.records import RESPONSES, Dropped, SteeredQuery, Triple
+from sso_jax.data.records import RESPONSES, Dropped, SteeredQuery, Triple
+from sso_jax.data.tokenizer import decode_text, tokens_hash
 from sso_jax.sampling.sampler import Request, Sampler, row_key
-from sso_jax.tokens.tokenizer import decode_text, tokens_hash
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
 """The context that each response is sampled from."""

@@ -2,8 +2,8 @@
 
 from importlib import resources
 
-from sso_jax.records import CONTEXTS, PrincipledQuery, SteeredQuery, Triple
-from sso_jax.tokens.chat import Chat
+from sso_jax.data.chat import Chat
+from sso_jax.data.records import CONTEXTS, PrincipledQuery, SteeredQuery, Triple
 
 
 def _join(words: tuple[str, ...]) -> str:
@@ -39,13 +39,13 @@ def target_score(score: float) -> str:
 def steered_prompts(chat: Chat, record: SteeredQuery | Triple) -> dict[str, list[int]]:
     """Token ids of the prompts x, x+ and x- by context; those without a system message (plain pairs) are not there.
 
-    A pair with scores has two more: x told the score of y+ (`told_chosen`) and that of y- (`told_rejected`).
+    A pair with scores has two more: x told the score of y+ (`score_conditioned_chosen`) and that of y- (`score_conditioned_rejected`).
     """
     systems = {"plain": None, "positive": record.good_system, "negative": record.bad_system}
     history, scores = (record.history, record.scores) if isinstance(record, Triple) else ((), None)
     contexts = {context: systems[context] for context in CONTEXTS if context == "plain" or systems[context] is not None}
     if scores is not None:
         own = [history[0]["content"]] if history and history[0]["role"] == "system" else []
-        told = {f"told_{r}": "\n\n".join([*own, target_score(scores[r])]) for r in ("chosen", "rejected")}
+        told = {f"score_conditioned_{r}": "\n\n".join([*own, target_score(scores[r])]) for r in ("chosen", "rejected")}
         contexts |= told
     return {context: chat.prompt_ids(record.query, system, history) for context, system in contexts.items()}

@@ -8,12 +8,15 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from sso_jax import rounds, sampled, stages
-from sso_jax.assembly import LOSS_SETTINGS, Objective, build_objective
 from sso_jax.config import Config
+from sso_jax.data.records import Query, SteeredQuery
+from sso_jax.recipes import run as rounds
+from sso_jax.recipes.objective import LOSS_SETTINGS, Objective, build_objective
 from sso_jax.recipes.online import refuse_given_pairs, refuse_scores
-from sso_jax.records import Query, SteeredQuery
-from sso_jax.rounds import Recipe, Run
+from sso_jax.recipes.run import Recipe, Run
+from sso_jax.recipes.stages import sampling as sampled
+from sso_jax.recipes.stages.evaluation import evaluate, judge_by_endpoint
+from sso_jax.runtime import stage_markers as stages
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +68,11 @@ def round(run: Run, iteration: int, params):
     if stages.finished(folder / "generator", "training") is not None:
         params = rounds.start_params(run, iteration)
     pairs, made = sampled.pairs(run, of_policy, iteration, params, triples, folder)
-    judged = rounds.judge_by_endpoint(run, iteration, pairs)
+    judged = judge_by_endpoint(run, iteration, pairs)
     taught = stages.finished(folder / "generator", "training")
     params, training = rounds.train_on_pairs(run, of_policy, iteration, params, pairs, first_step=taught["updates"])
     exported = rounds.export(run, iteration, params)
-    evaluation = rounds.evaluate(run, iteration, params)
+    evaluation = evaluate(run, iteration, params)
     parts = {"principles": principles, "responses": responses, "pairs": made, "training": training, "export": exported}
     numbers = sampled.numbers({**parts, "evaluation": evaluation}, len(queries), len(pairs), judged)
     for name in ("responses", "pairs", "training"):

@@ -2,15 +2,19 @@
 
 from collections import Counter
 
-from sso_jax import rounds
-from sso_jax.assembly import Engine, build_objective, with_original
 from sso_jax.config import Config
-from sso_jax.errors import InputError
-from sso_jax.preferences.pair_files import check_parts, load_pairs
-from sso_jax.preferences.pairs import FILTER_CELLS, drop_empty_contrasts, given_triples
-from sso_jax.records import Triple
-from sso_jax.reference import referenced_pairs, require_pairs
-from sso_jax.rounds import Recipe, Run
+from sso_jax.data.pair_files import check_parts, load_pairs
+from sso_jax.data.records import Triple
+from sso_jax.preferences.filters import FILTER_CELLS
+from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples
+from sso_jax.recipes import run as rounds
+from sso_jax.recipes.checks import refuse_fields
+from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.objective import build_objective, with_original
+from sso_jax.recipes.run import Recipe, Run
+from sso_jax.recipes.stages.evaluation import evaluate, judge_by_endpoint
+from sso_jax.recipes.stages.scoring import referenced_pairs, require_pairs
+from sso_jax.runtime.errors import InputError
 
 
 def read(config: Config) -> list[Triple]:
@@ -19,7 +23,7 @@ def read(config: Config) -> list[Triple]:
     Raises:
       InputError: names the ids of the pairs that lack something.
     """
-    rounds.refuse_fields(config, "offline", {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path})
+    refuse_fields(config, "offline", {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path})
     path, objective = config.pairs.path, build_objective(config.objective)
     if path is None:
         raise InputError("pairs.path: not given; recipe 'offline' trains on a file or data set of pairs")
@@ -51,10 +55,10 @@ def round(run: Run, iteration: int, params):
         objective = with_original(objective)
     pairs, made = referenced_pairs(run, objective, iteration, params, folder, lambda: drop_empty_contrasts(run.material, compared))
     require_pairs(pairs, len(run.material), made["dropped"], folder / "pairs.jsonl")
-    judged = rounds.judge_by_endpoint(run, iteration, pairs)
+    judged = judge_by_endpoint(run, iteration, pairs)
     params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
     exported = rounds.export(run, iteration, params)
-    evaluation = rounds.evaluate(run, iteration, params)
+    evaluation = evaluate(run, iteration, params)
     parts = {"pairs": made, "training": training, "export": exported, "evaluation": evaluation}
     seconds = {name: part["seconds"] for name, part in parts.items()}
     rates = {"sampling": None, "training": training["tokens_per_second"]}

@@ -5,28 +5,27 @@ import random
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from sso_jax import rounds, sampled, stages
-from sso_jax.assembly import Engine, Objective
 from sso_jax.config import Config, RewardConfig
-from sso_jax.environment import order_accuracy
-from sso_jax.errors import InputError
-from sso_jax.policy_training import plan_rewards
-from sso_jax.preferences.pair_files import load_pairs
+from sso_jax.data.pair_files import load_pairs
+from sso_jax.data.records import Query, Triple
+from sso_jax.models.export import REWARD_FOLDER, export_reward_model
+from sso_jax.preferences.filters import with_rewards
 from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples, random_order
-from sso_jax.records import Query, Triple, write_records
-from sso_jax.reference import filtered, referenced_pairs, require_pairs, within_limit
-from sso_jax.reward_model import (
-    REWARD_FOLDER,
-    Rater,
-    accuracy_of,
-    export_reward_model,
-    rated,
-    reward_engine,
-    reward_params,
-    with_rewards,
-)
-from sso_jax.rounds import Recipe, Run
-from sso_jax.training.rewards import build_rate, reward_losses
+from sso_jax.recipes import run as rounds
+from sso_jax.recipes.checks import refuse_fields, warn_unused_objective
+from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.environment import order_accuracy
+from sso_jax.recipes.objective import Objective
+from sso_jax.recipes.reward_model import RewardScorer, accuracy_of, reward_engine, reward_params, tokenize_pair
+from sso_jax.recipes.run import Recipe, Run
+from sso_jax.recipes.stages import sampling as sampled
+from sso_jax.recipes.stages.batch_plans import plan_rewards
+from sso_jax.recipes.stages.evaluation import judge_by_endpoint
+from sso_jax.recipes.stages.scoring import filtered, referenced_pairs, require_pairs, within_limit
+from sso_jax.runtime import stage_markers as stages
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.json_lines import write_records
+from sso_jax.training.rewards import build_reward_fn, reward_losses
 
 PLAIN_PAIR = [("plain", "chosen"), ("plain", "rejected")]
 
@@ -48,12 +47,12 @@ def read(config: Config) -> Material:
       InputError: for fields that do not go together, and for files that cannot be read.
     """
     unused = {"demonstrations.path": config.demonstrations.path, "model.reference_path": config.model.reference_path}
-    rounds.refuse_fields(config, "reward", unused)
+    refuse_fields(config, "reward", unused)
     if config.lora.rank:
         raise InputError(f"lora.rank: {config.lora.rank} is not used by recipe 'reward', which trains the whole decoder; remove it")
     if config.run.iterations != 1:
         raise InputError(f"run.iterations: {config.run.iterations} rounds; recipe 'reward' has one, set it to 1")
-    rounds.warn_unused_objective(config.objective)
+    warn_unused_objective(config.objective)
     given, annotated = config.pairs.path, config.reward.annotated_path
     mixed = [] if annotated is None else load_pairs(annotated, config.reward.annotated_split, "reward.annotated_path")
     if given is None:
@@ -61,7 +60,7 @@ def read(config: Config) -> Material:
         queries = sampled.read_queries(config)
         return Material(None, queries.principles, queries.rounds, mixed)
     unused = {"queries.path": config.queries.path, "filter.enabled": config.filter.enabled}
-    rounds.refuse_fields(config, "reward with pairs.path", unused)
+    refuse_fields(config, "reward with pairs.path", unused)
     if config.pairs.control == "judge_order":
         raise InputError("pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'")
     return Material(load_pairs(given, config.pairs.split), {}, [], mixed)
@@ -122,7 +121,7 @@ def _sampled_pairs(run: Run, iteration: int, params) -> tuple[list[Triple], dict
     steered, principles = sampled.principles(run, iteration, params, queries)
     triples, responses = sampled.responses(run, iteration, params, steered, folder)
     pairs, made = referenced_pairs(run, Objective([], None, 1.0), iteration, params, folder, lambda: sampled.cleaned(run, triples))
-    judged = rounds.judge_by_endpoint(run, iteration, pairs)
+    judged = judge_by_endpoint(run, iteration, pairs)
     dropped = dict(Counter(responses["dropped"]) + Counter(made["dropped"]))
     steering = {name: value for name, value in principles.items() if name != "seconds"}
     rate = {"num_queries": len(queries), "dropped": dropped, "sampling_rate": responses["tokens_per_second"]}
@@ -168,12 +167,12 @@ def _train(run: Run, engine: Engine, iteration: int, params, train: list[Triple]
     """The trained reward model; the line of an update after which there is a checkpoint says the accuracy on held-out pairs too."""
     rules = run.config.reward
     earlier = run.earlier_shape(iteration, run.folder(iteration), "training")
-    plan = plan_rewards(engine, run.config, iteration, [rated(engine.chat, pair) for pair in train], earlier)
-    losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.centring)
-    rate = build_rate(engine.model, engine.mesh, engine.shardings)
+    plan = plan_rewards(engine, run.config, iteration, [tokenize_pair(engine.chat, pair) for pair in train], earlier)
+    losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.center_coefficient)
+    rate = build_reward_fn(engine.model, engine.mesh, engine.shardings)
 
     def look(params) -> dict:
-        rater = Rater(engine.model, params, engine.chat, rate, engine.mesh)
+        rater = RewardScorer(engine.model, params, engine.chat, rate, engine.mesh)
         return {"held_out_accuracy": accuracy_of(rater.rewards(held_out, "held-out pairs"))} if held_out else {}
 
     return rounds.train(run, losses, plan, iteration, params, engine=engine, look=look)
@@ -183,8 +182,8 @@ def _measure(run: Run, engine: Engine, iteration: int, params, held_out: list[Tr
     """Accuracy on held-out pairs by their own order and, where there is a judge, by the judge's; the rewards go to held_out.jsonl."""
     if not held_out:
         return {"num_held_out": 0}
-    rate = build_rate(engine.model, engine.mesh, engine.shardings)
-    rewards = Rater(engine.model, params, engine.chat, rate, engine.mesh).rewards(held_out, "held-out pairs")
+    rate = build_reward_fn(engine.model, engine.mesh, engine.shardings)
+    rewards = RewardScorer(engine.model, params, engine.chat, rate, engine.mesh).rewards(held_out, "held-out pairs")
     scored = with_rewards(held_out, rewards)
     write_records(scored, run.folder(iteration) / "held_out.jsonl")
     by_judge = order_accuracy(run.environment, run.engine, scored)

@@ -2,16 +2,18 @@
 
 from collections import Counter
 
-from sso_jax import rounds
-from sso_jax.assembly import Engine
 from sso_jax.config import Config
-from sso_jax.errors import InputError
-from sso_jax.policy_training import plan_demonstrations
-from sso_jax.preferences.demonstrations import demonstration_ids, load_demonstrations
-from sso_jax.records import Demonstration
-from sso_jax.rounds import Recipe, Run
-from sso_jax.training.batches import Branch, Tree
-from sso_jax.training.update import supervised_losses
+from sso_jax.data.demonstrations import demonstration_ids, load_demonstrations
+from sso_jax.data.records import Demonstration
+from sso_jax.recipes import run as rounds
+from sso_jax.recipes.checks import refuse_fields, warn_unused_objective
+from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.run import Recipe, Run
+from sso_jax.recipes.stages.batch_plans import plan_demonstrations
+from sso_jax.recipes.stages.evaluation import evaluate
+from sso_jax.runtime.errors import InputError
+from sso_jax.training.example_losses import supervised_losses
+from sso_jax.training.trees import Branch, Tree
 
 
 def read(config: Config) -> list[Demonstration]:
@@ -24,8 +26,8 @@ def read(config: Config) -> list[Demonstration]:
         "filter.min_score_gap": config.filter.min_score_gap,
         "model.reference_path": config.model.reference_path,
     }
-    rounds.refuse_fields(config, "sft", unused)
-    rounds.warn_unused_objective(config.objective)
+    refuse_fields(config, "sft", unused)
+    warn_unused_objective(config.objective)
     if config.demonstrations.path is None:
         raise InputError("demonstrations.path: not given; recipe 'sft' trains on a file or data set of prompts with responses")
     return load_demonstrations(config.demonstrations.path, config.demonstrations.split)
@@ -50,7 +52,7 @@ def round(run: Run, iteration: int, params):
     )
     params, training = rounds.train(run, supervised_losses(run.engine.model), plan, iteration, params)
     exported = rounds.export(run, iteration, params)
-    evaluation = rounds.evaluate(run, iteration, params)
+    evaluation = evaluate(run, iteration, params)
     seconds = {"training": training["seconds"], "export": exported["seconds"], "evaluation": evaluation["seconds"]}
     rates = {"sampling": None, "training": training["tokens_per_second"]}
     numbers = {"num_queries": len(run.material), "dropped": {}, **evaluation, "seconds": seconds, "tokens_per_second": rates}

@@ -9,16 +9,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sso_jax.errors import InputError
-from sso_jax.hosts import once, own_part, stop_now
-from sso_jax.interrupts import Stopped
-from sso_jax.journal import Journal
-from sso_jax.mesh import num_batch_shards, place, replicated
+from sso_jax.data.buckets import bucket
 from sso_jax.models.fingerprint import fingerprint
-from sso_jax.progress import progress_bar
-from sso_jax.sampling.decode import Prompts, Samples, prompt_shardings
-from sso_jax.sampling.strategies import Strategy
-from sso_jax.tokens.lengths import bucket
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
+from sso_jax.runtime.mesh import num_batch_shards, place, replicated
+from sso_jax.runtime.progress import progress_bar
+from sso_jax.runtime.signals import Stopped
+from sso_jax.sampling.decode import prompt_shardings
+from sso_jax.sampling.journal import Journal
+from sso_jax.sampling.prefill import Prompts, Samples
+from sso_jax.sampling.sampling_params import SamplingParams
 
 PREFIX_STEP = 64
 """What all prompts of a stage start with is run once, in multiples of this many tokens: few shapes, and nothing for a few tokens."""
@@ -72,7 +73,7 @@ class Sampler:
 
     generate: Callable[..., Samples]
     mesh: jax.sharding.Mesh
-    strategy: Strategy
+    strategy: SamplingParams
     stop_ids: tuple[int, ...]
     max_new_tokens: int
     max_tokens: int
@@ -110,7 +111,7 @@ class Sampler:
                 f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {self.max_tokens}; shorten it"
             )
         journal = self._journal(params, requests, budget)
-        done = {} if journal is None else {int(i): ids for i, ids in once(journal.read).items()}
+        done = {} if journal is None else {int(i): ids for i, ids in on_first_process(journal.read).items()}
         params = params if self.shardings is None else jax.device_put(params, self.shardings)
         strategy, stops = place((self.strategy, stops), replicated(self.mesh))
         prefix = shared_prefix([request.prompt_ids for request in requests]) if requests else []
@@ -126,7 +127,7 @@ class Sampler:
                 fresh = {i: tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist() for row, i in enumerate(batch)}
                 done.update(fresh)
                 if journal is not None:
-                    journal.add(dict(own_part(list(fresh.items()))))
+                    journal.add(dict(own_share(list(fresh.items()))))
                     if stop_now():
                         raise Stopped(f"a signal in {stage}, after {len(done)} of {len(requests)} responses")
                 bar.update(len(batch))

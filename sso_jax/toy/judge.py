@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-from sso_jax.errors import InputError
+from sso_jax.runtime.errors import InputError
 from sso_jax.toy import descriptions
 from sso_jax.toy.vocabulary import words
 from sso_jax.toy.world import EVASION, Item, content_sentence, find

@@ -16,31 +16,27 @@ from flax import linen as nn
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from sso_jax.assembly import export_policy
-from sso_jax.mesh import num_batch_shards, param_shardings
+from sso_jax.data.chat import Chat, make_chat
+from sso_jax.data.records import Query
+from sso_jax.data.tokenizer import encode_text
 from sso_jax.models.architecture import Architecture
+from sso_jax.models.export import export_policy
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.preferences.principles import CONCISION, feature_table, nameable_features, naming_prompt, predefined
 from sso_jax.preferences.steering import steer
-from sso_jax.records import Query, read_json_lines, write_records
-from sso_jax.tokens.chat import Chat, make_chat
-from sso_jax.tokens.tokenizer import encode_text
+from sso_jax.runtime.json_lines import read_json_lines, write_records
+from sso_jax.runtime.mesh import num_batch_shards, param_shardings
 from sso_jax.toy import descriptions as describing
 from sso_jax.toy.vocabulary import words
 from sso_jax.toy.world import EVASION, Item, Quality, all_items, bare_answer, content_sentence, demonstrate, queries
 from sso_jax.training import checkpoints
-from sso_jax.training.batches import Branch, Tree, row_shape, supervised_batch
+from sso_jax.training.batches import supervised_batch
+from sso_jax.training.example_losses import supervised_losses
 from sso_jax.training.loop import Hooks, run_updates
-from sso_jax.training.update import (
-    TrainState,
-    build_update,
-    compile_ahead,
-    init_state,
-    learning_rates,
-    make_optimizer,
-    state_shardings,
-    supervised_losses,
-)
+from sso_jax.training.optimizer import learning_rates, make_optimizer
+from sso_jax.training.row_shapes import row_shape
+from sso_jax.training.trees import Branch, Tree
+from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state, state_shardings
 
 FACTS_SYSTEM = "Give the bare facts."
 END_OF_TURN, PADDING, START_OF_TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
@@ -199,8 +195,8 @@ def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> 
     return Architecture(
         model_type="qwen2",
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        width=curriculum.width,
-        hidden=3 * curriculum.width,
+        embed_dim=curriculum.width,
+        mlp_dim=3 * curriculum.width,
         num_layers=curriculum.num_layers,
         num_heads=4,
         num_kv_heads=2,

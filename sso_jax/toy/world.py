@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sso_jax.records import Query
+from sso_jax.data.records import Query
 from sso_jax.toy import descriptions as describing
 from sso_jax.toy.vocabulary import words
 

@@ -12,10 +12,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sso_jax.checksums import checksums, damage
-from sso_jax.errors import RunError
-from sso_jax.hosts import is_first, once
-from sso_jax.records import is_remote, write_text
+from sso_jax.runtime.checksums import checksums, damage
+from sso_jax.runtime.errors import RunError
+from sso_jax.runtime.files import is_remote, write_text
+from sso_jax.runtime.hosts import is_first, on_first_process
 from sso_jax.training.update import TrainState
 
 SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
@@ -100,8 +100,8 @@ def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainStat
     manager = checkpoints.manager
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings))
     for step in sorted(manager.all_steps(), reverse=True):
-        expected = once(lambda step=step: _expected(manager.directory, step))
-        harm = None if expected is None else once(lambda step=step, sums=expected: damage(manager.directory / str(step), sums))
+        expected = on_first_process(lambda step=step: _expected(manager.directory, step))
+        harm = None if expected is None else on_first_process(lambda step=step, sums=expected: damage(manager.directory / str(step), sums))
         if harm is None:
             try:
                 return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(target)))

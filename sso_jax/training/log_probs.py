@@ -8,13 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sso_jax.mesh import batch_sharding, batch_shards_in_context, compiler_options, constrain, gathered, replicated, vocab_shards_in_context
-from sso_jax.mesh import param_shardings as shardings_on
 from sso_jax.models.attention import tree_mask
+from sso_jax.models.layer_layout import build_lay_out, runs_unrolled, with_layout_of
 from sso_jax.models.layers import turned_product
-from sso_jax.models.layout import as_they_lie, build_lay_out, runs_apart
 from sso_jax.models.transformer import Transformer, abstract_params, project
-from sso_jax.training.batches import Rows
+from sso_jax.runtime.mesh import (
+    batch_sharding,
+    batch_shards_in_context,
+    compiler_options,
+    constrain,
+    gathered,
+    replicated,
+    vocab_shards_in_context,
+)
+from sso_jax.runtime.mesh import param_shardings as shardings_on
+from sso_jax.training.packing import Rows
 
 LANES = 128
 """Slices of so many entries or more are multiples of it, as TPUs lay out an array's last axis."""
@@ -52,10 +60,10 @@ def _slice(head: Float[Array, "D S L"], target: Int[Array, "R M"], number: Int[A
     """Slice `number` of the head, with all of the width on every device."""
     width, num_shards, local_size = head.shape
     if size == local_size:
-        matrix = gathered(head, "width", "vocab", None).reshape(width, -1)
+        matrix = gathered(head, "embed", "vocab", None).reshape(width, -1)
         return _Slice(jnp.int32(0), matrix, target[..., None] == jnp.arange(matrix.shape[1])[None, None, :], None)
     start = jnp.minimum(number * size, local_size - size)
-    matrix = gathered(jax.lax.dynamic_slice_in_dim(head, start, size, axis=2), "width", "vocab", None).reshape(width, -1)
+    matrix = gathered(jax.lax.dynamic_slice_in_dim(head, start, size, axis=2), "embed", "vocab", None).reshape(width, -1)
     within = start + jnp.arange(size)
     ids = (jnp.arange(num_shards)[:, None] * local_size + within[None, :]).reshape(-1)
     fresh = jnp.broadcast_to(within >= number * size, (num_shards, size)).reshape(-1)
@@ -151,7 +159,7 @@ def _log_probs_backward(columns, residuals, gradient):
         d_logits = gradient[..., None] * (part.is_target - probs)  # [R, M, E]
         flat = d_logits.astype(head.dtype).reshape(flat_hidden.shape[0], -1)  # [R*M, E], for the reason in `flat_product`
         d_matrix = turned_product(flat_hidden, flat).reshape(width, num_shards, size)
-        return part.start, constrain(d_matrix, "width", "vocab", None), _by_shard(flat, part.matrix, num_shards)
+        return part.start, constrain(d_matrix, "embed", "vocab", None), _by_shard(flat, part.matrix, num_shards)
 
     if num == 1:
         _, d_head, d_hidden = of_slice(0)
@@ -162,7 +170,7 @@ def _log_probs_backward(columns, residuals, gradient):
             start, d_part, d_more = of_slice(number)
             so_far = jax.lax.dynamic_slice_in_dim(d_head, start, size, axis=2)  # not 0 only where two slices overlap, and d_part is 0 there
             d_head = jax.lax.dynamic_update_slice_in_dim(d_head, so_far + d_part.astype(head.dtype), start, axis=2)
-            return (constrain(d_head, "width", "vocab", None), d_hidden + d_more), None
+            return (constrain(d_head, "embed", "vocab", None), d_hidden + d_more), None
 
         nothing = jnp.zeros(head.shape, head.dtype), jnp.zeros((num_shards, *flat_hidden.shape), jnp.float32)
         (d_head, d_hidden), _ = jax.lax.scan(add, nothing, jnp.arange(num))
@@ -203,9 +211,9 @@ def cell_log_probs_and_means(
 
 def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
     """Final hidden states where response tokens are predicted from."""
-    mask, model = tree_mask(rows.tree, rows.branch), as_they_lie(model, params)
+    mask, model = tree_mask(rows.tree, rows.branch), with_layout_of(model, params)
     inputs = rows.tokens, rows.positions, mask
-    return model.apply({"params": params}, *inputs, wanted=rows.source, sequences=rows.sequences, place=rows.place)[0]
+    return model.apply({"params": params}, *inputs, query_indices=rows.source, sequences=rows.sequences, place=rows.place)[0]
 
 
 def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells"]:
@@ -230,7 +238,7 @@ class Score(NamedTuple):
 
 def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Score:
     """Programs that score rows under the model, by layers apart where they run faster so."""
-    apart = runs_apart(model, mesh)
+    apart = runs_unrolled(model, mesh)
     laid_out = shardings_on(abstract_params(model.clone(stacked=not apart)), mesh)
     lay_out = build_lay_out(model, mesh, apart)
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sso_jax.errors import RunError
-from sso_jax.hosts import stop_now
-from sso_jax.interrupts import Stopped
-from sso_jax.mesh import place
-from sso_jax.progress import progress_bar
+from sso_jax.runtime.errors import RunError
+from sso_jax.runtime.hosts import stop_now
+from sso_jax.runtime.mesh import place
+from sso_jax.runtime.progress import progress_bar
+from sso_jax.runtime.signals import Stopped
 from sso_jax.training.update import TrainState, batch_shardings
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sso_jax.errors import InputError
+from sso_jax.runtime.errors import InputError
 
 
 class Pair(NamedTuple):
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     rejected: Float[Array, "B"]
 
 
-class Steered(NamedTuple):
+class ContextValues(NamedTuple):
     """The numbers of an example by context; what an objective does not use is None."""
 
     plain: Pair | None = None
@@ -37,9 +37,9 @@ class Steered(NamedTuple):
     """(x-; y_o, y+), or y- in place of y_o"""
     original: Float[Array, "B"] | None = None
     """(x; y_o)"""
-    told_chosen: Pair | None = None
+    score_conditioned_chosen: Pair | None = None
     """(x told the score of y+; y+, y-)"""
-    told_rejected: Pair | None = None
+    score_conditioned_rejected: Pair | None = None
     """(x told the score of y-; y-, y+)"""
 
 
@@ -240,7 +240,7 @@ BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "aps": aps_loss,
     "clipped": clipped_loss,
 }
-"""Losses of a pair in any context; `plain_losses.py` has those that need more."""
+"""Losses of a pair in any context; multi_response_losses.py has those that need more."""
 
 
 def loss_settings(name: str) -> dict[str, float]:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sso_jax.training.losses import Pair, Steered, log_ratios
+from sso_jax.training.losses import ContextValues, Pair, log_ratios
 
 BaseLoss = Callable[[Pair, Pair, Pair], Float[Array, "B"]]
-PlainLoss = Callable[[Steered, Steered, Steered], Float[Array, "B"]]
-"""A loss of the plain context that needs more than its pair; see plain_losses.py."""
+MultiResponseLoss = Callable[[ContextValues, ContextValues, ContextValues], Float[Array, "B"]]
+"""A loss of the plain context that needs more than its pair; see multi_response_losses.py."""
 
 
 class Terms(NamedTuple):
@@ -52,7 +52,7 @@ def negative_log_likelihood(log_prob: Float[Array, "B"], num_tokens: Float[Array
 
 
 def steering_terms(
-    base: BaseLoss, policy: Steered, reference: Steered, num_tokens: Steered, scale: SteeringScale
+    base: BaseLoss, policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, scale: SteeringScale
 ) -> tuple[Float[Array, "B"] | None, Float[Array, "B"] | None, Float[Array, "B"]]:
     """L+ = base(x+, y+, y-), L- = base(x-, y_o, y+), and their scaled sum; a term of scale 0 is None and costs nothing."""
     positive = base(policy.positive, reference.positive, num_tokens.positive) if scale.positive else None
@@ -61,13 +61,15 @@ def steering_terms(
     return positive, negative, total
 
 
-def steered_likelihoods(policy: Steered, num_tokens: Steered, scale: SteeringScale) -> Float[Array, "B"]:
+def steered_likelihoods(policy: ContextValues, num_tokens: ContextValues, scale: SteeringScale) -> Float[Array, "B"]:
     """`NLL(y+|x+)` and `NLL(y_o|x-)`, each with the factor of its steering term."""
     contexts = [(factor, name) for factor, name in zip(scale, ("positive", "negative"), strict=True) if factor]
     return sum(f * negative_log_likelihood(getattr(policy, n).chosen, getattr(num_tokens, n).chosen) for f, n in contexts)
 
 
-def plain_term(base: BaseLoss, plain: PlainLoss | None, policy: Steered, reference: Steered, num_tokens: Steered) -> Float[Array, "B"]:
+def plain_term(
+    base: BaseLoss, plain: MultiResponseLoss | None, policy: ContextValues, reference: ContextValues, num_tokens: ContextValues
+) -> Float[Array, "B"]:
     """`L_base(x, y+, y-)`, or the loss `plain` where one takes its place."""
     if plain is not None:
         return plain(policy, reference, num_tokens)
@@ -75,7 +77,13 @@ def plain_term(base: BaseLoss, plain: PlainLoss | None, policy: Steered, referen
 
 
 def pairwise_objective(
-    policy: Steered, reference: Steered, num_tokens: Steered, *, base: BaseLoss, plain: PlainLoss | None = None, sft_weight: float = 0.0
+    policy: ContextValues,
+    reference: ContextValues,
+    num_tokens: ContextValues,
+    *,
+    base: BaseLoss,
+    plain: MultiResponseLoss | None = None,
+    sft_weight: float = 0.0,
 ) -> Terms:
     """`L_base(x, y+, y-) + gamma * NLL(y+|x)`: plain principle-based alignment (PBAA)."""
     plain = plain_term(base, plain, policy, reference, num_tokens)
@@ -84,12 +92,12 @@ def pairwise_objective(
 
 
 def online_objective(
-    policy: Steered,
-    reference: Steered,
-    num_tokens: Steered,
+    policy: ContextValues,
+    reference: ContextValues,
+    num_tokens: ContextValues,
     *,
     base: BaseLoss,
-    plain: PlainLoss | None = None,
+    plain: MultiResponseLoss | None = None,
     steering_weight: float = 0.1,
     weight_alpha: float = 0.66,
     use_weight: bool = True,
@@ -118,9 +126,9 @@ def online_objective(
 
 
 def generator_objective(
-    policy: Steered,
-    reference: Steered,
-    num_tokens: Steered,
+    policy: ContextValues,
+    reference: ContextValues,
+    num_tokens: ContextValues,
     *,
     base: BaseLoss,
     scale: SteeringScale = SteeringScale(),
@@ -132,7 +140,7 @@ def generator_objective(
     return Terms(total + sft_weight * sft, positive_loss=positive, negative_loss=negative, sft_loss=sft)
 
 
-def pair_metrics(terms: Terms, policy: Steered, reference: Steered, beta: float) -> dict[str, Float[Array, "B"]]:
+def pair_metrics(terms: Terms, policy: ContextValues, reference: ContextValues, beta: float) -> dict[str, Float[Array, "B"]]:
     """Per-example numbers of a metrics line: the terms that are there, and log-probs, margin and accuracy of the plain pair."""
     metrics = {name: value for name, value in terms._asdict().items() if value is not None}
     if policy.plain is not None:

@@ -10,20 +10,23 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sso_jax.mesh import batch_sharding, num_batch_shards, replicated
+from sso_jax.data.buckets import bucket
 from sso_jax.models.attention import tree_mask
-from sso_jax.models.layout import as_they_lie
-from sso_jax.models.reward import RewardModel
-from sso_jax.progress import progress_bar
-from sso_jax.tokens.lengths import bucket
-from sso_jax.training.batches import Branch, Rows, RowShape, Tree, cut_microbatches, first_fit, pack, stack_rows
+from sso_jax.models.layer_layout import with_layout_of
+from sso_jax.models.reward_head import RewardModel
+from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, replicated
+from sso_jax.runtime.progress import progress_bar
+from sso_jax.training.batches import cut_microbatches
+from sso_jax.training.example_losses import ExampleLosses
 from sso_jax.training.losses import Pair
-from sso_jax.training.update import ExampleLosses
+from sso_jax.training.packing import Rows, pack, stack_rows
+from sso_jax.training.row_shapes import RowShape
+from sso_jax.training.trees import Branch, Tree, first_fit
 
 SHORTEST_ROW = 128
 
 
-class Rated(NamedTuple):
+class TokenizedPair(NamedTuple):
     """A prompt and the two responses to it, as token ids; each response ends with an end of turn."""
 
     prompt_ids: list[int]
@@ -45,7 +48,9 @@ class RewardBatch(NamedTuple):
     """[A, E]; they sum to 1 over the update, and are 0 for pairs that only fill it."""
 
 
-def bradley_terry_loss(rewards: Pair, *, label_smoothing: float = 0.0, margin: float = 0.0, centring: float = 0.0) -> Float[Array, "E"]:
+def bradley_terry_loss(
+    rewards: Pair, *, label_smoothing: float = 0.0, margin: float = 0.0, center_coefficient: float = 0.0
+) -> Float[Array, "E"]:
     """`-(1-e) log sigmoid(d - m) - e log sigmoid(-d - m) + c (r_chosen + r_rejected)^2`, d = r_chosen - r_rejected.
 
     e = 0, m = 0, c = 0 is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1, and ln 2 where both rewards are equal. The margin m is that of
@@ -55,10 +60,10 @@ def bradley_terry_loss(rewards: Pair, *, label_smoothing: float = 0.0, margin: f
     gap = rewards.chosen - rewards.rejected
     kept = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap - margin)
     flipped = -label_smoothing * jax.nn.log_sigmoid(-gap - margin)
-    return kept + flipped + centring * (rewards.chosen + rewards.rejected) ** 2
+    return kept + flipped + center_coefficient * (rewards.chosen + rewards.rejected) ** 2
 
 
-def pair_trees(pairs: list[Rated]) -> list[Tree]:
+def pair_trees(pairs: list[TokenizedPair]) -> list[Tree]:
     """One tree a pair: the prompt with both responses, which are cells 2e and 2e + 1."""
     return [Tree(p.prompt_ids, [Branch(p.chosen_ids, 2 * e), Branch(p.rejected_ids, 2 * e + 1)]) for e, p in enumerate(pairs)]
 
@@ -76,7 +81,7 @@ def branch_ends(trees: list[Tree], shape: RowShape, num_cells: int) -> Int[np.nd
     return ends
 
 
-def reward_batch(pairs: list[Rated], micro_size: int, num_micro: int, shape: RowShape) -> RewardBatch:
+def reward_batch(pairs: list[TokenizedPair], micro_size: int, num_micro: int, shape: RowShape) -> RewardBatch:
     """Pairs of one update (at most `micro_size * num_micro`) as arrays."""
     rows, ends = [], []
     weights = np.zeros((num_micro, micro_size), np.float32)
@@ -90,19 +95,19 @@ def reward_batch(pairs: list[Rated], micro_size: int, num_micro: int, shape: Row
 
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
     """Rewards at the ends of responses, float32."""
-    model = as_they_lie(model, params)
+    model = with_layout_of(model, params)
     mask = tree_mask(rows.tree, rows.branch)
     hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask, sequences=rows.sequences)
     return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")
 
 
-def reward_losses(model: RewardModel, label_smoothing: float, margin: float, centring: float) -> ExampleLosses:
+def reward_losses(model: RewardModel, label_smoothing: float, margin: float, center_coefficient: float) -> ExampleLosses:
     """Bradley-Terry losses of reward microbatches, with the rewards, their gap and how often it is above 0 (ties as half)."""
 
     def losses(params, micro: RewardBatch):
         rewards = end_rewards(model, params, micro.rows, micro.ends)
         pair = Pair(rewards[0::2], rewards[1::2])
-        loss = bradley_terry_loss(pair, label_smoothing=label_smoothing, margin=margin, centring=centring)
+        loss = bradley_terry_loss(pair, label_smoothing=label_smoothing, margin=margin, center_coefficient=center_coefficient)
         gap = pair.chosen - pair.rejected
         accuracy = (gap > 0) + 0.5 * (gap == 0)
         metrics = {"loss": loss, "chosen_reward": pair.chosen, "rejected_reward": pair.rejected, "margin": gap, "accuracy": accuracy}
@@ -111,7 +116,7 @@ def reward_losses(model: RewardModel, label_smoothing: float, margin: float, cen
     return losses
 
 
-def build_rate(model: RewardModel, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Float[Array, "C"]]:
+def build_reward_fn(model: RewardModel, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Float[Array, "C"]]:
     """`end_rewards` compiled: rows over the batch axes. One program for each row shape."""
 
     def rate_batch(params, rows: Rows, ends: Int[Array, "C 2"]):
@@ -121,8 +126,8 @@ def build_rate(model: RewardModel, mesh: jax.sharding.Mesh, param_shardings) -> 
     return jax.jit(rate_batch, in_shardings=shardings, out_shardings=replicated(mesh))
 
 
-def rate_pairs(
-    rate: Callable, mesh: jax.sharding.Mesh, params, pairs: list[Rated], tokens_at_once: int, stage: str
+def compute_rewards(
+    rate: Callable, mesh: jax.sharding.Mesh, params, pairs: list[TokenizedPair], tokens_at_once: int, stage: str
 ) -> list[tuple[float, float]]:
     """(reward of chosen, reward of rejected) of every pair.
 

@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import jax
 
-from sso_jax.mesh import batch_sharding, num_batch_shards, place
-from sso_jax.progress import progress_bar
-from sso_jax.training.batches import RowShape, Tree, pack, row_shape, steered_trees
+from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, place
+from sso_jax.runtime.progress import progress_bar
 from sso_jax.training.log_probs import Score
+from sso_jax.training.packing import pack
+from sso_jax.training.row_shapes import RowShape, row_shape
+from sso_jax.training.trees import Tree, steered_trees
 
 
 class Scorable(NamedTuple):

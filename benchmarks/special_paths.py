@@ -1,0 +1,192 @@
+"""Times each special path of this project off and on: wall time with compilation counted in, and peak memory.
+
+`python -m benchmarks.special_paths --model FOLDER --queries FILE` runs one round of recipe online for each path in a process of its own,
+with nothing compiled before, on the toy world and on the model of the folder; `--paths NAME ...` names some of them.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SHARE = 1.15
+"""A path stays where without it a run takes this many times as long, or a third more memory."""
+
+
+def _without_release_memory() -> None:
+    from sso_jax.runtime import host_memory
+    from sso_jax.training import update
+
+    host_memory.release_memory = update.release_memory = lambda: None
+
+
+def _without_few_arenas() -> None:
+    from sso_jax.commands import cli
+
+    cli.keep_few_arenas = lambda: None
+
+
+def _without_compile_ahead() -> None:
+    from sso_jax.recipes.stages import update
+    from sso_jax.toy import pretraining
+
+    update.compile_ahead = pretraining.compile_ahead = lambda *_: None
+
+
+def _without_few_rows_product() -> None:
+    from sso_jax.sampling import decode
+
+    decode.on_cpu = lambda _: False
+
+
+def _without_unrolled_decoding() -> None:
+    from sso_jax.sampling import decode
+
+    decode.decodes_unrolled = lambda *_: False
+
+
+def _without_unrolled_scoring() -> None:
+    from sso_jax.training import log_probs
+
+    log_probs.runs_unrolled = lambda *_: False
+
+
+def _without_unrolled_training() -> None:
+    from sso_jax.models import layer_layout
+
+    layer_layout.trains_unrolled = lambda *_: False
+
+
+def _without_turned_product() -> None:
+    import jax.numpy as jnp
+
+    from sso_jax.models import kernels
+    from sso_jax.training import log_probs
+
+    def plain(x, right):
+        return jnp.einsum("...nm,...ne->...me", x, right, preferred_element_type=jnp.float32)
+
+    kernels.turned_product = log_probs.turned_product = plain
+
+
+def _without_computed_once() -> None:
+    from sso_jax.models import transformer
+
+    transformer.computed_once = lambda tree, positions: tree
+
+
+def _without_flat_product() -> None:
+    import jax.numpy as jnp
+
+    from sso_jax.models import layers
+
+    layers.flat_product = lambda x, kernel: jnp.tensordot(x, kernel, x.ndim - 2)
+
+
+def _without_synchronous_dispatch() -> None:
+    from sso_jax.commands import train
+    from sso_jax.runtime import jax_setup
+
+    def prepare(cache: str = "") -> None:
+        import jax
+
+        jax_setup.prepare_jax(cache)
+        jax.config.update("jax_cpu_enable_async_dispatch", True)
+
+    train.prepare_jax = prepare
+
+
+def _without_gated() -> None:
+    from flax import linen as nn
+
+    from sso_jax.models import layers
+
+    layers.gated = lambda gate, up: nn.silu(gate) * up
+
+
+def _without_shared_prefix() -> None:
+    from sso_jax.sampling import sampler
+
+    sampler.shared_prefix = lambda _: []
+
+
+PATHS: dict[str, Callable[[], None]] = {
+    "nothing": lambda: None,
+    "huge_pages": lambda: None,  # by the environment, see `_run`
+    "release_memory": _without_release_memory,
+    "few_arenas": _without_few_arenas,
+    "compile_ahead": _without_compile_ahead,
+    "few_rows_product": _without_few_rows_product,
+    "unrolled_decoding": _without_unrolled_decoding,
+    "unrolled_scoring": _without_unrolled_scoring,
+    "turned_product": _without_turned_product,
+    "computed_once": _without_computed_once,
+    "flat_product": _without_flat_product,
+    "synchronous_dispatch": _without_synchronous_dispatch,
+    "gated": _without_gated,
+    "shared_prefix": _without_shared_prefix,
+    "nothing_no_remat": lambda: None,
+    "unrolled_training_no_remat": _without_unrolled_training,
+}
+"""What takes a path away, by its name."""
+
+
+def _arguments(case: str, model: str, queries: str, directory: Path) -> list[str]:
+    common = ["--run.directory", str(directory), "--run.compilation_cache", "", "--run.iterations", "1"]
+    if case == "toy":
+        return ["--config", "configs/tiny.yaml", *common]
+    sizes = ["--queries.per_iteration", "16", "--sampling.max_new_tokens", "96", "--sampling.batch_size", "16", "--train.batch_size", "8"]
+    return ["--model.path", model, "--queries.path", queries, *common, *sizes, "--train.max_tokens", "1024"]
+
+
+def _run(path: str, case: str, model: str, queries: str) -> dict:
+    """Seconds by stage, in all and at most held bytes of a run without one path."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "run"
+        arguments = _arguments(case, model, queries, directory)
+        if path.endswith("no_remat"):
+            arguments += ["--model.remat", "false"]
+        environment = {**os.environ, **({"GLIBC_TUNABLES": ""} if path == "huge_pages" else {})}
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "benchmarks.special_paths", "--only", path, *arguments]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        errors = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(errors.decode()[-2000:])
+        rows = json.loads((directory / "summary.json").read_text())
+        stages = {name: round(value, 1) for row in rows for name, value in (row["seconds"] or {}).items() if row["iteration"] == 1}
+        return {"path": path, "case": case, "seconds": round(time.perf_counter() - start, 1), "gb": usage.ru_maxrss / 2**20, **stages}
+
+
+def main(argv: list[str]) -> None:
+    """Runs the paths one after another and prints a line for each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.special_paths", description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--queries")
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS))
+    parser.add_argument("--cases", nargs="+", default=["model", "toy"], choices=["model", "toy"])
+    given = parser.parse_args(argv)
+    for path in given.paths:
+        for case in given.cases:
+            row = _run(path, case, given.model, given.queries)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2 and sys.argv[1] == "--only":
+        from sso_jax.commands.cli import run_command
+        from sso_jax.config import Config
+        from sso_jax.runtime.host_memory import use_huge_pages
+
+        use_huge_pages()
+        PATHS[sys.argv[2]]()
+        sys.exit(run_command("special_paths", "", Config, "sso_jax.commands.train", sys.argv[3:]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    main(sys.argv[1:])

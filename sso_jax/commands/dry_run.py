@@ -1,0 +1,107 @@
+"""A config and a TPU topology in, a table of bytes and operations out: every program of a run compiled, without TPU or weights."""
+
+import logging
+import os
+import re
+
+from sso_jax.commands.programs import GIB, Plan, Program, compiled, make_plan, microbatch_size, programs_of
+from sso_jax.config import Config
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.mesh import num_batch_shards
+
+log = logging.getLogger(__name__)
+CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+"""Memory of a chip by generation, as published; the compiler keeps a little of it back."""
+
+
+def run(config: Config) -> None:
+    """Prints the table of the programs of `config` for the topology `config.dry_run`.
+
+    Raises:
+      InputError: without libtpu, for an unknown topology or model, or a mesh that does not fit.
+    """
+    plan = make_plan(config, find_devices(config.dry_run), chip_gib(config.dry_run) * GIB)
+    log.info("dry run: %s on %s, mesh %s", config.model.path, config.dry_run, dict(plan.training.mesh.shape))
+    programs = []
+    for name, trace in programs_of(config).items():
+        log.info("compiling %s", name)
+        programs.append(compiled(trace(plan), name, plan.device_bytes))
+    print(table(plan, programs))
+
+
+def find_devices(topology: str) -> list:
+    """Descriptions of the topology's chips, to compile for.
+
+    Raises:
+      InputError: for what is no topology, or without libtpu.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server where there is no TPU
+    chip_gib(topology)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"dry_run: {topology!r} cannot be compiled for ({reason}); for a known topology such as v5e:4x4 or v5p:2x2x4 install what "
+            "requirements-dry-run.txt names, in an environment of its own"
+        ) from error
+
+
+def chip_gib(topology: str) -> int:
+    """Memory of one chip of the topology."""
+    generation = topology.split(":")[0]
+    if generation not in CHIP_GIB or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise InputError(f"dry_run: {topology!r} is no topology; give GENERATION:SIZES with one of {', '.join(CHIP_GIB)}, such as v5e:4x4")
+    return CHIP_GIB[generation]
+
+
+def table(plan: Plan, programs: list[Program]) -> str:
+    """The programs as a table in Markdown, and advice where one does not fit."""
+    columns = ("parameters", "optimizer", "cache", "activations and the rest", "total a chip")
+    lines = [
+        *_heading(plan),
+        "",
+        "| program | " + " | ".join(f"{name} GiB" for name in columns) + " | of the chip | TFLOP, all chips | compiled in | fits |",
+        "|---" * (len(columns) + 5) + "|",
+    ]
+    for p in programs:
+        parts = (p.params_bytes, p.optimizer_bytes, p.cache_bytes, p.other_bytes, p.total_bytes)
+        sizes = " | ".join(f"{part / GIB:.2f}" for part in parts)
+        of_chip, verdict = f"{100 * p.total_bytes / plan.device_bytes:.0f}%", "yes" if p.fits else "no"
+        lines.append(f"| {p.name} | {sizes} | {of_chip} | {p.flops / 1e12:,.0f} | {p.seconds:.0f} s | {verdict} |")
+    lines += [f"{p.name} does not fit: {_advice(plan, p)}" for p in programs if not p.fits]
+    return "\n".join(lines)
+
+
+def _heading(plan: Plan) -> list[str]:
+    """What is compiled, and for what."""
+    config, mesh = plan.config, plan.training.mesh
+    lines = [
+        f"{config.model.path} on {config.dry_run}: {mesh.size} chips of {plan.device_bytes // GIB} GiB, mesh {dict(mesh.shape)}",
+        f"updates of {config.train.batch_size} examples, {microbatch_size(config)} a device step; prompts of {plan.prompt_tokens} and "
+        f"responses of {plan.response_tokens} tokens; {config.sampling.batch_size} responses sampled together",
+    ]
+    if plan.sampling is not plan.training:
+        lines.append(f"sampling on mesh {dict(plan.sampling.mesh.shape)}, with a copy of the parameters beside those of training")
+    return lines
+
+
+def _advice(plan: Plan, program: Program) -> str:
+    """What to change, the largest part first."""
+    config, shards, of_sampling = plan.config, num_batch_shards(plan.training.mesh), program.cache_bytes > 0
+    options = []
+    if of_sampling and plan.sampling is not plan.training:
+        options.append("set sampling.mesh null, which holds no second copy of the parameters")
+    if program.cache_bytes > program.other_bytes:
+        options.append(f"lower sampling.batch_size (now {config.sampling.batch_size})")
+    elif not of_sampling and microbatch_size(config) > shards:
+        options.append(f"lower train.microbatch_size (now {microbatch_size(config)}) towards {shards}, one example a chip")
+    if config.model.compute_dtype == "float32":
+        options.append("set model.compute_dtype bfloat16")
+    if program.optimizer_bytes and not config.model.remat:
+        options.append("set model.remat true")
+    if not config.lora.rank and program.optimizer_bytes:
+        options.append("train adapters (lora.rank 16, model.param_dtype bfloat16)")
+    return "; or ".join([*options, f"take more chips than {plan.training.mesh.size}", "lower train.max_tokens"])

@@ -1,0 +1,328 @@
+"""A config and devices in, the programs of its run out, traced and compiled without weights: operations, and bytes a device.
+
+Prefill and decoding are compiled apart, though a run has them as one program (`sampling.decode.generate`), to tell what each needs.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sso_jax.commands.flops import count_flops
+from sso_jax.config import Config
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.hf_config import CONFIG_FILE, read_architecture
+from sso_jax.models.hf_folder import fetch
+from sso_jax.models.layer_layout import training_layout
+from sso_jax.models.presets import PRESETS
+from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.recipes import generator
+from sso_jax.recipes.engine import build_decoder
+from sso_jax.recipes.objective import Objective, build_objective, with_original
+from sso_jax.recipes.reward_model import as_reward_model
+from sso_jax.recipes.stages.batch_plans import losses_of, trained_cells
+from sso_jax.recipes.stages.scoring import reference_cells
+from sso_jax.recipes.stages.update import abstract_state, build_optimizer, new_parts
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.jax_setup import set_matmul_precision
+from sso_jax.runtime.mesh import make_mesh, num_batch_shards, param_shardings, replicated
+from sso_jax.sampling.decode import as_decoded, build_parts, state_shardings
+from sso_jax.sampling.prefill import DecodeState, Prompts
+from sso_jax.sampling.prompt_padding import with_headroom
+from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.training.batches import Example, micro_trees, preference_batch, supervised_batch
+from sso_jax.training.example_losses import ExampleLosses, supervised_losses
+from sso_jax.training.log_probs import build_score
+from sso_jax.training.packing import pack
+from sso_jax.training.rewards import TokenizedPair, pair_trees, reward_batch, reward_losses
+from sso_jax.training.row_shapes import RowShape, row_shape
+from sso_jax.training.trees import Branch, Tree
+from sso_jax.training.update import build_update
+
+GIB = 2**30
+PROMPT_SHARE = 4
+"""Prompts are 1/4 of train.max_tokens, responses all of the rest: the longest examples there can be."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh, and how the parameters lie on it."""
+
+    mesh: jax.sharding.Mesh
+    shardings: dict
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled."""
+
+    config: Config
+    model: Transformer
+    params: dict
+    """Shapes of the parameters."""
+    training: Placement
+    sampling: Placement
+    """The same as of training, unless sampling.mesh is given."""
+    device_bytes: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program before it is compiled; bytes are those of one device."""
+
+    program: jax.stages.Traced
+    mesh: jax.sharding.Mesh
+    flops: int
+    """Of all devices."""
+    params_bytes: int
+    optimizer_bytes: int = 0
+    cache_bytes: int = 0
+    beside_bytes: int = 0
+    """Parameters that lie on the device too, and that the program does not use."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program; bytes are those of one device."""
+
+    name: str
+    params_bytes: int
+    optimizer_bytes: int
+    cache_bytes: int
+    total_bytes: int
+    """At its peak; of a program that does not fit, what the compiler would have needed."""
+    fits: bool
+    flops: int
+    """Of all devices."""
+    seconds: float
+    """To compile."""
+
+    @property
+    def other_bytes(self) -> int:
+        """Activations, gradients, inputs."""
+        return max(0, self.total_bytes - self.params_bytes - self.optimizer_bytes - self.cache_bytes)
+
+
+def find_architecture(path: str) -> Architecture:
+    """Architecture of a folder, of a model in `PRESETS`, or of a hub id."""
+    if not Path(path).is_dir() and path in PRESETS:
+        return PRESETS[path]
+    if path == "toy":
+        raise InputError("model.path: the toy needs no dry run; give a folder or one of " + ", ".join(PRESETS))
+    return read_architecture(fetch(path, files=(CONFIG_FILE,)))
+
+
+def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
+    """Decoder and meshes of the config on devices with so much memory each."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    architecture = find_architecture(config.model.path)
+    model, shardings = build_decoder(architecture, config, mesh)
+    set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
+    training = sampling = Placement(mesh, shardings)
+    if (own := config.sampling.mesh) is not None:
+        mesh = make_mesh(own.data, own.fsdp, own.tensor, devices)
+        sampling = Placement(mesh, build_decoder(architecture, config, mesh)[1])
+    max_tokens = min(config.train.max_tokens, architecture.max_positions)
+    prompt_tokens = max_tokens // PROMPT_SHARE
+    params = nn.unbox(abstract_params(model))
+    return Plan(config, model, params, training, sampling, device_bytes, prompt_tokens, max_tokens - prompt_tokens)
+
+
+def programs_of(config: Config) -> dict[str, Callable[[Plan], Traced]]:
+    """What a run of the config compiles, by name."""
+    samples = config.recipe in ("online", "generator") or (config.recipe == "reward" and config.pairs.path is None)
+    programs = {"prefill": trace_prefill, "decode": trace_decode} if samples else {}
+    if config.recipe in ("online", "generator", "offline"):
+        programs["scoring"] = trace_scoring
+    updates = {"update of the generator": trace_generator_update} if config.recipe == "generator" else {}
+    return {**programs, **updates, "update": UPDATES[config.recipe]}
+
+
+def _bytes(shapes, shardings) -> int:
+    """Bytes that one device holds of these arrays."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _trace(plan: Plan, place: Placement, program: Callable, args: tuple, trips: int = 1, **sizes: int) -> Traced:
+    """Traces a program of `args`, parameters first, and counts its operations; a while loop counts `trips` times."""
+    with jax.set_mesh(place.mesh):
+        traced = program.trace(*args)
+    return Traced(traced, place.mesh, count_flops(traced.jaxpr, trips), _bytes(plan.params, place.shardings), **sizes)
+
+
+def needed_bytes(message: str, held_bytes: int) -> int | None:
+    """What a program that does not fit would have needed, from the compiler's message; None if it is about something else.
+
+    It names either all of the memory, or that of temporaries alone, beside what the program is given (`held_bytes`).
+    """
+    to_bytes = lambda found: int(float(found[1]) * (GIB if found[2] == "G" else 2**20))  # noqa: E731
+    whole = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", message)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([GM])\) exceeds available HBM", message)
+    return to_bytes(whole) if whole else held_bytes + to_bytes(temporaries) if temporaries else None
+
+
+def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
+    """The program compiled for devices with so much memory; one that does not fit has the compiler's own figure of what it needs."""
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(traced.mesh):
+            memory = traced.program.lower().compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        total, fits = needed_bytes(str(error), traced.params_bytes + traced.optimizer_bytes + traced.cache_bytes), False
+        if total is None:
+            raise
+    else:
+        total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        fits = traced.beside_bytes == 0 or total + traced.beside_bytes <= device_bytes
+    params_bytes, total = traced.params_bytes + traced.beside_bytes, total + traced.beside_bytes
+    seconds = time.perf_counter() - start
+    return Program(name, params_bytes, traced.optimizer_bytes, traced.cache_bytes, total, fits, traced.flops, seconds)
+
+
+def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
+    """What prefill and decoding are given (parameters, prompts, strategy, stop ids), and the number of new tokens."""
+    sampling, shards = plan.config.sampling, num_batch_shards(plan.sampling.mesh)
+    rows, slots = -(-sampling.batch_size // shards) * shards, with_headroom(plan.prompt_tokens)
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    keys, used = jax.ShapeDtypeStruct((rows, 2), jnp.uint32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    prompts = Prompts(ints(0), ints(rows, slots), ints(rows), keys, used)
+    strategy = _shapes(make_sampling_params(sampling.temperature, sampling.top_p, sampling.top_k))
+    return (plan.params, prompts, strategy, ints(2)), min(sampling.max_new_tokens, plan.response_tokens)
+
+
+def _sampling_bytes(plan: Plan, start: Callable, inputs: tuple, new_tokens: int) -> tuple[DecodeState, dict]:
+    """Shapes of the state between prefill and decoding, and the bytes of its cache and of the parameters' other copy."""
+    state = jax.eval_shape(lambda *args: start(*args, new_tokens), *inputs)
+    sharding = state_shardings(as_decoded(plan.model, plan.sampling.mesh), plan.sampling.mesh).cache
+    cache_bytes = _bytes(state.cache, jax.tree.map(lambda _: sharding, state.cache))
+    beside = 0 if plan.sampling is plan.training else _bytes(plan.params, plan.training.shardings)
+    return state, {"cache_bytes": cache_bytes, "beside_bytes": beside}
+
+
+def trace_prefill(plan: Plan) -> Traced:
+    """Prompts through the decoder, and the first token of each response."""
+    start, _ = build_parts(plan.model, plan.sampling.mesh, plan.sampling.shardings)
+    inputs, new_tokens = _sampling_inputs(plan)
+    _, sizes = _sampling_bytes(plan, start, inputs, new_tokens)
+    return _trace(plan, plan.sampling, start, (*inputs, new_tokens), **sizes)
+
+
+def trace_decode(plan: Plan) -> Traced:
+    """The other tokens; its operations are those of responses that all reach the limit."""
+    start, go_on = build_parts(plan.model, plan.sampling.mesh, plan.sampling.shardings)
+    inputs, new_tokens = _sampling_inputs(plan)
+    state, sizes = _sampling_bytes(plan, start, inputs, new_tokens)
+    return _trace(plan, plan.sampling, go_on, (*inputs, state), new_tokens - 1, **sizes)
+
+
+def _examples(plan: Plan, count: int, cells: list[tuple[str, str]]) -> list[Example]:
+    """Examples as long as there can be, with all that the cells name."""
+    prompts = {context: [0] * plan.prompt_tokens for context, _ in cells}
+    responses = {response: [0] * plan.response_tokens for _, response in cells}
+    return [Example(str(i), prompts, responses, [0.0] * len(cells)) for i in range(count)]
+
+
+def microbatch_size(config: Config) -> int:
+    """Examples of a device step."""
+    return config.train.microbatch_size or config.train.batch_size
+
+
+def _objective(config: Config) -> Objective:
+    """What the policy's updates minimise, with y_o's log-prob where that is logged."""
+    if config.recipe == "generator":
+        return generator.objectives(config)[1]
+    objective = build_objective(config.objective)
+    return with_original(objective) if config.train.log_original else objective
+
+
+def _row_shape(plan: Plan, trees: list[Tree]) -> RowShape:
+    return row_shape([trees], num_batch_shards(plan.training.mesh), by_sequence=plan.model.by_sequence)
+
+
+def trace_scoring(plan: Plan) -> Traced:
+    """Log-probs of one device step of examples by the reference."""
+    objectives = generator.objectives(plan.config) if plan.config.recipe == "generator" else (_objective(plan.config),)
+    cells = max((reference_cells(plan.config, objective) for objective in objectives), key=len)
+    count = microbatch_size(plan.config)
+    trees = micro_trees(_examples(plan, count, cells), cells)
+    num_cells = count * len(cells)
+    rows = pack(trees, _row_shape(plan, trees), num_cells)
+    score = build_score(plan.model, plan.training.mesh, plan.training.shardings)
+    params = jax.eval_shape(score.lay_out, plan.params)
+    return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells))
+
+
+def trace_policy_update(plan: Plan) -> Traced:
+    """One update of train.batch_size pairs, in microbatches."""
+    return _trace_preferences(plan, _objective(plan.config))
+
+
+def trace_generator_update(plan: Plan) -> Traced:
+    """One update of the generator of recipe `generator`, by the fields of its own section."""
+    objective = generator.objectives(plan.config)[0]
+    return _trace_preferences(dataclasses.replace(plan, config=generator.generator_config(plan.config)), objective)
+
+
+def _trace_preferences(plan: Plan, objective: Objective) -> Traced:
+    train, micro, cells = plan.config.train, microbatch_size(plan.config), trained_cells(objective)
+    examples = _examples(plan, train.batch_size, cells)
+    shape = _row_shape(plan, micro_trees(examples[:micro], cells))
+    batch = preference_batch(examples, cells, micro, train.batch_size // micro, shape)
+    return _trace_update(plan, batch, losses_of(plan.model, objective))
+
+
+def trace_supervised_update(plan: Plan) -> Traced:
+    """One update of train.batch_size demonstrations."""
+    train, micro = plan.config.train, microbatch_size(plan.config)
+    trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * train.batch_size
+    shape = _row_shape(plan, trees[:micro])
+    batch = supervised_batch(trees, micro, train.batch_size // micro, shape)
+    return _trace_update(plan, batch, supervised_losses(plan.model))
+
+
+def trace_reward_update(plan: Plan) -> Traced:
+    """One update of a reward model on the decoder."""
+    train, micro, mesh = plan.config.train, microbatch_size(plan.config), plan.training.mesh
+    model = as_reward_model(plan.model)
+    boxed = abstract_params(model)
+    plan = dataclasses.replace(plan, model=model, params=nn.unbox(boxed), training=Placement(mesh, param_shardings(boxed, mesh)))
+    pairs = [TokenizedPair([0] * plan.prompt_tokens, *[[0] * plan.response_tokens] * 2)] * train.batch_size
+    shape = _row_shape(plan, pair_trees(pairs[:micro]))
+    batch = reward_batch(pairs, micro, train.batch_size // micro, shape)
+    return _trace_update(plan, batch, reward_losses(model, 0.0, 0.0, 0.0))
+
+
+def _trace_update(plan: Plan, batch, losses: ExampleLosses) -> Traced:
+    mesh, config = plan.training.mesh, plan.config
+    parts = jax.eval_shape(lambda: new_parts(plan.model, config))
+    place = Placement(mesh, {**plan.training.shardings, **jax.tree.map(lambda _: replicated(mesh), parts)})
+    plan = dataclasses.replace(plan, params={**plan.params, **parts})
+    optimizer, rate = build_optimizer(config.optimizer), jax.ShapeDtypeStruct((), jnp.float32)
+    shapes, shardings = abstract_state(plan.params, place.shardings, optimizer, mesh)
+    update = build_update(losses, optimizer, mesh, shardings, batch, training_layout(plan.model, mesh))
+    moments = _bytes(shapes.optimizer, shardings.optimizer)
+    return _trace(plan, place, update, (shapes, _shapes(batch), rate), optimizer_bytes=moments)
+
+
+UPDATES: dict[str, Callable[[Plan], Traced]] = {
+    "online": trace_policy_update,
+    "generator": trace_policy_update,
+    "offline": trace_policy_update,
+    "sft": trace_supervised_update,
+    "reward": trace_reward_update,
+}
+"""The policy's update, by recipe."""

@@ -1,0 +1,61 @@
+"""A run directory in, the triples of its report's page out: kept and dropped ones, with principles, log-probs and what judged them."""
+
+import json
+from pathlib import Path
+
+from sso_jax.commands.preference_dataset import DROPPED_FILE
+from sso_jax.data.records import RESPONSES, Triple
+from sso_jax.runtime.json_lines import read_json_lines, read_records
+
+MAX_ROWS, MAX_CHARACTERS = 2000, 3000
+"""Triples of a page, spread over what a run has, and the longest text of one; both keep the page quick."""
+
+
+def page_rows(directory: Path, iterations: list[int]) -> list[dict]:
+    """Rows of the page, newest round first, at most `MAX_ROWS`, an even selection where there are more."""
+    rows = [row for iteration in sorted(iterations, reverse=True) for row in _round_rows(directory / f"iteration_{iteration}", iteration)]
+    step = max(1, -(-len(rows) // MAX_ROWS))
+    return rows[::step]
+
+
+def script_json(value) -> str:
+    """JSON that may stand inside a <script> element: no character of it can end the element or start another."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _read(path: Path) -> list[dict]:
+    return read_json_lines(path) if path.is_file() else []
+
+
+def _round_rows(folder: Path, iteration: int) -> list[dict]:
+    """The kept pairs of a round, then the dropped ones whose responses are known."""
+    if not (folder / "pairs.jsonl").is_file():
+        return []
+    kept = read_records(Triple, folder / "pairs.jsonl")
+    reasons = {row["id"]: row["reason"] for row in _read(folder / DROPPED_FILE)}
+    sampled = read_records(Triple, folder / "responses.jsonl") if reasons and (folder / "responses.jsonl").is_file() else []
+    judged = {row["id"]: row["outcome"] for row in _read(folder / "judgments.jsonl")}
+    rows = [_row(triple, iteration, "kept", judged.get(triple.id)) for triple in kept]
+    return rows + [_row(triple, iteration, reasons[triple.id], None) for triple in sampled if triple.id in reasons]
+
+
+def _row(triple: Triple, iteration: int, status: str, judged: str | None) -> dict:
+    texts = {name: _cut(getattr(triple, name)) for name in ("query", "good_system", "bad_system", *RESPONSES)}
+    lengths = {name: len(ids) for name, ids in (triple.response_ids or {}).items()}
+    means = {
+        name: {context: round(row[name] / lengths[name], 3) for context, row in (triple.log_probs or {}).items() if name in row}
+        for name in lengths
+        if lengths[name]
+    }
+    said = {"iteration": iteration, "id": triple.id, "status": status, "features": list(triple.features), "tokens": lengths}
+    extra = {"swapped": triple.swapped or None, "judged": judged, "scores": triple.scores, "log_probs": means}
+    return {**said, **texts, **{name: value for name, value in extra.items() if value}}
+
+
+def _cut(text: str | None) -> str | None:
+    if text is None or len(text) <= MAX_CHARACTERS:
+        return text
+    return f"{text[:MAX_CHARACTERS]} [{len(text) - MAX_CHARACTERS} more characters]"

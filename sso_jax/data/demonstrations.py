@@ -1,0 +1,73 @@
+"""A file of prompts with responses in, `Demonstration` records out: one for each turn of the assistant."""
+
+from collections.abc import Iterator
+
+from sso_jax.data.chat import Chat
+from sso_jax.data.conversations import PROMPT_FIELDS, Messages, check_query, read_prompt, read_turns, with_system
+from sso_jax.data.records import Demonstration
+from sso_jax.data.tables import check_characters, given_id, read_rows
+from sso_jax.data.tokenizer import encode_text
+from sso_jax.runtime.errors import InputError
+
+RESPONSE_FIELDS = ("response", "output", "completion", "answer", "chosen")
+CONVERSATION_FIELDS = ("messages", "conversations")
+
+
+def load_demonstrations(path: str, split: str = "train") -> list[Demonstration]:
+    """Demonstrations of a JSON, JSON Lines or Parquet file, or of a data set: conversations, or prompts with responses.
+
+    An `instruction` with an `input` is one prompt of both, a blank line between them.
+
+    Raises:
+      InputError: names the file and line (or row) without a prompt or a response.
+    """
+    rows = read_rows(path, split, "demonstrations.path")
+    found = [
+        Demonstration(f"{given_id(row) or number}" + (f"/{turn}" if turn else ""), prompt[-1]["content"], response, prompt[:-1])
+        for number, (place, row) in enumerate(rows)
+        for turn, (prompt, response) in enumerate(_exchanges(row, place))
+    ]
+    if not found:
+        raise InputError(f"demonstrations.path: {path!r} holds no demonstrations; give a file with at least one")
+    return found
+
+
+def _exchanges(row: dict, place: str) -> Iterator[tuple[Messages, str]]:
+    """(prompt, response) of every turn of the assistant."""
+    key = next((key for key in CONVERSATION_FIELDS if isinstance(row.get(key), list)), None)
+    if key is not None:
+        turns = with_system(read_turns(row[key], key, place), row, place)
+    else:
+        turns = with_system(_prompt(row, place), row, place) + _response(row, place)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    first = 0 if key is not None else len(turns) - 1
+    if not answers:
+        raise InputError(f"{place}: {key} has no turn of the assistant; give a conversation with a response to learn")
+    for i in answers:
+        if i >= first:
+            check_query(turns[:i], place)
+            if not turns[i]["content"].strip():
+                raise InputError(f"{place}: an empty response; give one to learn")
+            yield turns[:i], turns[i]["content"]
+
+
+def _prompt(row: dict, place: str) -> Messages:
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("input"), str):
+        both = [part for part in (row["instruction"], row["input"]) if part.strip()]
+        return read_prompt({**row, "instruction": "\n\n".join(both)}, "instruction", place)
+    return read_prompt(row, next((key for key in PROMPT_FIELDS if row.get(key)), None), place)
+
+
+def _response(row: dict, place: str) -> Messages:
+    key = next((key for key in RESPONSE_FIELDS if row.get(key)), None)
+    if key is None:
+        raise InputError(f"{place}: no response; put it under one of {', '.join(RESPONSE_FIELDS)}, or give a conversation under messages")
+    if isinstance(row[key], str):
+        return ({"role": "assistant", "content": check_characters(row[key], place)},)
+    return read_turns(row[key], key, place)[-1:]
+
+
+def demonstration_ids(chat: Chat, record: Demonstration) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the response, end of turn included."""
+    response = [*encode_text(chat.tokenizer, record.response), chat.tokenizer.eos_token_id]
+    return chat.prompt_ids(record.query, None, record.history), response

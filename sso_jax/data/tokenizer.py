@@ -1,0 +1,74 @@
+"""A model folder in, its tokenizer out; plain text in, token ids out, and back."""
+
+import hashlib
+import json
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sso_jax.runtime.errors import InputError
+
+PLAIN_TEMPLATE = (Path(__file__).parent / "plain_template.jinja").read_text(encoding="utf-8")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Tokenizer of a Hugging Face folder; one without a chat template gets a plain one, said in the log.
+
+    Raises:
+      InputError: if the folder has no tokenizer, or its tokenizer no end of turn.
+    """
+    if not any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):  # transformers would make up an empty one
+        raise InputError(f"{folder}: no tokenizer, none of {', '.join(VOCABULARY_FILES)}; add the model's tokenizer files")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder}: no tokenizer that transformers can read ({reason}); add tokenizer.json and tokenizer_config.json"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{folder}: the tokenizer has no eos_token, which ends a turn; set eos_token in tokenizer_config.json")
+    if not tokenizer.chat_template:
+        log.warning("%s: the tokenizer has no chat template; using a plain one: messages, each followed by a blank line", folder)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of plain text: nothing is added, and control tokens written in it stay characters."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text of ids, control tokens left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end of turn, then those of the folder's generation config.
+
+    Raises:
+      InputError: if that config cannot be read, or names what is no token.
+    """
+    path = Path(folder) / "generation_config.json"
+    try:
+        given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again, or delete it") from error
+    listed = given.get("eos_token_id") if isinstance(given, dict) else None
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    strange = [token for token in listed if not isinstance(token, int) or not 0 <= token < len(tokenizer)]
+    if strange:
+        raise InputError(f"{path}: eos_token_id {strange[0]!r} is no token of the {len(tokenizer)}; fetch the file again, or delete it")
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
+
+
+@lru_cache(maxsize=8)
+def tokens_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides how text becomes ids: vocabulary, merges, rules, template and end of turn."""
+    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.eos_token_id))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,250 @@
+"""Questions in, the answers of an OpenAI-compatible server out: paced, retried, kept as they come; no question ends unaccounted for."""
+
+import difflib
+import email.utils
+import hashlib
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+
+from sso_jax.data.records import Answer, Question
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.progress import progress_bar
+
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
+"""Waits before further tries: doubled from the first to the longest, each times a number drawn from [1/2, 1]."""
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+"""Statuses after which the same question may be answered."""
+JOURNAL_FILE = "endpoint.jsonl"
+"""Where the answers of a folder are kept as they come."""
+log = logging.getLogger(__name__)
+
+
+class _Failure(Exception):
+    """A try that gave no text; `wait_seconds` is what the server asked for."""
+
+    def __init__(self, reason: str, passing: bool, wait_seconds: float | None = None):
+        super().__init__(reason)
+        self.reason, self.passing, self.wait_seconds = reason, passing, wait_seconds
+
+
+def retry_after_seconds(header: str | None, now: float) -> float | None:
+    """Seconds that a Retry-After header asks for, given as a number or as a date (RFC 9110, 10.2.3); None where it says nothing."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
+    except ValueError:
+        return None
+
+
+@dataclass
+class _Pace:
+    """Spreads requests over time: `per_minute` at most, and none before the moment that the server asked for."""
+
+    per_minute: float | None
+    free_at: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def turn(self) -> float:
+        """Takes the next free moment; returns how many seconds away it is."""
+        with self.lock:
+            moment = max(time.monotonic(), self.free_at)
+            self.free_at = moment + (60.0 / self.per_minute if self.per_minute else 0.0)
+            return moment - time.monotonic()
+
+    def hold(self, seconds: float) -> None:
+        """Lets nobody ask for so long."""
+        with self.lock:
+            self.free_at = max(self.free_at, time.monotonic() + seconds)
+
+
+class Endpoint:
+    """An OpenAI-compatible server, checked and ready to be asked. The key is read from the environment and kept in the client only."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        key_variable: str = "OPENAI_API_KEY",
+        timeout_seconds: float = 120.0,
+        retries: int = 5,
+        requests_per_minute: float | None = None,
+        concurrency: int = 8,
+    ):
+        """Asks the server for its models.
+
+        Raises:
+          InputError: if it does not answer, wants another key, is no such server, or has no such model.
+        """
+        self.url, self.key_variable, self.retries, self.concurrency = url.rstrip("/"), key_variable, retries, concurrency
+        key = os.environ.get(key_variable, "").strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx2.Limits(max_connections=concurrency)
+        self._client = httpx2.Client(headers=headers, timeout=timeout_seconds, limits=limits)
+        self._pace, self._stop = _Pace(requests_per_minute), threading.Event()
+        self.model = self._find_model(model)
+
+    def _find_model(self, wanted: str | None) -> str:
+        try:
+            response = self._client.get(f"{self.url}/models")
+        except httpx2.TimeoutException as error:
+            raise InputError(
+                f"endpoint.url: {self.url} does not answer in time; start the server or raise endpoint.timeout_seconds"
+            ) from error
+        except httpx2.HTTPError as error:
+            raise InputError(f"endpoint.url: {self.url} cannot be reached ({error}); start the server or mend the address") from error
+        self._refuse_status(response)
+        try:
+            listed = [row["id"] for row in response.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            if wanted is not None and response.status_code == 404:
+                return wanted  # some servers answer questions and list nothing
+            raise InputError(
+                f"endpoint.url: {self.url}/models answers {response.status_code} and lists no models; "
+                "give the base address of an OpenAI-compatible server, which often ends with /v1"
+            ) from error
+        if wanted is None and len(listed) == 1:
+            return listed[0]
+        if wanted not in listed:
+            near = difflib.get_close_matches(wanted or "", listed, n=3) or listed[:5]
+            raise InputError(f"endpoint.model: {wanted!r} is not a model of {self.url}; give one of its {len(listed)}, such as {near}")
+        return wanted
+
+    def _refuse_status(self, response: httpx2.Response) -> None:
+        """Raises for what no further try will mend."""
+        if response.status_code in (401, 403):
+            raise InputError(
+                f"endpoint.key_variable: {self.url} answers {response.status_code} to the key in {self.key_variable}; set that "
+                "environment variable to a key of the server"
+            )
+        if response.status_code == 404 and not response.url.path.endswith("/models"):
+            raise InputError(
+                f"endpoint.url: {response.url} answers 404; give the base address, which often ends with /v1, and a model of it"
+            )
+
+    def ask(self, questions: list[Question], stage: str, max_tokens: int, temperature: float, journal: Path | None = None) -> list[Answer]:
+        """One answer a question, in the order of the questions.
+
+        Answers are written to `journal` (JSON Lines) as they come, and those that it holds from before are not asked for again. A
+        question that fails for good comes back without a text and with the reason; so many in a row that the server must be gone
+        stop the work.
+
+        Raises:
+          InputError: if the server is gone or refuses the key; what was answered is in the journal.
+        """
+        asked = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
+        keys = [hashlib.sha256(json.dumps([question.id, question.text, asked]).encode()).hexdigest()[:24] for question in questions]
+        known = _read_journal(journal)
+        answers = {i: Answer(known[key]) for i, key in enumerate(keys) if key in known}
+        if answers:
+            log.info("%s: %d of %d answers are there from before", stage, len(answers), len(questions))
+        missing = {i: question.text for i, question in enumerate(questions) if i not in answers}
+        failures_in_row = 0
+        with progress_bar(stage, len(questions), "answer", initial=len(answers)) as bar, closing(self._stream(missing, asked)) as stream:
+            for i, answer in stream:
+                answers[i] = answer
+                if answer.text is not None:
+                    _append(journal, {"key": keys[i], "id": questions[i].id, "text": answer.text})
+                failures_in_row = failures_in_row + 1 if answer.text is None else 0
+                self._refuse_silence(failures_in_row, answer, answers, len(questions))
+                bar.update()
+        return [answers[i] for i in range(len(questions))]
+
+    def _refuse_silence(self, failures_in_row: int, last: Answer, answers: dict[int, Answer], num_questions: int) -> None:
+        """Raises where so many questions failed in a row that the server must be gone, or takes none of them."""
+        if failures_in_row >= min(max(8, 2 * self.concurrency), num_questions):
+            kept = f"{sum(answer.text is not None for answer in answers.values())} of {num_questions} answers"
+            raise InputError(
+                f"endpoint.url: {self.url} failed {failures_in_row} questions in a row ({last.lost}); {kept} are kept, "
+                "the same command goes on from there"
+            )
+
+    def _stream(self, texts: dict[int, str], asked: dict) -> Iterator[tuple[int, Answer]]:
+        """Answers as they come, `concurrency` at a time; closing it stops what is under way."""
+        self._stop.clear()
+        pool = ThreadPoolExecutor(self.concurrency)
+        futures = {pool.submit(self._answer, text, asked): i for i, text in texts.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            self._stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _answer(self, text: str, asked: dict) -> Answer:
+        """Tries until there is an answer, a failure that will not pass, or no try left."""
+        wait = FIRST_WAIT_SECONDS
+        for attempt in range(self.retries + 1):
+            self._stop.wait(self._pace.turn())
+            if self._stop.is_set():
+                return Answer(None, "stopped")
+            try:
+                return Answer(self._try(text, asked))
+            except _Failure as failure:
+                if not failure.passing or attempt == self.retries:
+                    return Answer(None, failure.reason)
+                if failure.wait_seconds is not None:
+                    self._pace.hold(min(failure.wait_seconds, LONGEST_WAIT_SECONDS))
+                else:
+                    self._stop.wait(wait * random.uniform(0.5, 1.0))
+                    wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+        raise AssertionError("unreachable")
+
+    def _try(self, text: str, asked: dict) -> str:
+        """The text of one answer; raises `_Failure`."""
+        body = {**asked, "messages": [{"role": "user", "content": text}]}
+        try:
+            response = self._client.post(f"{self.url}/chat/completions", json=body)
+        except httpx2.TimeoutException as error:
+            raise _Failure("timeout", passing=True) from error
+        except httpx2.HTTPError as error:
+            raise _Failure("unreachable", passing=True) from error
+        self._refuse_status(response)
+        if response.status_code != 200:
+            reason = "rate_limited" if response.status_code == 429 else "server_error" if response.status_code >= 500 else "refused"
+            wait = retry_after_seconds(response.headers.get("Retry-After"), time.time())
+            raise _Failure(reason, response.status_code in PASSING, wait)
+        try:
+            answer = response.json()["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise _Failure("no_text", passing=True) from error
+        if not isinstance(answer, str) or not answer.strip():
+            raise _Failure("no_text", passing=True)
+        return answer
+
+
+def _read_journal(path: Path | None) -> dict[str, str]:
+    """Texts by key; a last line that was cut short is left out."""
+    if path is None or not path.is_file():
+        return {}
+    texts = {}
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+            texts[row["key"]] = row["text"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return texts
+
+
+def _append(path: Path | None, row: dict) -> None:
+    """Writes a row as a line of its own; the newline comes first, so that a line cut short before it stays alone."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(row, ensure_ascii=False))

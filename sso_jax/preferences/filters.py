@@ -1,0 +1,73 @@
+"""Filters of scored pairs; every dropped pair is counted by reason."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from sso_jax.data.records import Dropped, Triple
+from sso_jax.preferences.pairs import mean_log_probs
+
+
+def with_rewards(triples: list[Triple], rewards: list[tuple[float, float]]) -> list[Triple]:
+    """Triples scored by their rewards."""
+    return [dataclasses.replace(t, scores={"chosen": a, "rejected": b}) for t, (a, b) in zip(triples, rewards, strict=True)]
+
+
+def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Dropped]:
+    """The share of the scored triples whose chosen response leads by most, at least one, in their order; the rest is dropped."""
+    lead = [triple.scores["chosen"] - triple.scores["rejected"] for triple in triples]
+    best = set(sorted(range(len(triples)), key=lambda i: (-lead[i], i))[: max(1, round(share * len(triples)))])
+    kept = [triple for i, triple in enumerate(triples) if i in best]
+    return kept, {triple.id: "reward_rank" for i, triple in enumerate(triples) if i not in best}
+
+
+FILTER_CELLS = [(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")]
+"""The six log-probs that the filter reads."""
+
+
+def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
+    """The log-probability filter of SSO's release, on mean log-probs; `p`, `o`, `n` are the contexts x+, x, x-.
+
+    1. order: keep p_chosen > o_chosen > n_chosen and n_rejected > o_rejected > p_rejected;
+    2. near on-policy: keep o_chosen and o_rejected at or above their means over what is left;
+    3. clear gap: keep p_chosen - n_chosen and n_rejected - p_rejected above their means over what is left.
+    """
+    dropped: Dropped = {}
+
+    def keep(rows: list[Triple], reason: str, test: Callable[[np.ndarray], np.ndarray]) -> list[Triple]:
+        if not rows:
+            return rows
+        tables = [mean_log_probs(t) for t in rows]
+        values = np.array([[table[c][r] for c, r in FILTER_CELLS] for table in tables])  # columns: oc, or, pc, pr, nc, nr
+        mask = test(values)
+        dropped.update({row.id: reason for row, kept in zip(rows, mask, strict=True) if not kept})
+        return [row for row, kept in zip(rows, mask, strict=True) if kept]
+
+    def ordered(v: np.ndarray) -> np.ndarray:
+        return (v[:, 2] > v[:, 0]) & (v[:, 0] > v[:, 4]) & (v[:, 5] > v[:, 1]) & (v[:, 1] > v[:, 3])
+
+    def near_policy(v: np.ndarray) -> np.ndarray:
+        return np.all(v[:, :2] >= v[:, :2].mean(axis=0), axis=1)
+
+    def clear_gap(v: np.ndarray) -> np.ndarray:
+        gaps = np.stack([v[:, 2] - v[:, 4], v[:, 5] - v[:, 3]], axis=1)
+        return np.all(gaps > gaps.mean(axis=0), axis=1)
+
+    kept = keep(triples, "filter_order", ordered)
+    kept = keep(kept, "filter_off_policy", near_policy)
+    return keep(kept, "filter_small_gap", clear_gap), dropped
+
+
+def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Dropped]:
+    """Triples whose chosen response was scored at least `least` above the rejected one; those without scores are dropped too."""
+    kept: list[Triple] = []
+    dropped: Dropped = {}
+    for triple in triples:
+        if triple.scores is None:
+            dropped[triple.id] = "no_scores"
+        elif triple.scores["chosen"] - triple.scores["rejected"] < least:
+            dropped[triple.id] = "small_score_gap"
+        else:
+            kept.append(triple)
+    return kept, dropped

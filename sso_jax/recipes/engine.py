@@ -1,0 +1,122 @@
+"""A config and a model folder in, what a run works with out: decoder, tokenizer, compiled functions, objective, and folders written."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sso_jax.config import Config, EvaluateConfig, LoraConfig, SampleConfig
+from sso_jax.data.chat import Chat, make_chat
+from sso_jax.data.tokenizer import load_tokenizer, stop_ids
+from sso_jax.models.adapters import fresh_adapters
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.hf_config import read_architecture
+from sso_jax.models.hf_weights import check_weights, read_params
+from sso_jax.models.kernels import default_kernel
+from sso_jax.models.layers import Adapters
+from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.jax_setup import set_matmul_precision
+from sso_jax.runtime.mesh import check_divides, make_mesh, param_shardings
+from sso_jax.sampling.decode import build_generate
+from sso_jax.sampling.sampler import Sampler
+from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.training.log_probs import Score, build_score
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A decoder on a mesh with its tokenizer and its compiled functions; the parameters are passed to them."""
+
+    model: Transformer
+    chat: Chat
+    sampler: Sampler
+    score: Score
+    mesh: jax.sharding.Mesh
+    shardings: dict
+    """Sharding of each parameter."""
+    max_tokens: int
+    """Limit of prompt plus response: train.max_tokens or the model's positions, whichever is less."""
+    seed: int = 0
+    """Of fresh adapters."""
+
+    def abstract_params(self):
+        """Shapes and types of the parameters."""
+        return nn.unbox(abstract_params(self.model))
+
+
+def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:
+    """Raises `InputError` if the mesh cannot cut the model's matrices evenly."""
+    a = architecture
+    check_divides(mesh, "heads", "num_attention_heads", a.num_heads)
+    check_divides(mesh, "kv_heads", "num_key_value_heads", a.num_kv_heads)
+    check_divides(mesh, "mlp", "intermediate_size", a.mlp_dim)
+    check_divides(mesh, "vocab", "vocab_size", a.vocab_size)
+    check_divides(mesh, "embed", "hidden_size", a.embed_dim)
+
+
+def build_decoder(
+    architecture: Architecture, config: Config | SampleConfig | EvaluateConfig, mesh: jax.sharding.Mesh
+) -> tuple[Transformer, dict]:
+    """Decoder with the types, the attention and the adapters that the config asks for, and the sharding of each parameter.
+
+    Raises:
+      InputError: if the mesh cannot cut the model evenly.
+    """
+    _check_mesh(mesh, architecture)
+    model, lora = config.model, config.lora if isinstance(config, Config) else LoraConfig()
+    attend = default_kernel(mesh.devices.flat[0].platform) if model.attention == "auto" else model.attention
+    adapters = Adapters(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else Adapters()
+    types = jnp.dtype(model.compute_dtype), jnp.dtype(model.param_dtype)
+    settings = {"remat": model.remat, "attend": attend, "adapters": adapters, "max_logits": model.max_logits, "laid": model.layers}
+    decoder = Transformer(architecture, *types, **settings)
+    return decoder, param_shardings(abstract_params(decoder), mesh)
+
+
+def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
+    """Everything that the chain runs on, from a Hugging Face folder and a `Config` or `SampleConfig`; no weights are read yet.
+
+    Raises:
+      InputError: for a folder that is incomplete or does not fit together.
+    """
+    architecture = read_architecture(folder)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model, shardings = build_decoder(architecture, config, mesh)
+    set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
+    check_weights(folder, model)
+    tokenizer = load_tokenizer(folder)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= architecture.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {highest}, config.json a vocab_size of {architecture.vocab_size}; they do not belong "
+            "together"
+        )
+    max_tokens = min(config.train.max_tokens, architecture.max_positions)
+    own = config.sampling.mesh
+    sampling_mesh = mesh if own is None else make_mesh(own.data, own.fsdp, own.tensor)
+    _check_mesh(sampling_mesh, architecture)
+    sampling_shardings = param_shardings(abstract_params(model), sampling_mesh)
+    sampler = Sampler(
+        generate=build_generate(model, sampling_mesh, sampling_shardings),
+        mesh=sampling_mesh,
+        strategy=make_sampling_params(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k),
+        stop_ids=stop_ids(tokenizer, folder),
+        max_new_tokens=config.sampling.max_new_tokens,
+        max_tokens=max_tokens,
+        batch_size=config.sampling.batch_size,
+        shardings=None if own is None else sampling_shardings,
+    )
+    score = build_score(model, mesh, shardings)
+    return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens, config.run.seed)
+
+
+def load_params(folder: str | Path, engine: Engine):
+    """Parameters of a folder, placed on the engine's mesh, with fresh adapters where the engine has any."""
+    params = flatten_dict(read_params(folder, engine.model, engine.mesh), sep="/")
+    return unflatten_dict({**params, **fresh_adapters(engine.model, engine.mesh, engine.seed)}, sep="/")

@@ -1,0 +1,139 @@
+"""A config in, where queries come from and what measures out: the toy world with its judge, or a file of queries without one."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import compress
+from typing import NamedTuple
+
+import numpy as np
+
+from sso_jax.data.records import Query, Triple
+from sso_jax.data.tokenizer import decode_text
+from sso_jax.recipes.engine import Engine
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.hosts import map_across_processes
+from sso_jax.sampling.sampler import Request, row_key
+from sso_jax.toy import world
+from sso_jax.toy.judge import DescriptionJudgement, Judgement, judge
+
+NUM_HELD_OUT = 300
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What measures: a judge and held-out queries, in the toy world only."""
+
+    held_out: list[Query]
+    judge: Callable[[str, str, bool], Judgement | DescriptionJudgement] | None
+    """(query, response, whether it ended) -> its score and parts."""
+
+
+def toy_environment(descriptions: bool = False, num_held_out: int = NUM_HELD_OUT) -> Environment:
+    """The toy world's judge, and an even selection of its held-out queries, and a third as many of its `descriptions`, if it has them."""
+    queries = world.queries("evaluation", descriptions)
+    by_group = {group: [q for q in queries if world.group_of(q.query) == group] for group in ("others", "descriptions")}
+    return Environment(_evenly(by_group["others"], num_held_out) + _evenly(by_group["descriptions"], num_held_out // 3), judge)
+
+
+def _evenly(queries: list[Query], num: int) -> list[Query]:
+    return queries[:: max(1, len(queries) // max(1, num))][:num]
+
+
+def no_judge() -> Environment:
+    """Of a model from a folder: nothing measures it."""
+    return Environment([], None)
+
+
+def toy_queries(descriptions: bool = False) -> list[Query]:
+    """The toy world's queries to align on."""
+    return world.queries("alignment", descriptions)
+
+
+def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> tuple[list[Query], Counter]:
+    """Queries whose plain prompt leaves room for a response; the others are counted, and refused if they are all."""
+    fits = map_across_processes(lambda query: engine.sampler.fits(engine.chat.prompt_ids(query.query)), queries)
+    fitting = list(compress(queries, fits))
+    too_long, limit = len(queries) - len(fitting), engine.max_tokens
+    if not fitting:
+        raise InputError(f"queries.path: none of the {len(queries)} queries of {path} leaves room for a response within {limit} tokens")
+    if too_long:
+        log.warning(
+            "%s: %d of %d queries leave no room for a response within %d tokens and are dropped", path, too_long, len(queries), limit
+        )
+    return fitting, Counter({"query_too_long": too_long} if too_long else {})
+
+
+def _ended(engine: Engine, response_ids: list[int]) -> bool:
+    return bool(response_ids) and response_ids[-1] in engine.sampler.stop_ids
+
+
+def judged(environment: Environment, engine: Engine, triple: Triple, response: str) -> float:
+    """The judge's score of one response of a triple."""
+    return environment.judge(triple.query, getattr(triple, response), _ended(engine, triple.response_ids[response])).score
+
+
+def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float]:
+    """Share of pairs whose chosen response the judge scores higher, ties as half; nothing where no judge knows the queries."""
+    if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
+        return {}
+    gaps = np.array([judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples])
+    return {"pair_accuracy": float(np.mean((gaps > 0) + 0.5 * (gaps == 0))), "pair_ties": float(np.mean(gaps == 0))}
+
+
+def order_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float | None]:
+    """How often the scores of the triples order a pair as the judge does, a tie of scores as half; pairs that the judge ties are left out.
+
+    Nothing where no judge knows the queries.
+    """
+    if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
+        return {}
+    gaps = np.array([judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples])
+    leads = np.array([triple.scores["chosen"] - triple.scores["rejected"] for triple in triples])
+    agreement = ((gaps * leads > 0) + 0.5 * (leads == 0))[gaps != 0]
+    return {"judge_accuracy": float(agreement.mean()) if agreement.size else None, "judge_ties": float(np.mean(gaps == 0))}
+
+
+class Measured(NamedTuple):
+    """What is known of a held-out answer."""
+
+    group: str
+    judgement: Judgement | DescriptionJudgement
+    num_tokens: int
+    ended: bool
+    """False of one that ran to the limit of its tokens."""
+
+
+def measure_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
+    """Judged answers of the unsteered policy to the held-out queries, and their means; nothing where there is no judge."""
+    if environment.judge is None:
+        return [], {"policy_quality": None}
+    chat, queries = engine.chat, environment.held_out
+    requests = [Request(chat.prompt_ids(q.query), row_key(seed, 0, q.id, "evaluation")) for q in queries]
+    rows, answers = [], []
+    for query, ids in zip(queries, engine.sampler.sample(params, requests, stage), strict=True):
+        text, ended = decode_text(chat.tokenizer, ids), _ended(engine, ids)
+        judgement = environment.judge(query.query, text, ended)
+        rows.append({"id": query.id, "query": query.query, "response": text, **judgement._asdict()})
+        answers.append(Measured(world.group_of(query.query), judgement, len(ids), ended))
+    return rows, held_out_numbers(answers)
+
+
+def held_out_numbers(answers: list[Measured]) -> dict:
+    """Mean score, parts and tokens; a part is the mean over the answers that have it. `held_out_groups`, where there are several, has
+    quality, tokens and the share that ran to the limit of all answers and of each group."""
+    means, parts = _means(answers), dict.fromkeys(name for a in answers for name in a.judgement._fields if name != "score")
+    parts = {name: float(np.mean([getattr(a.judgement, name) for a in answers if name in a.judgement._fields])) for name in parts}
+    numbers = {"policy_quality": means["quality"], "quality_parts": parts, "held_out_tokens": means["tokens"]}
+    groups = {group: _means([a for a in answers if a.group == group]) for group in sorted({a.group for a in answers})}
+    return {**numbers, "held_out_groups": {"all": means, **groups}} if len(groups) > 1 else numbers
+
+
+def _means(answers: list[Measured]) -> dict[str, float]:
+    return {
+        "quality": float(np.mean([answer.judgement.score for answer in answers])),
+        "tokens": float(np.mean([answer.num_tokens for answer in answers])),
+        "at_limit": float(np.mean([not answer.ended for answer in answers])),
+    }

@@ -1,0 +1,108 @@
+"""Builds the objective of a round from section `objective` of the config."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from sso_jax.config import ObjectiveConfig
+from sso_jax.runtime.errors import InputError
+from sso_jax.training.example_losses import cells_of
+from sso_jax.training.losses import BASE_LOSSES, base_loss, check_name
+from sso_jax.training.multi_response_losses import MULTI_RESPONSE_LOSSES, multi_response_loss
+from sso_jax.training.objectives import (
+    BaseLoss,
+    MultiResponseLoss,
+    SteeringScale,
+    Terms,
+    generator_objective,
+    online_objective,
+    pairwise_objective,
+)
+
+log = logging.getLogger(__name__)
+
+LOSS_SETTINGS = ("beta", "label_smoothing", "tau", "eta", "margin", "alpha", "rho", "t_min", "t_max", "clip", "degree_weight")
+"""Config fields that are settings of a base loss."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a round of training minimises."""
+
+    cells: list[tuple[str, str]]
+    """The (context, response) log-probs that it needs."""
+    terms: Callable[..., Terms]
+    beta: float
+    degree_weight: float | None = None
+    """gamma of base `spo`, where the cross-entropy of its degree head is added."""
+    degree_removal: str = "keywords"
+
+
+ONLINE_FIELDS = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
+
+
+STEERING_FIELDS = ("positive_weight", "negative_weight", "negative_winner")
+
+
+USED_FIELDS = {"pairwise": (), "generator": STEERING_FIELDS, "online": ONLINE_FIELDS + STEERING_FIELDS}
+"""Config fields that a form uses, of those that belong to forms."""
+
+
+@lru_cache  # so that what is not used is named once, and not each round
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that the config describes; settings that its form does not use are named in the log.
+
+    Raises:
+      InputError: for an unknown base, a setting that the base does not use, or form "generator" with both of its weights 0.
+    """
+    base, plain, settings, more = _choose_losses(config)
+    scale, form = SteeringScale(config.positive_weight, config.negative_weight), config.form
+    sft_weight = config.sft_weight if config.sft_weight is not None else 0.1 if form == "generator" else 0.0
+    if form == "generator" and not any(scale):
+        raise InputError(
+            "objective.positive_weight, objective.negative_weight: both are 0, which leaves form 'generator' nothing; raise one"
+        )
+    _name_unused(config, plain)
+    if form == "pairwise":
+        terms = partial(pairwise_objective, base=base, plain=plain, sft_weight=sft_weight)
+    elif form == "generator":
+        terms = partial(generator_objective, base=base, scale=scale, sft_weight=sft_weight)
+    else:
+        own = {name: getattr(config, name) for name in ONLINE_FIELDS}
+        terms = partial(online_objective, base=base, plain=plain, scale=scale, sft_weight=sft_weight, **own)
+    cells = cells_of(form, config.use_steering and any(scale), scale, config.negative_winner, more)
+    degree_weight = settings.get("degree_weight") if form != "generator" else None
+    return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
+
+
+def _choose_losses(config: ObjectiveConfig) -> tuple[BaseLoss, MultiResponseLoss | None, dict[str, float], tuple[tuple[str, str], ...]]:
+    """The pairwise loss, the loss of the plain prompt where it is another, the settings in force, and the cells that it needs beside."""
+    given = {name: getattr(config, name) for name in LOSS_SETTINGS}
+    check_name(config.base, [*BASE_LOSSES, *MULTI_RESPONSE_LOSSES])
+    if config.degree_removal != "keywords" and config.base != "spo":
+        raise InputError(f"objective.degree_removal: {config.degree_removal!r} is not used by base {config.base!r}; remove it")
+    if config.base not in MULTI_RESPONSE_LOSSES:
+        base, settings = base_loss(config.base, given)
+        return base, None, settings, ()
+    plain, settings = multi_response_loss(config.base, given)
+    return base_loss("dpo", {"beta": settings["beta"]})[0], plain, settings, MULTI_RESPONSE_LOSSES[config.base].cells
+
+
+def with_original(objective: Objective) -> Objective:
+    """The objective with the log-prob of y_o under x beside those of the plain pair: it is logged, and no part of the loss."""
+    rejected, original = ("plain", "rejected"), ("plain", "original")
+    if rejected not in objective.cells or original in objective.cells:
+        return objective
+    at = objective.cells.index(rejected) + 1
+    return dataclasses.replace(objective, cells=[*objective.cells[:at], original, *objective.cells[at:]])
+
+
+def _name_unused(config: ObjectiveConfig, plain: MultiResponseLoss | None) -> None:
+    default, used = ObjectiveConfig(), USED_FIELDS[config.form]
+    unused = [name for name in USED_FIELDS["online"] if name not in used and getattr(config, name) != getattr(default, name)]
+    if unused:
+        log.warning("form %r does not use %s", config.form, ", ".join(f"objective.{name}" for name in unused))
+    if plain is not None and config.form == "generator":
+        log.warning("form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base)

@@ -1,0 +1,120 @@
+"""A reward model's folder in, rewards of pairs out; and a trained reward model in, its Hugging Face folder out."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sso_jax.config import EvaluateConfig, ModelConfig
+from sso_jax.data.chat import Chat, make_chat
+from sso_jax.data.records import Triple
+from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
+from sso_jax.models.export import REWARD_FOLDER
+from sso_jax.models.hf_config import check_reward_folder, read_architecture
+from sso_jax.models.hf_folder import fetch
+from sso_jax.models.hf_weights import check_weights, read_params
+from sso_jax.models.reward_head import RewardModel, reward_model
+from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.recipes.engine import Engine, build_decoder
+from sso_jax.runtime.jax_setup import set_matmul_precision
+from sso_jax.runtime.mesh import param_shardings
+from sso_jax.runtime.run_dir import newest_folder
+from sso_jax.training.rewards import TokenizedPair, build_reward_fn, compute_rewards
+
+TOKENS_AT_ONCE = 8192
+"""Tokens of a batch that is only rated."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardScorer:
+    """A reward model on a mesh, ready to rate."""
+
+    model: RewardModel
+    params: dict
+    chat: Chat
+    rate: Callable
+    mesh: jax.sharding.Mesh
+
+    def rewards(self, triples: list[Triple], stage: str) -> list[tuple[float, float]]:
+        """Rewards of the chosen and the rejected response of every pair, read at their ends of turn."""
+        pairs = [tokenize_pair(self.chat, triple) for triple in triples]
+        longest = max(map(_longest_text, pairs), default=0)
+        if longest > self.model.architecture.max_positions:
+            beyond = sum(_longest_text(pair) > self.model.architecture.max_positions for pair in pairs)
+            positions = self.model.architecture.max_positions
+            log.warning("%s: %d of %d pairs are longer than the model's %d positions", stage, beyond, len(pairs), positions)
+        return compute_rewards(self.rate, self.mesh, self.params, pairs, TOKENS_AT_ONCE, stage)
+
+
+def _longest_text(pair: TokenizedPair) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def tokenize_pair(chat: Chat, triple: Triple) -> TokenizedPair:
+    """Token ids of a pair under its plain prompt: sampled ids where they are this tokenizer's, each with an end of turn at its end."""
+    ids, end = triple.response_ids or {}, chat.tokenizer.eos_token_id
+    own = triple.tokens_hash == tokens_hash(chat.tokenizer)
+
+    def response(name: str) -> list[int]:
+        tokens = ids[name] if own and ids.get(name) else encode_text(chat.tokenizer, getattr(triple, name))
+        return tokens if tokens and tokens[-1] == end else [*tokens, end]
+
+    prompt = chat.prompt_ids(triple.query, history=triple.history)
+    return TokenizedPair(prompt, response("chosen"), response("rejected"))
+
+
+def find_reward_model(path: str, field: str = "model.path") -> Path:
+    """Folder of a reward model: `path` itself, the newest one of a run directory, or the hub's; errors name the config's `field`.
+
+    Raises:
+      InputError: if there is none, or what is there is no reward model with one label.
+    """
+    folder = fetch(newest_folder(path, REWARD_FOLDER), field)
+    check_reward_folder(folder)
+    return folder
+
+
+def open_reward_scorer(path: str, config: ModelConfig, mesh: jax.sharding.Mesh) -> RewardScorer:
+    """The reward model of a folder on a mesh, with the types of `config`.
+
+    Raises:
+      InputError: for a folder that is no reward model, is incomplete or does not fit together.
+    """
+    folder = find_reward_model(path)
+    decoder, _ = build_decoder(read_architecture(folder), EvaluateConfig(model=config), mesh)
+    model = as_reward_model(decoder)
+    set_matmul_precision(config.matmul_precision, config.compute_dtype)
+    check_weights(folder, model)
+    shardings = param_shardings(abstract_params(model), mesh)
+    chat = make_chat(load_tokenizer(folder))
+    return RewardScorer(model, read_params(folder, model, mesh), chat, build_reward_fn(model, mesh, shardings), mesh)
+
+
+def as_reward_model(decoder: Transformer) -> RewardModel:
+    """Reward model on a decoder, with the same types and options."""
+    taken = ("architecture", "parent", "name")
+    options = {field.name: getattr(decoder, field.name) for field in dataclasses.fields(decoder) if field.name not in taken}
+    return reward_model(decoder.architecture, **options)
+
+
+def reward_engine(engine: Engine) -> Engine:
+    """The engine with a reward model on its decoder; what samples and scores is the policy's still."""
+    model = as_reward_model(engine.model)
+    return dataclasses.replace(engine, model=model, shardings=param_shardings(abstract_params(model), engine.mesh))
+
+
+def reward_params(params: dict, engine: Engine) -> dict:
+    """A policy's parameters, taken over, without its head and with a row of zeros for the rewards."""
+    score = engine.abstract_params()["score"]
+    zeros = jax.device_put(jnp.zeros(score.shape, score.dtype), engine.shardings["score"])
+    return {**{name: value for name, value in params.items() if name != "head"}, "score": zeros}
+
+
+def accuracy_of(rewards: list[tuple[float, float]]) -> float:
+    """Share of pairs whose chosen response has the higher reward, ties as half."""
+    return sum((a > b) + 0.5 * (a == b) for a, b in rewards) / len(rewards)

@@ -1,0 +1,76 @@
+"""JSON Lines files and the dataclass records in them."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from etils import epath
+
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.files import write_text
+
+
+def to_json(record) -> dict:
+    """The record as a JSON object; `extra` keys stand beside the record's own."""
+    fields = dataclasses.asdict(record)
+    extra = fields.pop("extra", {})
+    return {**fields, **extra}
+
+
+def from_json(kind: type, fields: dict):
+    """The record of class `kind` that `to_json` wrote."""
+    known = {f.name: f for f in dataclasses.fields(kind) if f.name != "extra"}
+    own = {name: tuple(value) if _is_tuple(known[name]) else value for name, value in fields.items() if name in known}
+    if not any(f.name == "extra" for f in dataclasses.fields(kind)):
+        return kind(**own)
+    return kind(**own, extra={name: value for name, value in fields.items() if name not in known})
+
+
+def _is_tuple(declared: dataclasses.Field) -> bool:
+    return getattr(declared.type, "__origin__", None) is tuple
+
+
+def read_json_lines(path: str | Path) -> list[dict]:
+    """Objects of a JSON Lines file, empty lines skipped."""
+    return [row for _, row in read_numbered_lines(path)]
+
+
+def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
+    """(line number, object) of a JSON Lines file, empty lines skipped.
+
+    Raises:
+      InputError: names the file and the line that is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), start=1):
+        place = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{place}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        if text.strip():
+            rows.append((number, _parse_object(text, place)))
+    return rows
+
+
+def _parse_object(text: str, place: str) -> dict:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:  # beside malformed JSON, numbers of thousands of digits and endless nesting
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InputError(f"{place}: not valid JSON ({why}); give one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: {type(row).__name__} instead of a JSON object; give one JSON object a line")
+    return row
+
+
+def read_records(kind: type, path: str | Path) -> list:
+    """Records of class `kind` from a stage file that `write_records` wrote."""
+    return [from_json(kind, row) for row in read_json_lines(path)]
+
+
+def write_records(records: Iterable, path: str | Path) -> None:
+    """Writes records or dictionaries as JSON Lines, whole or not at all."""
+    rows = (record if isinstance(record, dict) else to_json(record) for record in records)
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)

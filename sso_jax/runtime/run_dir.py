@@ -1,0 +1,136 @@
+"""The run directory: which config it was started with, and a lock that keeps other runs out."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import filelock
+import yaml
+from etils import epath
+
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.files import is_remote, write_text
+from sso_jax.runtime.hosts import is_first
+
+CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
+FILE_REMEDY = "restore it, or delete it if the values given now are those of the run"
+REMEDY = "give those, or another folder, or say which to take with run.on_changed_config"
+log = logging.getLogger(__name__)
+
+
+def changed_fields(directory: Path, fields: dict, defaults: dict, may_change: Sequence[str]) -> dict[str, tuple]:
+    """(value at the start, value now) of each dotted field that differs from the config of the run in `directory`.
+
+    Args:
+      fields: the config given now, as nested dictionaries of JSON values.
+      defaults: the default config in the same form; a field that the stored config lacks is taken to be at its default.
+      may_change: dotted names of fields and sections that a continued run may change.
+
+    Raises:
+      InputError: if the stored config cannot be read, or has fields that are not known: another version wrote it.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    stored = _read_config(path)
+    unknown = sorted(_names(stored) - _names(fields))
+    if unknown:
+        raise InputError(
+            f"run.directory: {directory} was started by another version of sso_jax, whose config has {', '.join(unknown[:3])}; "
+            "give another folder, or go on with that version"
+        )
+    return _differences(_with_defaults(stored, defaults), fields, may_change)
+
+
+def refuse_changes(directory: Path, changed: dict[str, tuple]) -> None:
+    """Raises `InputError` that names the changed fields with both values."""
+    raise InputError(f"run.directory: {directory} was started with other values of {describe_changes(changed)}; {REMEDY}")
+
+
+def describe_changes(changed: dict[str, tuple]) -> str:
+    """`field (old, now new)` for each changed field."""
+    return ", ".join(f"{field} ({old!r}, now {new!r})" for field, (old, new) in changed.items())
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())[:100]}); {FILE_REMEDY}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: holds no fields; {FILE_REMEDY}")
+    return fields
+
+
+def _names(fields: dict, prefix: str = "") -> set[str]:
+    """Dotted names of all sections and fields, to the depth of a section's fields."""
+    names = set()
+    for name, value in fields.items():
+        names.add(prefix + name)
+        if isinstance(value, dict) and not prefix:
+            names |= _names(value, f"{name}.")
+    return names
+
+
+def _with_defaults(fields: dict, defaults: dict) -> dict:
+    """The fields, and the default of each one that they do not name."""
+    filled = dict(defaults)
+    for name, value in fields.items():
+        nested = isinstance(value, dict) and isinstance(defaults.get(name), dict)
+        filled[name] = _with_defaults(value, defaults[name]) if nested else value
+    return filled
+
+
+def _differences(old: dict, new: dict, may_change: Sequence[str], prefix: str = "") -> dict[str, tuple]:
+    changed: dict[str, tuple] = {}
+    for name in sorted(old.keys() | new.keys()):
+        field = prefix + name
+        if field in may_change or old.get(name) == new.get(name):
+            continue
+        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
+            changed |= _differences(old[name], new[name], may_change, f"{field}.")
+        else:
+            changed[field] = (old.get(name), new.get(name))
+    return changed
+
+
+@contextmanager
+def claim(directory: Path, fields: dict) -> Iterator[None]:
+    """Makes the directory, writes the config as resolved, and keeps other runs out; the lock dies with its process.
+
+    An object store has no locks: there the only guard is the config.
+
+    Args:
+      fields: the config as nested dictionaries of JSON values.
+
+    Raises:
+      InputError: if the directory cannot be written, or another run works in it.
+    """
+    lock = nullcontext()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if is_first() and not is_remote(directory):
+            lock = filelock.FileLock(directory / LOCK_FILE, timeout=0)
+            lock.acquire()
+    except filelock.Timeout as error:
+        raise InputError(f"run.directory: another run works in {directory}; wait for it, or give another folder") from error
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    with lock:
+        try:
+            write_text(yaml.safe_dump(fields, sort_keys=False), directory / CONFIG_FILE)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
+        yield
+
+
+def _unwritable(directory: Path, error: OSError) -> InputError:
+    return InputError(f"run.directory: {directory} cannot be written ({error.strerror}); give another folder")
+
+
+def newest_folder(path: str, name: str) -> str:
+    """`path` itself, or where it is a run directory the folder of this name in its newest round that has one."""
+    rounds = epath.Path(path).glob(f"iteration_*/{name}")
+    found = sorted(rounds, key=lambda folder: int(folder.parent.name.split("_")[1]))
+    return str(found[-1]) if found else path

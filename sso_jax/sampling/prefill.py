@@ -1,0 +1,112 @@
+"""Runs prompts through the decoder, fills the key/value cache and draws each row's first token."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from sso_jax.models.attention import Cache, causal_mask
+from sso_jax.models.layer_layout import unstack
+from sso_jax.models.layers import few_rows_product
+from sso_jax.models.transformer import Transformer, make_cache, project
+from sso_jax.runtime.mesh import batch_shards_in_context, gathered
+from sso_jax.sampling.sampling_params import SamplingParams, sample_from_logits
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts; rows that only fill the batch have `used` False."""
+
+    prefix: Int[Array, "Q"]
+    """What every prompt starts with, of length 0 for nothing; `tokens` and `lengths` are of what follows it."""
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    keys: UInt32[Array, "B 2"]
+    used: Bool[Array, "B"]
+
+
+class Samples(NamedTuple):
+    """Sampled tokens, end of turn included; what lies behind `num_tokens` is padding."""
+
+    tokens: Int[Array, "B M"]
+    num_tokens: Int[Array, "B"]
+
+
+class DecodeState(NamedTuple):
+    """Of a batch of rows between two tokens: `step` are drawn of each, and the cache holds all but the last."""
+
+    step: Int[Array, ""]
+    cache: Cache | tuple[Cache, ...]
+    last: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    samples: Samples
+
+
+class Weights(NamedTuple):
+    """Parameters in the type of the arithmetic, and the head's matrix gathered, [V, D] where output axes are the first ones."""
+
+    params: dict
+    head: Float[Array, "D V"] | Float[Array, "V D"]
+
+
+def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "B"]:
+    """One number in [0, 1) for each row, from the row's key and the step alone: batch layout does not matter."""
+    row = lambda key: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))  # noqa: E731
+    return jax.vmap(row)(keys)
+
+
+def prepare_weights(model: Transformer, params) -> Weights:
+    """What prefill and decode multiply with, made once for both."""
+    params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
+    params = params if model.stacked else unstack(params, model.outputs_first)
+    head = gathered(model.apply({"params": params}, method="head_matrix"), "embed", "vocab")
+    return Weights(params, head.T if model.outputs_first else head)
+
+
+def step_logits(model: Transformer, weights: Weights, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """Scores of each row's next token, float32."""
+    return (few_rows_product if model.outputs_first else project)(hidden, weights.head)
+
+
+def sample_token(
+    logits: Float[Array, "B V"], state: DecodeState, prompts: Prompts, strategy: SamplingParams, stop_ids: Int[Array, "Z"]
+) -> DecodeState:
+    """Draws token number `state.step` of each row from the logits behind the one before it."""
+    token = jnp.where(state.done, 0, sample_from_logits(logits, _uniform(prompts.keys, state.step), strategy))
+    samples = Samples(
+        tokens=jax.lax.dynamic_update_slice(state.samples.tokens, token[:, None], (0, state.step)),
+        num_tokens=state.samples.num_tokens + ~state.done,
+    )
+    done = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
+    return state._replace(step=state.step + 1, last=token, done=done, samples=samples)
+
+
+def with_prefix(model: Transformer, weights: Weights, prefix: Int[Array, "Q"], cache):
+    """The cache with these tokens in the first slots of every row; each shard of the batch runs them once, and nothing is sent round."""
+    num_shards, num_slots = batch_shards_in_context(), prefix.size
+    tokens, positions = (jnp.broadcast_to(row, (num_shards, num_slots)) for row in (prefix, jnp.arange(num_slots)))
+    own = make_cache(model, num_shards, num_slots)
+    _, own = model.apply({"params": weights.params}, tokens, positions, causal_mask(num_slots), own, 0)
+
+    def write(whole: Float[Array, "*L B K S H"], part: Float[Array, "*L _ K Q H"]) -> Float[Array, "*L B K S H"]:
+        repeated = jnp.repeat(part, whole.shape[-4] // num_shards, axis=-4)
+        return jax.lax.dynamic_update_slice(whole, repeated, (0,) * whole.ndim)
+
+    return jax.tree.map(write, cache, own)
+
+
+def prefill(
+    model: Transformer, weights: Weights, prompts: Prompts, strategy: SamplingParams, stop_ids: Int[Array, "Z"], max_new_tokens: int
+) -> DecodeState:
+    """Runs the decoder on the prompts and draws each row's first token; there is room for `max_new_tokens`."""
+    (prefix_slots,), (batch_size, prompt_slots) = prompts.prefix.shape, prompts.tokens.shape
+    cache = make_cache(model, batch_size, prefix_slots + prompt_slots + max_new_tokens)
+    if prefix_slots:
+        cache = with_prefix(model, weights, prompts.prefix, cache)
+    positions = jnp.broadcast_to(prefix_slots + jnp.arange(prompt_slots), prompts.tokens.shape)
+    mask = causal_mask(prefix_slots + prompt_slots)[:, prefix_slots:]
+    last = (prompts.lengths - 1)[:, None]
+    hidden, cache = model.apply({"params": weights.params}, prompts.tokens, positions, mask, cache, prefix_slots, last)
+    nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
+    start = DecodeState(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
+    return sample_token(step_logits(model, weights, hidden[:, 0]), start, prompts, strategy, stop_ids)

@@ -1,0 +1,76 @@
+"""Losses and metrics of each example of a microbatch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sso_jax.models.transformer import Transformer
+from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
+from sso_jax.training.log_probs import cell_log_probs
+from sso_jax.training.losses import ContextValues, Pair
+from sso_jax.training.objectives import Terms, pair_metrics
+
+ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
+"""(params, microbatch) -> loss and metrics of each example."""
+
+
+def cells_of(
+    form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str, more: tuple[tuple[str, str], ...] = ()
+) -> list[tuple[str, str]]:
+    """The (context, response) log-probs that an objective needs: winner before loser in each context; `more` go with the plain pair."""
+    plain = [("plain", "chosen"), ("plain", "rejected"), *more]
+    positive = [("positive", "chosen"), ("positive", "rejected")] if scale[0] else []
+    negative = [("negative", negative_winner), ("negative", "chosen")] if scale[1] else []
+    steered = positive + negative
+    return {"pairwise": plain, "online": plain + (steered if use_steering else []), "generator": steered}[form]
+
+
+def to_context_values(values: Float[Array, "E C"], cells: list[tuple[str, str]]) -> ContextValues:
+    """Columns of `values`, one a cell, by context: of a context's responses the winner comes first, then the loser; y_o of x apart."""
+    columns: dict[str, list] = {}
+    for i, cell in enumerate(cells):
+        columns.setdefault("original" if cell == ("plain", "original") else cell[0], []).append(values[:, i])
+    return ContextValues(**{name: of_context[0] if name == "original" else Pair(*of_context) for name, of_context in columns.items()})
+
+
+def preference_losses(model: Transformer, objective: Callable[..., Terms], cells: list[tuple[str, str]], beta: float) -> ExampleLosses:
+    """Losses of preference microbatches under `objective`."""
+
+    def losses(params, micro: PreferenceBatch):
+        num_examples, num_cells = micro.num_tokens.shape
+        log_probs = cell_log_probs(model, params, micro.rows, num_examples * num_cells)
+        policy = to_context_values(log_probs.reshape(num_examples, num_cells), cells)
+        reference = to_context_values(micro.reference_log_probs, cells)
+        num_tokens = to_context_values(micro.num_tokens.astype(jnp.float32), cells)
+        terms = objective(policy, reference, num_tokens)
+        return terms.loss, pair_metrics(terms, policy, reference, beta)
+
+    return losses
+
+
+def loss_at_reference(objective: Callable[..., Terms], cells: list[tuple[str, str]], batch: PreferenceBatch) -> float:
+    """Loss of a batch where policy and reference are one: what the first update of a round must show, such as ln 2 for DPO."""
+    return float(_loss_at_reference(objective, tuple(cells), batch.reference_log_probs, batch.num_tokens, batch.weights))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[tuple[str, str], ...], reference_log_probs, num_tokens, weights):
+    """One program for a dozen small ones, and the same one in every round."""
+    flat = lambda part: to_context_values(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))  # noqa: E731
+    reference, weights = flat(reference_log_probs), weights.reshape(-1)
+    losses = objective(reference, reference, flat(num_tokens)).loss
+    return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
+
+
+def supervised_losses(model: Transformer) -> ExampleLosses:
+    """Negative log-prob sums of supervised microbatches; the batch's weights make them a mean over tokens."""
+
+    def losses(params, micro: SupervisedBatch):
+        nll = -cell_log_probs(model, params, micro.rows, micro.weights.shape[0])
+        return nll, {"loss": nll}
+
+    return losses

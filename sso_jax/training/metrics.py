@@ -1,0 +1,78 @@
+"""One line of numbers an update in; `metrics.jsonl`, TensorBoard scalars and, if asked for, Weights & Biases out."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sso_jax.config import LoggingConfig
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.files import append_line
+from sso_jax.runtime.json_lines import read_json_lines, write_records
+
+LINE_FIELDS = (
+    "iteration", "step", "loss", "base_loss", "positive_loss", "negative_loss", "weight", "chosen_log_prob", "rejected_log_prob",
+    "original_log_prob", "margin", "accuracy", "grad_norm", "learning_rate", "tokens_per_second",
+)  # fmt: skip
+"""Fields of every line; one that the objective does not have is null."""
+
+
+@dataclass(frozen=True)
+class MetricsLog:
+    """Where the lines go."""
+
+    path: Path
+    tensorboard: Any | None
+    wandb: Any | None
+
+    def rewind(self, iteration: int, step: int) -> None:
+        """Drops the lines of `iteration` from update `step` on: a resumed run writes them again."""
+        if self.path.is_file():
+            kept = [row for row in read_json_lines(self.path) if row["iteration"] != iteration or row["step"] < step]
+            write_records(kept, self.path)
+
+    def write(self, line: dict, updates_before: int) -> None:
+        """Appends a line; `updates_before` counts the updates of earlier rounds, for curves over the whole run."""
+        line = {**{field: line.get(field) for field in LINE_FIELDS}, **line}
+        append_line(json.dumps(line), self.path)
+        scalars = {name: value for name, value in line.items() if isinstance(value, float)}
+        step = updates_before + line["step"]
+        if self.tensorboard is not None:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(f"train/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"train/{name}": value for name, value in scalars.items()}, step=step)
+
+    def close(self) -> None:
+        """Flushes what is buffered."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def check_logging(config: LoggingConfig) -> None:
+    """Raises `InputError` if Weights & Biases is asked for and not installed."""
+    if config.wandb_project is not None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"logging.wandb_project: {config.wandb_project!r} needs the wandb package; pip install wandb, or leave it out"
+            ) from error
+
+
+def open_metrics(directory: Path, config: LoggingConfig, run_config: dict, writes: bool) -> MetricsLog:
+    """Opens the sinks that the config asks for; none but the file where another process `writes`."""
+    tensorboard = wandb_run = None
+    if not writes:
+        return MetricsLog(directory / "metrics.jsonl", None, None)
+    if config.tensorboard:
+        from tensorboardX import SummaryWriter
+
+        tensorboard = SummaryWriter(str(directory / "tensorboard"))
+    if config.wandb_project is not None:
+        import wandb
+
+        wandb_run = wandb.init(project=config.wandb_project, dir=str(directory), config=run_config, resume="allow")
+    return MetricsLog(directory / "metrics.jsonl", tensorboard, wandb_run)

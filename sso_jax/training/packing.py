@@ -1,0 +1,100 @@
+"""Packs prompt trees into rows of fixed shape."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sso_jax.training.row_shapes import RowShape, _holds
+from sso_jax.training.trees import Tree, first_fit
+
+
+class Rows(NamedTuple):
+    """Packed rows [R, T] and, for each row, its up to M response tokens: where each is predicted from, what it is, its cell.
+
+    Where their shape has sequences, also each response behind its prompt as a sequence of its own, for attention that takes no mask.
+    """
+
+    tokens: Int[np.ndarray, "R T"]
+    positions: Int[np.ndarray, "R T"]
+    tree: Int[np.ndarray, "R T"]
+    branch: Int[np.ndarray, "R T"]
+    source: Int[np.ndarray, "R M"]
+    target: Int[np.ndarray, "R M"]
+    cell: Int[np.ndarray, "R M"]
+    sequences: Int[np.ndarray, "R Z U"]
+    """Columns of the tokens of each, -1 behind its last."""
+    place: Int[np.ndarray, "R M"]
+    """Where in them, as one list of Z*U places, the token stands that a response token is predicted from; Z*U of unused targets."""
+
+
+def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
+    """Packs trees into rows first-fit. Unused targets point to the cell `num_cells`, which nobody reads.
+
+    Raises:
+      ValueError: if the trees need more rows, tokens, targets or sequences than `shape` has.
+    """
+    sizes = [tree.num_tokens() for tree in trees]
+    if trees and not _holds(shape, [trees]):
+        needed = f"{len(trees)} trees of {sum(sizes)} tokens, the longest of {max(sizes)}"
+        raise ValueError(f"{needed}, do not pack into {shape}; take row_shape of all batches")
+    bins = first_fit(sizes, shape.num_tokens)
+    num_places = shape.num_sequences * shape.sequence_tokens
+    of_tokens = lambda: np.zeros((shape.num_rows, shape.num_tokens), np.int32)  # noqa: E731
+    of_targets = lambda value=0: np.full((shape.num_rows, shape.num_targets), value, np.int32)  # noqa: E731
+    rows = Rows(
+        tokens=of_tokens(),
+        positions=of_tokens(),
+        tree=of_tokens(),
+        branch=of_tokens(),
+        source=of_targets(),
+        target=of_targets(),
+        cell=of_targets(num_cells),
+        sequences=np.full((shape.num_rows, shape.num_sequences, shape.sequence_tokens), -1, np.int32),
+        place=of_targets(num_places),
+    )
+    for row, members in enumerate(bins):
+        free = _Free(0, 0, 0)
+        for number, member in enumerate(members, start=1):
+            free = _write_tree(rows, row, free, number, trees[member])
+    return rows
+
+
+class _Free(NamedTuple):
+    """The first of a row's columns, targets and sequences that are free."""
+
+    column: int
+    target: int
+    sequence: int
+
+
+def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _Free:
+    """Writes a tree and its targets from the free places of a row on; returns the next free ones."""
+    at, targets, _ = free
+    trunk = len(tree.prompt_ids)
+    trunk_end = at + trunk
+    rows.tokens[row, at:trunk_end] = tree.prompt_ids
+    rows.positions[row, at:trunk_end] = np.arange(trunk)
+    end = trunk_end
+    for branch_number, branch in enumerate(tree.branches, start=1):
+        size = len(branch.response_ids)
+        here = slice(end, end + size)
+        rows.tokens[row, here] = branch.response_ids
+        rows.positions[row, here] = trunk + np.arange(size)
+        rows.branch[row, here] = branch_number
+        wanted = slice(targets, targets + size)
+        rows.source[row, wanted] = [trunk_end - 1, *range(end, end + size - 1)][:size]
+        rows.target[row, wanted] = branch.response_ids
+        rows.cell[row, wanted] = branch.cell
+        if rows.sequences.size:
+            sequence = free.sequence + branch_number - 1
+            rows.sequences[row, sequence, : trunk + size] = [*range(at, trunk_end), *range(end, end + size)]
+            rows.place[row, wanted] = sequence * rows.sequences.shape[2] + trunk - 1 + np.arange(size)
+        end, targets = end + size, targets + size
+    rows.tree[row, at:end] = number
+    return _Free(end, targets, free.sequence + len(tree.branches))
+
+
+def stack_rows(rows: list[Rows]) -> Rows:
+    """Rows of microbatches, which come first."""
+    return Rows(*(np.stack(parts) for parts in zip(*rows, strict=True)))

@@ -1,0 +1,69 @@
+"""Mean hidden states of graded responses in, the cross-entropy of their grade out: the self-supervised part of base `spo`.
+
+Wang et al. 2024, arXiv 2409.17791 (SPO). Of the paper are: key content found by RAKE and removed step by step, a classifier on the
+model's own representation that predicts the step, its cross-entropy added to the alignment loss, both trained together. This project's
+choices are: shares 0, 1/3, 2/3, 1 of the phrases of y+, the mean of the final hidden states over the response tokens before the end of
+turn, a head of two layers as wide as the model, weight 0.1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sso_jax.models.transformer import Transformer
+from sso_jax.training.batches import PreferenceBatch
+from sso_jax.training.example_losses import ExampleLosses, to_context_values
+from sso_jax.training.log_probs import cell_log_probs_and_means
+from sso_jax.training.objectives import Terms, pair_metrics
+
+HEAD = "degree_head"
+NUM_DEGREES = 4
+DEGREE_CELLS = [("plain", f"degree_{k}") for k in range(1, NUM_DEGREES)]
+"""The variants of y+; y+ itself is degree 0."""
+
+
+def init_head(seed: int, width: int) -> dict:
+    """Parameters of the head: `D -> D -> degrees`, kernels with variance 1/D, biases 0."""
+    first, second = jax.random.split(jax.random.key(seed))
+    draw = lambda key, shape: jax.random.normal(key, shape) / jnp.sqrt(width)  # noqa: E731
+    return {
+        "hidden": {"kernel": draw(first, (width, width)), "bias": jnp.zeros(width)},
+        "out": {"kernel": draw(second, (width, NUM_DEGREES)), "bias": jnp.zeros(NUM_DEGREES)},
+    }
+
+
+def degree_logits(head: dict, means: Float[Array, "E K D"]) -> Float[Array, "E K K"]:
+    """`gelu(m W1 + b1) W2 + b2` for each graded response."""
+    hidden = jax.nn.gelu(means @ head["hidden"]["kernel"] + head["hidden"]["bias"][None, None, :])
+    return hidden @ head["out"]["kernel"] + head["out"]["bias"][None, None, :]
+
+
+def degree_terms(head: dict, means: Float[Array, "E K D"]) -> tuple[Float[Array, "E"], Float[Array, "E"]]:
+    """Cross-entropy of the true degree 0, 1, ... of each example's responses in nats, and the share told right; means over degrees."""
+    logits = degree_logits(head, means)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    right = jnp.argmax(logits, axis=-1) == jnp.arange(NUM_DEGREES)[None, :]
+    return -jnp.diagonal(log_probs, axis1=1, axis2=2).mean(-1), right.astype(jnp.float32).mean(-1)
+
+
+def spo_losses(model: Transformer, objective, cells: list[tuple[str, str]], beta: float, weight: float) -> ExampleLosses:
+    """`L_align + gamma * CE` of preference microbatches; `objective` reads the cells that are no degrees."""
+    own = [cell for cell in cells if cell not in DEGREE_CELLS]
+    graded = [cells.index(("plain", "chosen")), *(cells.index(cell) for cell in DEGREE_CELLS)]
+    columns = jnp.array([cells.index(cell) for cell in own])
+
+    def losses(params, micro: PreferenceBatch):
+        num_examples, num_cells = micro.num_tokens.shape
+        policy_params = {name: part for name, part in params.items() if name != HEAD}
+        sums, means = cell_log_probs_and_means(model, policy_params, micro.rows, num_examples * num_cells)
+        of_own = lambda values: to_context_values(values[:, columns], own)  # noqa: E731
+        policy = of_own(sums.reshape(num_examples, num_cells))
+        reference = of_own(micro.reference_log_probs)
+        terms: Terms = objective(policy, reference, of_own(micro.num_tokens.astype(jnp.float32)))
+        of_degrees = means.reshape(num_examples, num_cells, -1)[:, jnp.array(graded)]
+        degree_loss, degree_accuracy = degree_terms(params[HEAD], of_degrees)
+        total = terms._replace(loss=terms.loss + weight * degree_loss)
+        told = {"degree_loss": degree_loss, "degree_accuracy": degree_accuracy}
+        return total.loss, {**pair_metrics(total, policy, reference, beta), **told}
+
+    return losses

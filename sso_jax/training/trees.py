@@ -1,0 +1,46 @@
+"""Prompt trees: a prompt with the responses whose log-probs are computed under it."""
+
+from typing import NamedTuple
+
+
+class Branch(NamedTuple):
+    """A response and the cell that its log-prob is summed into."""
+
+    response_ids: list[int]
+    cell: int
+
+
+class Tree(NamedTuple):
+    """A prompt and the responses to it."""
+
+    prompt_ids: list[int]
+    branches: list[Branch]
+
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(branch.response_ids) for branch in self.branches)
+
+
+def steered_trees(prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[tuple[str, str]], start: int) -> list[Tree]:
+    """Trees of one example: for each context its prompt with the responses that `cells` names; cells count on from `start`.
+
+    `cells` is a list of (context, response): one log-prob each.
+    """
+    contexts = dict.fromkeys(context for context, _ in cells)
+    return [
+        Tree(prompts[wanted], [Branch(responses[r], start + i) for i, (c, r) in enumerate(cells) if c == wanted]) for wanted in contexts
+    ]
+
+
+def first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Positions of the items in bins of `capacity`, larger items first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fitting = next((b for b, left in enumerate(room) if left >= sizes[item]), None)
+        if fitting is None:
+            bins.append([])
+            room.append(capacity)
+            fitting = len(bins) - 1
+        bins[fitting].append(item)
+        room[fitting] -= sizes[item]
+    return bins

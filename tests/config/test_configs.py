@@ -1,0 +1,46 @@
+"""Every file of configs/: it parses, says in its header how to run it, and names a model that the dry run knows or that a run makes."""
+
+from pathlib import Path
+
+import pytest
+
+from sso_jax.config import Config, parse
+from sso_jax.models.presets import PRESETS
+from sso_jax.recipes.objective import build_objective
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_parses_and_its_header_names_it(path):
+    config = parse(Config, ["--config", str(path)], "train.py", "")
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config configs/{path.name}" in line for line in header)
+    known = config.model.path in PRESETS or config.model.path == "toy"
+    assert known or config.model.path.startswith("runs/") or "--model.path" in " ".join(header)
+    if config.recipe in ("online", "generator", "offline"):
+        build_objective(config.objective)
+
+
+@pytest.mark.parametrize("name", ["qwen2_7b_instruct", "llama3.1_8b_instruct", "qwen2_7b_from_sft"])
+def test_version_1_has_the_values_of_the_paper(name):
+    config = parse(Config, ["--config", str(next(path for path in CONFIGS if path.stem == name))], "train.py", "")
+    objective, sampling, optimizer = config.objective, config.sampling, config.optimizer
+    assert (objective.base, objective.beta, objective.weight_alpha, objective.steering_weight) == ("ipo", 0.2, 0.66, 0.1)
+    assert (objective.form, objective.use_weight, objective.detach_weight, config.run.iterations) == ("online", True, False, 3)
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.7, 0.8, 2048)
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.warmup_ratio, optimizer.schedule) == (
+        0.9,
+        0.95,
+        0.1,
+        0.1,
+        "cosine",
+    )
+    assert (config.train.max_tokens, config.train.epochs, config.model.compute_dtype) == (2048, 1, "bfloat16")
+
+
+def test_version_2_has_the_values_of_the_paper():
+    config = parse(Config, ["--config", str(next(path for path in CONFIGS if path.stem == "qwen2_7b_v2"))], "train.py", "")
+    assert (config.recipe, config.generator.queries, config.generator.batch_size) == ("generator", 8000, 32)
+    assert (config.objective.base, config.objective.beta, config.objective.sft_weight) == ("dpo", 0.1, 0.1)
+    assert (config.queries.per_iteration, config.train.batch_size, config.optimizer.learning_rate) == (60000, 256, 5e-7)

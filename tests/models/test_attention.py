@@ -1,0 +1,273 @@
+"""Who sees whom: the tree mask as drawn, padding that changes nothing, and a cached decode that equals the full forward pass."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import toy_model, toy_params
+
+from sso_jax.models.attention import causal_mask, tree_mask
+from sso_jax.models.kernels import KERNELS, cudnn_attend, default_kernel, few_rows_step_attend, plain_attend, splash_attend, step_attend
+from sso_jax.models.layer_layout import unstack
+from sso_jax.models.layers import at_tokens
+from sso_jax.models.sequences import make_sequences
+from sso_jax.models.transformer import make_cache
+from sso_jax.training.packing import pack
+from sso_jax.training.row_shapes import row_shape
+from sso_jax.training.trees import Branch, Tree
+
+
+def test_tree_mask_is_the_drawing_of_its_docstring():
+    tree = jnp.array([[1, 1, 1, 1, 1, 2, 2]])
+    branch = jnp.array([[0, 0, 1, 1, 2, 0, 1]])
+    expected = [
+        "x......",
+        "xx.....",
+        "xxx....",
+        "xxxx...",
+        "xx..x..",
+        ".....x.",
+        ".....xx",
+    ]
+    drawn = ["".join("x" if seen else "." for seen in row) for row in np.asarray(tree_mask(tree, branch)[0])]
+    assert drawn == expected
+
+
+def test_attend_equals_a_numpy_softmax_over_the_visible_keys():
+    draw = np.random.default_rng(0)
+    queries, keys, values = (draw.normal(size=size).astype(np.float32) for size in ((2, 2, 3, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)))
+    mask = np.tril(np.ones((2, 5, 5), bool))
+    mask[1, :, 0] = mask[1, :, 0] & (np.arange(5) < 1)  # row 1: key 0 is seen by token 0 only
+    expected = np.zeros_like(queries)
+    for b, k, g, t in np.ndindex(2, 2, 3, 5):
+        scores = np.where(mask[b, t], keys[b, k].astype(np.float64) @ queries[b, k, g, t] / np.sqrt(8), -np.inf)
+        weights = np.exp(scores - scores.max())
+        expected[b, k, g, t] = weights / weights.sum() @ values[b, k]
+    got = plain_attend(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(values), jnp.asarray(mask))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_token_that_sees_nothing_is_no_nan():
+    ones = jnp.ones((1, 1, 1, 2, 4))
+    out = plain_attend(ones, ones[:, :, 0], ones[:, :, 0] * 3, jnp.zeros((1, 2, 2), bool))
+    np.testing.assert_allclose(out, 3.0)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=True, qkv_bias=False), dict(tied_head=True, num_kv_heads=4)])
+def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked):
+    model = toy_model(**changes)
+    params = toy_params(model, one_device)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 12)))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    full, _ = model.apply({"params": params}, tokens, positions, causal_mask(12))
+    if not stacked:  # as a CPU decodes: layer by layer, the kernels turned
+        model, params = model.clone(stacked=False, outputs_first=True), unstack(params, turned=True)
+    cache = make_cache(model, 2, 12)
+    hidden, cache = model.apply({"params": params}, tokens[:, :7], positions[:, :7], causal_mask(7), cache, 0)
+    np.testing.assert_allclose(hidden, full[:, :7], atol=2e-5)
+    for t in range(7, 12):
+        visible = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
+        hidden, cache = model.apply({"params": params}, tokens[:, t : t + 1], positions[:, t : t + 1], visible, cache, t)
+        np.testing.assert_allclose(hidden[:, 0], full[:, t], atol=2e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize("query_indices", [[[6], [2]], [[1, 6, 3], [0, 0, 5]], [[0, 1, 2, 3, 4, 5, 6, 2], [6, 6, 5, 4, 3, 2, 1, 0]]])
+def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, stacked, before, query_indices):
+    """In a whole sequence, and in one that goes on from `before` tokens in the cache; the cache comes out the same."""
+    model = toy_model(qk_norm=True)
+    params, query_indices = toy_params(model, one_device), jnp.asarray(query_indices)
+    if not stacked:
+        model, params = model.clone(stacked=False, outputs_first=True), unstack(params, turned=True)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, before + 7)))
+    positions = jnp.broadcast_to(jnp.arange(before + 7), tokens.shape)
+    mask, cache = causal_mask(before + 7), make_cache(model, 2, before + 7)
+    if before:
+        seen = mask[:, :before, :before]
+        _, cache = model.apply({"params": params}, tokens[:, :before], positions[:, :before], seen, cache, 0)
+    inputs = (tokens[:, before:], positions[:, before:], mask[:, before:], cache, before)
+    every, expected_cache = model.apply({"params": params}, *inputs)
+    some, own_cache = model.apply({"params": params}, *inputs, query_indices)
+    assert some.shape == (*query_indices.shape, model.architecture.embed_dim)
+    for row, at in enumerate(np.asarray(query_indices)):
+        np.testing.assert_allclose(some[row], every[row, at], atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), own_cache, expected_cache)
+
+
+def test_a_token_of_few_rows_attends_as_one_of_many():
+    draw = np.random.default_rng(0)
+    queries, keys, values = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((3, 2, 4, 1, 8), (3, 2, 11, 8), (3, 2, 11, 8)))
+    visible = jnp.asarray(np.arange(11)[None, None, :] < np.array([1, 6, 11])[:, None, None])
+    np.testing.assert_allclose(few_rows_step_attend(queries, keys, values, visible), step_attend(queries, keys, values, visible), atol=1e-6)
+
+
+def test_padding_behind_a_row_changes_nothing_before_it(one_device):
+    model = toy_model()
+    params = toy_params(model, one_device)
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 9))
+    padded = np.concatenate([tokens, np.full((1, 7), 5)], axis=1)
+
+    def hidden(ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return model.apply({"params": params}, jnp.asarray(ids), positions, causal_mask(ids.shape[1]))[0]
+
+    np.testing.assert_allclose(hidden(padded)[:, :9], hidden(tokens), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def packed_rows():
+    """Queries, keys, values of two packed rows of 40 tokens, the last 5 padding, and which tokens are real."""
+    draw = np.random.default_rng(1)
+    queries = draw.normal(size=(2, 2, 3, 40, 16)).astype(np.float32)
+    keys, values = draw.normal(size=(2, 2, 2, 40, 16)).astype(np.float32)
+    tree = np.array([[1] * 20 + [2] * 15 + [0] * 5, [1] * 35 + [0] * 5])
+    branch = np.array([[0] * 8 + [1] * 6 + [2] * 6 + [0] * 5 + [1] * 10 + [0] * 5, [0] * 10 + [1] * 20 + [2] * 5 + [0] * 5])
+    return tuple(jnp.asarray(x) for x in (queries, keys, values)), tree_mask(jnp.asarray(tree), jnp.asarray(branch)), tree > 0
+
+
+def _value_and_gradients(attend, inputs, mask, real):
+    """The attended real tokens, and gradients of a sum over them that weights every number differently."""
+    weights = np.random.default_rng(2).normal(size=inputs[0].shape).astype(np.float32) * real[:, None, None, :, None]
+    loss = lambda *inputs: jnp.sum(attend(*inputs, mask) * weights)  # noqa: E731
+    return attend(*inputs, mask) * real[:, None, None, :, None], jax.grad(loss, argnums=(0, 1, 2))(*inputs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.1)])
+def test_attention_block_by_block_equals_all_at_once_with_its_gradients(dtype, tolerance):
+    draw = np.random.default_rng(3)
+    size = 300  # two whole blocks of queries and a part of one
+    queries = jnp.asarray(draw.normal(size=(2, 2, 2, size, 8)), dtype)
+    keys, values = jnp.asarray(draw.normal(size=(2, 2, 2, size, 8)), dtype)
+    tree = jnp.asarray([[1] * 140 + [2] * 150 + [0] * 10, [1] * 290 + [0] * 10])
+    branch = jnp.asarray([[0] * 50 + [1] * 60 + [2] * 30 + [0] * 100 + [1] * 60, [0] * 130 + [1] * 100 + [2] * 70])
+    mask = tree_mask(tree, branch)
+    inputs, real = (queries, keys, values), np.asarray(tree) > 0
+    got, expected = (_value_and_gradients(attend, inputs, mask, real) for attend in (jax.jit(plain_attend), step_attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), atol=tolerance), got, expected)
+
+
+def test_attention_of_the_last_tokens_is_that_of_the_whole_sequence_with_its_gradients():
+    draw = np.random.default_rng(4)
+    inputs = [jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 300, 8), (2, 2, 300, 8), (2, 2, 300, 8)]]
+    mask, before = causal_mask(300), 70
+    weights = draw.normal(size=(2, 2, 2, 300 - before, 8)).astype(np.float32)
+    last = lambda queries, keys, values: plain_attend(queries[..., before:, :], keys, values, mask[:, before:])  # noqa: E731
+    whole = lambda *inputs: step_attend(*inputs, mask)[..., before:, :]  # noqa: E731
+    got, expected = (
+        (attend(*inputs), jax.grad(lambda *i, attend=attend: jnp.sum(attend(*i) * weights), argnums=(0, 1, 2))(*inputs))
+        for attend in (last, whole)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_attention_of_tokens_in_any_order_sees_what_the_mask_says_with_its_gradients():
+    draw = np.random.default_rng(5)
+    inputs = [jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 150, 8), (2, 2, 90, 8), (2, 2, 90, 8)]]
+    order = draw.integers(0, 90, (2, 150))  # three blocks of queries; tokens come twice, and early ones late
+    mask = jnp.asarray(np.tril(np.ones((90, 90), bool))[order])
+    got, expected = (
+        _value_and_gradients(attend, inputs, mask, np.ones((2, 150)))
+        for attend in (jax.jit(partial(plain_attend, ordered=False)), step_attend)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+FAST = {"splash": KERNELS["splash_interpreted"], "dot_product": lambda *a: cudnn_attend(*a, implementation="xla")}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_attention_equals_the_plain_one_with_its_gradients(name, packed_rows):
+    inputs, mask, real = packed_rows
+    got, expected = (_value_and_gradients(attend, inputs, mask, real) for attend in (FAST[name], plain_attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_splash_attention_is_cut_over_the_mesh(packed_rows, eight_devices):
+    (queries, keys, values), mask, real = packed_rows
+    four = lambda x: jnp.concatenate([x, x * 0.5])  # noqa: E731
+    inputs = tuple(four(x) for x in (queries, keys, values))
+    mask, real = jnp.concatenate([mask, mask]), np.concatenate([real, real])
+    with jax.set_mesh(eight_devices):
+        got = jax.jit(lambda *inputs: splash_attend(*inputs, mask, interpret=True))(*inputs)
+    expected = plain_attend(*inputs, mask)
+    np.testing.assert_allclose(got * real[:, None, None, :, None], expected * real[:, None, None, :, None], atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def rows_with_sequences():
+    """Rows of trees with one to three responses each, as arrays."""
+    draw = np.random.default_rng(6)
+    ids = lambda low, high: [1] * int(draw.integers(low, high))  # noqa: E731
+    trees = [Tree(ids(1, 15), [Branch(ids(1, 12), 0) for _ in range(1 + i % 3)]) for i in range(9)]
+    return jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], 2, by_sequence=True), 1))
+
+
+def _random_heads(rows, num_queries, seed=7):
+    draw = np.random.default_rng(seed)
+    normal = lambda *sizes: jnp.asarray(draw.normal(size=(rows.tokens.shape[0], *sizes, 16)), "float32")  # noqa: E731
+    return normal(2, 3, num_queries), normal(2, rows.tokens.shape[1]), normal(2, rows.tokens.shape[1])
+
+
+def test_attention_by_sequences_equals_that_by_the_mask_with_its_gradients(rows_with_sequences):
+    rows = rows_with_sequences
+    assert rows.sequences.shape[1] > 3  # several trees a row
+    inputs, mask = _random_heads(rows, rows.tokens.shape[1]), tree_mask(rows.tree, rows.branch)
+    sequences = make_sequences(rows.sequences, rows.positions)
+    by_sequence = lambda *a: cudnn_attend(*a, sequences, implementation="xla")  # noqa: E731
+    got, expected = (_value_and_gradients(attend, inputs, mask, np.asarray(rows.tree) > 0) for attend in (by_sequence, plain_attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_attention_by_sequences_of_some_tokens_equals_that_by_the_mask_with_its_gradients(rows_with_sequences):
+    """The queries are those from which response tokens are predicted; the last of a prompt comes once for each of its responses."""
+    rows = rows_with_sequences
+    inputs, mask = _random_heads(rows, rows.source.shape[1]), at_tokens(tree_mask(rows.tree, rows.branch), rows.source)
+    sequences = make_sequences(rows.sequences, rows.positions, rows.place)
+    by_sequence = lambda *a: cudnn_attend(*a, sequences, implementation="xla")  # noqa: E731
+    plain = partial(plain_attend, ordered=False)
+    got, expected = (_value_and_gradients(attend, inputs, mask, np.asarray(rows.cell) == 0) for attend in (by_sequence, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_queries_of_no_sequence_find_nothing_and_leave_no_gradient(rows_with_sequences):
+    rows = rows_with_sequences
+    inputs, padding = _random_heads(rows, rows.tokens.shape[1]), np.asarray(rows.tree) == 0
+    assert padding.any()
+    sequences = make_sequences(rows.sequences, rows.positions)
+    attend = lambda *a: cudnn_attend(*a, None, sequences, implementation="xla")  # noqa: E731
+    gradients = jax.grad(lambda *a: jnp.sum(attend(*a) ** 2), argnums=(0, 1, 2))(*inputs)
+    for x in (attend(*inputs), *gradients):
+        entries = np.moveaxis(np.asarray(x), -2, 1)  # [B, T, ...]
+        assert np.isfinite(entries).all() and not entries[padding].any() and entries[~padding].any()
+
+
+def test_attention_by_sequences_is_cut_over_the_mesh(rows_with_sequences, eight_devices):
+    rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows_with_sequences)
+    inputs, mask, real = _random_heads(rows, rows.tokens.shape[1]), tree_mask(rows.tree, rows.branch), np.asarray(rows.tree) > 0
+    attend = lambda *a: cudnn_attend(*a, None, make_sequences(rows.sequences, rows.positions), implementation="xla")  # noqa: E731
+    with jax.set_mesh(eight_devices):
+        got = jax.jit(attend)(*inputs)
+    keep = real[:, None, None, :, None]
+    np.testing.assert_allclose(got * keep, plain_attend(*inputs, mask) * keep, atol=2e-5)
+
+
+def test_cudnn_attention_leaves_float32_to_the_plain_one(packed_rows):
+    inputs, mask, _ = packed_rows  # the kernel itself needs a GPU; what it does not take must not reach it
+    np.testing.assert_array_equal(cudnn_attend(*inputs, mask), plain_attend(*inputs, mask))
+
+
+def test_a_decoder_gives_the_same_hidden_states_with_either_attention(one_device):
+    plain = toy_model()
+    params = toy_params(plain, one_device, scale=2.0)
+    tokens = jnp.arange(48).reshape(2, 24)
+    positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
+    run = lambda model: model.apply({"params": params}, tokens, positions, causal_mask(24))[0]  # noqa: E731
+    np.testing.assert_allclose(run(plain.clone(attend="splash_interpreted")), run(plain), atol=1e-5)
+
+
+def test_each_platform_has_its_attention():
+    assert [default_kernel(name) for name in ("cpu", "gpu", "cuda", "tpu")] == ["plain", "cudnn", "cudnn", "splash"]

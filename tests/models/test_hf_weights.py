@@ -1,0 +1,358 @@
+"""Hugging Face folders in and out, held to transformers: logits, log-probs, greedy tokens, bytes read and written, and every refusal."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import linen as nn
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from toys import DATA
+
+from sso_jax.models import hf_weights
+from sso_jax.models.architecture import Architecture
+from sso_jax.models.attention import causal_mask
+from sso_jax.models.hf_config import CONFIG_FILE, read_architecture, to_hf_config
+from sso_jax.models.hf_folder import fetch
+from sso_jax.models.hf_weights import WEIGHTS_FILE, check_weights, read_params, write_params
+from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.mesh import param_shardings
+from sso_jax.sampling.decode import build_generate
+from sso_jax.sampling.sampler import Request, Sampler
+from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.training.log_probs import build_score
+from sso_jax.training.scoring import Scorable, score_examples
+
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.08,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+KINDS = {
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen2_tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen3": (transformers.Qwen3Config, dict(head_dim=32)),
+    "llama2": (transformers.LlamaConfig, dict(num_key_value_heads=4)),
+    "llama3": (transformers.LlamaConfig, dict(rope_parameters=dict(rope_type="default", rope_theta=5e5))),
+    "llama3.1": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE)),
+    "llama3.2_tied": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=24)),
+    "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A random model of every kind as transformers writes it; the trained stories260k where the data folder is there."""
+    root = tmp_path_factory.mktemp("models")
+    for name, (config_class, changes) in KINDS.items():
+        torch.manual_seed(0)
+        config = config_class(**{**SIZES, **changes})
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # norms and biases too, or a swapped one would go unseen
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
+        model.save_pretrained(root / name)
+    if DATA.is_dir():
+        subprocess.run([sys.executable, DATA / "stories260k" / "to_hf.py", root / "stories260k"], check=True, capture_output=True)
+    return root
+
+
+def load(folder, mesh):
+    model = Transformer(read_architecture(folder))
+    return model, read_params(folder, model, mesh)
+
+
+def our_logits(model, params, ids):
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    hidden, _ = model.apply({"params": params}, jnp.asarray(ids), positions, causal_mask(ids.shape[1]))
+    return np.asarray(model.apply({"params": params}, hidden, method="logits"))
+
+
+def their_logits(folder, ids):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.numpy()
+
+
+def existing(folders, name):
+    if not (folders / name).is_dir():
+        pytest.skip(f"no {DATA}")
+    return folders / name
+
+
+@pytest.mark.parametrize("name", [*KINDS, "stories260k"])
+def test_logits_equal_transformers(folders, one_device, name):
+    folder = existing(folders, name)
+    model, params = load(folder, one_device)
+    ids = np.random.default_rng(0).integers(3, model.architecture.vocab_size, (2, 100))
+    expected = their_logits(folder, ids)
+    # the trained model's logits reach 18, where float32 itself is coarser than at order 1
+    tolerance = 1e-5 * max(1.0, np.abs(expected).max() / 2)
+    np.testing.assert_allclose(our_logits(model, params, ids), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "stories260k"])
+def test_greedy_tokens_and_their_log_probs_equal_transformers_over_64_steps_with_uneven_prompts(folders, one_device, name):
+    folder = existing(folders, name)
+    model, params = load(folder, one_device)
+    shardings = param_shardings(abstract_params(model), one_device)
+    sampler = Sampler(build_generate(model, one_device, shardings), one_device, make_sampling_params(0.0, 1.0), (), 64, 256, 4)
+    draw = np.random.default_rng(1)
+    prompts = [draw.integers(3, model.architecture.vocab_size, size).tolist() for size in (5, 31, 17)]
+    ours = sampler.sample(params, [Request(prompt, (0, i)) for i, prompt in enumerate(prompts)], "test")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None
+    expected = []
+    for prompt, response in zip(prompts, ours, strict=True):
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
+        assert response == out[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            log_probs = torch.log_softmax(theirs(out).logits[0, len(prompt) - 1 : -1], dim=-1)
+        expected.append(log_probs.gather(1, out[0, len(prompt) :, None]).sum().item())
+    items = [Scorable({"plain": prompt}, {"chosen": response}) for prompt, response in zip(prompts, ours, strict=True)]
+    score = build_score(model, one_device, shardings)
+    sums = score_examples(score, one_device, params, items, [("plain", "chosen")], 3, "test")
+    np.testing.assert_allclose(np.ravel(sums), expected, rtol=0, atol=1e-4)
+
+
+def test_trained_model_has_its_published_loss(folders, one_device):
+    folder = existing(folders, "stories260k")
+    model, params = load(folder, one_device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lines = (DATA / "stories260k" / "tinystories.jsonl").read_text().splitlines()[:20]
+    total, count = 0.0, 0
+    for line in lines:
+        text = next(value for value in json.loads(line).values() if isinstance(value, str))
+        ids = np.array([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][:400]])
+        log_probs = jax.nn.log_softmax(our_logits(model, params, ids)[0, :-1], axis=-1)
+        total -= float(np.take_along_axis(np.asarray(log_probs), ids[0, 1:, None], axis=1).sum())
+        count += ids.shape[1] - 1
+    assert total / count == pytest.approx(1.336, abs=0.002)  # the figure of shared/data/README.md
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_is_byte_identical(folders, eight_devices, tmp_path, name, dtype):
+    transformers.AutoModelForCausalLM.from_pretrained(folders / name, dtype=getattr(torch, dtype)).save_pretrained(tmp_path / "in")
+    model, params = load(tmp_path / "in", eight_devices)
+    (tmp_path / "out").mkdir()
+    write_params(params, model.architecture, tmp_path / "out", dtype, max_shard_bytes=2**16)
+    config = to_hf_config(model.architecture, dtype, None, 2)
+    (tmp_path / "out" / CONFIG_FILE).write_text(json.dumps(config))
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    written = {key: value for file in files for key, value in load_file(file).items()}
+    given = load_file(tmp_path / "in" / WEIGHTS_FILE)
+    given.pop("lm_head.weight") if model.architecture.tied_head and "lm_head.weight" in given else None
+    assert written.keys() == given.keys()
+    for key, value in given.items():
+        assert written[key].dtype == value.dtype and written[key].tobytes() == value.tobytes(), key
+    assert read_architecture(tmp_path / "out") == model.architecture
+
+
+def test_a_device_holds_its_part_only(folders, eight_devices):
+    _, params = load(folders / "qwen2", eight_devices)
+    kernel = params["layers"]["unit"]["gate"]["kernel"]  # [layers, width over fsdp, hidden over tensor]
+    assert kernel.addressable_shards[0].data.shape == (3, 64 // 2, 96 // 2)
+    tensors = load_file(folders / "qwen2" / WEIGHTS_FILE)
+    np.testing.assert_array_equal(np.asarray(kernel)[1], tensors["model.layers.1.mlp.gate_proj.weight"].T)
+
+
+class Counting:
+    """An opened safetensors file that counts the bytes taken from it."""
+
+    taken = 0
+
+    def __init__(self, path, framework):
+        self.file = safe_open(path, framework)
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        whole = self.file.get_slice(name)
+
+        class Slice:
+            get_shape, get_dtype = whole.get_shape, whole.get_dtype
+
+            def __getitem__(self, cuts):
+                part = whole[cuts]
+                Counting.taken += part.nbytes
+                return part
+
+        return Slice()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3.2_tied"])
+def test_every_byte_is_read_once_however_the_mesh_cuts_and_copies(folders, eight_devices, monkeypatch, name):
+    """Eight devices, two copies of four parts: what is read is what one copy holds, so a host reads what its own devices hold."""
+    monkeypatch.setattr(hf_weights, "safe_open", Counting)
+    monkeypatch.setattr(Counting, "taken", 0)
+    load(folders / name, eight_devices)
+    assert Counting.taken == sum(value.nbytes for value in load_file(folders / name / WEIGHTS_FILE).values())
+
+
+def test_a_part_of_a_tensor_is_read_without_its_neighbours():
+    """Heads of the output matrix [heads, head size, width]: those of one device and its share of the width."""
+    ours = np.arange(4 * 2 * 6).reshape(4, 2, 6)
+    stored, rule = ours.reshape(8, 6).T.copy(), hf_weights.RULES["layers/attention/out/kernel"]
+    taken = []
+
+    class Stored:
+        def __getitem__(self, cuts):
+            taken.append(stored[cuts].size)
+            return stored[cuts]
+
+    window = (slice(1, 3), slice(None), slice(2, 4))
+    np.testing.assert_array_equal(hf_weights._from_hf(rule, Stored(), ours.shape, window), ours[window])
+    assert taken == [2 * 2 * 2]
+
+
+def test_the_host_holds_about_one_tensor_beside_the_arrays(tmp_path, one_device):
+    """Twenty layers of 1 MiB matrices, bfloat16 on disk and float32 in the arrays, while Python's own memory is watched."""
+    architecture = Architecture("llama", 64, 512, 512, 20, 4, 4, 128, 64)
+    model = Transformer(architecture)
+    shapes = nn.unbox(abstract_params(model))
+    write_params(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes), architecture, tmp_path, "bfloat16")
+    read_params(tmp_path, model, one_device)  # what compiling takes is no part of it
+    tracemalloc.start()
+    params = read_params(tmp_path, model, one_device)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest, whole = 512 * 512 * 4, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert whole > 100 * largest and peak < 3 * largest
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A copy of a good folder, to be damaged."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / name).write_bytes((folders / "qwen2" / name).read_bytes())
+    return tmp_path
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, **fields}))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(InputError) as caught:
+        check_weights(folder, Transformer(read_architecture(folder)))
+    return str(caught.value)
+
+
+def test_missing_tensor_is_named(folder):
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "1 missing" in refusal(folder) and "model.layers.1.mlp.up_proj.weight" in refusal(folder)
+
+
+def test_extra_tensor_is_named(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.extra": np.zeros(3, np.float32)}))
+    assert "unexpected" in refusal(folder) and "model.layers.0.extra" in refusal(folder)
+
+
+def test_misshaped_tensor_is_named_with_both_shapes(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(63, np.float32)}))
+    assert all(part in refusal(folder) for part in ("model.norm.weight", "(63,)", "(64,)"))
+
+
+def test_tensor_of_integers_is_named(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(64, np.int32)}))
+    assert "model.norm.weight is I32" in refusal(folder)
+
+
+def test_truncated_file_is_named(folder):
+    whole = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
+    assert WEIGHTS_FILE in refusal(folder) and "truncated" in refusal(folder)
+
+
+def test_half_downloaded_folders_are_refused_by_the_file_that_is_not_there(folders, one_device, tmp_path):
+    """Sharded files with an index, as the hub has them: one not there yet, one cut short."""
+    model, params = load(folders / "qwen2", one_device)
+    (tmp_path / CONFIG_FILE).write_bytes((folders / "qwen2" / CONFIG_FILE).read_bytes())
+    write_params(params, model.architecture, tmp_path, "float32", max_shard_bytes=2**16)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    check_weights(tmp_path, model)
+    last = files[-1].read_bytes()
+    files[-1].write_bytes(last[:-8])
+    assert files[-1].name in refusal(tmp_path) and "truncated" in refusal(tmp_path)
+    files[-1].unlink()
+    assert files[-1].name in refusal(tmp_path) and "missing" in refusal(tmp_path)
+
+
+def test_folder_without_weights(folder):
+    (folder / WEIGHTS_FILE).unlink()
+    assert "no model.safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(model_type="gpt2"), ("model_type", "'gpt2'")),
+        (dict(hidden_act="gelu"), ("hidden_act", "'gelu'")),
+        (dict(use_sliding_window=True, sliding_window=64), ("sliding_window", "64")),
+        (dict(quantization_config={"bits": 4}), ("quantization_config",)),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ("rope_type", "'yarn'")),
+        (dict(num_key_value_heads=3), ("num_key_value_heads 3",)),
+    ],
+)
+def test_options_that_change_the_arithmetic_are_refused_by_name(folder, fields, words):
+    change_config(folder, **fields)
+    with pytest.raises(InputError) as caught:
+        read_architecture(folder)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_missing_config_field_is_named(folder):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    del config["hidden_size"]
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(InputError, match="hidden_size is missing"):
+        read_architecture(folder)
+
+
+def test_a_hub_id_is_fetched_without_pickles_code_or_second_copies(monkeypatch, tmp_path):
+    published = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "model-00001-of-00002.safetensors",
+        "merges.txt",
+    ]
+    others = ["pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "original/params.json", "optimizer.pt", "README.md"]
+    asked = []
+
+    def snapshot_download(repo, allow_patterns, ignore_patterns):
+        asked.append((repo, list(filter_repo_objects(published + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert fetch("mistralai/Mistral-7B-Instruct-v0.3") == tmp_path
+    assert asked == [("mistralai/Mistral-7B-Instruct-v0.3", published)]

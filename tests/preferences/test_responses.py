@@ -1,0 +1,141 @@
+"""Sampled responses: each from its own prompt, labels cut at token boundaries, and what cleaning drops, counted by reason."""
+
+import copy
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from toys import DATA
+
+from sso_jax.data.records import SteeredQuery, Triple
+from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
+from sso_jax.preferences.responses import clean_triples, sample_triples, strip_label
+from sso_jax.toy.pretraining import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return train_tokenizer()
+
+
+def ended(tokenizer, text: str) -> list[int]:
+    return [*encode_text(tokenizer, text), tokenizer.eos_token_id]
+
+
+def test_each_response_is_sampled_from_its_own_prompt_with_its_own_key(toy):
+    records = [SteeredQuery(name, f"query {name}", ("Safety",), "good", "bad") for name in "ab"]
+    prompts = [{"plain": [n, 0], "positive": [n, 1], "negative": [n, 2]} for n in (10, 20)]
+    seen = []
+
+    def sample(params, requests, stage):
+        seen.extend(requests)
+        return [ended(toy, str(request.prompt_ids)) for request in requests]  # the answer tells the prompt
+
+    sampler = SimpleNamespace(sample=sample)
+    triples = sample_triples(sampler, None, toy, list(zip(records, prompts, strict=True)), seed=0, iteration=1)
+    assert [(t.id, t.query, t.good_system, t.bad_system, t.features) for t in triples] == [
+        (name, f"query {name}", "good", "bad", ("Safety",)) for name in "ab"
+    ]
+    assert [(t.chosen, t.rejected, t.original) for t in triples] == [(f"[{n}, 1]", f"[{n}, 2]", f"[{n}, 0]") for n in (10, 20)]
+    assert triples[1].response_ids == {r: ended(toy, getattr(triples[1], r)) for r in ("chosen", "rejected", "original")}
+    assert {t.tokens_hash for t in triples} == {tokens_hash(toy)}
+    keys = {tuple(request.prompt_ids): request.key for request in seen}
+    assert len(set(keys.values())) == 6
+    seen.clear()
+    sample_triples(sampler, None, toy, [(records[1], prompts[1])], seed=0, iteration=1)
+    assert all(keys[tuple(request.prompt_ids)] == request.key for request in seen)  # whatever else is in the batch
+
+
+def test_responses_of_several_policies_are_told_apart(toy):
+    """Policies "now", "one back", "two back": each answers its share of y+ and y-, y_o is always of now, places are kept."""
+    records = [SteeredQuery(str(n), f"query {n}", ("Safety",), "good", "bad") for n in range(300)]
+    prompts = [{"plain": [n, 0], "positive": [n, 1], "negative": [n, 2]} for n in range(300)]
+    calls = []
+
+    def sample(params, requests, stage):
+        calls.append((params, stage))
+        return [ended(toy, f"{params} {request.prompt_ids}") for request in requests]
+
+    earlier = [lambda: "one back", lambda: "two back"]
+    steered = list(zip(records, prompts, strict=True))
+    triples = sample_triples(SimpleNamespace(sample=sample), "now", toy, steered, seed=0, iteration=4, earlier=earlier)
+    assert [params for params, _ in calls] == ["now", "one back", "two back"] and "2 rounds back" in calls[2][1]
+    names = ("now", "one back", "two back")
+    for n, triple in enumerate(triples):
+        back = triple.extra["policies"]
+        assert triple.chosen == f"{names[back['chosen']]} [{n}, 1]" and triple.rejected == f"{names[back['rejected']]} [{n}, 2]"
+        assert triple.original == f"now [{n}, 0]"
+    counts = [sum(t.extra["policies"][r] == k for t in triples for r in ("chosen", "rejected")) for k in range(3)]
+    assert all(abs(count - 200) < 60 for count in counts)  # five standard deviations of sqrt(600 * 2/9) = 11.5
+    assert any(t.extra["policies"]["chosen"] != t.extra["policies"]["rejected"] for t in triples)
+
+
+LABELED = {
+    "Helpful response: 7 .": "7 .",
+    "Response: With pleasure! 7.": "With pleasure! 7.",
+    "\n Unhelpful Answer :\n\n7.": "7.",
+    "The letters are a b.": None,
+    "In my response: no.": None,
+    "It is 7. Answer: 7": None,
+}
+
+
+@pytest.mark.parametrize("text", LABELED)
+def test_a_leading_label_is_cut_at_a_token_boundary_and_nothing_else_is(toy, text):
+    ids, rest = ended(toy, text), LABELED[text]
+    cut = strip_label(toy, ids)
+    if rest is None:
+        assert cut == ids
+    else:
+        assert cut == ids[len(ids) - len(cut) :] and len(cut) < len(ids)
+        assert toy.decode(cut).strip() == f"{rest}<|im_end|>"
+
+
+def test_a_response_cut_by_the_length_limit_keeps_its_last_token(toy):
+    ids = encode_text(toy, "Helpful response: 7 and 8")
+    cut = strip_label(toy, ids)
+    assert toy.decode(cut).strip() == "7 and 8" and cut[-1] == ids[-1]
+
+
+@pytest.mark.parametrize("text", ["Answer:", "Answer: \n", "Answer:fox trot"])
+def test_a_label_that_ends_within_a_token_or_is_all_there_is_cannot_be_cut(toy, text):
+    tokenizer = copy.deepcopy(toy)
+    tokenizer.add_tokens([":fox"])
+    assert strip_label(tokenizer, ended(tokenizer, text)) is None
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+def test_labels_are_cut_from_tokens_of_qwen2():
+    tokenizer = load_tokenizer(DATA / "tokenizers" / "qwen2")
+    for text, rest in (("Helpful response: Paris", "Paris"), ("Answer:\n\n巴黎 😀", "巴黎 😀")):
+        assert tokenizer.decode(strip_label(tokenizer, ended(tokenizer, text))).strip() == rest + "<|im_end|>"
+    ids = ended(tokenizer, 'Answer:"Paris"')
+    assert ':"' in tokenizer.convert_ids_to_tokens(ids)  # one token holds the end of the label and the start of the response
+    assert strip_label(tokenizer, ids) is None
+
+
+def test_cleaning_saves_stripped_responses_and_counts_what_it_drops_by_reason(toy):
+    cases = {
+        "kept": ("Helpful response: one", "two", "three"),
+        "same": (" one", "one\n", "three"),
+        "same_once_stripped": ("Helpful response: one", "one", "three"),
+        "chosen_is_original": ("one", "two", "Answer: one"),
+        "rejected_is_original": ("one", "two", "two"),
+        "all_same": ("one", "one", "one"),
+        "empty": ("one", " ", "three"),
+        "nothing_but_end_of_turn": ("one", "two", ""),
+        "label_alone": ("Answer:", "two", "three"),
+        "also_kept": ("one", "two", "three two"),
+    }
+    names = ("chosen", "rejected", "original")
+    triples = [
+        Triple(case, "q", "g", "b", *texts, response_ids={name: ended(toy, text) for name, text in zip(names, texts, strict=True)})
+        for case, texts in cases.items()
+    ]
+    kept, dropped = clean_triples(toy, triples)
+    assert [triple.id for triple in kept] == ["kept", "also_kept"]
+    assert kept[0].chosen.strip() == "one" and (kept[0].rejected, kept[0].original) == ("two", "three")
+    assert toy.decode(kept[0].response_ids["chosen"]).strip() == "one<|im_end|>"
+    assert kept[1] == triples[-1]
+    assert dropped["empty"] == "empty" and dropped["label_alone"] == "label"
+    assert Counter(dropped.values()) == {"chosen_is_rejected": 3, "original_is_chosen_or_rejected": 2, "empty": 2, "label": 1}

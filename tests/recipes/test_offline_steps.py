@@ -1,0 +1,135 @@
+"""Five AdamW steps of recipe `offline` against transformers, PyTorch and the formulas of the paper, from the same folder and file."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from toys import toy_model, toy_params
+
+import train
+from sso_jax.commands.report import page as report
+from sso_jax.models.export import export_policy
+from sso_jax.toy.pretraining import train_tokenizer
+
+RATE, STEPS, BATCH = 3e-3, 5, 4
+BETA, G, A, GAMMA = 0.2, 0.1, 0.66, 0.1
+WORDS = [
+    "fox",
+    "fig",
+    "cat",
+    "red",
+    "ten",
+    "oak",
+    "sun",
+    "sea",
+    "ice",
+    "map",
+    "owl",
+    "bee",
+    "tin",
+    "jam",
+    "fan",
+    "hut",
+    "axe",
+    "pie",
+    "log",
+    "cup",
+]
+PAIRS = [
+    {"id": word, "query": f"Spell {word}.", "good_system": "Be right and polite.", "bad_system": f"Be wrong about {word}.",
+     "chosen": f"The letters are {' '.join(word)}.", "rejected": "That is hard to say." + " No." * (i % 3), "original": f"It is {word}."}
+    for i, word in enumerate(WORDS)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, one_device):
+    """A random policy of one layer with a tied head, and one without."""
+    tokenizer, made = train_tokenizer(), {}
+    for tied in (True, False):
+        model = toy_model(vocab_size=1024, num_layers=1, tied_head=tied)
+        folder = tmp_path_factory.mktemp("model") / "policy"
+        export_policy(toy_params(model, one_device, scale=3.0), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+        made[tied] = folder
+    return made
+
+
+def log_prob(model, tokenizer, system, query, response):
+    """Sum of the response tokens' log-probs, end of turn included, and their number; one row, the whole prompt."""
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": query}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    logits = model(torch.tensor([prompt_ids + ids])).logits[0].double()
+    return logits[len(prompt_ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum(), len(ids)
+
+
+def numbers(model, tokenizer, row):
+    """(log-prob, count) of winner and loser under x, x+ and x-."""
+    good, bad = row["good_system"], row["bad_system"]
+    wanted = [(None, "chosen"), (None, "rejected"), (good, "chosen"), (good, "rejected"), (bad, "original"), (bad, "chosen")]
+    return [log_prob(model, tokenizer, system, row["query"], row[response]) for system, response in wanted]
+
+
+def loss_of(base, form, policy, reference):
+    """L of one pair, METHOD.md: version 1's joint objective, or version 2's generator."""
+    (h, n), mlp = zip(*((p - r, n) for (p, n), (r, _) in zip(policy, reference, strict=True)), strict=True), [p / n for p, n in policy]
+
+    def pair(w, l):  # noqa: E741
+        if base == "dpo":
+            return -torch.nn.functional.logsigmoid(BETA * (h[w] - h[l]))
+        return (h[w] / n[w] - h[l] / n[l] - 1 / (2 * BETA)) ** 2
+
+    if form == "generator":
+        return pair(2, 3) + pair(4, 5) - GAMMA * (mlp[2] + mlp[4])
+    weight = torch.sigmoid(-(A * mlp[0] + (1 - A) * mlp[1]))
+    return pair(0, 1) + weight * G * (pair(2, 3) + pair(4, 5))
+
+
+def torch_losses(folder, base, form):
+    """Loss before each of five AdamW steps with a cosine, clipping at 1 and decay of matrices; and y_o's log-prob in the first."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).double()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        first = PAIRS[:BATCH]
+        originals = sum(float(log_prob(model, tokenizer, None, row["query"], row["original"])[0]) for row in first) / BATCH
+        references = [[(p.detach(), n) for p, n in numbers(model, tokenizer, row)] for row in PAIRS]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    losses = []
+    for step in range(STEPS):
+        rows = range(step * BATCH, (step + 1) * BATCH)
+        loss = sum(loss_of(base, form, numbers(model, tokenizer, PAIRS[i]), references[i]) for i in rows) / BATCH
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, originals
+
+
+CASES = [("online", "dpo", True), ("online", "ipo", False), ("generator", "dpo", False), ("generator", "ipo", True)]
+"""Half of the eight: each form meets each base and each kind of head, and each base each kind of head."""
+
+
+@pytest.mark.parametrize(("form", "base", "tied"), CASES)
+def test_five_steps_follow_pytorch(folders, tmp_path, monkeypatch, form, base, tied):
+    monkeypatch.setattr(report, "write", lambda directory: None)  # its figures take longer than the steps
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    changes = {
+        "--model.path": folders[tied], "--pairs.path": tmp_path / "pairs.jsonl", "--run.directory": tmp_path / "run",
+        "--objective.form": form, "--objective.base": base, "--train.batch_size": BATCH, "--train.shuffle": "false",
+        "--optimizer.learning_rate": RATE, "--optimizer.warmup_ratio": 0, "--model.remat": "false", "--logging.tensorboard": "false",
+    }  # fmt: skip
+    assert train.main(["--config", "configs/offline.yaml", *(str(part) for pair in changes.items() for part in pair)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    got = [row["loss"] for row in rows]
+    expected, originals = torch_losses(folders[tied], base, form)
+    assert max(abs(a - expected[0]) / expected[0] for a in expected) > 0.005  # the steps do something
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert rows[0]["original_log_prob"] == (pytest.approx(originals, rel=1e-4) if form == "online" else None)

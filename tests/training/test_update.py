@@ -1,0 +1,224 @@
+"""One update held to several routes: sharded and not, microbatches and not, PyTorch's AdamW, and what step 0 must be."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from toys import Compilations, toy_model, toy_params
+
+from sso_jax.config import ObjectiveConfig
+from sso_jax.models.layer_layout import training_layout
+from sso_jax.models.transformer import abstract_params
+from sso_jax.recipes.objective import build_objective
+from sso_jax.runtime.mesh import param_shardings, place, replicated
+from sso_jax.training.batches import Example, cut_microbatches, micro_trees, preference_batch, supervised_batch
+from sso_jax.training.example_losses import preference_losses, supervised_losses
+from sso_jax.training.log_probs import build_score
+from sso_jax.training.optimizer import decayed, learning_rates, make_optimizer
+from sso_jax.training.row_shapes import RowShape, row_shape
+from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
+from sso_jax.training.trees import Branch, Tree
+from sso_jax.training.update import batch_shardings, build_update, compile_ahead, init_state, state_shardings
+
+
+def random_examples(count, seed=0):
+    draw = np.random.default_rng(seed)
+    ids = lambda low, high: draw.integers(3, 96, draw.integers(low, high)).tolist()  # noqa: E731
+    return [
+        Example(
+            str(i),
+            {context: ids(3, 14) for context in ("plain", "positive", "negative")},
+            {response: ids(2, 9) for response in ("chosen", "rejected", "original")},
+            [],
+        )
+        for i in range(count)
+    ]
+
+
+def scored(model, params, mesh, examples, cells, noise):
+    """The examples with the model itself, plus noise of this deviation, as their reference."""
+    score = build_score(model, mesh, param_shardings(abstract_params(model), mesh))
+    items = [Scorable(example.prompts, example.responses) for example in examples]
+    shape = row_shape(scoring_batches(items, cells, 3), 4)  # on any mesh the same: gradients here blow up a rounding of these sums
+    sums = score_examples(score, mesh, params, items, cells, 3, "test", shape)
+    off = np.random.default_rng(1).normal(0, noise, (len(examples), len(cells)))
+    return [e._replace(reference_log_probs=(np.array(row) + o).tolist()) for e, row, o in zip(examples, sums, off, strict=True)]
+
+
+def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0, laid="stacked"):
+    """Metrics of each of `num_steps` updates on one batch, and the parameters after them.
+
+    The reference is the model itself plus `noise` nats, so that margins differ from 0 by more than rounding.
+    """
+    model = toy_model().clone(laid=laid)
+    params = toy_params(model, mesh, scale=3.0)  # at ten times the usual scale gradients are too ill-conditioned for float32
+    objective = build_objective(objective_config)
+    examples = scored(model, params, mesh, random_examples(num_examples), objective.cells, noise)
+    num_micro = -(-num_examples // micro)
+    trees = [micro_trees(part, objective.cells) for part in cut_microbatches(examples, micro, num_micro)]
+    batch = preference_batch(examples, objective.cells, micro, num_micro, row_shape(trees, 4))  # the same rows on any mesh
+    optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
+    shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
+    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
+    update = build_update(losses, optimizer, mesh, shardings, batch, training_layout(model, mesh))
+    state, metrics = init_state(params, optimizer, shardings), []
+    with jax.set_mesh(mesh):
+        for _ in range(num_steps):
+            state, numbers = update(state, batch, np.float32(learning_rate))
+            metrics.append({name: float(value) for name, value in numbers.items()})
+    assert update._cache_size() == 1
+    return metrics, jax.device_get(state.params)
+
+
+ONLINE_IPO = ObjectiveConfig(base="ipo", beta=0.2, form="online")
+
+
+def assert_same_metrics(ours, theirs):
+    """Equal to 1e-5. After the first update the gradient's norm (100 here) may differ more: Adam turns the rounding of a gradient near 0
+    into a step of 1e-4 either way."""
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.keys() == b.keys()
+        for name in a:
+            relative = 1e-3 if name == "grad_norm" and step > 0 else 1e-5
+            assert a[name] == pytest.approx(b[name], rel=relative, abs=1e-5), (step, name)
+
+
+def test_eight_devices_train_as_one_does(one_device, eight_devices):
+    (one, params_one), (eight, params_eight) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4) for mesh in (one_device, eight_devices))
+    assert_same_metrics(one, eight)
+    for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_eight), strict=True):
+        # Adam divides by the root of the second moment: where a gradient is near 0, its rounding decides the sign of a step of 1e-4
+        np.testing.assert_allclose(a, b, atol=3.1e-4)
+        assert np.mean(np.abs(a - b) > 1e-6) < 0.02
+
+
+@pytest.mark.parametrize("micro", [8, 3])
+def test_layers_apart_train_as_stacked_ones_do(one_device, micro):
+    settings = dict(micro=micro, num_steps=2, learning_rate=1e-4)
+    (stacked, params), (apart, params_apart) = (run_steps(one_device, ONLINE_IPO, **settings, laid=laid) for laid in ("stacked", "apart"))
+    assert_same_metrics(stacked, apart)
+    assert jax.tree.structure(params) == jax.tree.structure(params_apart)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_apart), strict=True):
+        np.testing.assert_allclose(a, b, atol=2.1e-4)  # as on eight devices, two steps
+        assert np.mean(np.abs(a - b) > 1e-6) < 0.02
+
+
+def test_layers_apart_train_on_eight_devices_as_on_one(one_device, eight_devices):
+    (one, _), (eight, _) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4, laid="apart") for mesh in (one_device, eight_devices))
+    assert_same_metrics(one, eight)
+
+
+def test_microbatches_sum_to_the_whole_batch(one_device):
+    settings = dict(num_examples=7, learning_rate=1e-4)
+    whole, _ = run_steps(one_device, ONLINE_IPO, micro=7, **settings)
+    parts, _ = run_steps(one_device, ONLINE_IPO, micro=2, **settings)  # the last microbatch holds one example and one filler
+    assert_same_metrics(whole, parts)
+
+
+@pytest.mark.parametrize(("base", "beta", "expected"), [("dpo", 0.2, math.log(2)), ("ipo", 0.2, 6.25), ("ipo", 0.1, 25.0)])
+@pytest.mark.parametrize("form", ["online", "generator", "pairwise"])
+def test_where_the_reference_is_the_policy_each_term_has_its_step_0_value(one_device, base, beta, expected, form):
+    metrics, _ = run_steps(one_device, ObjectiveConfig(base=base, beta=beta, form=form), num_steps=1, noise=0.0)
+    terms = {"online": ("base", "positive", "negative"), "generator": ("positive", "negative"), "pairwise": ("base",)}[form]
+    for term in terms:
+        assert metrics[0][f"{term}_loss"] == pytest.approx(expected, rel=1e-5)
+    if form != "generator":
+        assert metrics[0]["margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_loss_falls(one_device):
+    metrics, _ = run_steps(one_device, ObjectiveConfig(base="dpo", beta=0.2), num_steps=6)
+    assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
+    assert metrics[-1]["margin"] > metrics[0]["margin"]
+
+
+def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
+    model = toy_model(num_layers=1)
+    params = toy_params(model, one_device)
+    draw = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda p: draw.normal(size=p.shape).astype(np.float32), params) for _ in range(3)]
+    optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
+    state, ours = optimizer.init(params), params
+    leaves, mask = [jax.tree.leaves(tree) for tree in (params, decayed(params))]
+    tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in leaves]
+    groups = [
+        {"params": [t for t, d in zip(tensors, mask, strict=True) if d == wanted], "weight_decay": 0.1 if wanted else 0.0}
+        for wanted in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    # two updates of warm-up from 0, then a cosine over the other three
+    rates = [0.0, 0.5e-2, 1e-2]
+    np.testing.assert_allclose(learning_rates(1e-2, "cosine", 0.4, 5)[:3], rates, rtol=1e-6)
+    for rate, gradient in zip(rates, gradients, strict=True):
+        changes, state = optimizer.update(gradient, state, ours)
+        ours = jax.tree.map(lambda p, change, rate=rate: p + rate * change, ours, changes)
+        for tensor, g in zip(tensors, jax.tree.leaves(gradient), strict=True):
+            tensor.grad = torch.tensor(g)
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+    for a, b in zip(jax.tree.leaves(ours), tensors, strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), atol=2e-6)
+    assert 0 < sum(mask) < len(mask)
+
+
+def test_moments_of_bfloat16_weights_are_float32(one_device):
+    """After a gradient of 1 and n of 0: m = (1 - b1) b1^n, v = (1 - b2) b2^n, which bfloat16 would round back to where it was."""
+    weights = {"kernel": jnp.ones((2, 3), jnp.bfloat16)}
+    optimizer = make_optimizer(0.9, 0.999, 1e-8, 0.0, 0.0)
+    state = optimizer.init(weights)
+    for gradient in (1.0, 0.0, 0.0, 0.0):
+        _, state = optimizer.update({"kernel": jnp.full((2, 3), gradient, jnp.float32)}, state, weights)
+    first, second = state[0].mu["kernel"], state[0].nu["kernel"]
+    assert first.dtype == second.dtype == jnp.float32
+    np.testing.assert_allclose(first, 0.1 * 0.9**3, rtol=1e-6)
+    np.testing.assert_allclose(second, 0.001 * 0.999**3, rtol=1e-5)
+    shardings = state_shardings(weights, {"kernel": replicated(one_device)}, optimizer, one_device)
+    assert jax.tree.structure(shardings.optimizer) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("cosine", [0.0, 0.5, 1.0, 0.5 * (1 + math.cos(math.pi / 8))]), ("constant", [0, 0.5, 1, 1])]
+)
+def test_schedule_warms_up_from_0_to_the_peak(kind, expected):
+    rates = learning_rates(1.0, kind, 0.2, 10)
+    np.testing.assert_allclose(rates[:4], expected, atol=1e-6)
+    assert len(rates) == 10
+
+
+def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_device):
+    model = toy_model()
+    params = toy_params(model, one_device)
+    trees = [Tree([5, 6, 7], [Branch([8, 9], 0)]), Tree([5], [Branch([10, 11, 12, 13, 14], 0)])]
+    optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.0, 0.0)
+    shardings = state_shardings(params, param_shardings(abstract_params(model), one_device), optimizer, one_device)
+    score = build_score(model, one_device, shardings.params)
+    items = [Scorable({"plain": tree.prompt_ids}, {"chosen": tree.branches[0].response_ids}) for tree in trees]
+    sums = score_examples(score, one_device, params, items, [("plain", "chosen")], 2, "test")
+    batch = supervised_batch(trees, 1, 2, row_shape([[tree] for tree in trees]))
+    update = build_update(supervised_losses(model), optimizer, one_device, shardings, batch)
+    with jax.set_mesh(one_device):
+        _, metrics = update(init_state(params, optimizer, shardings), batch, np.float32(0))
+    assert float(metrics["loss"]) == pytest.approx(-(sums[0][0] + sums[1][0]) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
+def test_an_update_compiled_ahead_is_not_compiled_again_when_it_is_called(devices, request):
+    """Neither for the first state nor for the one that an update gave; a batch of another length is compiled for when it comes."""
+    mesh, model = request.getfixturevalue(devices), toy_model()
+    params, optimizer = toy_params(model, mesh), make_optimizer(0.9, 0.95, 1e-8, 0.0, 1.0)
+    shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
+    trees = [Tree([5, 6, 7], [Branch([8, 9], 0)])]
+    batches = [supervised_batch(trees, 1, 1, RowShape(4, num_tokens, 4)) for num_tokens in (8, 16)]
+    update = build_update(supervised_losses(model), optimizer, mesh, shardings, batches[0])
+    state, counts = init_state(params, optimizer, shardings), []
+    with jax.log_compiles(), Compilations() as compilations, jax.set_mesh(mesh):
+        compile_ahead(update, state, batches[0], mesh)
+        for batch in (batches[0], batches[0], batches[1]):
+            counts.append(compilations.names.count("update_batch"))
+            state, _ = update(state, place(batch, batch_shardings(batch, mesh)), np.float32(1e-3))
+    assert counts + [compilations.names.count("update_batch")] == [1, 1, 1, 2]
