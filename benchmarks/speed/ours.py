@@ -163,7 +163,7 @@ def traced(parts: Updating) -> dict:
     rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh), by_sequence=parts.model.by_sequence), num_cells)
     with jax.set_mesh(parts.mesh):
         updated = parts.update.trace(parts.shapes, batch, RATE).jaxpr
-        params = jax.eval_shape(parts.score.lay_out, parts.shapes.whole_params())
+        params = jax.eval_shape(parts.score.lay_out, parts.shapes.all_params())
         scored = parts.score.log_probs.trace(params, rows, num_cells).jaxpr
     return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
 
@@ -176,7 +176,7 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     batch = parts.batch_of(no_log_probs(parts.items, parts.cells))  # rows are packed ahead of the device in a run
 
     def work():
-        params, size = held["state"].whole_params(), shape.update_microbatch
+        params, size = held["state"].all_params(), shape.update_microbatch
         sums = score_examples(parts.score, parts.mesh, params, parts.items, parts.cells, size, "reference")
         scored = batch._replace(reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape))
         if held["state"].step == 0:  # as a round begins

@@ -60,7 +60,7 @@ def start_policy(root: Path, cell: Cell) -> Path:
         pretraining.write_policy(cell.seed, curriculum, make_mesh(1, -1, 1), folder / "start")
         return {}
 
-    stages.plain_stage(folder, "supervised_start", train)
+    stages.file_stage(folder, "supervised_start", train)
     return folder / "start"
 
 

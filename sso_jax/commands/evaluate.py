@@ -11,7 +11,7 @@ import yaml
 from sso_jax.config import EvaluateConfig
 from sso_jax.data.pair_files import load_pairs
 from sso_jax.data.records import Triple
-from sso_jax.recipes.reward_model import accuracy_of, open_reward_scorer
+from sso_jax.recipes.reward_model import accuracy_of, open_reward_scorer, tokenize_pair
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.jax_setup import prepare_jax
@@ -39,7 +39,8 @@ def run(config: EvaluateConfig) -> None:
     refuse_equal_sides(pairs, config.pairs.path)
     prepare_jax(config.run.compilation_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    rewards = open_reward_scorer(config.model.path, config.model, mesh).rewards(pairs, "rewards")
+    scorer = open_reward_scorer(config.model.path, config.model, mesh)
+    rewards = scorer.rewards([tokenize_pair(scorer.chat, pair) for pair in pairs], "rewards")
     result = evaluate(pairs, rewards)
     write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", config.out)
     print(table(result), flush=True)

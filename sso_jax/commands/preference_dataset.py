@@ -10,7 +10,7 @@ from sso_jax.runtime.json_lines import read_records, write_records
 DATASET_FILE, DROPPED_FILE = "preference_dataset.jsonl", "dropped.jsonl"
 
 
-def write_pairs_out(folder: Path) -> None:
+def write_preference_dataset(folder: Path) -> None:
     """Writes `preference_dataset.jsonl` (`prompt, chosen, rejected` messages) and `dropped.jsonl` (`id, reason`), if a round has pairs."""
     pairs = stages.finished(folder, "pairs")
     if pairs is None:

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from sso_jax.commands.flops import count_flops
 from sso_jax.config import Config
+from sso_jax.data.records import Cell
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_config import CONFIG_FILE, read_architecture
 from sso_jax.models.hf_folder import fetch
@@ -25,7 +26,7 @@ from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
 from sso_jax.recipes.engine import build_decoder
-from sso_jax.recipes.objective import Objective, build_objective, with_original
+from sso_jax.recipes.objective import Objective, round_objective
 from sso_jax.recipes.reward_model import as_reward_model
 from sso_jax.recipes.stages.batch_plans import losses_of, trained_cells
 from sso_jax.recipes.stages.scoring import reference_cells
@@ -125,12 +126,12 @@ def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
     """Decoder and meshes of the config on devices with so much memory each."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     architecture = find_architecture(config.model.path)
-    model, shardings = build_decoder(architecture, config, mesh)
+    model, shardings = build_decoder(architecture, config.model, config.lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     training = sampling = Placement(mesh, shardings)
     if (own := config.sampling.mesh) is not None:
         mesh = make_mesh(own.data, own.fsdp, own.tensor, devices)
-        sampling = Placement(mesh, build_decoder(architecture, config, mesh)[1])
+        sampling = Placement(mesh, build_decoder(architecture, config.model, config.lora, mesh)[1])
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
     prompt_tokens = max_tokens // PROMPT_SHARE
     params = nn.unbox(abstract_params(model))
@@ -229,7 +230,7 @@ def trace_decode(plan: Plan) -> Traced:
     return _trace(plan, plan.sampling, go_on, (*inputs, state), new_tokens - 1, **sizes)
 
 
-def _examples(plan: Plan, count: int, cells: list[tuple[str, str]]) -> list[Example]:
+def _examples(plan: Plan, count: int, cells: list[Cell]) -> list[Example]:
     """Examples as long as there can be, with all that the cells name."""
     prompts = {context: [0] * plan.prompt_tokens for context, _ in cells}
     responses = {response: [0] * plan.response_tokens for _, response in cells}
@@ -245,8 +246,7 @@ def _objective(config: Config) -> Objective:
     """What the policy's updates minimise, with y_o's log-prob where that is logged."""
     if config.recipe == "generator":
         return generator.objectives(config)[1]
-    objective = build_objective(config.objective)
-    return with_original(objective) if config.train.log_original else objective
+    return round_objective(config)
 
 
 def _row_shape(plan: Plan, trees: list[Tree]) -> RowShape:
@@ -256,7 +256,7 @@ def _row_shape(plan: Plan, trees: list[Tree]) -> RowShape:
 def trace_scoring(plan: Plan) -> Traced:
     """Log-probs of one device step of examples by the reference."""
     objectives = generator.objectives(plan.config) if plan.config.recipe == "generator" else (_objective(plan.config),)
-    cells = max((reference_cells(plan.config, objective) for objective in objectives), key=len)
+    cells = max((reference_cells(objective, plan.config.filter.enabled) for objective in objectives), key=len)
     count = microbatch_size(plan.config)
     trees = micro_trees(_examples(plan, count, cells), cells)
     num_cells = count * len(cells)

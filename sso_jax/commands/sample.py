@@ -1,4 +1,4 @@
-"""A model folder and queries in, a file of answers out: plain ones with their log-probs, or triples with nine log-probs each."""
+"""Command sample.py: answers of a policy with their log-probs, steered triples with nine log-probs each, or benchmark answers."""
 
 import logging
 from pathlib import Path
@@ -7,28 +7,30 @@ from sso_jax.commands.answer_files import check_form, converse, write_answers
 from sso_jax.config import SampleConfig
 from sso_jax.data.benchmark_questions import load_questions
 from sso_jax.data.queries import load_queries
-from sso_jax.data.records import CONTEXTS, RESPONSES, Query, SteeredQuery
+from sso_jax.data.records import CONTEXTS, RESPONSES, Cell, Query, SteeredQuery
 from sso_jax.data.tokenizer import decode_text
 from sso_jax.models.export import find_policy
 from sso_jax.models.hf_folder import fetch
 from sso_jax.preferences.pairs import fits, mean_log_probs, with_log_probs
-from sso_jax.preferences.principle_sources import given_principles, open_endpoint, steer_queries
-from sso_jax.preferences.responses import sample_triples
+from sso_jax.preferences.principle_sources import PrincipleSource, SteeringCounts, given_principles, open_endpoint
+from sso_jax.preferences.responses import SampleKey
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.recipes.engine import Engine, build_engine, load_params
+from sso_jax.recipes.run import Params
+from sso_jax.recipes.stages.sampling import sample_fitting, steer_from_source
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import prepare_jax
 from sso_jax.runtime.json_lines import to_json, write_records
 from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.training.scoring import Scorable, score_examples
 
-NINE_CELLS = [(context, response) for context in CONTEXTS for response in RESPONSES]
+NINE_CELLS = [Cell(context, response) for context in CONTEXTS for response in RESPONSES]
 SCORING_BATCH = 16
 log = logging.getLogger(__name__)
 
 
 def run(config: SampleConfig) -> None:
-    """Does what the command line asks for.
+    """Samples what the command line asks for and writes it.
 
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.
@@ -40,8 +42,8 @@ def run(config: SampleConfig) -> None:
         return
     questions = load_questions(config.queries.path, config.queries.split)
     check_form(config.form, config.out, questions)
-    engine, params = _policy(config)
-    answers = converse(engine, params, questions, config.run.seed)
+    engine, policy = _open_policy(config)
+    answers = converse(engine, policy, questions, config.run.seed)
     write_answers(config.form, questions, answers, config.generator or Path(config.model.path).name, config.out)
 
 
@@ -67,77 +69,88 @@ def _check_fields(config: SampleConfig) -> None:
         raise InputError(f"principles.source: {config.principles.source!r} is for steered answers; add --steered true, or leave it out")
 
 
-def _policy(config: SampleConfig) -> tuple[Engine, dict]:
+def _open_policy(config: SampleConfig) -> tuple[Engine, Params]:
     folder = fetch(find_policy(config.model.path))
     engine = build_engine(folder, config)
     return engine, load_params(folder, engine)
 
 
 def _write_records(config: SampleConfig) -> None:
-    """Answers or triples as records, to a file or, of one query, to standard output."""
+    """Answers or triples as records, to a file or, for one query, to standard output."""
     path = config.queries.path
     queries = [Query("0", config.query)] if path is None else load_queries(path, config.queries.split)
-    given, endpoint = given_principles(config.principles, queries), open_endpoint(config)
+    endpoint = open_endpoint(config.endpoint, config.principles.source)
+    given = given_principles(config.principles, queries)
+    source = PrincipleSource(config.principles, given, endpoint, config.endpoint.temperature)
     folder = fetch(find_policy(config.model.path))
     engine = build_engine(folder, config)
-    fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
-    if len(fitting) < len(queries):
-        dropped = len(queries) - len(fitting)
-        log.warning(
-            "%d of %d queries leave no room for a response within %d tokens and are dropped", dropped, len(queries), engine.max_tokens
-        )
-    if not fitting:
-        raise InputError(f"queries: none leaves room for a response within {engine.max_tokens} tokens; give shorter ones")
-    params = load_params(folder, engine)
+    queries = _fitting(engine, queries)
+    policy, key = load_params(folder, engine), SampleKey(config.run.seed, 0)
     if config.steered:
         notes = None if config.out is None or config.principles.source == "predefined" else Path(f"{config.out}.notes")
-        steered, said = steer_queries(config, given, endpoint, engine, params, fitting, 0, notes)
-        _tell(said, notes)
-        rows = steered_rows(engine, params, steered, config.run.seed)
+        steered, counts = steer_from_source(engine, policy, queries, source, key, notes)
+        _log_counts(counts, notes)
+        rows = steered_rows(engine, policy, steered, key)
     else:
-        rows = plain_rows(engine, params, fitting, config.run.seed)
+        rows = plain_rows(engine, policy, queries, key)
     if config.query is not None:
         for row in rows:
-            print("\n".join(f"{name}: {row[name]}" for name in RESPONSES) if config.steered else row["response"])
+            shown = [f"{name}: {row[name]}" for name in RESPONSES] if config.steered else [row["response"]]
+            print("\n".join(shown))
     if config.out is not None:
         write_records(rows, config.out)
         log.info("%d records -> %s", len(rows), config.out)
 
 
-def _tell(said: dict, notes: Path | None) -> None:
-    """What was drawn at random, fell back, was not read or not answered, in the log."""
-    counts = {name: value for name, value in said.items() if value}
-    if counts:
-        log.info("steering: %s%s", counts, "" if notes is None else f"; look at {notes}")
+def _fitting(engine: Engine, queries: list[Query]) -> list[Query]:
+    """Queries that leave room for a response; the log counts the others."""
+    limit = engine.max_tokens
+    fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
+    if len(fitting) < len(queries):
+        dropped = len(queries) - len(fitting)
+        log.warning("%d of %d queries leave no room for a response within %d tokens and are dropped", dropped, len(queries), limit)
+    if not fitting:
+        raise InputError(f"queries: none leaves room for a response within {limit} tokens; give shorter ones")
+    return fitting
 
 
-def plain_rows(engine: Engine, params, queries: list[Query], seed: int) -> list[dict]:
+def _log_counts(counts: SteeringCounts, notes: Path | None) -> None:
+    """Logs what was drawn at random, fell back to the table, was not read or not answered."""
+    found = {name: value for name, value in counts.as_json().items() if value}
+    if found:
+        log.info("steering: %s%s", found, "" if notes is None else f"; look at {notes}")
+
+
+def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: SampleKey) -> list[dict]:
     """`id, query, response, response_ids, log_prob` of each query; the log-prob is a sum in nats at temperature 1."""
     prompts = [engine.chat.prompt_ids(query.query) for query in queries]
-    requests = [Request(prompt, row_key(seed, 0, query.id, "original")) for prompt, query in zip(prompts, queries, strict=True)]
-    sampled = engine.sampler.sample(params, requests, "answers")
+    requests = [Request(prompt, row_key(*key, query.id, "original")) for prompt, query in zip(prompts, queries, strict=True)]
+    sampled = engine.sampler.sample(policy, requests, "answers")
     items = [Scorable({"plain": prompt}, {"original": ids}) for prompt, ids in zip(prompts, sampled, strict=True)]
-    sums = score_examples(engine.score, engine.mesh, params, items, [("plain", "original")], SCORING_BATCH, "log-probs")
+    cells = [Cell("plain", "original")]
+    sums = score_examples(engine.score, engine.mesh, policy, items, cells, SCORING_BATCH, "log-probs")
     return [
-        {"id": q.id, "query": q.query, "response": decode_text(engine.chat.tokenizer, ids), "response_ids": ids, "log_prob": row[0]}
-        for q, ids, row in zip(queries, sampled, sums, strict=True)
+        {
+            "id": query.id,
+            "query": query.query,
+            "response": decode_text(engine.chat.tokenizer, ids),
+            "response_ids": ids,
+            "log_prob": log_prob,
+        }
+        for query, ids, (log_prob,) in zip(queries, sampled, sums, strict=True)
     ]
 
 
-def steered_rows(engine: Engine, params, steered: list[SteeredQuery], seed: int) -> list[dict]:
+def steered_rows(engine: Engine, policy: Params, queries: list[SteeredQuery], key: SampleKey) -> list[dict]:
     """Pairs records with `mean_log_probs` of the three responses in the three contexts, nats a token."""
-    prompted = [(record, steered_prompts(engine.chat, record)) for record in steered]
-    with_headroom = [item for item in prompted if all(engine.sampler.fits(prompt) for prompt in item[1].values())]
-    triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, with_headroom, seed, 0)
-    whole = [
-        (triple, prompts)
-        for triple, (_, prompts) in zip(triples, with_headroom, strict=True)
-        if fits(prompts, triple.response_ids, NINE_CELLS, engine.max_tokens)
-    ]
-    if len(whole) < len(steered):
-        missing, limit = len(steered) - len(whole), engine.max_tokens
-        log.warning("%d of %d queries do not fit %d tokens with their principles and responses", missing, len(steered), limit)
-    items = [Scorable(prompts, triple.response_ids) for triple, prompts in whole]
-    sums = score_examples(engine.score, engine.mesh, params, items, NINE_CELLS, SCORING_BATCH, "log-probs")
-    scored = [with_log_probs(triple, NINE_CELLS, row) for (triple, _), row in zip(whole, sums, strict=True)]
+    prompts = {query.id: steered_prompts(engine.chat, query) for query in queries}
+    triples, _ = sample_fitting(engine, [policy], queries, prompts, key)
+    limit = engine.max_tokens
+    fitting = [triple for triple in triples if fits(prompts[triple.id], triple.response_ids, NINE_CELLS, limit)]
+    if len(fitting) < len(queries):
+        missing = len(queries) - len(fitting)
+        log.warning("%d of %d queries do not fit %d tokens with their principles and responses", missing, len(queries), limit)
+    items = [Scorable(prompts[triple.id], triple.response_ids) for triple in fitting]
+    sums = score_examples(engine.score, engine.mesh, policy, items, NINE_CELLS, SCORING_BATCH, "log-probs")
+    scored = [with_log_probs(triple, NINE_CELLS, row) for triple, row in zip(fitting, sums, strict=True)]
     return [{**to_json(triple), "mean_log_probs": mean_log_probs(triple)} for triple in scored]

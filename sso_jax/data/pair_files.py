@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sso_jax.data.conversations import PROMPT_FIELDS, Messages, check_query, read_prompt, read_turns, with_system
-from sso_jax.data.records import RESPONSES, Triple
+from sso_jax.data.records import RESPONSES, Cell, Triple
 from sso_jax.data.tables import ID_FIELDS, check_characters, given_id, read_rows
 from sso_jax.runtime.errors import InputError
 
@@ -158,7 +158,7 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value)
 
 
-def check_parts(pairs: list[Triple], cells: list[tuple[str, str]], path: str, needed_by: str, field: str = "pairs.path") -> None:
+def check_parts(pairs: list[Triple], cells: list[Cell], path: str, needed_by: str, field: str = "pairs.path") -> None:
     """Raises `InputError` with ids if pairs lack a system message or response that the (context, response) `cells` are made of."""
     parts = {
         "positive": "good_system",

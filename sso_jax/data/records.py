@@ -1,7 +1,7 @@
-"""Files of records in and out: the kinds of record of the chain, and the reading and writing of their JSON Lines."""
+"""Record types of a run: what flows from queries to pairs."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 CONTEXTS = ("plain", "positive", "negative")
 """The prompts x, x+ and x-."""
@@ -11,6 +11,18 @@ RESPONSES = ("chosen", "rejected", "original")
 
 Dropped = dict[str, str]
 """Records that are left out: the reason by id."""
+Prompts = dict[str, list[int]]
+"""Token ids of the prompts of one query, by context."""
+
+
+class Cell(NamedTuple):
+    """One log-prob of an example: that of `response` under the prompt of `context`.
+
+    `Cell("positive", "chosen")` is log pi(y+ | x+).
+    """
+
+    context: str
+    response: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,14 @@ class SteeredQuery:
     """How many of the features were drawn at random because not enough were named."""
     num_fallbacks: int = 0
     """How many of the features have the table's principles because none could be read from what was written."""
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """The prompts of one query as token ids, rendered once a round: a line of `prompts.jsonl`."""
+
+    id: str
+    prompts: Prompts
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sso_jax.data.records import Dropped, Triple
+from sso_jax.data.records import Cell, Dropped, Triple
 from sso_jax.preferences.pairs import mean_log_probs
 
 
@@ -22,7 +22,7 @@ def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Drop
     return kept, {triple.id: "reward_rank" for i, triple in enumerate(triples) if i not in best}
 
 
-FILTER_CELLS = [(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")]
+FILTER_CELLS = [Cell(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")]
 """The six log-probs that the filter reads."""
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.data.records import RESPONSES, Dropped, Triple
+from sso_jax.data.records import RESPONSES, Cell, Dropped, Triple
 from sso_jax.data.tokenizer import encode_text, tokens_hash
 
-SCORED_CELLS = [("plain", "chosen"), ("plain", "rejected")]
+SCORED_CELLS = [Cell("plain", "chosen"), Cell("plain", "rejected")]
 
 
 _OTHER = {"chosen": "rejected", "rejected": "chosen", "original": "original"}
@@ -38,12 +38,12 @@ def judge_order(triples: list[Triple], score: Callable[[Triple, str], float]) ->
     return [swap(t) if score(t, "rejected") > score(t, "chosen") else t for t in triples]
 
 
-def fits(prompts: dict[str, list[int]], response_ids: dict[str, list[int]], cells: list[tuple[str, str]], limit: int) -> bool:
+def fits(prompts: dict[str, list[int]], response_ids: dict[str, list[int]], cells: list[Cell], limit: int) -> bool:
     """Whether prompt and response of every cell stay within `limit` tokens."""
     return all(len(prompts[context]) + len(response_ids[response]) <= limit for context, response in cells)
 
 
-def with_log_probs(triple: Triple, cells: list[tuple[str, str]], sums: list[float]) -> Triple:
+def with_log_probs(triple: Triple, cells: list[Cell], sums: list[float]) -> Triple:
     """The triple with the reference's log-prob sums, by context and response."""
     table: dict[str, dict[str, float]] = {}
     for (context, response), value in zip(cells, sums, strict=True):
@@ -74,7 +74,7 @@ def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
     return [dataclasses.replace(t, response_ids={r: ids(t, r) for r in present(t)}, tokens_hash=hashed, log_probs=None) for t in triples]
 
 
-def drop_empty_contrasts(triples: list[Triple], cells: list[tuple[str, str]]) -> tuple[list[Triple], Dropped]:
+def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list[Triple], Dropped]:
     """Triples in which the responses that `cells` compare differ in text and none is empty; what is dropped, by reason.
 
     Where the prompts tell scores, pairs whose scores are equal have no contrast either.

@@ -1,19 +1,21 @@
-"""Queries in, steered queries out, wherever their principles come from: the table, the policy, a file or an endpoint."""
+"""Steers queries: features named and principles written by a policy or a server, or principles from the table or a file."""
 
 import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from sso_jax.config import Config, PrinciplesConfig, SampleConfig
+from sso_jax.config import EndpointConfig, PrinciplesConfig
+from sso_jax.data.chat import Chat
 from sso_jax.data.principle_files import load_principles
 from sso_jax.data.records import Answer, PrincipledQuery, Query, Question, SteeredQuery
+from sso_jax.data.tokenizer import decode_text
 from sso_jax.preferences.endpoint import JOURNAL_FILE, Endpoint
 from sso_jax.preferences.principles import (
     NAMING_TOKENS,
     WRITING_TOKENS,
-    ask_policy,
     choose_features,
     feature_table,
     naming_prompt,
@@ -22,11 +24,12 @@ from sso_jax.preferences.principles import (
     principles_prompt,
     with_written,
 )
+from sso_jax.preferences.responses import SampleKey
 from sso_jax.preferences.steering import steer
-from sso_jax.recipes.engine import Engine
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.hosts import on_first_process
+from sso_jax.runtime.hosts import map_across_processes, on_first_process
 from sso_jax.runtime.json_lines import from_json, to_json, write_records
+from sso_jax.sampling.sampler import Request, Sampler, row_key
 
 Ask = Callable[[list[Question], str, int], list[Answer]]
 """(questions, stage, longest answer in tokens) -> answers: what the policy and an endpoint have in common."""
@@ -34,21 +37,52 @@ UNPARSED_FILE = "unparsed.jsonl"
 log = logging.getLogger(__name__)
 
 
-def open_endpoint(config: Config | SampleConfig, judged_pairs: int = 0) -> Endpoint | None:
-    """The server that the config names, where something is to be asked of it.
+@dataclass(frozen=True)
+class SteeringCounts:
+    """How much of the steering was drawn at random, fell back to the table, could not be read or was not answered."""
+
+    random_features: int = 0
+    fallback_principles: int | None = None
+    unparsed: int | None = None
+    unanswered: dict[str, int] | None = field(default=None)
+
+    def as_json(self) -> dict:
+        """The counts that there are."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def of_json(cls, stats: dict) -> "SteeringCounts":
+        """The counts among the statistics of a stage."""
+        return cls(**{f.name: stats[f.name] for f in dataclasses.fields(cls) if f.name in stats})
+
+
+@dataclass(frozen=True)
+class PrincipleSource:
+    """Where principles come from."""
+
+    rules: PrinciplesConfig
+    given: dict[str, SteeredQuery]
+    """Principles by query id, for source `file`."""
+    endpoint: Endpoint | None = None
+    """Server, for source `endpoint`."""
+    temperature: float = 0.7
+    """Temperature that the server is asked at."""
+
+
+def open_endpoint(config: EndpointConfig, source: str, judged_pairs: int = 0) -> Endpoint | None:
+    """The server of section `endpoint`, if principles come from it (`source`) or pairs are to be judged.
 
     Raises:
       InputError: if it is not named, does not answer, or is no OpenAI-compatible server.
     """
-    given = config.endpoint
-    if config.principles.source != "endpoint" and not judged_pairs:
-        if given.url is not None:
-            log.warning("endpoint.url is not used: principles.source is %r, and no pairs are to be judged", config.principles.source)
+    if source != "endpoint" and not judged_pairs:
+        if config.url is not None:
+            log.warning("endpoint.url is not used: principles.source is %r, and no pairs are to be judged", source)
         return None
-    if given.url is None:
+    if config.url is None:
         raise InputError("endpoint.url: not given; name the server that principles.source `endpoint` and judging.pairs ask")
-    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if field.name != "temperature"}
-    return Endpoint(**options)
+    fields = [f.name for f in dataclasses.fields(config) if f.name != "temperature"]
+    return Endpoint(**{name: getattr(config, name) for name in fields})
 
 
 def given_principles(config: PrinciplesConfig, queries: list[Query]) -> dict[str, SteeredQuery]:
@@ -64,77 +98,100 @@ def given_principles(config: PrinciplesConfig, queries: list[Query]) -> dict[str
     return {name: steer(record) if isinstance(record, PrincipledQuery) else record for name, record in read.items()}
 
 
-def steer_queries(
-    config: Config | SampleConfig,
-    given: dict[str, SteeredQuery],
-    endpoint: Endpoint | None,
-    engine: Engine,
-    params,
-    queries: list[Query],
-    iteration: int,
-    folder: Path | None,
-) -> tuple[list[SteeredQuery], dict]:
-    """Steered queries and what there is to say of them: how much was drawn at random, fell back, was not answered.
-
-    Features are named by the policy or the endpoint; principles are the table's (`predefined`) or written by who named the features.
-    What could not be read goes to `folder/unparsed.jsonl` for a look, what an endpoint answers to `folder/endpoint.jsonl`.
-    """
-    source, seed = config.principles.source, config.run.seed
-    count, probability = config.principles.features_per_query, config.principles.concision_probability
-    if source == "file":
-        return [given[query.id] for query in queries], {"random_features": 0}
+def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey) -> Ask:
+    """Asks the policy; questions that do not fit the model are not asked."""
 
     def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
-        stage = f"iteration {iteration}: {stage}"
-        if source != "endpoint":
-            return ask_policy(engine.sampler, params, engine.chat, questions, seed, iteration, stage, max_tokens)
-        journal = None if folder is None else folder / JOURNAL_FILE
-        answers = on_first_process(
-            lambda: [to_json(a) for a in endpoint.ask(questions, stage, max_tokens, config.endpoint.temperature, journal)]
-        )
-        return [from_json(Answer, answer) for answer in answers]
+        prompts = map_across_processes(lambda question: chat.prompt_ids(question.text), questions)
+        asked = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
+        requests = [Request(prompts[i], row_key(key.seed, key.iteration, *questions[i].id.rsplit("/", 1))) for i in asked]
+        sampled = sampler.sample(policy, requests, f"iteration {key.iteration}: {stage}", max_tokens)
+        answers = [Answer(None, "question_too_long")] * len(questions)
+        for i, ids in zip(asked, sampled, strict=True):
+            answers[i] = Answer(decode_text(chat.tokenizer, ids))
+        return answers
 
-    named = ask([Question(f"{query.id}/features", naming_prompt(query, count)) for query in queries], "features", NAMING_TOKENS)
-    answers = [
-        choose_features(query, answer.text, count, probability, f"{seed}/{iteration}") for query, answer in zip(queries, named, strict=True)
-    ]
-    unparsed = [
-        {"id": query.id, "asked": "features", "text": answer.text}
-        for query, answer in zip(queries, named, strict=True)
-        if answer.text is not None and not parse_features(answer.text, count)
-    ]
-    lost = Counter(answer.lost for answer in named if answer.text is None)
-    if source != "predefined":
-        answers, unread, unanswered = _written(answers, ask)
-        unparsed, lost = unparsed + unread, lost + unanswered
-    if unparsed and folder is not None:
+    return ask
+
+
+def endpoint_asker(endpoint: Endpoint, temperature: float, iteration: int, folder: Path | None) -> Ask:
+    """Asks the server, from the first process; answers are kept in `folder/endpoint.jsonl` as they come."""
+    journal = None if folder is None else folder / JOURNAL_FILE
+
+    def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
+        title = f"iteration {iteration}: {stage}"
+
+        def answers() -> list[dict]:
+            return [to_json(a) for a in endpoint.ask(questions, title, max_tokens, temperature, journal)]
+
+        return [from_json(Answer, answer) for answer in on_first_process(answers)]
+
+    return ask
+
+
+def steer_queries(
+    queries: list[Query], ask: Ask, rules: PrinciplesConfig, seed: str, folder: Path | None
+) -> tuple[list[SteeredQuery], SteeringCounts]:
+    """Queries with both system messages, by features that `ask` names.
+
+    Principles are the table's for source `predefined`, and otherwise written by whoever named the features. Answers that
+    could not be read are kept in `folder/unparsed.jsonl`.
+    """
+    named = _name_features(queries, ask, rules, seed)
+    if rules.source != "predefined":
+        named = _write_principles(named, ask)
+    if named.unparsed and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_records(unparsed, folder / UNPARSED_FILE)
-    return [steer(record) for record in answers], _statistics(answers, unparsed, lost)
+        write_records(named.unparsed, folder / UNPARSED_FILE)
+    counts = SteeringCounts(
+        random_features=sum(record.num_random_features for record in named.records),
+        fallback_principles=sum(record.num_fallbacks for record in named.records),
+        unparsed=len(named.unparsed),
+        unanswered=dict(named.unanswered),
+    )
+    return [steer(record) for record in named.records], counts
 
 
-def _written(records: list[PrincipledQuery], ask: Ask) -> tuple[list[PrincipledQuery], list[dict], Counter]:
-    """The queries with principles written for each of their features, what could not be read, and what was not answered."""
-    places = [(i, feature) for i, record in enumerate(records) for feature in record.features]
-    questions = [
-        Question(f"{records[i].id}/{feature}", principles_prompt(Query(records[i].id, records[i].query), feature)) for i, feature in places
-    ]
+@dataclass(frozen=True)
+class _Principled:
+    """Queries with features and principles, the answers that could not be read, and the missing ones by reason."""
+
+    records: list[PrincipledQuery]
+    unparsed: list[dict]
+    unanswered: Counter
+
+
+def _name_features(queries: list[Query], ask: Ask, rules: PrinciplesConfig, seed: str) -> _Principled:
+    """Asks which features matter for each query; the principles are the table's."""
+    count = rules.features_per_query
+    questions = [Question(f"{query.id}/features", naming_prompt(query, count)) for query in queries]
+    answers = ask(questions, "features", NAMING_TOKENS)
+    records, unparsed = [], []
+    for query, answer in zip(queries, answers, strict=True):
+        records.append(choose_features(query, answer.text, count, rules.concision_probability, seed))
+        if answer.text is not None and not parse_features(answer.text, count):
+            unparsed.append({"id": query.id, "asked": "features", "text": answer.text})
+    return _Principled(records, unparsed, _count_unanswered(answers))
+
+
+def _write_principles(named: _Principled, ask: Ask) -> _Principled:
+    """Asks for a good and a bad principle of each feature of each query."""
+    asked = [(i, feature) for i, record in enumerate(named.records) for feature in record.features]
+    questions = []
+    for i, feature in asked:
+        query = Query(named.records[i].id, named.records[i].query)
+        questions.append(Question(f"{query.id}/{feature}", principles_prompt(query, feature)))
     answers = ask(questions, "principles", WRITING_TOKENS)
-    written: list[list] = [[] for _ in records]
-    unparsed = []
-    for (i, feature), answer in zip(places, answers, strict=True):
-        read = parse_principles(answer.text) if answer.text is not None else None
-        written[i].append(read)
-        if read is None and answer.text is not None:
-            unparsed.append({"id": records[i].id, "asked": feature, "text": answer.text})
-    lost = Counter(answer.lost for answer in answers if answer.text is None)
-    return [with_written(record, own) for record, own in zip(records, written, strict=True)], unparsed, lost
+    written: list[list] = [[] for _ in named.records]
+    unparsed = list(named.unparsed)
+    for (i, feature), answer in zip(asked, answers, strict=True):
+        principles = parse_principles(answer.text) if answer.text is not None else None
+        written[i].append(principles)
+        if principles is None and answer.text is not None:
+            unparsed.append({"id": named.records[i].id, "asked": feature, "text": answer.text})
+    records = [with_written(record, own) for record, own in zip(named.records, written, strict=True)]
+    return _Principled(records, unparsed, named.unanswered + _count_unanswered(answers))
 
 
-def _statistics(records: list[PrincipledQuery], unparsed: list[dict], lost: Counter) -> dict:
-    return {
-        "random_features": sum(record.num_random_features for record in records),
-        "fallback_principles": sum(record.num_fallbacks for record in records),
-        "unparsed": len(unparsed),
-        "unanswered": dict(lost),
-    }
+def _count_unanswered(answers: list[Answer]) -> Counter:
+    return Counter(answer.lost for answer in answers if answer.text is None)

@@ -10,11 +10,7 @@ from typing import NamedTuple
 import json_repair
 import yaml
 
-from sso_jax.data.chat import Chat
-from sso_jax.data.records import Answer, PrincipledQuery, Query, Question
-from sso_jax.data.tokenizer import decode_text
-from sso_jax.runtime.hosts import map_across_processes
-from sso_jax.sampling.sampler import Request, Sampler, row_key
+from sso_jax.data.records import PrincipledQuery, Query
 
 CONCISION = "Concision"
 NAMING_TOKENS, WRITING_TOKENS = 32, 160
@@ -143,17 +139,3 @@ def with_written(record: PrincipledQuery, written: list[tuple[str, str] | None])
     return dataclasses.replace(
         record, good_principles=tuple(s[0] for s in sides), bad_principles=tuple(s[1] for s in sides), num_fallbacks=written.count(None)
     )
-
-
-def ask_policy(
-    sampler: Sampler, params, chat: Chat, questions: list[Question], seed: int, iteration: int, stage: str, max_tokens: int
-) -> list[Answer]:
-    """What the policy answers to each question; those that do not fit the model are not asked."""
-    prompts = map_across_processes(lambda question: chat.prompt_ids(question.text), questions)
-    asked = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
-    requests = [Request(prompts[i], row_key(seed, iteration, *questions[i].id.rsplit("/", 1))) for i in asked]
-    sampled = sampler.sample(params, requests, stage, max_tokens)
-    answers = [Answer(None, "question_too_long")] * len(questions)
-    for i, ids in zip(asked, sampled, strict=True):
-        answers[i] = Answer(decode_text(chat.tokenizer, ids))
-    return answers

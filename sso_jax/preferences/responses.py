@@ -1,15 +1,17 @@
-"""Steered queries in, triples of sampled responses out; then triples in, clean triples out, what is dropped counted by reason."""
+"""Samples the responses of steered queries as triples, and cleans them."""
 
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.data.records import RESPONSES, Dropped, SteeredQuery, Triple
+from sso_jax.data.chat import Chat
+from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
+from sso_jax.preferences.pairs import drop_empty_contrasts
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
@@ -18,51 +20,79 @@ _LABEL = re.compile(r"\s*\**(?:[A-Z][a-z]+(?:(?:,| and) [A-Za-z]+)*\s+)?(?:[Rr]e
 """`Helpful response:`, `Helpful and accurate answer:`, bold or not."""
 
 
+class SampleKey(NamedTuple):
+    """What the random keys of a round's samples are derived from, beside the query and the response."""
+
+    seed: int
+    iteration: int
+
+
+class _Draw(NamedTuple):
+    """One response to sample."""
+
+    query_id: str
+    response: str
+    request: Request
+    back: int
+    """How many rounds back the policy lies that gives it."""
+
+
 def sample_triples(
     sampler: Sampler,
-    params,
-    tokenizer: PreTrainedTokenizerBase,
-    steered: list[tuple[SteeredQuery, dict[str, list[int]]]],
-    seed: int,
-    iteration: int,
-    wanted: tuple[str, ...] = RESPONSES,
-    earlier: Sequence[Callable[[], Any]] = (),
+    policies: Sequence,
+    chat: Chat,
+    queries: list[SteeredQuery],
+    prompts: dict[str, Prompts],
+    key: SampleKey,
+    wanted: Sequence[str] = RESPONSES,
 ) -> list[Triple]:
-    """y+ from x+, y- from x- and y_o from x for every (steered query, prompts by context), in one stream; y_o only where wanted.
+    """y+ from x+, y- from x- and y_o from x for every query, as far as `wanted`.
 
-    `earlier` loads the parameters of earlier policies, newest first: y+ and y- are then each sampled from one of all these and the
-    present one, by a draw of its own, and the triple's extra key `policies` says how many rounds back. y_o stays the present policy's.
+    Args:
+      policies: the present policy's parameters, then functions that load those of earlier ones, newest first. With several,
+        y+ and y- are each sampled from one of them, by a draw of its own, and the triple's extra key `policies` says how
+        many rounds back it lies. y_o always comes from the present policy.
+      prompts: prompts by query id and context.
     """
-    asked = [(record.id, response, prompts[CONTEXT_OF[response]]) for record, prompts in steered for response in wanted]
-    requests = [Request(prompt, row_key(seed, iteration, name, response)) for name, response, prompt in asked]
-    backs = [rounds_back(f"{seed}/{iteration}/{name}/{response}", response, len(earlier)) for name, response, _ in asked]
-    answers: list[list[int]] = [[]] * len(requests)
-    for back in sorted(set(backs)):
-        places = [i for i, own in enumerate(backs) if own == back]
-        stage = f"iteration {iteration}: responses" + (f" by the policy {back} rounds back" if back else "")
-        own = params if back == 0 else earlier[back - 1]()
-        for place, ids in zip(places, sampler.sample(own, [requests[i] for i in places], stage), strict=True):
-            answers[place] = ids
-    sampled, drawn = iter(answers), iter(backs)
-    triples = []
-    for record, _ in steered:
-        ids = {response: next(sampled) for response in wanted}
-        from_policies = {response: next(drawn) for response in wanted}
-        texts = {response: decode_text(tokenizer, ids[response]) if response in ids else None for response in RESPONSES}
-        triples.append(
-            Triple(
-                id=record.id,
-                query=record.query,
-                good_system=record.good_system,
-                bad_system=record.bad_system,
-                features=record.features,
-                response_ids=ids,
-                tokens_hash=tokens_hash(tokenizer),
-                extra={"policies": from_policies} if earlier else {},
-                **texts,
-            )
+    present, *earlier = policies
+    draws = [
+        _Draw(
+            query.id,
+            response,
+            Request(prompts[query.id][CONTEXT_OF[response]], row_key(*key, query.id, response)),
+            rounds_back(f"{key.seed}/{key.iteration}/{query.id}/{response}", response, len(earlier)),
         )
-    return triples
+        for query in queries
+        for response in wanted
+    ]
+    sampled: dict[str, dict[str, list[int]]] = {query.id: {} for query in queries}
+    backs: dict[str, dict[str, int]] = {query.id: {} for query in queries}
+    for back in sorted({draw.back for draw in draws}):
+        own = [draw for draw in draws if draw.back == back]
+        policy = present if back == 0 else earlier[back - 1]()
+        stage = f"iteration {key.iteration}: responses" + (f" by the policy {back} rounds back" if back else "")
+        for draw, ids in zip(own, sampler.sample(policy, [draw.request for draw in own], stage), strict=True):
+            sampled[draw.query_id][draw.response] = ids
+            backs[draw.query_id][draw.response] = back
+    extra = {query.id: {"policies": {r: backs[query.id][r] for r in wanted}} if earlier else {} for query in queries}
+    return [_triple(query, sampled[query.id], wanted, chat.tokenizer, extra[query.id]) for query in queries]
+
+
+def _triple(
+    query: SteeredQuery, ids: dict[str, list[int]], wanted: Sequence[str], tokenizer: PreTrainedTokenizerBase, extra: dict
+) -> Triple:
+    texts = {response: decode_text(tokenizer, ids[response]) if response in ids else None for response in RESPONSES}
+    return Triple(
+        id=query.id,
+        query=query.query,
+        good_system=query.good_system,
+        bad_system=query.bad_system,
+        features=query.features,
+        response_ids={response: ids[response] for response in wanted},
+        tokens_hash=tokens_hash(tokenizer),
+        extra=extra,
+        **texts,
+    )
 
 
 def rounds_back(seed: str, response: str, num_earlier: int) -> int:
@@ -87,22 +117,20 @@ def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
 
 
 def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
-    """Triples without labels; dropped are those with a label that cannot be cut, an empty response, or two that are the same."""
-    kept: list[Triple] = []
+    """Triples without labels before their responses; what is dropped, by reason.
+
+    Dropped are triples with a label that cannot be cut, with an empty response, or with two responses that are the same.
+    """
+    unlabelled: list[Triple] = []
     dropped: Dropped = {}
     for triple in triples:
         ids = {response: strip_label(tokenizer, sampled) for response, sampled in triple.response_ids.items()}
         if any(value is None for value in ids.values()):
             dropped[triple.id] = "label"
-            continue
-        texts = {response: decode_text(tokenizer, kept_ids) for response, kept_ids in ids.items()}
-        stripped = {response: text.strip() for response, text in texts.items()}
-        if not all(stripped.values()):
-            dropped[triple.id] = "empty"
-        elif stripped["chosen"] == stripped["rejected"]:
-            dropped[triple.id] = "chosen_is_rejected"
-        elif stripped.get("original") in (stripped["chosen"], stripped["rejected"]):
-            dropped[triple.id] = "original_is_chosen_or_rejected"
         else:
-            kept.append(dataclasses.replace(triple, response_ids=ids, **texts))
-    return kept, dropped
+            texts = {response: decode_text(tokenizer, own) for response, own in ids.items()}
+            unlabelled.append(dataclasses.replace(triple, response_ids=ids, **texts))
+    compared = [Cell("plain", response) for response in (triples[0].response_ids if triples else ())]
+    kept, empty = drop_empty_contrasts(unlabelled, compared)
+    reasons = {**dropped, **empty}
+    return kept, {triple.id: reasons[triple.id] for triple in triples if triple.id in reasons}

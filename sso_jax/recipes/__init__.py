@@ -1,8 +1,9 @@
-"""What a run can do: the recipe of each name that the config field `recipe` takes."""
+"""The recipe of each name that the config field `recipe` takes."""
 
 from sso_jax.recipes import generator, offline, online, reward, sft
+from sso_jax.recipes.run import Recipe
 
-RECIPES = {
+RECIPES: dict[str, Recipe] = {
     "online": online.RECIPE,
     "generator": generator.RECIPE,
     "offline": offline.RECIPE,

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from sso_jax.config import Config, ObjectiveConfig
+from sso_jax.recipes.objective import Objective
 from sso_jax.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -19,8 +20,44 @@ def warn_unused_objective(given: ObjectiveConfig) -> None:
         log.warning("this recipe does not use %s", ", ".join(unused))
 
 
-def refuse_fields(config: Config, recipe: str, unused: dict[str, Any]) -> None:
-    """Raises `InputError` for a field that is set (`unused` holds its value) though the recipe does not use it."""
+def refuse_fields(recipe: str, unused: dict[str, Any]) -> None:
+    """Raises `InputError` for a field that is set although the recipe does not use it.
+
+    Args:
+      recipe: name of the recipe, for the message.
+      unused: values of the fields that it does not use, by dotted name.
+    """
     for name, value in unused.items():
         if value not in (None, False, "none"):
             raise InputError(f"{name}: {value!r} is not used by recipe {recipe!r}; remove it")
+
+
+def refuse_judge_order(config: Config) -> None:
+    """Raises `InputError` for the judge's order of pairs that were not sampled by the toy policy."""
+    if config.pairs.control == "judge_order":
+        raise InputError("pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'")
+
+
+def refuse_missing_scores(config: Config, objective: Objective) -> None:
+    """Raises `InputError` for an objective that needs scores, which sampled pairs do not have."""
+    if any(cell.context.startswith("score_conditioned_") for cell in objective.cells):
+        raise InputError(
+            f"objective.base: {config.objective.base!r} needs pairs with scores, and recipe {config.recipe!r} samples pairs without; "
+            "give recipe offline and a pairs file with scores, or another base"
+        )
+
+
+def refuse_given_pairs(config: Config) -> None:
+    """Raises `InputError` for fields of pairs that come from a file, and for what `check_sampling` refuses."""
+    unused = {"pairs.path": config.pairs.path, "demonstrations.path": config.demonstrations.path}
+    refuse_fields(config.recipe, unused)
+    check_sampling(config)
+
+
+def check_sampling(config: Config) -> None:
+    """Raises `InputError` for the judge's order without a judge, and for a score gap of pairs that nothing scores."""
+    if config.pairs.control == "judge_order" and config.model.path != "toy":
+        raise InputError("pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control")
+    gap = config.filter.min_score_gap
+    if gap is not None and config.filter.reward_path is None:
+        raise InputError(f"filter.min_score_gap: {gap} of pairs that nobody scores; give filter.reward_path, or leave it out")

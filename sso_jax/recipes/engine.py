@@ -1,4 +1,4 @@
-"""A config and a model folder in, what a run works with out: decoder, tokenizer, compiled functions, objective, and folders written."""
+"""Builds the model, tokenizer and compiled functions from a config and a model folder."""
 
 import logging
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sso_jax.config import Config, EvaluateConfig, LoraConfig, SampleConfig
+from sso_jax.config import Config, LoraConfig, ModelConfig, SampleConfig, SamplingConfig
 from sso_jax.data.chat import Chat, make_chat
 from sso_jax.data.tokenizer import load_tokenizer, stop_ids
 from sso_jax.models.adapters import fresh_adapters
@@ -61,59 +61,70 @@ def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:
     check_divides(mesh, "embed", "hidden_size", a.embed_dim)
 
 
-def build_decoder(
-    architecture: Architecture, config: Config | SampleConfig | EvaluateConfig, mesh: jax.sharding.Mesh
-) -> tuple[Transformer, dict]:
+def build_decoder(architecture: Architecture, model: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh) -> tuple[Transformer, dict]:
     """Decoder with the types, the attention and the adapters that the config asks for, and the sharding of each parameter.
 
     Raises:
-      InputError: if the mesh cannot cut the model evenly.
+      InputError: if the mesh does not divide the model evenly.
     """
     _check_mesh(mesh, architecture)
-    model, lora = config.model, config.lora if isinstance(config, Config) else LoraConfig()
-    attend = default_kernel(mesh.devices.flat[0].platform) if model.attention == "auto" else model.attention
-    adapters = Adapters(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else Adapters()
-    types = jnp.dtype(model.compute_dtype), jnp.dtype(model.param_dtype)
-    settings = {"remat": model.remat, "attend": attend, "adapters": adapters, "max_logits": model.max_logits, "laid": model.layers}
-    decoder = Transformer(architecture, *types, **settings)
+    platform = mesh.devices.flat[0].platform
+    decoder = Transformer(
+        architecture,
+        jnp.dtype(model.compute_dtype),
+        jnp.dtype(model.param_dtype),
+        remat=model.remat,
+        attend=default_kernel(platform) if model.attention == "auto" else model.attention,
+        adapters=Adapters(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else Adapters(),
+        max_logits=model.max_logits,
+        laid=model.layers,
+    )
     return decoder, param_shardings(abstract_params(decoder), mesh)
 
 
 def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
-    """Everything that the chain runs on, from a Hugging Face folder and a `Config` or `SampleConfig`; no weights are read yet.
+    """Builds the model, tokenizer and compiled functions from a config and a Hugging Face folder; no weights are read yet.
 
     Raises:
-      InputError: for a folder that is incomplete or does not fit together.
+      InputError: for a folder that is incomplete or whose files do not belong together.
     """
     architecture = read_architecture(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model, shardings = build_decoder(architecture, config, mesh)
+    lora = config.lora if isinstance(config, Config) else LoraConfig()
+    model, shardings = build_decoder(architecture, config.model, lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     check_weights(folder, model)
     tokenizer = load_tokenizer(folder)
     highest = max(tokenizer.get_vocab().values())
     if highest >= architecture.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has ids up to {highest}, config.json a vocab_size of {architecture.vocab_size}; they do not belong "
-            "together"
+            f"{folder}: the tokenizer has ids up to {highest}, config.json a vocab_size of {architecture.vocab_size}; they do not "
+            "belong together"
         )
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
-    own = config.sampling.mesh
-    sampling_mesh = mesh if own is None else make_mesh(own.data, own.fsdp, own.tensor)
-    _check_mesh(sampling_mesh, architecture)
-    sampling_shardings = param_shardings(abstract_params(model), sampling_mesh)
-    sampler = Sampler(
-        generate=build_generate(model, sampling_mesh, sampling_shardings),
-        mesh=sampling_mesh,
-        strategy=make_sampling_params(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k),
-        stop_ids=stop_ids(tokenizer, folder),
-        max_new_tokens=config.sampling.max_new_tokens,
-        max_tokens=max_tokens,
-        batch_size=config.sampling.batch_size,
-        shardings=None if own is None else sampling_shardings,
-    )
+    sampler = build_sampler(model, mesh, config.sampling, stop_ids(tokenizer, folder), max_tokens)
     score = build_score(model, mesh, shardings)
     return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens, config.run.seed)
+
+
+def build_sampler(
+    model: Transformer, mesh: jax.sharding.Mesh, sampling: SamplingConfig, stops: tuple[int, ...], max_tokens: int
+) -> Sampler:
+    """The compiled sampler of section `sampling`, on a mesh of its own if the section has one."""
+    own = sampling.mesh
+    sampling_mesh = mesh if own is None else make_mesh(own.data, own.fsdp, own.tensor)
+    _check_mesh(sampling_mesh, model.architecture)
+    shardings = param_shardings(abstract_params(model), sampling_mesh)
+    return Sampler(
+        generate=build_generate(model, sampling_mesh, shardings),
+        mesh=sampling_mesh,
+        strategy=make_sampling_params(sampling.temperature, sampling.top_p, sampling.top_k),
+        stop_ids=stops,
+        max_new_tokens=sampling.max_new_tokens,
+        max_tokens=max_tokens,
+        batch_size=sampling.batch_size,
+        shardings=None if own is None else shardings,
+    )
 
 
 def load_params(folder: str | Path, engine: Engine):

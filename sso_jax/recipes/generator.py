@@ -1,4 +1,4 @@
-"""Recipe `generator`, version 2 of the paper: a round trains a generator from the policy, and the policy on what that one samples.
+"""Recipe `generator`, version 2 of the paper: a round trains a generator from the policy, and the policy on the generator's data.
 
 The generator starts from the policy and learns L+ + L- (form `generator`) on the policy's own triples. It then answers under good and
 bad principles, and the policy as it was before is trained on these pairs under the plain prompt, with the base loss alone.
@@ -6,31 +6,39 @@ bad principles, and the policy as it was before is trained on these pairs under 
 
 import dataclasses
 import logging
-from pathlib import Path
 
 from sso_jax.config import Config
-from sso_jax.data.records import Query, SteeredQuery
-from sso_jax.recipes import run as rounds
+from sso_jax.data.records import Prompts, SteeredQuery
+from sso_jax.recipes.checks import refuse_given_pairs, refuse_missing_scores
 from sso_jax.recipes.objective import LOSS_SETTINGS, Objective, build_objective
-from sso_jax.recipes.online import refuse_given_pairs, refuse_scores
-from sso_jax.recipes.run import Recipe, Run
-from sso_jax.recipes.stages import sampling as sampled
+from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.evaluation import evaluate, judge_by_endpoint
-from sso_jax.runtime import stage_markers as stages
+from sso_jax.recipes.stages.policies import export, start_policy
+from sso_jax.recipes.stages.prompts import render_prompts
+from sso_jax.recipes.stages.sampling import (
+    QueryRounds,
+    prepare_queries,
+    principles,
+    read_queries,
+    responses,
+    round_queries,
+)
+from sso_jax.recipes.stages.scoring import require_pairs, sampled_candidates, score_and_filter
+from sso_jax.recipes.stages.update import train_on_pairs
+from sso_jax.recipes.summary import summarize
+from sso_jax.runtime.stage_markers import damaged, finished, read_verified
 
+GENERATOR_FOLDER = "generator"
 log = logging.getLogger(__name__)
 
 
 def objectives(config: Config) -> tuple[Objective, Objective]:
-    """What the generator and what the policy minimises: L+ + L-, and the base loss on the plain pair."""
+    """Objectives of the generator and of the policy: L+ + L-, and the base loss on the plain pair."""
     given = config.objective
     if given.form != "generator":
         log.warning("recipe 'generator' does not use objective.form %r: it trains a generator by L+ + L-", given.form)
-    of_policy = type(given)(
-        form="pairwise",
-        sft_weight=0.0,
-        **{field: getattr(given, field) for field in ("base", "degree_removal", *LOSS_SETTINGS)},
-    )
+    shared = {field: getattr(given, field) for field in ("base", "degree_removal", *LOSS_SETTINGS)}
+    of_policy = type(given)(form="pairwise", sft_weight=0.0, **shared)
     return build_objective(dataclasses.replace(given, form="generator")), build_objective(of_policy)
 
 
@@ -42,51 +50,60 @@ def generator_config(config: Config) -> Config:
     micro = config.train.microbatch_size
     if micro is not None and own.batch_size is not None and own.batch_size % micro:
         train["microbatch_size"] = None
-    return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, **train), optimizer=dataclasses.replace(config.optimizer, **rate)
-    )
+    optimizer = dataclasses.replace(config.optimizer, **rate)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train), optimizer=optimizer)
 
 
-def read(config: Config) -> sampled.Queries:
-    """The queries, after the fields that do not go with this recipe were refused."""
-    refuse_scores(config, objectives(config)[1])
+def read(config: Config) -> QueryRounds:
+    """Reads the queries, after refusing the fields that do not go with this recipe."""
+    refuse_missing_scores(config, objectives(config)[1])
     generator_config(config)
     refuse_given_pairs(config)
-    return sampled.read_queries(config)
+    return read_queries(config)
 
 
-def round(run: Run, iteration: int, params):
-    """queries -> principles -> triples -> generator -> its pairs -> updates of the policy as it was -> policy."""
-    folder = run.folder(iteration)
-    of_generator, of_policy = objectives(run.config)
-    queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material.rounds[iteration - 1], {}))
-    steered, principles = sampled.principles(run, iteration, params, queries)
-    if stages.whole(folder, "responses") is None or stages.damaged(folder / "generator"):
-        params = _train_generator(run, of_generator, iteration, params, steered[: run.config.generator.queries], folder / "generator")
-    wanted = tuple(dict.fromkeys(response for _, response in of_policy.cells))
-    triples, responses = sampled.responses(run, iteration, params, steered, folder, wanted)
-    if stages.finished(folder / "generator", "training") is not None:
-        params = rounds.start_params(run, iteration)
-    pairs, made = sampled.pairs(run, of_policy, iteration, params, triples, folder)
-    judged = judge_by_endpoint(run, iteration, pairs)
-    taught = stages.finished(folder / "generator", "training")
-    params, training = rounds.train_on_pairs(run, of_policy, iteration, params, pairs, first_step=taught["updates"])
-    exported = rounds.export(run, iteration, params)
-    evaluation = evaluate(run, iteration, params)
-    parts = {"principles": principles, "responses": responses, "pairs": made, "training": training, "export": exported}
-    numbers = sampled.numbers({**parts, "evaluation": evaluation}, len(queries), len(pairs), judged)
-    for name in ("responses", "pairs", "training"):
-        numbers["seconds"][f"generator_{name}"] = stages.finished(folder / "generator", name)["seconds"]
-    return params, numbers
+def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSummary]:
+    """queries -> principles -> generator -> its responses -> pairs -> update of the policy as it was -> policy."""
+    config = this.run.config
+    generator_objective, policy_objective = objectives(config)
+    generator_round = dataclasses.replace(this, part=GENERATOR_FOLDER)
+
+    queries = round_queries(this)
+    steered = principles(this, policy, queries)
+    prompts = render_prompts(this, steered.queries)
+    generator = None
+    if read_verified(this.folder, "responses") is None or damaged(generator_round.folder):
+        own = steered.queries[: config.generator.queries]
+        generator = train_generator(generator_round, generator_objective, policy, own, prompts)
+    wanted = tuple(dict.fromkeys(cell.response for cell in policy_objective.cells))
+    sampled = responses(this, policy if generator is None else generator, steered.queries, prompts, wanted)
+    if generator is not None:  # training it used the policy's parameters up
+        policy = start_policy(this.run, this.iteration)
+    chosen = score_and_filter(this, policy_objective, policy, prompts, lambda: sampled_candidates(this, sampled.triples))
+    require_pairs(chosen, len(sampled.triples), this.folder / "responses.jsonl")
+    judged = judge_by_endpoint(this, chosen.pairs)
+    first_step = finished(generator_round.folder, "training")["updates"]
+    policy, training = train_on_pairs(this, policy_objective, policy, chosen.pairs, prompts, first_step)
+    exported = export(this, policy)
+    evaluation = evaluate(this, policy)
+    summary = summarize(len(queries), chosen, training, exported, evaluation, judged, steered=steered, sampled=sampled)
+    return policy, dataclasses.replace(summary, seconds={**summary.seconds, **_seconds(generator_round)})
 
 
-def _train_generator(run: Run, objective: Objective, iteration: int, params, steered: list[SteeredQuery], folder: Path):
-    """Parameters of the generator; those of the policy are used up. Its stages lie in `iteration_K/generator`."""
-    triples, _ = sampled.responses(run, iteration, params, steered, folder, policies=run.config.sampling.policies)
-    pairs, _ = sampled.pairs(run, objective, iteration, params, triples, folder)
-    own = dataclasses.replace(run, config=generator_config(run.config))
-    params, _ = rounds.train_on_pairs(own, objective, iteration, params, pairs, folder=folder)
-    return params
+def train_generator(this: Round, objective: Objective, policy: Params, queries: list[SteeredQuery], prompts: dict[str, Prompts]) -> Params:
+    """responses of the policy -> pairs -> update -> generator; the policy's parameters are used up."""
+    sampled = responses(this, policy, queries, prompts, num_policies=this.run.config.sampling.policies)
+    chosen = score_and_filter(this, objective, policy, prompts, lambda: sampled_candidates(this, sampled.triples))
+    require_pairs(chosen, len(sampled.triples), this.folder / "responses.jsonl")
+    run = dataclasses.replace(this.run, config=generator_config(this.run.config))
+    generator, _ = train_on_pairs(dataclasses.replace(this, run=run), objective, policy, chosen.pairs, prompts)
+    return generator
 
 
-RECIPE = Recipe(read, sampled.settle_queries, round)
+def _seconds(generator_round: Round) -> dict[str, float]:
+    """Seconds of the generator's own stages."""
+    stages = ("responses", "pairs", "training")
+    return {f"generator_{stage}": finished(generator_round.folder, stage)["seconds"] for stage in stages}
+
+
+RECIPE = Recipe(read, prepare_queries, run_round)

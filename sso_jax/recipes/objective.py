@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from sso_jax.config import ObjectiveConfig
+from sso_jax.config import Config, ObjectiveConfig
+from sso_jax.data.records import Cell
 from sso_jax.runtime.errors import InputError
 from sso_jax.training.example_losses import cells_of
 from sso_jax.training.losses import BASE_LOSSES, base_loss, check_name
@@ -31,7 +32,7 @@ LOSS_SETTINGS = ("beta", "label_smoothing", "tau", "eta", "margin", "alpha", "rh
 class Objective:
     """What a round of training minimises."""
 
-    cells: list[tuple[str, str]]
+    cells: list[Cell]
     """The (context, response) log-probs that it needs."""
     terms: Callable[..., Terms]
     beta: float
@@ -77,7 +78,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
 
 
-def _choose_losses(config: ObjectiveConfig) -> tuple[BaseLoss, MultiResponseLoss | None, dict[str, float], tuple[tuple[str, str], ...]]:
+def _choose_losses(config: ObjectiveConfig) -> tuple[BaseLoss, MultiResponseLoss | None, dict[str, float], tuple[Cell, ...]]:
     """The pairwise loss, the loss of the plain prompt where it is another, the settings in force, and the cells that it needs beside."""
     given = {name: getattr(config, name) for name in LOSS_SETTINGS}
     check_name(config.base, [*BASE_LOSSES, *MULTI_RESPONSE_LOSSES])
@@ -92,11 +93,17 @@ def _choose_losses(config: ObjectiveConfig) -> tuple[BaseLoss, MultiResponseLoss
 
 def with_original(objective: Objective) -> Objective:
     """The objective with the log-prob of y_o under x beside those of the plain pair: it is logged, and no part of the loss."""
-    rejected, original = ("plain", "rejected"), ("plain", "original")
+    rejected, original = Cell("plain", "rejected"), Cell("plain", "original")
     if rejected not in objective.cells or original in objective.cells:
         return objective
     at = objective.cells.index(rejected) + 1
     return dataclasses.replace(objective, cells=[*objective.cells[:at], original, *objective.cells[at:]])
+
+
+def round_objective(config: Config) -> Objective:
+    """The objective of section `objective`, with y_o's log-prob if `train.log_original` asks for it."""
+    objective = build_objective(config.objective)
+    return with_original(objective) if config.train.log_original else objective
 
 
 def _name_unused(config: ObjectiveConfig, plain: MultiResponseLoss | None) -> None:

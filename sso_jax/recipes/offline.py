@@ -7,30 +7,34 @@ from sso_jax.data.pair_files import check_parts, load_pairs
 from sso_jax.data.records import Triple
 from sso_jax.preferences.filters import FILTER_CELLS
 from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples
-from sso_jax.recipes import run as rounds
-from sso_jax.recipes.checks import refuse_fields
+from sso_jax.recipes.checks import refuse_fields, refuse_judge_order
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.objective import build_objective, with_original
-from sso_jax.recipes.run import Recipe, Run
+from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.evaluation import evaluate, judge_by_endpoint
-from sso_jax.recipes.stages.scoring import referenced_pairs, require_pairs
+from sso_jax.recipes.stages.policies import export
+from sso_jax.recipes.stages.prompts import render_prompts
+from sso_jax.recipes.stages.scoring import in_control_order, require_pairs, score_and_filter
+from sso_jax.recipes.stages.update import train_on_pairs
+from sso_jax.recipes.summary import summarize
 from sso_jax.runtime.errors import InputError
 
 
 def read(config: Config) -> list[Triple]:
-    """The pairs, after it was seen that they have what the objective needs.
+    """Reads the pairs and checks that they have what the objective needs.
 
     Raises:
       InputError: names the ids of the pairs that lack something.
     """
-    refuse_fields(config, "offline", {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path})
+    unused = {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path}
+    refuse_fields("offline", unused)
     path, objective = config.pairs.path, build_objective(config.objective)
     if path is None:
         raise InputError("pairs.path: not given; recipe 'offline' trains on a file or data set of pairs")
-    if config.pairs.control == "judge_order":
-        raise InputError("pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'")
+    refuse_judge_order(config)
     pairs = load_pairs(path, config.pairs.split)
-    check_parts(pairs, objective.cells, path, f"objective.form {config.objective.form!r} with base {config.objective.base!r}")
+    needed_by = f"objective.form {config.objective.form!r} with base {config.objective.base!r}"
+    check_parts(pairs, objective.cells, path, needed_by)
     if config.filter.enabled:
         check_parts(pairs, FILTER_CELLS, path, "filter.enabled")
     rules = config.filter
@@ -38,32 +42,34 @@ def read(config: Config) -> list[Triple]:
         raise InputError(f"filter.min_score_gap: no pair of {path} has scores; give pairs with chosen_score and rejected_score, or null")
     contrasts, dropped = drop_empty_contrasts(pairs, objective.cells)
     if not contrasts:
-        raise InputError(f"pairs.path: none of the {len(pairs)} pairs of {path} has a contrast ({dict(Counter(dropped.values()))})")
+        reasons = dict(Counter(dropped.values()))
+        raise InputError(f"pairs.path: none of the {len(pairs)} pairs of {path} has a contrast ({reasons})")
     return pairs
 
 
-def settle(config: Config, engine: Engine, pairs: list[Triple]) -> tuple[list[Triple], Counter]:
+def prepare(config: Config, engine: Engine, pairs: list[Triple]) -> tuple[list[Triple], Counter]:
     """The pairs as token ids; those without a contrast are dropped when a round chooses its pairs."""
     return given_triples(engine.chat.tokenizer, pairs), Counter()
 
 
-def round(run: Run, iteration: int, params):
-    """pairs -> updates -> policy; each round passes over the same pairs, scored anew by the policy at its start."""
-    folder, objective = run.folder(iteration), build_objective(run.config.objective)
-    compared = objective.cells
-    if run.config.train.log_original and all(pair.original is not None for pair in run.material):
+def run_round(this: Round[list[Triple]], policy: Params) -> tuple[Params, RoundSummary]:
+    """pairs -> update -> policy; each round passes over the same pairs, scored again by the policy at its start."""
+    config, given = this.run.config, this.run.dataset
+    objective = build_objective(config.objective)
+    contrasts, dropped = drop_empty_contrasts(given, objective.cells)
+    if config.train.log_original and all(pair.original is not None for pair in given):
         objective = with_original(objective)
-    pairs, made = referenced_pairs(run, objective, iteration, params, folder, lambda: drop_empty_contrasts(run.material, compared))
-    require_pairs(pairs, len(run.material), made["dropped"], folder / "pairs.jsonl")
-    judged = judge_by_endpoint(run, iteration, pairs)
-    params, training = rounds.train_on_pairs(run, objective, iteration, params, pairs)
-    exported = rounds.export(run, iteration, params)
-    evaluation = evaluate(run, iteration, params)
-    parts = {"pairs": made, "training": training, "export": exported, "evaluation": evaluation}
-    seconds = {name: part["seconds"] for name, part in parts.items()}
-    rates = {"sampling": None, "training": training["tokens_per_second"]}
-    summary = {**made, "num_queries": len({(pair.query, str(pair.history)) for pair in run.material}), "num_pairs": len(pairs)}
-    return params, {**summary, **evaluation, **judged, "seconds": seconds, "tokens_per_second": rates}
+
+    ordered = in_control_order(this, contrasts)
+    prompts = render_prompts(this, ordered)
+    chosen = score_and_filter(this, objective, policy, prompts, lambda: (ordered, dropped))
+    require_pairs(chosen, len(given), this.folder / "pairs.jsonl")
+    judged = judge_by_endpoint(this, chosen.pairs)
+    policy, training = train_on_pairs(this, objective, policy, chosen.pairs, prompts)
+    exported = export(this, policy)
+    evaluation = evaluate(this, policy)
+    num_queries = len({(pair.query, str(pair.history)) for pair in given})
+    return policy, summarize(num_queries, chosen, training, exported, evaluation, judged)
 
 
-RECIPE = Recipe(read, settle, round)
+RECIPE = Recipe(read, prepare, run_round)

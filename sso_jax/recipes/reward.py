@@ -1,53 +1,86 @@
 """Recipe `reward`: a Bradley-Terry reward model on the policy's decoder, from given pairs or from pairs that the policy samples."""
 
+import dataclasses
 import hashlib
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from sso_jax.config import Config, RewardConfig
 from sso_jax.data.pair_files import load_pairs
-from sso_jax.data.records import Query, Triple
+from sso_jax.data.records import Cell, Triple
 from sso_jax.models.export import REWARD_FOLDER, export_reward_model
 from sso_jax.preferences.filters import with_rewards
-from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples, random_order
-from sso_jax.recipes import run as rounds
-from sso_jax.recipes.checks import refuse_fields, warn_unused_objective
+from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples
+from sso_jax.recipes.checks import check_sampling, refuse_fields, refuse_judge_order, warn_unused_objective
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.environment import order_accuracy
-from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.reward_model import RewardScorer, accuracy_of, reward_engine, reward_params, tokenize_pair
-from sso_jax.recipes.run import Recipe, Run
-from sso_jax.recipes.stages import sampling as sampled
+from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.batch_plans import plan_rewards
 from sso_jax.recipes.stages.evaluation import judge_by_endpoint
-from sso_jax.recipes.stages.scoring import filtered, referenced_pairs, require_pairs, within_limit
-from sso_jax.runtime import stage_markers as stages
+from sso_jax.recipes.stages.prompts import render_prompts
+from sso_jax.recipes.stages.sampling import (
+    PrinciplesResult,
+    QueryRounds,
+    ResponsesResult,
+    prepare_queries,
+    principles,
+    read_queries,
+    responses,
+    round_queries,
+)
+from sso_jax.recipes.stages.scoring import (
+    PairsResult,
+    apply_filters,
+    in_control_order,
+    require_pairs,
+    sampled_candidates,
+    score_and_filter,
+)
+from sso_jax.recipes.stages.update import TrainingResult, train
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.json_lines import write_records
-from sso_jax.training.rewards import build_reward_fn, reward_losses
+from sso_jax.runtime.stage_markers import file_stage, record_stage
+from sso_jax.training.rewards import TokenizedPair, build_reward_fn, reward_losses
 
-PLAIN_PAIR = [("plain", "chosen"), ("plain", "rejected")]
+PLAIN_PAIR = [Cell("plain", "chosen"), Cell("plain", "rejected")]
+HELD_OUT_FILE = "held_out.jsonl"
+Pair = TypeVar("Pair")
+TokenizedPairs = dict[str, TokenizedPair]
+"""Pairs as token ids, by id."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a reward model is trained from: pairs of a file, or queries to sample them for; and annotated pairs to mix in."""
+class RewardData:
+    """What a reward model is trained on: pairs of a file, or queries to sample pairs for, and annotated pairs to mix in."""
 
     pairs: list[Triple] | None
-    principles: dict
-    rounds: list[list[Query]]
+    queries: QueryRounds | None
     annotated: list[Triple]
 
 
-def read(config: Config) -> Material:
-    """The pairs or queries, and the annotated pairs.
+@dataclass(frozen=True)
+class _OwnPairs:
+    """The round's pairs as token ids, and the results of the stages that made them."""
+
+    result: PairsResult
+    tokens: TokenizedPairs
+    num_queries: int
+    judged: dict | None = None
+    steered: PrinciplesResult | None = None
+    sampled: ResponsesResult | None = None
+
+
+def read(config: Config) -> RewardData:
+    """Reads the pairs or queries, and the annotated pairs.
 
     Raises:
       InputError: for fields that do not go together, and for files that cannot be read.
     """
     unused = {"demonstrations.path": config.demonstrations.path, "model.reference_path": config.model.reference_path}
-    refuse_fields(config, "reward", unused)
+    refuse_fields("reward", unused)
     if config.lora.rank:
         raise InputError(f"lora.rank: {config.lora.rank} is not used by recipe 'reward', which trains the whole decoder; remove it")
     if config.run.iterations != 1:
@@ -56,77 +89,71 @@ def read(config: Config) -> Material:
     given, annotated = config.pairs.path, config.reward.annotated_path
     mixed = [] if annotated is None else load_pairs(annotated, config.reward.annotated_split, "reward.annotated_path")
     if given is None:
-        sampled.check_sampling(config)
-        queries = sampled.read_queries(config)
-        return Material(None, queries.principles, queries.rounds, mixed)
+        check_sampling(config)
+        return RewardData(None, read_queries(config), mixed)
     unused = {"queries.path": config.queries.path, "filter.enabled": config.filter.enabled}
-    refuse_fields(config, "reward with pairs.path", unused)
-    if config.pairs.control == "judge_order":
-        raise InputError("pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'")
-    return Material(load_pairs(given, config.pairs.split), {}, [], mixed)
+    refuse_fields("reward with pairs.path", unused)
+    refuse_judge_order(config)
+    return RewardData(load_pairs(given, config.pairs.split), None, mixed)
 
 
-def settle(config: Config, engine: Engine, read: Material) -> tuple[Material, Counter]:
+def prepare(config: Config, engine: Engine, source: RewardData) -> tuple[RewardData, Counter]:
     """Token ids of the pairs, or the queries of the round; annotated pairs without a contrast are dropped."""
-    annotated, dropped = drop_empty_contrasts(given_triples(engine.chat.tokenizer, read.annotated), PLAIN_PAIR)
-    dropped = Counter(f"annotated_{reason}" for reason in dropped.values())
-    if read.pairs is not None:
-        return replace(read, pairs=given_triples(engine.chat.tokenizer, read.pairs), annotated=annotated), dropped
-    queries, unfit = sampled.settle_queries(config, engine, sampled.Queries(read.rounds, read.principles))
-    return replace(read, rounds=queries.rounds, annotated=annotated), dropped + unfit
+    tokenizer = engine.chat.tokenizer
+    annotated, dropped = drop_empty_contrasts(given_triples(tokenizer, source.annotated), PLAIN_PAIR)
+    reasons = Counter(f"annotated_{reason}" for reason in dropped.values())
+    if source.pairs is not None:
+        return RewardData(given_triples(tokenizer, source.pairs), None, annotated), reasons
+    queries, unfit = prepare_queries(config, engine, source.queries)
+    return RewardData(None, queries, annotated), reasons + unfit
 
 
-def round(run: Run, iteration: int, params):
-    """(queries -> principles -> responses ->) pairs -> held-out ones, and updates on the others -> reward model."""
-    folder, seconds = run.folder(iteration), {}
-    if run.material.pairs is None:
-        pairs, made, seconds = _sampled_pairs(run, iteration, params)
-    else:
-        pairs, made = stages.record_stage(folder, "pairs", Triple, lambda: _given_pairs(run, iteration))
-    require_pairs(pairs, len(run.material.pairs or run.material.rounds[0]), made["dropped"], folder / "pairs.jsonl")
-    train, held_out = split_pairs(pairs, run.config.reward.held_out)
-    train = mix(train, run.material.annotated, run.config.reward, f"{run.config.run.seed}/{iteration}")
+def run_round(this: Round[RewardData], policy: Params) -> tuple[Params, RoundSummary]:
+    """(queries -> principles -> responses ->) pairs -> update on all but the held-out ones -> reward model."""
+    run, data = this.run, this.run.dataset
+    own = _sampled_pairs(this, policy) if data.pairs is None else _given_pairs(this)
+    require_pairs(own.result, len(data.pairs or data.queries.rounds[0]), this.folder / "pairs.jsonl")
+    train_pairs, held_out = split_pairs(own.result.pairs, run.config.reward.held_out)
+    annotated = [tokenize_pair(run.engine.chat, pair) for pair in data.annotated]
+    mixed = mix([own.tokens[pair.id] for pair in train_pairs], annotated, run.config.reward, this.seed)
+
     engine = reward_engine(run.engine)
-    params, training = _train(run, engine, iteration, reward_params(params, engine), train, held_out)
-
-    def write() -> dict:
-        dtype = run.config.model.export_dtype
-        export_reward_model(params, engine.model.architecture, run.engine.chat.tokenizer, folder / REWARD_FOLDER, dtype)
-        return {}
-
-    exported = stages.plain_stage(folder, "export", write, REWARD_FOLDER)
-    measured = stages.plain_stage(folder, "held_out", lambda: _measure(run, engine, iteration, params, held_out), "held_out.jsonl")
-    parts = {"pairs": made, "training": training, "export": exported, "held_out": measured}
-    seconds = {**seconds, **{name: part["seconds"] for name, part in parts.items()}}
-    rates = {"sampling": made.get("sampling_rate"), "training": training["tokens_per_second"]}
-    measured = {name: value for name, value in measured.items() if name != "seconds"}
-    numbers = {**made, "num_pairs": len(pairs), "policy_quality": None, "reward": {"num_trained": len(train), **measured}}
-    return params, {**numbers, "seconds": seconds, "tokens_per_second": rates}
+    reward = reward_params(policy, engine)
+    held_out_tokens = [own.tokens[pair.id] for pair in held_out]
+    reward, training = _train(this, engine, reward, mixed, held_out_tokens)
+    exported = _export(this, engine, reward)
+    measured = _measure_held_out(this, engine, reward, held_out, held_out_tokens)
+    return reward, _summarize(own, len(mixed), training, exported, measured)
 
 
-def _given_pairs(run: Run, iteration: int) -> tuple[list[Triple], dict]:
-    """The pairs of the file with a contrast, within the limit, filtered by scores or a reward model."""
-    pairs, dropped = drop_empty_contrasts(run.material.pairs, PLAIN_PAIR)
-    if run.config.pairs.control == "random_order":
-        pairs = random_order(pairs, f"{run.config.run.seed}/{iteration}")
-    pairs = within_limit(run, pairs, dropped)
-    kept, numbers = filtered(run, pairs, dropped)
-    return kept, {**numbers, "num_queries": len({(pair.query, str(pair.history)) for pair in run.material.pairs})}
+def _given_pairs(this: Round[RewardData]) -> _OwnPairs:
+    """Stage `pairs` of given ones: those with a contrast, within the token limit, filtered by scores or a reward model."""
+    given, engine = this.run.dataset.pairs, this.run.engine
+    contrasts, dropped = drop_empty_contrasts(given, PLAIN_PAIR)
+    ordered = in_control_order(this, contrasts)
+    tokens = {pair.id: tokenize_pair(engine.chat, pair) for pair in ordered}
+
+    def make() -> tuple[list[Triple], dict]:
+        too_long = {pair.id: "pair_too_long" for pair in ordered if tokens[pair.id].longest() > engine.max_tokens}
+        fitting = [pair for pair in ordered if pair.id not in too_long]
+        return apply_filters(this, fitting, {**dropped, **too_long})
+
+    result = PairsResult.of_stage(*record_stage(this.folder, "pairs", Triple, make))
+    return _OwnPairs(result, tokens, len({(pair.query, str(pair.history)) for pair in given}))
 
 
-def _sampled_pairs(run: Run, iteration: int, params) -> tuple[list[Triple], dict, dict]:
-    """Pairs that the policy samples, as in recipe `online`; what there is to say of them, and the seconds of its stages."""
-    folder = run.folder(iteration)
-    queries, _ = stages.record_stage(folder, "queries", Query, lambda: (run.material.rounds[iteration - 1], {}))
-    steered, principles = sampled.principles(run, iteration, params, queries)
-    triples, responses = sampled.responses(run, iteration, params, steered, folder)
-    pairs, made = referenced_pairs(run, Objective([], None, 1.0), iteration, params, folder, lambda: sampled.cleaned(run, triples))
-    judged = judge_by_endpoint(run, iteration, pairs)
-    dropped = dict(Counter(responses["dropped"]) + Counter(made["dropped"]))
-    steering = {name: value for name, value in principles.items() if name != "seconds"}
-    rate = {"num_queries": len(queries), "dropped": dropped, "sampling_rate": responses["tokens_per_second"]}
-    seconds = {"principles": principles["seconds"], "responses": responses["seconds"]}
-    return pairs, {**made, **steering, **judged, **rate}, seconds
+def _sampled_pairs(this: Round[RewardData], policy: Params) -> _OwnPairs:
+    """queries -> principles -> responses -> pairs, as in recipe `online`."""
+    sampling_round = replace(this, run=replace(this.run, dataset=this.run.dataset.queries))
+    queries = round_queries(sampling_round)
+    steered = principles(sampling_round, policy, queries)
+    prompts = render_prompts(this, steered.queries)
+    sampled = responses(this, policy, steered.queries, prompts)
+    chosen = score_and_filter(this, None, policy, prompts, lambda: sampled_candidates(this, sampled.triples))
+    chat = this.run.engine.chat
+    tokens = {pair.id: tokenize_pair(chat, pair, prompts[pair.id]["plain"]) for pair in chosen.pairs}
+    judged = judge_by_endpoint(this, chosen.pairs)
+    return _OwnPairs(chosen, tokens, len(queries), judged, steered, sampled)
 
 
 def split_pairs(pairs: list[Triple], held_out: float) -> tuple[list[Triple], list[Triple]]:
@@ -143,8 +170,8 @@ def split_pairs(pairs: list[Triple], held_out: float) -> tuple[list[Triple], lis
     return train, [pair for pair, out in zip(pairs, sides, strict=True) if out]
 
 
-def mix(own: list[Triple], annotated: list[Triple], config: RewardConfig, seed: str) -> list[Triple]:
-    """Own pairs and annotated ones, so many of each that the annotated have their share; those left out are drawn by the seed.
+def mix(own: list[Pair], annotated: list[Pair], config: RewardConfig, seed: str) -> list[Pair]:
+    """Own and annotated pairs, so many of each that the annotated ones have their share; the seed draws which are left out.
 
     Raises:
       InputError: if the share leaves nothing of one side.
@@ -163,31 +190,75 @@ def mix(own: list[Triple], annotated: list[Triple], config: RewardConfig, seed: 
     return draw.sample(own, num_own) + draw.sample(annotated, num_annotated)
 
 
-def _train(run: Run, engine: Engine, iteration: int, params, train: list[Triple], held_out: list[Triple]) -> tuple[dict, dict]:
-    """The trained reward model; the line of an update after which there is a checkpoint says the accuracy on held-out pairs too."""
-    rules = run.config.reward
-    earlier = run.earlier_shape(iteration, run.folder(iteration), "training")
-    plan = plan_rewards(engine, run.config, iteration, [tokenize_pair(engine.chat, pair) for pair in train], earlier)
+def _scorer(this: Round, engine: Engine, reward: Params) -> RewardScorer:
+    reward_fn = build_reward_fn(engine.model, engine.mesh, engine.shardings)
+    return RewardScorer(engine.model, reward, this.run.engine.chat, reward_fn, engine.mesh)
+
+
+def _train(
+    this: Round, engine: Engine, reward: Params, pairs: list[TokenizedPair], held_out: list[TokenizedPair]
+) -> tuple[Params, TrainingResult]:
+    """The trained reward model; with each checkpoint the accuracy on held-out pairs joins the metrics."""
+    rules = this.run.config.reward
     losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.center_coefficient)
-    rate = build_reward_fn(engine.model, engine.mesh, engine.shardings)
+    scorer = _scorer(this, engine, {})
 
-    def look(params) -> dict:
-        rater = RewardScorer(engine.model, params, engine.chat, rate, engine.mesh)
-        return {"held_out_accuracy": accuracy_of(rater.rewards(held_out, "held-out pairs"))} if held_out else {}
+    def held_out_accuracy(params: Params) -> dict:
+        if not held_out:
+            return {}
+        rewards = replace(scorer, params=params).rewards(held_out, "held-out pairs")
+        return {"held_out_accuracy": accuracy_of(rewards)}
 
-    return rounds.train(run, losses, plan, iteration, params, engine=engine, look=look)
-
-
-def _measure(run: Run, engine: Engine, iteration: int, params, held_out: list[Triple]) -> dict:
-    """Accuracy on held-out pairs by their own order and, where there is a judge, by the judge's; the rewards go to held_out.jsonl."""
-    if not held_out:
-        return {"num_held_out": 0}
-    rate = build_reward_fn(engine.model, engine.mesh, engine.shardings)
-    rewards = RewardScorer(engine.model, params, engine.chat, rate, engine.mesh).rewards(held_out, "held-out pairs")
-    scored = with_rewards(held_out, rewards)
-    write_records(scored, run.folder(iteration) / "held_out.jsonl")
-    by_judge = order_accuracy(run.environment, run.engine, scored)
-    return {"num_held_out": len(held_out), "held_out_accuracy": accuracy_of(rewards), **by_judge}
+    return train(this, losses, plan_rewards(this, pairs), reward, engine=engine, eval_fn=held_out_accuracy)
 
 
-RECIPE = Recipe(read, settle, round)
+def _export(this: Round, engine: Engine, reward: Params) -> float:
+    """Writes the reward model as a Hugging Face folder; returns the seconds it took."""
+
+    def write() -> dict:
+        dtype, tokenizer = this.run.config.model.export_dtype, this.run.engine.chat.tokenizer
+        export_reward_model(reward, engine.model.architecture, tokenizer, this.folder / REWARD_FOLDER, dtype)
+        return {}
+
+    return file_stage(this.folder, "export", write, REWARD_FOLDER)["seconds"]
+
+
+def _measure_held_out(this: Round, engine: Engine, reward: Params, held_out: list[Triple], tokens: list[TokenizedPair]) -> dict:
+    """Stage `held_out`: accuracy by the pairs' own order and, with a judge, by the judge's; rewards in `held_out.jsonl`."""
+
+    def measure() -> dict:
+        if not held_out:
+            return {"num_held_out": 0}
+        rewards = _scorer(this, engine, reward).rewards(tokens, "held-out pairs")
+        scored = with_rewards(held_out, rewards)
+        write_records(scored, this.folder / HELD_OUT_FILE)
+        by_judge = order_accuracy(this.run.environment, this.run.engine, scored)
+        return {"num_held_out": len(held_out), "held_out_accuracy": accuracy_of(rewards), **by_judge}
+
+    return file_stage(this.folder, "held_out", measure, HELD_OUT_FILE)
+
+
+def _summarize(own: _OwnPairs, num_trained: int, training: TrainingResult, export_seconds: float, measured: dict) -> RoundSummary:
+    counts = dataclasses.asdict(own.steered.counts) if own.steered else {}
+    stages = {"principles": own.steered, "responses": own.sampled, "pairs": own.result, "training": training}
+    seconds = {name: result.seconds for name, result in stages.items() if result is not None}
+    dropped = Counter(own.sampled.dropped if own.sampled else {}) + Counter(own.result.dropped)
+    held_out = {name: value for name, value in measured.items() if name != "seconds"}
+    return RoundSummary(
+        **vars(own.result.numbers),
+        **counts,
+        num_queries=own.num_queries,
+        num_pairs=len(own.result.pairs),
+        dropped=dict(dropped),
+        before_filter=own.result.before_filter,
+        endpoint_judge=own.judged,
+        reward={"num_trained": num_trained, **held_out},
+        seconds={**seconds, "export": export_seconds, "held_out": measured["seconds"]},
+        tokens_per_second={
+            "sampling": own.sampled.tokens_per_second if own.sampled else None,
+            "training": training.tokens_per_second,
+        },
+    )
+
+
+RECIPE = Recipe(read, prepare, run_round)

@@ -1,4 +1,4 @@
-"""A reward model's folder in, rewards of pairs out; and a trained reward model in, its Hugging Face folder out."""
+"""Reward models: read from a folder, started from a policy, and used to score pairs."""
 
 import dataclasses
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sso_jax.config import EvaluateConfig, ModelConfig
+from sso_jax.config import LoraConfig, ModelConfig
 from sso_jax.data.chat import Chat, make_chat
 from sso_jax.data.records import Triple
 from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
@@ -26,37 +26,37 @@ from sso_jax.runtime.run_dir import newest_folder
 from sso_jax.training.rewards import TokenizedPair, build_reward_fn, compute_rewards
 
 TOKENS_AT_ONCE = 8192
-"""Tokens of a batch that is only rated."""
+"""Tokens of a batch that is only scored."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RewardScorer:
-    """A reward model on a mesh, ready to rate."""
+    """A reward model on a mesh with its compiled reward function."""
 
     model: RewardModel
     params: dict
     chat: Chat
-    rate: Callable
+    reward_fn: Callable
     mesh: jax.sharding.Mesh
 
-    def rewards(self, triples: list[Triple], stage: str) -> list[tuple[float, float]]:
+    def rewards(self, pairs: list[TokenizedPair], stage: str) -> list[tuple[float, float]]:
         """Rewards of the chosen and the rejected response of every pair, read at their ends of turn."""
-        pairs = [tokenize_pair(self.chat, triple) for triple in triples]
-        longest = max(map(_longest_text, pairs), default=0)
-        if longest > self.model.architecture.max_positions:
-            beyond = sum(_longest_text(pair) > self.model.architecture.max_positions for pair in pairs)
-            positions = self.model.architecture.max_positions
-            log.warning("%s: %d of %d pairs are longer than the model's %d positions", stage, beyond, len(pairs), positions)
-        return compute_rewards(self.rate, self.mesh, self.params, pairs, TOKENS_AT_ONCE, stage)
+        limit = self.model.architecture.max_positions
+        too_long = sum(pair.longest() > limit for pair in pairs)
+        if too_long:
+            log.warning("%s: %d of %d pairs are longer than the model's %d positions", stage, too_long, len(pairs), limit)
+        return compute_rewards(self.reward_fn, self.mesh, self.params, pairs, TOKENS_AT_ONCE, stage)
 
 
-def _longest_text(pair: TokenizedPair) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+def tokenize_pair(chat: Chat, triple: Triple, prompt: list[int] | None = None) -> TokenizedPair:
+    """Token ids of a pair under its plain prompt, each response with an end of turn at its end.
 
+    Sampled ids are used as they are if they are this tokenizer's; otherwise the texts are encoded.
 
-def tokenize_pair(chat: Chat, triple: Triple) -> TokenizedPair:
-    """Token ids of a pair under its plain prompt: sampled ids where they are this tokenizer's, each with an end of turn at its end."""
+    Args:
+      prompt: ids of the plain prompt, if they are known.
+    """
     ids, end = triple.response_ids or {}, chat.tokenizer.eos_token_id
     own = triple.tokens_hash == tokens_hash(chat.tokenizer)
 
@@ -64,7 +64,7 @@ def tokenize_pair(chat: Chat, triple: Triple) -> TokenizedPair:
         tokens = ids[name] if own and ids.get(name) else encode_text(chat.tokenizer, getattr(triple, name))
         return tokens if tokens and tokens[-1] == end else [*tokens, end]
 
-    prompt = chat.prompt_ids(triple.query, history=triple.history)
+    prompt = chat.prompt_ids(triple.query, history=triple.history) if prompt is None else prompt
     return TokenizedPair(prompt, response("chosen"), response("rejected"))
 
 
@@ -86,7 +86,7 @@ def open_reward_scorer(path: str, config: ModelConfig, mesh: jax.sharding.Mesh) 
       InputError: for a folder that is no reward model, is incomplete or does not fit together.
     """
     folder = find_reward_model(path)
-    decoder, _ = build_decoder(read_architecture(folder), EvaluateConfig(model=config), mesh)
+    decoder, _ = build_decoder(read_architecture(folder), config, LoraConfig(), mesh)
     model = as_reward_model(decoder)
     set_matmul_precision(config.matmul_precision, config.compute_dtype)
     check_weights(folder, model)

@@ -60,7 +60,7 @@ def record_stage(
     `make` returns the records and the statistics; `seconds` is added to these. `beside` names files that it may write itself.
     """
     path = folder / f"{name}.jsonl"
-    stats = whole(folder, name)
+    stats = read_verified(folder, name)
     if stats is not None:
         return read_records(kind, path), stats
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,9 @@ def record_stage(
     return records, finish(folder, name, {**stats, "seconds": time.perf_counter() - start}, files)
 
 
-def plain_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
+def file_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
     """Statistics of a stage that writes its own `folder/output`, a file or a folder, if anything; as `record_stage` otherwise."""
-    stats = whole(folder, name)
+    stats = read_verified(folder, name)
     if stats is not None:
         return stats
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def damaged(folder: Path) -> list[str]:
     """Stages that are marked as done and have a file that is gone or damaged, which the log then says; one answer for all processes."""
     done = folder / "done"
     names = on_first_process(lambda: sorted(marker.stem for marker in done.glob("*.json")) if done.is_dir() else [])
-    return [name for name in names if whole(folder, name) is None]
+    return [name for name in names if read_verified(folder, name) is None]
 
 
 def reopen(folder: Path, name: str) -> None:
@@ -101,7 +101,7 @@ def reopen(folder: Path, name: str) -> None:
         _marker(folder, name).unlink()
 
 
-def whole(folder: Path, name: str) -> dict | None:
+def read_verified(folder: Path, name: str) -> dict | None:
     """As `finished`, but None also where a file of the stage is gone or damaged, which the log then says: it is to be done again."""
     marked = _read_marker(folder, name)
     harm = None if marked is None else on_first_process(lambda: damage(folder, marked.get("files", {})))

@@ -32,7 +32,7 @@ from sso_jax.toy.world import EVASION, Item, Quality, all_items, bare_answer, co
 from sso_jax.training import checkpoints
 from sso_jax.training.batches import supervised_batch
 from sso_jax.training.example_losses import supervised_losses
-from sso_jax.training.loop import Hooks, run_updates
+from sso_jax.training.loop import Hooks, UpdatePlan, run_updates
 from sso_jax.training.optimizer import learning_rates, make_optimizer
 from sso_jax.training.row_shapes import row_shape
 from sso_jax.training.trees import Branch, Tree
@@ -208,26 +208,18 @@ def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> 
 
 
 def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int):
-    """Trains the toy policy, or goes on from its newest checkpoint in `folder`; returns its model, its parameters and its tokenizer."""
+    """Trains the toy policy, or continues from its newest checkpoint in `folder`; returns its model, parameters and tokenizer."""
     tokenizer = train_tokenizer(descriptions=curriculum.descriptions)
-    chat = make_chat(tokenizer)
     model = Transformer(architecture(tokenizer, curriculum), remat=True)
-    updates = _draw_updates(chat, curriculum, random.Random(f"{seed}/demonstrations"))
-    sizes = sorted({len(trees) for trees in updates})
-    shapes = {size: row_shape([trees for trees in updates if len(trees) == size], num_batch_shards(mesh)) for size in sizes}
-
-    def make_batch(step: int):
-        size = len(updates[step])
-        return supervised_batch(updates[step], size, 1, shapes[size])
-
+    plan = _plan_updates(make_chat(tokenizer), curriculum, seed, mesh)
     shardings = param_shardings(abstract_params(model), mesh)
     with jax.set_mesh(mesh):
-        params = jax.jit(lambda key: nn.unbox(init_params(model, key)), out_shardings=shardings)(jax.random.key(seed))
-    rates = learning_rates(curriculum.learning_rate, "cosine", 0.05, len(updates))
+        draw = jax.jit(lambda key: nn.unbox(init_params(model, key)), out_shardings=shardings)
+        params = draw(jax.random.key(seed))
     optimizer = make_optimizer(b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
     placed = state_shardings(params, shardings, optimizer, mesh)
-    update = build_update(supervised_losses(model), optimizer, mesh, placed, make_batch(0))
-    num_tokens = [sum(tree.num_tokens() for tree in trees) for trees in updates]
+    first = plan.make_batch(0)
+    update = build_update(supervised_losses(model), optimizer, mesh, placed, first)
     state = init_state(params, optimizer, placed)
     with checkpoints.open_checkpoints(folder / "checkpoints", keep=1) as manager:
         state = checkpoints.restore(manager, jax.eval_shape(lambda: state), placed) or state
@@ -238,11 +230,27 @@ def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder:
             write_records(lines, path)
             checkpoints.save(manager, state, step, wait=every_steps == 1)
 
+        if done < len(plan.num_tokens):
+            compile_ahead(update, state, first, mesh)
         hooks = Hooks(lines.append, save, every_steps)
-        if done < len(updates):
-            compile_ahead(update, state, make_batch(0), mesh)
-        state = run_updates(update, state, make_batch, num_tokens, rates, done, mesh, hooks, "toy policy: supervised start")
+        state = run_updates(update, state, plan, done, mesh, hooks, "toy policy: supervised start")
     return model, state.params, tokenizer
+
+
+def _plan_updates(chat: Chat, curriculum: Curriculum, seed: int, mesh: jax.sharding.Mesh) -> UpdatePlan:
+    """The updates of the supervised start; those on facts and those on style have a row shape each."""
+    updates = _draw_updates(chat, curriculum, random.Random(f"{seed}/demonstrations"))
+    sizes = sorted({len(trees) for trees in updates})
+    shards = num_batch_shards(mesh)
+    shapes = {size: row_shape([trees for trees in updates if len(trees) == size], shards) for size in sizes}
+
+    def make_batch(step: int):
+        size = len(updates[step])
+        return supervised_batch(updates[step], size, 1, shapes[size])
+
+    num_tokens = [sum(tree.num_tokens() for tree in trees) for trees in updates]
+    rates = learning_rates(curriculum.learning_rate, "cosine", 0.05, len(updates))
+    return UpdatePlan(make_batch, num_tokens, rates, [[] for _ in updates])
 
 
 def write_policy(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int = 100) -> None:

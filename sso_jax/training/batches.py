@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sso_jax.data.records import Triple
+from sso_jax.data.records import Cell, Triple
 from sso_jax.training.packing import Rows, pack, stack_rows
 from sso_jax.training.row_shapes import RowShape, _size
 from sso_jax.training.trees import Tree, steered_trees
@@ -51,7 +51,7 @@ class SupervisedBatch(NamedTuple):
     """[A, E]; one over the response tokens of the whole update: the loss is their mean negative log-prob."""
 
 
-def make_example(triple: Triple, prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[tuple[str, str]]) -> Example:
+def make_example(triple: Triple, prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell]) -> Example:
     """Example of a scored triple."""
     return Example(triple.id, prompts, responses, [triple.log_probs[context][response] for context, response in cells])
 
@@ -61,14 +61,12 @@ def cut_microbatches(items: list, size: int, num_micro: int) -> list[list]:
     return [items[i * size : (i + 1) * size] for i in range(num_micro)]
 
 
-def micro_trees(examples: list[Example], cells: list[tuple[str, str]]) -> list[Tree]:
+def micro_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
     """Trees of the examples of a microbatch; example e has the cells e*C ... e*C + C-1."""
     return [tree for e, example in enumerate(examples) for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))]
 
 
-def preference_batch(
-    examples: list[Example], cells: list[tuple[str, str]], micro_size: int, num_micro: int, shape: RowShape
-) -> PreferenceBatch:
+def preference_batch(examples: list[Example], cells: list[Cell], micro_size: int, num_micro: int, shape: RowShape) -> PreferenceBatch:
     """Examples of one update (at most `micro_size * num_micro`) as arrays."""
     num_cells = micro_size * len(cells)
     num_tokens = np.ones((num_micro, micro_size, len(cells)), np.int32)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
 from sso_jax.training.log_probs import cell_log_probs
@@ -18,26 +19,24 @@ ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, 
 """(params, microbatch) -> loss and metrics of each example."""
 
 
-def cells_of(
-    form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str, more: tuple[tuple[str, str], ...] = ()
-) -> list[tuple[str, str]]:
+def cells_of(form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str, more: tuple[Cell, ...] = ()) -> list[Cell]:
     """The (context, response) log-probs that an objective needs: winner before loser in each context; `more` go with the plain pair."""
-    plain = [("plain", "chosen"), ("plain", "rejected"), *more]
-    positive = [("positive", "chosen"), ("positive", "rejected")] if scale[0] else []
-    negative = [("negative", negative_winner), ("negative", "chosen")] if scale[1] else []
+    plain = [Cell("plain", "chosen"), Cell("plain", "rejected"), *more]
+    positive = [Cell("positive", "chosen"), Cell("positive", "rejected")] if scale[0] else []
+    negative = [Cell("negative", negative_winner), Cell("negative", "chosen")] if scale[1] else []
     steered = positive + negative
     return {"pairwise": plain, "online": plain + (steered if use_steering else []), "generator": steered}[form]
 
 
-def to_context_values(values: Float[Array, "E C"], cells: list[tuple[str, str]]) -> ContextValues:
+def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> ContextValues:
     """Columns of `values`, one a cell, by context: of a context's responses the winner comes first, then the loser; y_o of x apart."""
     columns: dict[str, list] = {}
     for i, cell in enumerate(cells):
-        columns.setdefault("original" if cell == ("plain", "original") else cell[0], []).append(values[:, i])
+        columns.setdefault("original" if cell == Cell("plain", "original") else cell[0], []).append(values[:, i])
     return ContextValues(**{name: of_context[0] if name == "original" else Pair(*of_context) for name, of_context in columns.items()})
 
 
-def preference_losses(model: Transformer, objective: Callable[..., Terms], cells: list[tuple[str, str]], beta: float) -> ExampleLosses:
+def preference_losses(model: Transformer, objective: Callable[..., Terms], cells: list[Cell], beta: float) -> ExampleLosses:
     """Losses of preference microbatches under `objective`."""
 
     def losses(params, micro: PreferenceBatch):
@@ -52,13 +51,13 @@ def preference_losses(model: Transformer, objective: Callable[..., Terms], cells
     return losses
 
 
-def loss_at_reference(objective: Callable[..., Terms], cells: list[tuple[str, str]], batch: PreferenceBatch) -> float:
+def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: PreferenceBatch) -> float:
     """Loss of a batch where policy and reference are one: what the first update of a round must show, such as ln 2 for DPO."""
     return float(_loss_at_reference(objective, tuple(cells), batch.reference_log_probs, batch.num_tokens, batch.weights))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[tuple[str, str], ...], reference_log_probs, num_tokens, weights):
+def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[Cell, ...], reference_log_probs, num_tokens, weights):
     """One program for a dozen small ones, and the same one in every round."""
     flat = lambda part: to_context_values(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))  # noqa: E731
     reference, weights = flat(reference_log_probs), weights.reshape(-1)

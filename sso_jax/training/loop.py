@@ -1,4 +1,4 @@
-"""A state and batches in, the trained state out: one pass of the updates of a stage, resumed from its newest checkpoint."""
+"""Runs the updates of a stage, with metrics, checkpoints and stops between them."""
 
 import math
 import random
@@ -18,16 +18,26 @@ from sso_jax.training.update import TrainState, batch_shardings
 
 
 class Hooks(NamedTuple):
-    """What happens beside training."""
+    """What happens beside the updates."""
 
-    line: Callable[[dict], None]
+    log_metrics: Callable[[dict], None]
     """Takes the metrics of each update, in order."""
     save: Callable[[TrainState, int], None]
-    """Takes the state and the number of updates behind it where `is_saved` says so, and before a stop."""
+    """Takes the state and the number of updates done, after the updates that `is_saved` names and before a stop."""
     every_steps: int
-    """Most updates that a kill may make be done again."""
-    examples: Callable[[int], list[str]] = lambda step: []
-    """Ids of the examples of an update."""
+    """Largest number of updates that a kill may repeat."""
+
+
+class UpdatePlan(NamedTuple):
+    """The updates of a stage, by number."""
+
+    make_batch: Callable[[int], NamedTuple]
+    num_tokens: Sequence[int]
+    """Tokens of each update, padding not counted."""
+    rates: Sequence[float]
+    """Learning rate of each update."""
+    example_ids: Sequence[list[str]]
+    """Ids of the examples of each update, for messages; lists may be empty."""
 
 
 def update_order(num_examples: int, batch_size: int, epochs: int, shuffle: bool, seed: str) -> list[list[int]]:
@@ -53,52 +63,49 @@ def is_saved(done: int, num_updates: int, every_steps: int) -> bool:
 def run_updates(
     update: Callable,
     state: TrainState,
-    make_batch: Callable[[int], NamedTuple],
-    num_tokens: Sequence[int],
-    rates: Sequence[float],
+    plan: UpdatePlan,
     start: int,
     mesh: jax.sharding.Mesh,
     hooks: Hooks,
     stage: str,
 ) -> TrainState:
-    """Runs updates `start` to the last; `make_batch(i)`, `num_tokens[i]` and `rates[i]` are what update i takes, its tokens, its rate.
+    """Runs the updates of the plan from number `start` to the last.
 
-    The metrics of an update are fetched after the next one was handed to the device, so that the device never waits for the host.
+    The metrics of an update are fetched after the next one has been dispatched, so that the device never waits for the host.
 
     Raises:
-      RunError: where a number stops being finite; the last checkpoint is of before that.
-      Stopped: where a stop was asked for, after a checkpoint.
+      RunError: if a number stops being finite; the last checkpoint was made before that.
+      Stopped: if a stop was requested, after a checkpoint.
     """
-    with progress_bar(stage, len(num_tokens), "update", initial=start) as bar:
+    num_updates = len(plan.num_tokens)
+    with progress_bar(stage, num_updates, "update", initial=start) as bar:
         clock = time.perf_counter()
 
         def flush(step: int, metrics: dict) -> None:
             nonlocal clock
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            _require_finite(numbers, step, hooks.examples(step), stage)
+            _require_finite(numbers, step, plan.example_ids[step], stage)
             now = time.perf_counter()
-            hooks.line({"step": step, **numbers, "tokens_per_second": num_tokens[step] / (now - clock)})
+            hooks.log_metrics({"step": step, **numbers, "tokens_per_second": plan.num_tokens[step] / (now - clock)})
             clock = now
             bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             bar.update()
 
         waiting: tuple[int, dict] | None = None
-        for step in range(start, len(num_tokens)):
-            batch = make_batch(step)
+        for step in range(start, num_updates):
+            batch = plan.make_batch(step)
             batch = place(batch, batch_shardings(batch, mesh))
             with jax.set_mesh(mesh):
-                state, metrics = update(state, batch, np.float32(rates[step]))
+                state, metrics = update(state, batch, np.float32(plan.rates[step]))
             if waiting is not None:
                 flush(*waiting)
-            waiting = (step, metrics)
-            done = step + 1
-            stop = stop_now()
-            if stop or is_saved(done, len(num_tokens), hooks.every_steps):
+            waiting, done, stop = (step, metrics), step + 1, stop_now()
+            if stop or is_saved(done, num_updates, hooks.every_steps):
                 flush(*waiting)
                 waiting = None
                 hooks.save(state, done)
             if stop:
-                raise Stopped(f"a signal in {stage}, after update {done} of {len(num_tokens)}")
+                raise Stopped(f"a signal in {stage}, after update {done} of {num_updates}")
     return state
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sso_jax.data.records import Cell
 from sso_jax.training.losses import ContextValues, bind_loss, dpo_loss, log_ratios
 
 RANKS = (2.0, 1.0, 0.0)
@@ -104,15 +105,15 @@ class MultiResponseEntry(NamedTuple):
     """A loss of this file and the (context, response) log-probs that it needs beside those of the plain pair."""
 
     loss: Callable[..., Float[Array, "B"]]
-    cells: tuple[tuple[str, str], ...]
+    cells: tuple[Cell, ...]
 
 
-ORIGINAL = ("plain", "original")
+ORIGINAL = Cell("plain", "original")
 TOLD = (
-    ("score_conditioned_chosen", "chosen"),
-    ("score_conditioned_chosen", "rejected"),
-    ("score_conditioned_rejected", "rejected"),
-    ("score_conditioned_rejected", "chosen"),
+    Cell("score_conditioned_chosen", "chosen"),
+    Cell("score_conditioned_chosen", "rejected"),
+    Cell("score_conditioned_rejected", "rejected"),
+    Cell("score_conditioned_rejected", "chosen"),
 )
 MULTI_RESPONSE_LOSSES: dict[str, MultiResponseEntry] = {
     "rpo": MultiResponseEntry(rpo_loss, ()),

@@ -34,7 +34,12 @@ class TokenizedPair(NamedTuple):
     rejected_ids: list[int]
 
     def num_tokens(self) -> int:
+        """Tokens of the prompt and both responses."""
         return sum(map(len, self))
+
+    def longest(self) -> int:
+        """Tokens of the prompt and the longer response."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 class RewardBatch(NamedTuple):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 
+from sso_jax.data.records import Cell
 from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, place
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.training.log_probs import Score
@@ -19,7 +20,7 @@ class Scorable(NamedTuple):
     responses: dict[str, list[int]]
 
 
-def scoring_batches(items: list[Scorable], cells: list[tuple[str, str]], batch_size: int) -> list[list[Tree]]:
+def scoring_batches(items: list[Scorable], cells: list[Cell], batch_size: int) -> list[list[Tree]]:
     """Trees of each batch of at most `batch_size` items; cells count from 0 in every batch."""
     return [
         [tree for e, item in enumerate(items[start : start + batch_size]) for tree in steered_trees(*item, cells, e * len(cells))]
@@ -32,7 +33,7 @@ def score_examples(
     mesh: jax.sharding.Mesh,
     params,
     items: list[Scorable],
-    cells: list[tuple[str, str]],
+    cells: list[Cell],
     batch_size: int,
     stage: str,
     shape: RowShape | None = None,

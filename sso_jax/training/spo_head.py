@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch
 from sso_jax.training.example_losses import ExampleLosses, to_context_values
@@ -18,7 +19,7 @@ from sso_jax.training.objectives import Terms, pair_metrics
 
 HEAD = "degree_head"
 NUM_DEGREES = 4
-DEGREE_CELLS = [("plain", f"degree_{k}") for k in range(1, NUM_DEGREES)]
+DEGREE_CELLS = [Cell("plain", f"degree_{k}") for k in range(1, NUM_DEGREES)]
 """The variants of y+; y+ itself is degree 0."""
 
 
@@ -46,10 +47,10 @@ def degree_terms(head: dict, means: Float[Array, "E K D"]) -> tuple[Float[Array,
     return -jnp.diagonal(log_probs, axis1=1, axis2=2).mean(-1), right.astype(jnp.float32).mean(-1)
 
 
-def spo_losses(model: Transformer, objective, cells: list[tuple[str, str]], beta: float, weight: float) -> ExampleLosses:
+def spo_losses(model: Transformer, objective, cells: list[Cell], beta: float, weight: float) -> ExampleLosses:
     """`L_align + gamma * CE` of preference microbatches; `objective` reads the cells that are no degrees."""
     own = [cell for cell in cells if cell not in DEGREE_CELLS]
-    graded = [cells.index(("plain", "chosen")), *(cells.index(cell) for cell in DEGREE_CELLS)]
+    graded = [cells.index(Cell("plain", "chosen")), *(cells.index(cell) for cell in DEGREE_CELLS)]
     columns = jnp.array([cells.index(cell) for cell in own])
 
     def losses(params, micro: PreferenceBatch):

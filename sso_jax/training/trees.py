@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from sso_jax.data.records import Cell
+
 
 class Branch(NamedTuple):
     """A response and the cell that its log-prob is summed into."""
@@ -20,7 +22,7 @@ class Tree(NamedTuple):
         return len(self.prompt_ids) + sum(len(branch.response_ids) for branch in self.branches)
 
 
-def steered_trees(prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[tuple[str, str]], start: int) -> list[Tree]:
+def steered_trees(prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell], start: int) -> list[Tree]:
     """Trees of one example: for each context its prompt with the responses that `cells` names; cells count on from `start`.
 
     `cells` is a list of (context, response): one log-prob each.

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
     frozen: dict = {}  # noqa: RUF012 (an empty tree of arrays)
     """The parameters beneath the adapters."""
 
-    def whole_params(self) -> dict:
+    def all_params(self) -> dict:
         """The decoder's parameters, as sampling and scoring take them."""
         return join(self.params, self.frozen)
 

@@ -90,15 +90,15 @@ def test_training_moves_the_adapters_and_nothing_else(trained):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), base)
     assert all(is_adapter(path) for path in flatten_dict(state.params, sep="/"))
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(state.params))
-    assert np.abs(logits(model, state.whole_params()) - logits(toy_model(), base)).max() > 1e-3
+    assert np.abs(logits(model, state.all_params()) - logits(toy_model(), base)).max() > 1e-3
 
 
 def test_the_export_merges_adapters_into_the_weights(trained, one_device, tmp_path):
     _, model, state = trained
-    write_params(state.whole_params(), model.architecture, tmp_path, "float32", model.adapters)
+    write_params(state.all_params(), model.architecture, tmp_path, "float32", model.adapters)
     plain = toy_model()
     merged = read_params(tmp_path, plain, one_device)
-    np.testing.assert_allclose(logits(plain, merged), logits(model, state.whole_params()), atol=1e-5)
+    np.testing.assert_allclose(logits(plain, merged), logits(model, state.all_params()), atol=1e-5)
     kernel, adapters = state.frozen["layers"]["unit"]["down"]["kernel"], state.params["layers"]["unit"]["down"]
     by_hand = np.asarray(kernel[1]) + 4.0 * np.asarray(adapters["adapter_a"][1]) @ np.asarray(adapters["adapter_b"][1])  # alpha/rank = 4
     np.testing.assert_allclose(merged["layers"]["unit"]["down"]["kernel"][1], by_hand, atol=1e-6)

@@ -91,10 +91,10 @@ def test_a_policy_goes_out_and_comes_back(run, one_device):
     params = toy_params(model, one_device)
     folder = run / "iteration_2"
     export = lambda: export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "policy", "float32") or {}  # noqa: E731
-    stages.plain_stage(folder, "export", export, "policy")
+    stages.file_stage(folder, "export", export, "policy")
     marked = json.loads((folder / "done" / "export.json").read_text())["files"]
     assert {"policy/config.json", "policy/model.safetensors", "policy/additional_chat_templates/tool_use.jinja"} <= marked.keys()
-    assert stages.whole(folder, "export") is not None
+    assert stages.read_verified(folder, "export") is not None
     found = find_policy("gs://bucket/run")
     assert found == "gs://bucket/run/iteration_2/policy"
     (folder / "policy" / "original").mkdir()
@@ -107,7 +107,7 @@ def test_a_policy_goes_out_and_comes_back(run, one_device):
     np.testing.assert_array_equal(again["embedding"], params["embedding"])
     assert load_tokenizer(local).chat_template == templates
     (folder / "policy" / "additional_chat_templates" / "tool_use.jinja").write_text("another")
-    assert stages.whole(folder, "export") is None
+    assert stages.read_verified(folder, "export") is None
     with pytest.raises(InputError, match=r"model\.path: no folder 'gs://bucket/other'"):
         fetch("gs://bucket/other")
     with pytest.raises(InputError, match=r"filter\.reward_path: no folder"):

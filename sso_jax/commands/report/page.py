@@ -17,7 +17,7 @@ def _resource(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def write(directory: Path) -> None:
+def write_report(directory: Path) -> None:
     """Writes `report.html` from the run's summary, metrics and pairs."""
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     metrics_path = directory / "metrics.jsonl"

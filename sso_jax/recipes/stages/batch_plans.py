@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sso_jax.config import Config
-from sso_jax.data.records import Triple
+from sso_jax.data.records import Cell, Prompts, Triple
 from sso_jax.data.tokenizer import encode_text
 from sso_jax.models.transformer import Transformer
 from sso_jax.preferences.keywords import graded_variants, random_variants
-from sso_jax.preferences.steering import steered_prompts
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.objective import Objective
+from sso_jax.recipes.run import Round
 from sso_jax.runtime.mesh import num_batch_shards
 from sso_jax.training.batches import (
     Example,
@@ -32,7 +31,7 @@ from sso_jax.training.trees import Tree
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The updates of a round: how many tokens each has, and how its batch is made."""
 
     num_tokens: list[int]
@@ -40,30 +39,60 @@ class Plan:
     ids: list[list[str]]
     """Ids of the examples of each update, for messages."""
     shape: RowShape
-    """Of the rows of every microbatch."""
+    """Row shape of every microbatch."""
     first_loss: float | None = None
-    """What the first update must show, where policy and reference are one at it."""
+    """Loss that the first update must have, if policy and reference are the same then."""
 
 
-def plan_preferences(
-    engine: Engine, objective: Objective, config: Config, iteration: int, pairs: list[Triple], earlier: RowShape | None = None
-) -> Plan:
-    """Order and shape of the round's batches; they follow from the pairs, the seed and the shape of the `earlier` round's rows alone."""
-    examples = [make_example(triple, steered_prompts(engine.chat, triple), triple.response_ids, objective.cells) for triple in pairs]
-    cells = trained_cells(objective)
+def plan_preferences(this: Round, objective: Objective, pairs: list[Triple], prompts: dict[str, Prompts]) -> BatchPlan:
+    """Order and shape of the batches of pairs.
+
+    They follow from the pairs, the seed and the previous round's row shape alone, so that a resumed round makes the same.
+    """
+    config, cells = this.run.config, trained_cells(objective)
+    examples = [make_example(triple, prompts[triple.id], triple.response_ids, objective.cells) for triple in pairs]
     if objective.degree_weight is not None:
-        variants = [degree_ids(engine, triple, objective.degree_removal, config.run.seed) for triple in pairs]
+        removal, seed = objective.degree_removal, config.run.seed
+        variants = [degree_ids(this.run.engine, triple, removal, seed) for triple in pairs]
         examples = [with_degrees(example, own) for example, own in zip(examples, variants, strict=True)]
-    updates, micros, micro, num_micro = _cut(examples, config, iteration)
-    shape = _shape(engine, config, iteration, [micro_trees(part, cells) for part in micros], earlier)
-    num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in updates]
-    make_batch = lambda step: preference_batch(updates[step], cells, micro, num_micro, shape)  # noqa: E731
+    cut = _cut(this, examples)
+    shape = _row_shape(this, [micro_trees(part, cells) for part in cut.micros])
+    num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in cut.updates]
+
+    def make_batch(step: int) -> PreferenceBatch:
+        return preference_batch(cut.updates[step], cells, cut.micro_size, cut.num_micro, shape)
+
     starts_at_reference = config.model.reference_path is None and objective.degree_weight is None
     first_loss = loss_at_reference(objective.terms, cells, make_batch(0)) if starts_at_reference else None
-    return Plan(num_tokens, make_batch, [[example.id for example in update] for update in updates], shape, first_loss)
+    ids = [[example.id for example in update] for update in cut.updates]
+    return BatchPlan(num_tokens, make_batch, ids, shape, first_loss)
 
 
-def trained_cells(objective: Objective) -> list[tuple[str, str]]:
+def plan_demonstrations(this: Round, trees: list[Tree]) -> BatchPlan:
+    """Order and shape of the batches of prompts with one response each."""
+    cut = _cut(this, trees)
+    shape = _row_shape(this, cut.micros)
+    num_tokens = [sum(tree.num_tokens() for tree in update) for update in cut.updates]
+
+    def make_batch(step: int) -> SupervisedBatch:
+        return supervised_batch(cut.updates[step], cut.micro_size, cut.num_micro, shape)
+
+    return BatchPlan(num_tokens, make_batch, [[] for _ in cut.updates], shape)
+
+
+def plan_rewards(this: Round, pairs: list[TokenizedPair]) -> BatchPlan:
+    """Order and shape of the batches of a reward model's pairs."""
+    cut = _cut(this, pairs)
+    shape = _row_shape(this, [pair_trees(part) for part in cut.micros])
+    num_tokens = [sum(pair.num_tokens() for pair in update) for update in cut.updates]
+
+    def make_batch(step: int) -> RewardBatch:
+        return reward_batch(cut.updates[step], cut.micro_size, cut.num_micro, shape)
+
+    return BatchPlan(num_tokens, make_batch, [[] for _ in cut.updates], shape)
+
+
+def trained_cells(objective: Objective) -> list[Cell]:
     """The (context, response) log-probs of an update: the objective's, and those of the graded variants of base `spo`."""
     return objective.cells if objective.degree_weight is None else [*objective.cells, *DEGREE_CELLS]
 
@@ -89,45 +118,30 @@ def with_degrees(example: Example, variants: dict[str, list[int]]) -> Example:
     return example._replace(responses={**example.responses, **variants}, reference_log_probs=references)
 
 
-def plan_demonstrations(engine: Engine, config: Config, iteration: int, trees: list[Tree], earlier: RowShape | None = None) -> Plan:
-    """Order and shape of the batches of prompts with one response each."""
-    updates, micros, micro, num_micro = _cut(trees, config, iteration)
-    shape = _shape(engine, config, iteration, micros, earlier)
-    num_tokens = [sum(tree.num_tokens() for tree in update) for update in updates]
-    return Plan(num_tokens, lambda step: supervised_batch(updates[step], micro, num_micro, shape), [[] for _ in updates], shape)
-
-
-def plan_rewards(engine: Engine, config: Config, iteration: int, pairs: list[TokenizedPair], earlier: RowShape | None = None) -> Plan:
-    """Order and shape of the batches of a reward model's pairs."""
-    updates, micros, micro, num_micro = _cut(pairs, config, iteration)
-    shape = _shape(engine, config, iteration, [pair_trees(part) for part in micros], earlier)
-    num_tokens = [sum(pair.num_tokens() for pair in update) for update in updates]
-    return Plan(num_tokens, lambda step: reward_batch(updates[step], micro, num_micro, shape), [[] for _ in updates], shape)
-
-
-def _shape(engine: Engine, config: Config, iteration: int, micros: list[list[Tree]], earlier: RowShape | None) -> RowShape:
-    """Shape of the rows of a round's microbatches, where it can be that of the `earlier` round."""
-    is_last = iteration == config.run.iterations
-    return stable_row_shape(micros, num_batch_shards(engine.mesh), earlier, is_last, engine.model.by_sequence)
+def _row_shape(this: Round, micros: list[list[Tree]]) -> RowShape:
+    """Row shape of a round's microbatches: the previous round's if they fit."""
+    engine, previous = this.run.engine, this.previous_row_shape("training")
+    return stable_row_shape(micros, num_batch_shards(engine.mesh), previous, this.is_last, engine.model.by_sequence)
 
 
 class _Cut(NamedTuple):
-    """Items as a round trains on them."""
+    """The items of a round, cut into updates and microbatches."""
 
     updates: list[list]
     micros: list[list]
-    """Those of all microbatches that hold any."""
+    """Microbatches that hold any items."""
     micro_size: int
     num_micro: int
     """Microbatches of an update."""
 
 
-def _cut(items: list, config: Config, iteration: int) -> _Cut:
+def _cut(this: Round, items: list) -> _Cut:
     """The items of each update and of each microbatch, in the order that follows from the seed."""
-    train = config.train
-    order = update_order(len(items), train.batch_size, train.epochs, train.shuffle, f"{config.run.seed}/{iteration}")
+    train = this.run.config.train
+    order = update_order(len(items), train.batch_size, train.epochs, train.shuffle, this.seed)
     batch_size = min(train.batch_size, len(items))
     size = min(train.microbatch_size or batch_size, batch_size)
     num_micro = -(-batch_size // size)
     updates = [[items[i] for i in update] for update in order]
-    return _Cut(updates, [part for update in updates for part in cut_microbatches(update, size, num_micro) if part], size, num_micro)
+    micros = [part for update in updates for part in cut_microbatches(update, size, num_micro) if part]
+    return _Cut(updates, micros, size, num_micro)

@@ -1,67 +1,95 @@
-"""Measures a policy on held-out queries, and has an endpoint judge a sample of the pairs."""
+"""Measurements: the policy on held-out queries, and an endpoint's judgment of a sample of the pairs. Nothing trains on them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
-from sso_jax.data.records import Triple
+from sso_jax.data.records import Cell, Triple
 from sso_jax.data.tokenizer import encode_text
 from sso_jax.preferences import judging
 from sso_jax.preferences.endpoint import JOURNAL_FILE
 from sso_jax.recipes.environment import measure_policy
-from sso_jax.recipes.run import Run
-from sso_jax.runtime import stage_markers as stages
+from sso_jax.recipes.run import Params, Round, Run
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.json_lines import read_json_lines, write_records
+from sso_jax.runtime.stage_markers import file_stage
 from sso_jax.training.scoring import Scorable, score_examples
 
-ANSWERS_SCORED_TOGETHER = 64
+SCORING_BATCH = 64
+EVALUATION_FILE, JUDGMENTS_FILE = "evaluation.jsonl", "judgments.jsonl"
 
 
-EVALUATION_FILE = "evaluation.jsonl"
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Result of stage `evaluation`; without a judge the qualities are None."""
+
+    policy_quality: float | None
+    seconds: float
+    quality_parts: dict[str, float] | None = None
+    held_out_tokens: float | None = None
+    held_out_groups: dict[str, dict[str, float]] | None = None
+    held_out_log_prob: float | None = None
+    """Mean log-prob a token of the first policy's answers, which are in no pair, in nats."""
+
+    @classmethod
+    def of_stage(cls, stats: dict) -> "EvaluationResult":
+        """From the statistics of the finished stage."""
+        return cls(**stats)
+
+    def numbers(self) -> dict[str, Any]:
+        """What a round's summary says about the policy."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "seconds"}
 
 
-def judge_by_endpoint(run: Run, iteration: int, pairs: list[Triple]) -> dict:
-    """What the endpoint says of a sample of the round's pairs, in `judgments.jsonl` and as numbers; it measures and nothing more."""
-    if not run.config.judging.pairs or not pairs:
-        return {}
-    folder = run.folder(iteration)
-
-    def judge() -> dict:
-        sample = judging.draw_pairs(pairs, run.config.judging.pairs, f"{run.config.run.seed}/{iteration}")
-        questions = judging.judging_questions(sample)
-        stage = f"iteration {iteration}: judgments"
-        ask = lambda: run.endpoint.ask(questions, stage, judging.VERDICT_TOKENS, 0.0, folder / JOURNAL_FILE)  # noqa: E731
-        rows = on_first_process(lambda: judging.judgments(sample, ask()))
-        write_records(rows, folder / "judgments.jsonl")
-        return judging.summarize_judgments(rows)
-
-    numbers = stages.plain_stage(folder, "judgments", judge, "judgments.jsonl")
-    return {"endpoint_judge": {name: value for name, value in numbers.items() if name != "seconds"}}
-
-
-def evaluate(run: Run, iteration: int, params) -> dict:
-    """Quality of the unsteered policy on held-out queries, where there is a judge; its answers go to evaluation.jsonl.
-
-    `held_out_log_prob` is what the policy thinks of the answers that the policy before any update gave: they are in no pair.
-    """
+def evaluate(this: Round, policy: Params) -> EvaluationResult:
+    """Stage `evaluation`: answers of the unsteered policy to held-out queries, judged, in `evaluation.jsonl`."""
+    run = this.run
 
     def measure() -> dict:
-        stage = f"iteration {iteration}: held-out answers"
-        rows, means = measure_policy(run.environment, run.engine, params, run.config.run.seed, stage)
+        stage = this.title("held-out answers")
+        rows, means = measure_policy(run.environment, run.engine, policy, run.config.run.seed, stage)
         if rows:
-            write_records(rows, run.folder(iteration) / EVALUATION_FILE)
+            write_records(rows, this.folder / EVALUATION_FILE)
         first = run.folder(0) / EVALUATION_FILE
         if rows and jax.process_count() == 1 and first.is_file():  # other hosts may not see the file
-            means = {**means, "held_out_log_prob": _mean_log_prob(run, params, read_json_lines(first), f"{stage}: log-probs")}
+            log_prob = _mean_log_prob(run, policy, read_json_lines(first), f"{stage}: log-probs")
+            means = {**means, "held_out_log_prob": log_prob}
         return means
 
-    return stages.plain_stage(run.folder(iteration), "evaluation", measure, EVALUATION_FILE)
+    return EvaluationResult.of_stage(file_stage(this.folder, "evaluation", measure, EVALUATION_FILE))
 
 
-def _mean_log_prob(run: Run, params, rows: list[dict], stage: str) -> float:
-    """Log-prob a token, in nats, of the answers (`query`, `response`) under the plain prompt: where mass goes that pairs do not show."""
-    chat, cells = run.engine.chat, [("plain", "answer")]
-    ids = [[*encode_text(chat.tokenizer, row["response"]), chat.tokenizer.eos_token_id] for row in rows]
-    items = [Scorable({"plain": chat.prompt_ids(row["query"])}, {"answer": own}) for row, own in zip(rows, ids, strict=True)]
-    sums = score_examples(run.engine.score, run.engine.mesh, params, items, cells, ANSWERS_SCORED_TOGETHER, stage)
+def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> float:
+    """Mean log-prob a token, in nats, of answers (`query`, `response`) under the plain prompt."""
+    engine, tokenizer = run.engine, run.engine.chat.tokenizer
+    ids = [[*encode_text(tokenizer, row["response"]), tokenizer.eos_token_id] for row in rows]
+    prompts = [engine.chat.prompt_ids(row["query"]) for row in rows]
+    items = [Scorable({"plain": p}, {"answer": own}) for p, own in zip(prompts, ids, strict=True)]
+    sums = score_examples(engine.score, engine.mesh, policy, items, [Cell("plain", "answer")], SCORING_BATCH, stage)
     return float(np.mean([total / len(own) for (total,), own in zip(sums, ids, strict=True)]))
+
+
+def judge_by_endpoint(this: Round, pairs: list[Triple]) -> dict[str, Any] | None:
+    """Stage `judgments`: what the endpoint says about a sample of the pairs, in `judgments.jsonl`; None if it is not asked."""
+    run = this.run
+    if not run.config.judging.pairs or not pairs:
+        return None
+
+    def judge() -> dict:
+        sample = judging.draw_pairs(pairs, run.config.judging.pairs, this.seed)
+        questions = judging.judging_questions(sample)
+
+        def ask() -> list[dict]:
+            journal = this.folder / JOURNAL_FILE
+            answers = run.endpoint.ask(questions, this.title("judgments"), judging.VERDICT_TOKENS, 0.0, journal)
+            return judging.judgments(sample, answers)
+
+        rows = on_first_process(ask)
+        write_records(rows, this.folder / JUDGMENTS_FILE)
+        return judging.summarize_judgments(rows)
+
+    stats = file_stage(this.folder, "judgments", judge, JUDGMENTS_FILE)
+    return {name: value for name, value in stats.items() if name != "seconds"}

@@ -1,48 +1,65 @@
-"""A round's queries in, steered queries and the triples that the policy samples for them out: the sampling stages of a round."""
+"""The sampling stages of a round: its queries, the principles that steer them, and the responses y+, y- and y_o."""
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from sso_jax.config import Config
 from sso_jax.data.queries import deal, load_queries
-from sso_jax.data.records import RESPONSES, Dropped, Query, SteeredQuery, Triple
-from sso_jax.preferences.principle_sources import UNPARSED_FILE, given_principles, steer_queries
-from sso_jax.preferences.responses import clean_triples, sample_triples
-from sso_jax.preferences.steering import steered_prompts
+from sso_jax.data.records import RESPONSES, Dropped, Prompts, Query, SteeredQuery, Triple
+from sso_jax.preferences.principle_sources import (
+    UNPARSED_FILE,
+    PrincipleSource,
+    SteeringCounts,
+    endpoint_asker,
+    given_principles,
+    policy_asker,
+    steer_queries,
+)
+from sso_jax.preferences.responses import SampleKey, sample_triples
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.environment import fitting_queries, toy_queries
-from sso_jax.recipes.objective import Objective
-from sso_jax.recipes.run import Run, earlier_params
-from sso_jax.recipes.stages.scoring import referenced_pairs, require_pairs
-from sso_jax.runtime import stage_markers as stages
+from sso_jax.recipes.run import Params, Round
+from sso_jax.recipes.stages.policies import exported_policy
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.hosts import map_across_processes
+from sso_jax.runtime.stage_markers import record_stage
 
 
 @dataclass(frozen=True)
-class Queries:
-    """What a recipe that samples works on."""
+class QueryRounds:
+    """The queries of a recipe that samples."""
 
     rounds: list[list[Query]]
-    """Queries of each round; before they are settled, all of them as one."""
+    """Queries of each round; before they are prepared, all of them in one list."""
     principles: dict[str, SteeredQuery]
-    """Given ones by query id, for principles.source `file`."""
+    """Given principles by query id, for principles.source `file`."""
 
 
-def check_sampling(config: Config) -> None:
-    """Raises `InputError` for the judge's order without a judge, and for a gap of scores where nothing scores the pairs."""
-    if config.pairs.control == "judge_order" and config.model.path != "toy":
-        raise InputError("pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control")
-    gap = config.filter.min_score_gap
-    if gap is not None and config.filter.reward_path is None:
-        raise InputError(f"filter.min_score_gap: {gap} of pairs that nobody scores; give filter.reward_path, or leave it out")
+@dataclass(frozen=True)
+class PrinciplesResult:
+    """Result of stage `principles`."""
+
+    queries: list[SteeredQuery]
+    counts: SteeringCounts
+    seconds: float
 
 
-def read_queries(config: Config) -> Queries:
-    """The toy world's queries, or those of the file, and the principles that are given for them.
+@dataclass(frozen=True)
+class ResponsesResult:
+    """Result of stage `responses`."""
+
+    triples: list[Triple]
+    dropped: dict[str, int]
+    """Number of queries left out, by reason."""
+    tokens_per_second: float
+    seconds: float
+
+
+def read_queries(config: Config) -> QueryRounds:
+    """The toy world's queries, or those of the file, and the principles given for them.
 
     Raises:
       InputError: for a file that is missing, not needed or not readable, or with fewer queries than rounds.
@@ -54,75 +71,92 @@ def read_queries(config: Config) -> Queries:
         raise InputError("queries.path: not given; a model from a folder needs a file or data set of queries")
     queries = toy_queries(config.toy.descriptions) if toy else load_queries(path, config.queries.split)
     deal(queries, config.queries.per_iteration, config.run.iterations, config.run.seed)
-    return Queries([queries], given_principles(config.principles, queries))
+    return QueryRounds([queries], given_principles(config.principles, queries))
 
 
-def settle_queries(config: Config, engine: Engine, read: Queries) -> tuple[Queries, Counter]:
+def prepare_queries(config: Config, engine: Engine, source: QueryRounds) -> tuple[QueryRounds, Counter]:
     """The queries of each round; those without room for a response are dropped and counted."""
-    fitting, dropped = fitting_queries(engine, read.rounds[0], config.queries.path)
+    fitting, dropped = fitting_queries(engine, source.rounds[0], config.queries.path)
     rounds = deal(fitting, config.queries.per_iteration, config.run.iterations, config.run.seed)
-    return Queries(rounds, read.principles), dropped
+    return QueryRounds(rounds, source.principles), dropped
 
 
-def principles(run: Run, iteration: int, params, queries: list[Query]) -> tuple[list[SteeredQuery], dict]:
-    """The queries with their two system messages, and how much of these was drawn at random, fell back or was not answered."""
-    config, folder = run.config, run.folder(iteration)
+def round_queries(this: Round[QueryRounds]) -> list[Query]:
+    """Stage `queries`: the queries of the round, in `queries.jsonl`."""
+    queries, _ = record_stage(this.folder, "queries", Query, lambda: (this.run.dataset.rounds[this.iteration - 1], {}))
+    return queries
+
+
+def principles(this: Round[QueryRounds], policy: Params, queries: list[Query]) -> PrinciplesResult:
+    """Stage `principles`: each query with a good and a bad system message, in `principles.jsonl`."""
+    run = this.run
+    source = PrincipleSource(run.config.principles, run.dataset.principles, run.endpoint, run.config.endpoint.temperature)
+    key = SampleKey(run.config.run.seed, this.iteration)
 
     def make() -> tuple[list[SteeredQuery], dict]:
-        given = run.material.principles
-        return steer_queries(config, given, run.endpoint, run.engine, params, queries, iteration, folder)
+        steered, counts = steer_from_source(run.engine, policy, queries, source, key, this.folder)
+        return steered, counts.as_json()
 
-    return stages.record_stage(folder, "principles", SteeredQuery, make, [UNPARSED_FILE])
+    steered, stats = record_stage(this.folder, "principles", SteeredQuery, make, [UNPARSED_FILE])
+    return PrinciplesResult(steered, SteeringCounts.of_json(stats), stats["seconds"])
+
+
+def steer_from_source(
+    engine: Engine, policy: Params, queries: list[Query], source: PrincipleSource, key: SampleKey, folder: Path | None
+) -> tuple[list[SteeredQuery], SteeringCounts]:
+    """The queries with principles from the source: a file, the endpoint or the policy itself.
+
+    Args:
+      folder: keeps the endpoint's answers and what could not be read; None keeps nothing.
+    """
+    if source.rules.source == "file":
+        return [source.given[query.id] for query in queries], SteeringCounts()
+    if source.rules.source == "endpoint":
+        ask = endpoint_asker(source.endpoint, source.temperature, key.iteration, folder)
+    else:
+        ask = policy_asker(engine.sampler, policy, engine.chat, key)
+    return steer_queries(queries, ask, source.rules, f"{key.seed}/{key.iteration}", folder)
+
+
+def sample_fitting(
+    engine: Engine,
+    policies: Sequence,
+    queries: list[SteeredQuery],
+    prompts: dict[str, Prompts],
+    key: SampleKey,
+    wanted: Sequence[str] = RESPONSES,
+) -> tuple[list[Triple], Dropped]:
+    """Triples of the queries whose prompts all leave room for a response; the others are dropped. See `sample_triples`."""
+    fits = engine.sampler.fits
+    fitting = [query for query in queries if all(fits(prompt) for prompt in prompts[query.id].values())]
+    triples = sample_triples(engine.sampler, policies, engine.chat, fitting, prompts, key, wanted)
+    kept = {query.id for query in fitting}
+    return triples, {query.id: "prompt_too_long" for query in queries if query.id not in kept}
 
 
 def responses(
-    run: Run,
-    iteration: int,
-    params,
-    steered: list[SteeredQuery],
-    folder: Path,
-    wanted: tuple[str, ...] = RESPONSES,
-    policies: int = 1,
-) -> tuple[list[Triple], dict]:
-    """The triples that the policy with `params` samples, or as much of them as is wanted, written to `folder/responses.jsonl`.
+    this: Round,
+    policy: Params,
+    queries: list[SteeredQuery],
+    prompts: dict[str, Prompts],
+    wanted: Sequence[str] = RESPONSES,
+    num_policies: int = 1,
+) -> ResponsesResult:
+    """Stage `responses`: y+ from x+, y- from x- and y_o from x, as far as `wanted`, in `responses.jsonl`.
 
-    With more `policies`, y+ and y- come from those of so many rounds, as far as there are any, this one's included.
+    With more than one policy, y+ and y- come from those of the last `num_policies` rounds, this one's included.
     """
-    engine = run.engine
-    earlier = [partial(earlier_params, run, iteration - 1 - back) for back in range(1, min(policies, iteration))]
+    run = this.run
+    earlier = [partial(exported_policy, run, this.iteration - 1 - back) for back in range(1, min(num_policies, this.iteration))]
 
     def make() -> tuple[list[Triple], dict]:
-        prompts = map_across_processes(lambda record: steered_prompts(engine.chat, record), steered)
-        fitting = [item for item in zip(steered, prompts, strict=True) if all(engine.sampler.fits(prompt) for prompt in item[1].values())]
+        key = SampleKey(run.config.run.seed, this.iteration)
         start = time.perf_counter()
-        triples = sample_triples(engine.sampler, params, engine.chat.tokenizer, fitting, run.config.run.seed, iteration, wanted, earlier)
+        triples, dropped = sample_fitting(run.engine, [policy, *earlier], queries, prompts, key, wanted)
         num_tokens = sum(len(ids) for triple in triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
-        with_headroom = {record.id for record, _ in fitting}
-        dropped: Dropped = {record.id: "prompt_too_long" for record in steered if record.id not in with_headroom}
         counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
         return triples, {**counts, "tokens_per_second": rate}
 
-    return stages.record_stage(folder, "responses", Triple, make)
-
-
-def cleaned(run: Run, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
-    """Sampled triples without labels, empty responses and copies; what is dropped, with the reason."""
-    return clean_triples(run.engine.chat.tokenizer, triples)
-
-
-def pairs(run: Run, objective: Objective, iteration: int, params, triples: list[Triple], folder: Path) -> tuple[list[Triple], dict]:
-    """The pairs that sampled triples leave, cleaned, scored and filtered, in `folder/pairs.jsonl`; none at all is refused."""
-    kept, made = referenced_pairs(run, objective, iteration, params, folder, lambda: cleaned(run, triples))
-    require_pairs(kept, len(triples), made["dropped"], folder / "responses.jsonl")
-    return kept, made
-
-
-def numbers(parts: dict[str, dict], num_queries: int, num_pairs: int, judged: dict) -> dict:
-    """The row of a round in summary.json, from what its stages said of themselves (`parts`, by stage) and what an endpoint judged."""
-    dropped = Counter(parts["responses"]["dropped"]) + Counter(parts["pairs"]["dropped"])
-    steering = {name: value for name, value in parts["principles"].items() if name != "seconds"}
-    counts = {"num_queries": num_queries, "num_pairs": num_pairs, "dropped": dict(dropped)}
-    rates = {"sampling": parts["responses"]["tokens_per_second"], "training": parts["training"]["tokens_per_second"]}
-    seconds = {name: part["seconds"] for name, part in parts.items()}
-    return {**parts["pairs"], **counts, **parts["evaluation"], **steering, **judged, "seconds": seconds, "tokens_per_second": rates}
+    triples, stats = record_stage(this.folder, "responses", Triple, make)
+    return ResponsesResult(triples, stats["dropped"], stats["tokens_per_second"], stats["seconds"])

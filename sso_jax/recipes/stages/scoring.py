@@ -1,142 +1,205 @@
-"""Clean triples and the policy in, the pairs of a round out: ordered, scored by the reference, filtered, and kept with their key.
+"""Stage `pairs`: orders triples, scores them with the reference, filters them, and keeps the pairs that are left.
 
-The reference scores every pair once, right after sampling. The key of a finished stage says by which weights, tokenizer and rows; under
-another one the log-probs are stale, and are computed anew.
+The reference scores every pair once, right after sampling. The marker of the finished stage holds a key of the reference's weights, the
+tokenizer and the token ids; if they have changed since, the log-probs are stale and are computed again.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
 import math
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from sso_jax.config import Config
-from sso_jax.data.records import Dropped, Triple
+from sso_jax.data.records import Cell, Dropped, Prompts, Triple
 from sso_jax.data.tokenizer import tokens_hash
 from sso_jax.models.fingerprint import fingerprint
 from sso_jax.models.hf_folder import fetch
-from sso_jax.preferences import pairs as pair_stage
+from sso_jax.preferences import pairs as pair_rules
 from sso_jax.preferences.filters import FILTER_CELLS, filter_pairs, keep_clear_scores, keep_widest, with_rewards
-from sso_jax.preferences.steering import steered_prompts
-from sso_jax.recipes.engine import Engine, load_params
+from sso_jax.preferences.responses import clean_triples
+from sso_jax.recipes.engine import load_params
 from sso_jax.recipes.environment import judged, pair_accuracy
 from sso_jax.recipes.objective import Objective
-from sso_jax.recipes.reward_model import open_reward_scorer
-from sso_jax.recipes.run import Run
-from sso_jax.runtime import stage_markers as stages
+from sso_jax.recipes.reward_model import open_reward_scorer, tokenize_pair
+from sso_jax.recipes.run import Params, Round
 from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.json_lines import read_records
 from sso_jax.runtime.mesh import num_batch_shards
+from sso_jax.runtime.stage_markers import finished, read_verified, record_stage, reopen
 from sso_jax.training.row_shapes import RowShape, stable_row_shape
 from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
 
-log = logging.getLogger(__name__)
 PAIRS_FILE = "pairs.jsonl"
-KEPT_FOR_LATER = ("reference_key", "row_shape")
-"""What the stage's marker holds for a resumed run and for the next round, and nobody else wants to know."""
+log = logging.getLogger(__name__)
+Candidates = tuple[list[Triple], Dropped]
+"""Clean triples, and what was dropped on the way to them."""
 
 
-def reference_cells(config: Config, objective: Objective) -> list[tuple[str, str]]:
-    """The (context, response) log-probs that the reference gives of every pair."""
-    return sorted({*pair_stage.SCORED_CELLS, *objective.cells, *(FILTER_CELLS if config.filter.enabled else [])})
+@dataclass(frozen=True)
+class PairNumbers:
+    """What is reported about a set of pairs."""
+
+    chosen_probability: float | None = None
+    rejected_probability: float | None = None
+    response_tokens: float | None = None
+    pair_accuracy: float | None = None
+    pair_ties: float | None = None
 
 
-def referenced_pairs(
-    run: Run, objective: Objective, iteration: int, params, folder: Path, candidates: Callable[[], tuple[list[Triple], Dropped]]
-) -> tuple[list[Triple], dict]:
-    """Stage `pairs` of a round, or of its part `folder`: what `choose_pairs` makes of the candidates (clean triples, what was dropped).
+@dataclass(frozen=True)
+class PairsResult:
+    """Result of stage `pairs`."""
+
+    pairs: list[Triple]
+    numbers: PairNumbers
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Number of triples left out, by reason."""
+    before_filter: dict[str, Any] | None = None
+    """`num_pairs` and the numbers of the pairs before the filters, if there are any."""
+    seconds: float = 0.0
+
+    @classmethod
+    def of_stage(cls, pairs: list[Triple], stats: dict) -> "PairsResult":
+        """From the records and the statistics of the finished stage."""
+        numbers = PairNumbers(**{f.name: stats.get(f.name) for f in dataclasses.fields(PairNumbers)})
+        return cls(pairs, numbers, stats["dropped"], stats.get("before_filter"), stats["seconds"])
+
+
+def reference_cells(objective: Objective | None, filter_enabled: bool) -> list[Cell]:
+    """The log-probs that the reference computes of every pair."""
+    cells = {*pair_rules.SCORED_CELLS, *(objective.cells if objective else ()), *(FILTER_CELLS if filter_enabled else ())}
+    return sorted(cells)
+
+
+def in_control_order(this: Round, triples: list[Triple]) -> list[Triple]:
+    """The triples in the order of chosen and rejected that `pairs.control` asks for."""
+    control = this.run.config.pairs.control
+    if control == "random_order":
+        return pair_rules.random_order(triples, this.seed)
+    if control == "judge_order":
+        environment, engine = this.run.environment, this.run.engine
+        return pair_rules.judge_order(triples, lambda triple, response: judged(environment, engine, triple, response))
+    return triples
+
+
+def sampled_candidates(this: Round, triples: list[Triple]) -> Candidates:
+    """Sampled triples, cleaned and in control order, and what was dropped."""
+    clean, dropped = clean_triples(this.run.engine.chat.tokenizer, triples)
+    return in_control_order(this, clean), dropped
+
+
+def score_and_filter(
+    this: Round,
+    objective: Objective | None,
+    policy: Params,
+    prompts: dict[str, Prompts],
+    candidates: Callable[[], Candidates],
+) -> PairsResult:
+    """Stage `pairs`: the candidates, scored by the reference and filtered, in `pairs.jsonl`.
+
+    Args:
+      objective: whose log-probs are needed; None for those of the plain pair alone.
+      policy: the reference, unless `model.reference_path` names another one.
+      candidates: called only if the stage is not done yet.
 
     Raises:
-      RunError: if the log-probs on disk are of another reference and updates have been made with them.
+      RunError: if no candidate is kept, or the stored log-probs are of another reference and updates were made with them.
     """
-    cells = reference_cells(run.config, objective)
-    reference = cache(lambda: _reference_params(run, params))
-    key = lambda pairs: reference_key(run.engine, reference(), cells, pairs)  # noqa: E731
-    stats, path = stages.whole(folder, "pairs"), folder / PAIRS_FILE
-    in_use = stats is not None and stages.finished(folder, "training") is None
-    if in_use and key(read_records(Triple, path)) != stats.get("reference_key"):
-        if on_first_process(lambda: (folder / "checkpoints").exists()):
-            raise RunError(
-                f"{path}: its log-probs are not of this reference, tokenizer and pairs, and updates were made with them; put back what was "
-                f"changed, or delete {folder / 'checkpoints'} to do them again"
-            )
-        log.warning("%s: its log-probs are not of this reference, tokenizer and pairs; they are computed anew", path)
-        stages.reopen(folder, "pairs")
+    cells = reference_cells(objective, this.run.config.filter.enabled)
+    stored, trained = read_verified(this.folder, "pairs"), finished(this.folder, "training") is not None
+    if stored is not None and trained:
+        return PairsResult.of_stage(read_records(Triple, this.folder / PAIRS_FILE), stored)
+    reference = _reference(this, policy)
+    if stored is not None:
+        _discard_stale_pairs(this, reference, cells, prompts, stored)
 
     def make() -> tuple[list[Triple], dict]:
-        kept, numbers = choose_pairs(run, cells, iteration, reference(), *candidates(), folder)
-        return kept, {**numbers, "reference_key": key(kept)}
+        triples, dropped = candidates()
+        scored, shape = _score(this, reference, triples, cells, prompts, dropped)
+        kept, stats = apply_filters(this, scored, dropped)
+        return kept, {**stats, "row_shape": shape, "reference_key": _reference_key(this, reference, cells, kept, prompts)}
 
-    pairs, stats = stages.record_stage(folder, "pairs", Triple, make)
-    return pairs, {name: value for name, value in stats.items() if name not in KEPT_FOR_LATER}
-
-
-def _reference_params(run: Run, params):
-    """Parameters of the policy as it is now, or of the model that `model.reference_path` names."""
-    path = run.config.model.reference_path
-    return params if path is None else load_params(fetch(path), run.engine)
+    return PairsResult.of_stage(*record_stage(this.folder, "pairs", Triple, make))
 
 
-def reference_key(engine: Engine, params, cells: list[tuple[str, str]], pairs: list[Triple]) -> str:
-    """Hash of all that the reference's log-probs of these pairs follow from: its weights, the tokenizer, the cells, the rows' token ids."""
-    rows = [[steered_prompts(engine.chat, triple), triple.response_ids] for triple in pairs]
-    whole = json.dumps([fingerprint(params), tokens_hash(engine.chat.tokenizer), cells, rows])
-    return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
+def _reference(this: Round, policy: Params) -> Params:
+    """The policy as it is now, or the model that `model.reference_path` names."""
+    path = this.run.config.model.reference_path
+    return policy if path is None else load_params(fetch(path), this.run.engine)
 
 
-def choose_pairs(
-    run: Run, cells: list[tuple[str, str]], iteration: int, reference, triples: list[Triple], dropped: Dropped, folder: Path
-) -> tuple[list[Triple], dict]:
-    """Clean triples reordered (controls), scored by the reference's parameters and filtered; and what there is to say of the pairs."""
-    config, engine = run.config, run.engine
-    if config.pairs.control == "random_order":
-        triples = pair_stage.random_order(triples, f"{config.run.seed}/{iteration}")
-    elif config.pairs.control == "judge_order":
-        triples = pair_stage.judge_order(triples, lambda triple, response: judged(run.environment, engine, triple, response))
-    prompts = [steered_prompts(engine.chat, triple) for triple in triples]
-    fits = [pair_stage.fits(p, t.response_ids, cells, engine.max_tokens) for p, t in zip(prompts, triples, strict=True)]
-    dropped |= {triple.id: "pair_too_long" for triple, ok in zip(triples, fits, strict=True) if not ok}
-    items = [Scorable(p, t.response_ids) for p, t, ok in zip(prompts, triples, fits, strict=True) if ok]
-    triples = [triple for triple, ok in zip(triples, fits, strict=True) if ok]
-    sums, shape = _reference_log_probs(run, iteration, reference, items, cells, folder)
-    _require_finite(sums, triples, cells)
-    scored = [pair_stage.with_log_probs(triple, cells, row) for triple, row in zip(triples, sums, strict=True)]
-    kept, numbers = filtered(run, scored, dropped)
-    return kept, {**numbers, "row_shape": shape}
+def _discard_stale_pairs(this: Round, reference: Params, cells: list[Cell], prompts: dict[str, Prompts], stored: dict) -> None:
+    """Reopens the finished stage if its log-probs are not those of this reference, tokenizer and token ids."""
+    path = this.folder / PAIRS_FILE
+    if _reference_key(this, reference, cells, read_records(Triple, path), prompts) == stored.get("reference_key"):
+        return
+    if on_first_process(lambda: (this.folder / "checkpoints").exists()):
+        raise RunError(
+            f"{path}: its log-probs are not of this reference, tokenizer and pairs, and updates were made with them; put back what was "
+            f"changed, or delete {this.folder / 'checkpoints'} to do them again"
+        )
+    log.warning("%s: its log-probs are not of this reference, tokenizer and pairs; they are computed anew", path)
+    reopen(this.folder, "pairs")
 
 
-def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[tuple[str, str]]) -> None:
+def _reference_key(this: Round, reference: Params, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]) -> str:
+    """Hash of everything that the reference's log-probs depend on: weights, tokenizer, cells and token ids."""
+    rows = [[prompts.get(triple.id), triple.response_ids] for triple in pairs]
+    content = json.dumps([fingerprint(reference), tokens_hash(this.run.engine.chat.tokenizer), cells, rows])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _score(
+    this: Round,
+    reference: Params,
+    triples: list[Triple],
+    cells: list[Cell],
+    prompts: dict[str, Prompts],
+    dropped: Dropped,
+) -> tuple[list[Triple], RowShape | None]:
+    """The triples that fit the token limit with the reference's log-probs, and the row shape; the others are added to `dropped`."""
+    engine, train = this.run.engine, this.run.config.train
+    fitting = [t for t in triples if pair_rules.fits(prompts[t.id], t.response_ids, cells, engine.max_tokens)]
+    kept = {triple.id for triple in fitting}
+    dropped |= {triple.id: "pair_too_long" for triple in triples if triple.id not in kept}
+    items = [Scorable(prompts[triple.id], triple.response_ids) for triple in fitting]
+    micro = train.microbatch_size or train.batch_size
+    batches = scoring_batches(items, cells, micro)
+    if not batches:
+        return [], None
+    shape = stable_row_shape(
+        batches, num_batch_shards(engine.mesh), this.previous_row_shape("pairs"), this.is_last, engine.model.by_sequence
+    )
+    stage = this.title("reference log-probs")
+    sums = score_examples(engine.score, engine.mesh, reference, items, cells, micro, stage, shape)
+    _require_finite(sums, fitting, cells)
+    return [pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True)], shape
+
+
+def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[Cell]) -> None:
     broken = [
-        f"{triple.id} ({response} under {context}: {value})"
+        f"{triple.id} ({cell.response} under {cell.context}: {value})"
         for triple, row in zip(triples, sums, strict=True)
-        for (context, response), value in zip(cells, row, strict=True)
+        for cell, value in zip(cells, row, strict=True)
         if not math.isfinite(value)
     ]
     if broken:
         raise RunError(f"reference log-probs that are not finite, of {', '.join(broken[:5])}: the policy is broken; take an earlier one")
 
 
-def within_limit(run: Run, triples: list[Triple], dropped: Dropped) -> list[Triple]:
-    """Triples whose plain prompt leaves room for both sides of the pair; the others are dropped."""
-    prompts = [run.engine.chat.prompt_ids(triple.query, history=triple.history) for triple in triples]
-    sides = [max(len(triple.response_ids[side]) for side in ("chosen", "rejected")) for triple in triples]
-    longest = [len(prompt) + side for prompt, side in zip(prompts, sides, strict=True)]
-    limit = run.engine.max_tokens
-    dropped |= {triple.id: "pair_too_long" for triple, length in zip(triples, longest, strict=True) if length > limit}
-    return [triple for triple, length in zip(triples, longest, strict=True) if length <= limit]
-
-
-def filtered(run: Run, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
-    """The pairs that the filters let through; where one is on, the numbers of all of them are said too."""
-    rules, kept = run.config.filter, scored
-    least = rules.min_score_gap
+def apply_filters(this: Round, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
+    """The pairs that pass the filters, and the statistics of the stage; with a filter on, also the numbers before it."""
+    rules, kept, least = this.run.config.filter, scored, this.run.config.filter.min_score_gap
     if rules.reward_path is not None and kept:
-        rater = open_reward_scorer(rules.reward_path, run.config.model, run.engine.mesh)
-        kept = with_rewards(kept, rater.rewards(kept, "filter: rewards"))
+        scorer = open_reward_scorer(rules.reward_path, this.run.config.model, this.run.engine.mesh)
+        tokenized = [tokenize_pair(scorer.chat, triple) for triple in kept]
+        kept = with_rewards(kept, scorer.rewards(tokenized, "filter: rewards"))
         least = 0.0 if least is None else least
     if least is not None:
         kept, small = keep_clear_scores(kept, least)
@@ -147,32 +210,22 @@ def filtered(run: Run, scored: list[Triple], dropped: Dropped) -> tuple[list[Tri
     if rules.enabled:
         kept, off = filter_pairs(kept)
         dropped |= off
-    before = {} if kept is scored else {"before_filter": {"num_pairs": len(scored), **_numbers_of_pairs(run, scored)}}
+    before = {}
+    if kept is not scored:
+        before = {"before_filter": {"num_pairs": len(scored), **_numbers(this, scored)}}
     counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
-    return kept, {**counts, **_numbers_of_pairs(run, kept), **before}
+    return kept, {**counts, **_numbers(this, kept), **before}
 
 
-def _numbers_of_pairs(run: Run, pairs: list[Triple]) -> dict:
-    return {**pair_stage.summarize(pairs), **pair_accuracy(run.environment, run.engine, pairs)}
+def _numbers(this: Round, pairs: list[Triple]) -> dict:
+    return {**pair_rules.summarize(pairs), **pair_accuracy(this.run.environment, this.run.engine, pairs)}
 
 
-def _reference_log_probs(
-    run: Run, iteration: int, reference, items: list[Scorable], cells: list[tuple[str, str]], folder: Path
-) -> tuple[list[list[float]], RowShape | None]:
-    """Log-prob sums by the reference, and the shape of their rows."""
-    engine, config = run.engine, run.config
-    micro = config.train.microbatch_size or config.train.batch_size
-    batches, stage = scoring_batches(items, cells, micro), f"iteration {iteration}: reference log-probs"
-    if not batches:
-        return [], None
-    earlier, is_last = run.earlier_shape(iteration, folder, "pairs"), iteration == config.run.iterations
-    shape = stable_row_shape(batches, num_batch_shards(engine.mesh), earlier, is_last, engine.model.by_sequence)
-    return score_examples(engine.score, engine.mesh, reference, items, cells, micro, stage, shape), shape
-
-
-def require_pairs(pairs: list[Triple], count: int, dropped: dict, path: Path) -> None:
-    """Raises `RunError` with the reasons where none of `count` candidates was kept."""
-    if not pairs:
+def require_pairs(result: PairsResult, count: int, path: Path) -> PairsResult:
+    """The result itself; raises `RunError` with the reasons if none of `count` candidates was kept."""
+    if not result.pairs:
         raise RunError(
-            f"{path.parent}: none of {count} triples was kept ({dropped}); look at {path}, and start anew with other settings or queries"
+            f"{path.parent}: none of {count} triples was kept ({result.dropped}); look at {path}, and start anew with other settings or "
+            "queries"
         )
+    return result

@@ -1,8 +1,9 @@
-"""What a round trains on and the policy in, the trained policy out, continued from the round's newest checkpoint."""
+"""Stage `training`: the updates of a round, continued from its newest checkpoint."""
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,27 +12,49 @@ import numpy as np
 import optax
 
 from sso_jax.config import Config, OptimizerConfig
+from sso_jax.data.records import Prompts, Triple
 from sso_jax.models.adapters import split_trainable
 from sso_jax.models.layer_layout import training_layout
 from sso_jax.models.transformer import Transformer
 from sso_jax.recipes.engine import Engine
-from sso_jax.recipes.stages.batch_plans import Plan
+from sso_jax.recipes.objective import Objective
+from sso_jax.recipes.run import Params, Round
+from sso_jax.recipes.stages.batch_plans import BatchPlan, losses_of, plan_preferences
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.mesh import replicated
+from sso_jax.runtime.stage_markers import finish, finished
 from sso_jax.training import checkpoints
 from sso_jax.training.example_losses import ExampleLosses
-from sso_jax.training.loop import Hooks, run_updates
+from sso_jax.training.loop import Hooks, UpdatePlan, run_updates
 from sso_jax.training.optimizer import learning_rates, make_optimizer
+from sso_jax.training.row_shapes import RowShape
 from sso_jax.training.spo_head import HEAD, init_head
 from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state, state_shardings
 
 log = logging.getLogger(__name__)
 FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""How far the scoring and the training program may differ in the loss, relative where it is above 1, by type of the arithmetic."""
+"""Largest difference between the first loss and its expected value, relative if that is above 1, by compute type."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Result of stage `training`."""
+
+    updates: int
+    padding: float
+    """Share of the tokens of all updates that are padding."""
+    row_shape: RowShape
+    seconds: float
+    tokens_per_second: float
+
+    @classmethod
+    def of_stage(cls, stats: dict) -> "TrainingResult":
+        """From the statistics of the finished stage."""
+        return cls(**{**stats, "row_shape": RowShape(*stats["row_shape"])})
 
 
 def new_parts(model: Transformer, config: Config) -> dict:
-    """Parameters beside the decoder's that a round trains, and which end with it: the degree head of base `spo`."""
+    """Parameters that a round trains beside the decoder's and that end with it: the degree head of base `spo`."""
     if config.recipe in ("sft", "reward") or config.objective.base != "spo":
         return {}
     return {HEAD: init_head(config.run.seed, model.architecture.embed_dim)}
@@ -59,117 +82,150 @@ def _shapes_with(parts: dict, engine: Engine, optimizer: optax.GradientTransform
     return abstract_state({**engine.abstract_params(), **abstract}, {**engine.shardings, **whole}, optimizer, engine.mesh)
 
 
-def without_parts(params: dict, parts: dict) -> dict:
+def without_parts(params: Params, parts: Params) -> Params:
     """The decoder's own parameters."""
     return {name: part for name, part in params.items() if name not in parts}
 
 
-def train_round(
-    engine: Engine,
+def train_on_pairs(
+    this: Round,
+    objective: Objective,
+    policy: Params,
+    pairs: list[Triple],
+    prompts: dict[str, Prompts],
+    first_step: int = 0,
+) -> tuple[Params, TrainingResult]:
+    """The policy after the updates of a round on its pairs; as `train` otherwise."""
+    engine = this.run.engine
+    plan = plan_preferences(this, objective, pairs, prompts)
+    return train(this, losses_of(engine.model, objective), plan, policy, first_step)
+
+
+def train(
+    this: Round,
     losses: ExampleLosses,
-    plan: Plan,
-    config: Config,
-    params,
-    folder: Path,
-    iteration: int,
-    stage: str,
-    programs: dict[str, Callable],
-    line: Callable[[dict], None],
-    rewind: Callable[[int], None],
-    look: Callable[[dict], dict] | None = None,
-) -> tuple[dict, dict]:
-    """The parameters after the round, and how it went; the parameters given are used up.
+    plan: BatchPlan,
+    params: Params,
+    first_step: int = 0,
+    engine: Engine | None = None,
+    eval_fn: Callable[[Params], dict] | None = None,
+) -> tuple[Params, TrainingResult]:
+    """The parameters after the updates of a round; those given are used up. Metrics are written line by line.
 
-    `programs` keeps the compiled update of each `stage` ("updates", "updates of the generator") for the rounds to come.
-
-    `line` takes the metrics of each update; `rewind` is first told the update that training goes on from. After every
-    `checkpoint.every_steps` updates `look` sees the parameters, and what it says of them joins the line of that update.
+    Args:
+      first_step: number of the first update in metrics.jsonl; the second training of a round continues the first one's.
+      engine: the run's engine, unless another model than the policy is trained.
+      eval_fn: called with the parameters after every `checkpoint.every_steps` updates; what it returns joins the metrics
+        line of that update.
     """
-    num_updates = len(plan.num_tokens)
-    given = config.optimizer
-    rates, optimizer = learning_rates(given.learning_rate, given.schedule, given.warmup_ratio, num_updates), build_optimizer(given)
-    parts = new_parts(engine.model, config)
+    run, engine = this.run, engine or this.run.engine
+    stage = "updates of the generator" if this.part else "updates"
+    rates = _learning_rates(run.config.optimizer, len(plan.num_tokens))
+    parts = new_parts(engine.model, run.config)
+    optimizer = build_optimizer(run.config.optimizer)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
-    first, title = plan.make_batch(0), f"iteration {iteration}: {stage}"
-    if stage not in programs:
-        programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, training_layout(engine.model, engine.mesh))
-    padding = 1.0 - sum(plan.num_tokens) / (num_updates * first.rows.tokens.size)
-    log.info("%s: updates in rows of %s (microbatches, rows, tokens), %.0f%% padding", title, first.rows.tokens.shape, 100 * padding)
-    with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
+    first = plan.make_batch(0)
+    if stage not in run.programs:
+        layout = training_layout(engine.model, engine.mesh)
+        run.programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, layout)
+    update, title = run.programs[stage], this.title(stage)
+    padding = 1.0 - sum(plan.num_tokens) / (len(plan.num_tokens) * first.rows.tokens.size)
+    log.info("%s: rows of %s (microbatches, rows, tokens), %.0f%% padding", title, first.rows.tokens.shape, 100 * padding)
+    with checkpoints.open_checkpoints(this.folder / "checkpoints", run.config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
-        done = 0 if state is None else int(state.step)
         if state is None:
             state = init_state({**params, **parts}, optimizer, shardings)
         else:
-            state = _going_on(state, params)
-        rewind(done)
-        line = _checking_first_loss(line, plan.first_loss, config.model.compute_dtype, title)
-        every_steps = config.checkpoint.every_steps
-        save = lambda state, step: checkpoints.save(manager, state, step, wait=every_steps == 1)  # noqa: E731
-        hooks = _hooks(line, look, save, every_steps, num_updates)._replace(examples=lambda step: plan.ids[step])
+            state = _without_stale_params(state, params)
+        done = int(state.step)
+        run.metrics.rewind(this.iteration, first_step + done)
+        hooks = _hooks(this, plan, manager, first_step, eval_fn)
         start = time.perf_counter()
-        if done < num_updates:
-            compile_ahead(programs[stage], state, first, engine.mesh)
-        state = run_updates(programs[stage], state, plan.make_batch, plan.num_tokens, rates, done, engine.mesh, hooks, title)
+        if done < len(plan.num_tokens):
+            compile_ahead(update, state, first, engine.mesh)
+        updates = UpdatePlan(plan.make_batch, plan.num_tokens, rates, plan.ids)
+        state = run_updates(update, state, updates, done, engine.mesh, hooks, title)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
-    how = {"updates": num_updates, "padding": padding, "row_shape": plan.shape, "seconds": seconds, "tokens_per_second": rate}
-    return without_parts(state.whole_params(), parts), how
+    result = TrainingResult(len(plan.num_tokens), padding, plan.shape, seconds, rate)
+    stats = finished(this.folder, "training")  # of a resumed round that was done, the first figures stay
+    stats = finish(this.folder, "training", asdict(result)) if stats is None else stats
+    return without_parts(state.all_params(), parts), TrainingResult.of_stage(stats)
 
 
-def _going_on(state: TrainState, params: dict) -> TrainState:
-    """The state of a checkpoint, with the frozen ones of the parameters given; the others, which it has further on, leave the memory."""
+def _learning_rates(config: OptimizerConfig, num_updates: int) -> list[float]:
+    return learning_rates(config.learning_rate, config.schedule, config.warmup_ratio, num_updates)
+
+
+def _without_stale_params(state: TrainState, params: Params) -> TrainState:
+    """The state of a checkpoint with the frozen parameters given; the trainable ones given, now stale, are freed."""
     trainable, frozen = split_trainable(params)
     for leaf in jax.tree.leaves(trainable):
         leaf.delete()
     return state._replace(frozen=frozen)
 
 
-def _checking_first_loss(line: Callable[[dict], None], expected: float | None, dtype: str, stage: str) -> Callable[[dict], None]:
-    """`line`, which refuses a first update whose loss is not that of a policy that is its own reference."""
-
-    def check(numbers: dict) -> None:
-        line(numbers)
-        if numbers["step"] == 0 and expected is not None:
-            tolerance = FIRST_LOSS_TOLERANCE[dtype] * max(1.0, abs(expected))
-            if abs(numbers["loss"] - expected) > tolerance:
-                raise RunError(
-                    f"{stage}: the first loss is {numbers['loss']:.6f}, and {expected:.6f} for a policy that is its own reference: the "
-                    "stored log-probs are not this policy's. Delete the round's folder to have them anew; if it comes again, report it"
-                )
-
-    return check
-
-
 def _hooks(
-    line: Callable[[dict], None],
-    look: Callable[[dict], dict] | None,
-    save: Callable[[TrainState, int], None],
-    every_steps: int,
-    num_updates: int,
+    this: Round,
+    plan: BatchPlan,
+    manager: checkpoints.Checkpoints,
+    first_step: int,
+    eval_fn: Callable[[Params], dict] | None,
 ) -> Hooks:
-    """Hooks that hold back the line of every `every_steps`-th update until `look` has seen the parameters."""
-    if look is None:
-        return Hooks(line, save, every_steps)
+    """What happens beside the updates: metrics lines, checkpoints, the check of the first loss, and evaluations."""
+    run, every_steps = this.run, this.run.config.checkpoint.every_steps
+    updates_before = sum(_num_updates(run.folder(k)) for k in range(1, this.iteration))
+
+    def log_metrics(numbers: dict) -> None:
+        line = {"iteration": this.iteration, **numbers, "step": first_step + numbers["step"]}
+        run.metrics.write(line, updates_before)
+        if numbers["step"] == 0 and plan.first_loss is not None:
+            _check_first_loss(numbers["loss"], plan.first_loss, run.config.model.compute_dtype, this.title("updates"))
+
+    def save(state: TrainState, step: int) -> None:
+        checkpoints.save(manager, state, step, wait=every_steps == 1)
+
+    if eval_fn is None:
+        return Hooks(log_metrics, save, every_steps)
+    return evaluating_hooks(Hooks(log_metrics, save, every_steps), eval_fn, len(plan.num_tokens))
+
+
+def evaluating_hooks(hooks: Hooks, eval_fn: Callable[[Params], dict], num_updates: int) -> Hooks:
+    """Hooks that hold back the metrics of every `every_steps`-th update until `eval_fn` has seen the parameters."""
     held: list[dict] = []
 
-    def hold(numbers: dict) -> None:
+    def log_metrics(numbers: dict) -> None:
         done = numbers["step"] + 1
-        if done % every_steps == 0 or done == num_updates:
+        if done % hooks.every_steps == 0 or done == num_updates:
             held.append(numbers)
         else:
-            line(numbers)
+            hooks.log_metrics(numbers)
 
-    def look_and_save(state: TrainState, step: int) -> None:
+    def save(state: TrainState, step: int) -> None:
         if held:
-            line({**held.pop(), **look(state.whole_params())})
-        save(state, step)
+            hooks.log_metrics({**held.pop(), **eval_fn(state.all_params())})
+        hooks.save(state, step)
 
-    return Hooks(hold, look_and_save, every_steps)
+    return Hooks(log_metrics, save, hooks.every_steps)
 
 
-def trained_params(engine: Engine, config: Config, folder: Path, base: Callable[[], dict]):
-    """Parameters of the newest checkpoint of a finished round; `base` gives those of the start, for what training left as it was.
+def _check_first_loss(loss: float, expected: float, dtype: str, stage: str) -> None:
+    """Raises `RunError` if the first loss is not that of a policy that is its own reference."""
+    if abs(loss - expected) > FIRST_LOSS_TOLERANCE[dtype] * max(1.0, abs(expected)):
+        raise RunError(
+            f"{stage}: the first loss is {loss:.6f}, and {expected:.6f} for a policy that is its own reference: the stored log-probs are "
+            "not this policy's. Delete the round's folder to compute them again; if it happens again, report it"
+        )
+
+
+def _num_updates(folder: Path) -> int:
+    """Updates of a finished round: the policy's, and its generator's if it had one."""
+    stats = [finished(part, "training") for part in (folder / "generator", folder)]
+    return sum(own["updates"] for own in stats if own is not None)
+
+
+def restore_params(engine: Engine, config: Config, folder: Path, base: Callable[[], Params]) -> Params:
+    """Parameters of the newest checkpoint of a finished round; `base` loads those of its start, for what training left frozen.
 
     Raises:
       InputError: if the folder holds none.
@@ -181,5 +237,5 @@ def trained_params(engine: Engine, config: Config, folder: Path, base: Callable[
         state = checkpoints.restore(manager, shapes, shardings)
     if state is None:
         raise InputError(f"{folder}: no checkpoint, though the round is marked as done; delete {folder.parent} to do it again")
-    whole = state._replace(frozen=split_trainable(base())[1]).whole_params() if shapes.frozen else state.params
-    return without_parts(whole, parts)
+    frozen = split_trainable(base())[1] if shapes.frozen else {}
+    return without_parts(state._replace(frozen=frozen).all_params(), parts)

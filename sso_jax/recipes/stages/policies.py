@@ -1,0 +1,54 @@
+"""Policies on disk: the one that a round starts from, those that earlier rounds exported, and the export of this round."""
+
+from pathlib import Path
+
+from sso_jax.config import Config
+from sso_jax.models.export import POLICY_FOLDER, export_policy, find_policy
+from sso_jax.models.hf_folder import fetch
+from sso_jax.recipes.engine import load_params
+from sso_jax.recipes.run import Params, Round, Run
+from sso_jax.recipes.stages.update import restore_params
+from sso_jax.runtime.stage_markers import file_stage
+
+
+def source_folder(config: Config) -> Path:
+    """Folder of the model that the run starts from; not for the toy, which trains its own."""
+    return fetch(find_policy(config.model.path))
+
+
+def start_policy(run: Run, iteration: int) -> Params:
+    """Policy at the start of a round: the model folder's, or that of the last checkpoint of the previous round."""
+
+    def first() -> Params:
+        toy = run.config.model.path == "toy"
+        return load_params(run.folder(0) / "start" if toy else source_folder(run.config), run.engine)
+
+    if iteration <= 1:
+        return first()
+    return restore_params(run.engine, run.config, run.folder(iteration - 1) / "checkpoints", first)
+
+
+def exported_policy(run: Run, iteration: int) -> Params:
+    """Policy that a finished round exported; for round 0 the one that the run started from."""
+    if iteration == 0:
+        return start_policy(run, 0)
+    return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine)
+
+
+def export(this: Round, policy: Params) -> float:
+    """Writes the policy of the round as a Hugging Face folder; returns the seconds it took."""
+    engine = this.run.engine
+
+    def write() -> dict:
+        export_policy(
+            policy,
+            engine.model.architecture,
+            engine.chat.tokenizer,
+            engine.sampler.stop_ids,
+            this.folder / POLICY_FOLDER,
+            this.run.config.model.export_dtype,
+            engine.model.adapters,
+        )
+        return {}
+
+    return file_stage(this.folder, "export", write, POLICY_FOLDER)["seconds"]

@@ -1,0 +1,39 @@
+"""Stage `prompts`: renders and tokenises each prompt of a round once; later stages look the ids up."""
+
+import hashlib
+import json
+
+from sso_jax.data.records import PromptRecord, Prompts, SteeredQuery, Triple
+from sso_jax.data.tokenizer import tokens_hash
+from sso_jax.preferences.steering import steered_prompts
+from sso_jax.recipes.run import Round
+from sso_jax.runtime.hosts import map_across_processes
+from sso_jax.runtime.stage_markers import read_verified, record_stage, reopen
+
+KEY = "prompts_key"
+
+
+def render_prompts(this: Round, records: list[SteeredQuery] | list[Triple]) -> dict[str, Prompts]:
+    """Token ids of the prompts x, x+, x- of each record, by record id and context; kept in `prompts.jsonl`.
+
+    They are rendered again if the tokenizer, its template or a text has changed since.
+    """
+    chat = this.run.engine.chat
+    texts = [[r.id, r.query, r.good_system, r.bad_system, *_of_triple(r)] for r in records]
+    key = hashlib.blake2b(json.dumps([tokens_hash(chat.tokenizer), texts]).encode(), digest_size=16).hexdigest()
+    stored = read_verified(this.folder, "prompts")
+    if stored is not None and stored[KEY] != key:
+        reopen(this.folder, "prompts")
+
+    def render() -> tuple[list[PromptRecord], dict]:
+        rendered = map_across_processes(lambda record: steered_prompts(chat, record), records)
+        pairs = zip(records, rendered, strict=True)
+        return [PromptRecord(record.id, prompts) for record, prompts in pairs], {KEY: key}
+
+    rendered, _ = record_stage(this.folder, "prompts", PromptRecord, render)
+    return {record.id: record.prompts for record in rendered}
+
+
+def _of_triple(record: SteeredQuery | Triple) -> list:
+    """What else the prompts of a given pair depend on."""
+    return [record.history, record.scores] if isinstance(record, Triple) else []
