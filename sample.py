@@ -1,4 +1,6 @@
-"""`python sample.py --model.path DIR --queries.path FILE --out FILE [--steered true]`: answers or steered triples of a policy."""
+"""`python sample.py --model.path DIR --queries.path FILE --out FILE [--steered true]`: answers or steered triples of a
+policy.
+"""
 
 import sys
 

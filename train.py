@@ -9,7 +9,9 @@ from sso_jax.runtime.host_memory import use_huge_pages
 
 def main(argv: list[str]) -> int:
     """Exit status of the run."""
-    return run_command("train.py", "Self-steering optimization: sample, pair, train, repeat.", Config, "sso_jax.commands.train", argv)
+    return run_command(
+        "train.py", "Self-steering optimization: sample, pair, train, repeat.", Config, "sso_jax.commands.train", argv
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What a reward model learns from PBAA's pairs and from SSO's: `python -m benchmarks.reward_pairs` trains both and prints the table.
+"""What a reward model learns from PBAA's pairs and from SSO's: `python -m benchmarks.reward_pairs` trains both and
+prints the table.
 
-On the toy world, PBAA (form `pairwise`) and SSO (form `online`) each go through their rounds from one supervised start. On the pairs of
-each round a reward model is trained from that start, as `configs/tiny_reward.yaml` says; all are measured on the same held-out pairs:
-answers of the start policy to held-out queries, in the judge's order. Whatever is done is not done again.
+On the toy world, PBAA (form `pairwise`) and SSO (form `online`) each go through their rounds from one supervised start.
+On the pairs of each round a reward model is trained from that start, as `configs/tiny_reward.yaml` says; all are
+measured on the same held-out pairs: answers of the start policy to held-out queries, in the judge's order. Whatever is
+done is not done again.
 """
 
 import argparse
@@ -26,7 +28,9 @@ NUM_HELD_OUT = 300
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reward_pairs", description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, default=Path("runs/reward_pairs"), help="where runs are kept (default: %(default)s)")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("runs/reward_pairs"), help="where runs are kept (default: %(default)s)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="default: 1 2")
     parser.add_argument("--queries", type=int, default=256, help="queries of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
@@ -45,7 +49,17 @@ def align(root: Path, seed: int, method: str, options: argparse.Namespace) -> Pa
     if start.is_dir() and not directory.is_dir():
         shutil.copytree(start, directory / "iteration_0")
     sizes = ["--queries.per_iteration", options.queries, "--run.iterations", options.rounds]
-    run(train.main, "--config", "configs/tiny.yaml", "--run.directory", directory, "--run.seed", seed, *sizes, *METHODS[method])
+    run(
+        train.main,
+        "--config",
+        "configs/tiny.yaml",
+        "--run.directory",
+        directory,
+        "--run.seed",
+        seed,
+        *sizes,
+        *METHODS[method],
+    )
     if not start.is_dir():
         for part in ("start", "done/supervised_start.json"):
             source, target = directory / "iteration_0" / part, start / part
@@ -55,13 +69,24 @@ def align(root: Path, seed: int, method: str, options: argparse.Namespace) -> Pa
 
 
 def held_out_pairs(root: Path) -> Path:
-    """Answers of the start policy under good and bad principles to held-out queries, in the judge's order; what it ties is left out."""
+    """Answers of the start policy under good and bad principles to held-out queries, in the judge's order; what it ties
+    is left out.
+    """
     path = root / "held_out.jsonl"
     if not path.is_file():
         queries = random.Random("held out").sample(world.queries("evaluation"), NUM_HELD_OUT)
         write_records(queries, root / "held_out_queries.jsonl")
         places = ["--queries.path", root / "held_out_queries.jsonl", "--out", root / "held_out_triples.jsonl"]
-        run(sample.main, "--model.path", root / "start" / "start", *places, "--steered", "true", "--sampling.max_new_tokens", 48)
+        run(
+            sample.main,
+            "--model.path",
+            root / "start" / "start",
+            *places,
+            "--steered",
+            "true",
+            "--sampling.max_new_tokens",
+            48,
+        )
         rows = []
         for row in read_json_lines(root / "held_out_triples.jsonl"):
             scores = [judge(row["query"], row[side]).score for side in ("chosen", "rejected")]
@@ -75,7 +100,16 @@ def held_out_pairs(root: Path) -> Path:
 def accuracy(root: Path, aligned: Path, iteration: int, seed: int, held_out: Path) -> float:
     """Accuracy on the held-out pairs of a reward model trained on the pairs of a round."""
     directory, pairs = aligned / f"reward_{iteration}", aligned / f"iteration_{iteration}" / "pairs.jsonl"
-    common = ["--config", "configs/tiny_reward.yaml", "--run.directory", directory, "--run.seed", seed, "--reward.held_out", 0]
+    common = [
+        "--config",
+        "configs/tiny_reward.yaml",
+        "--run.directory",
+        directory,
+        "--run.seed",
+        seed,
+        "--reward.held_out",
+        0,
+    ]
     run(train.main, *common, "--model.path", root / "start" / "start", "--pairs.path", pairs)
     run(evaluate.main, "--model.path", directory, "--pairs.path", held_out, "--out", directory / "held_out.json")
     return json.loads((directory / "held_out.json").read_text())["accuracy"]
@@ -94,12 +128,17 @@ def main() -> None:
             for iteration in range(1, options.rounds + 1):
                 measured = accuracy(root, aligned, iteration, seed, held_out)
                 numbers.setdefault((method, iteration), []).append((summary[iteration]["pair_accuracy"], measured))
-    print(f"{len(read_json_lines(held_out))} held-out pairs in the judge's order; {len(options.seeds)} seeds, mean +- standard deviation")
+    print(
+        f"{len(read_json_lines(held_out))} held-out pairs in the judge's order; {len(options.seeds)} seeds, mean +- "
+        "standard deviation"
+    )
     print("| round | pairs | their accuracy by the judge | reward model on held-out pairs |\n|---|---|---|---|")
     for iteration in range(1, options.rounds + 1):
         for method in METHODS:
             values = np.array(numbers[method, iteration])
-            columns = [f"{mean:.3f} +- {spread:.3f}" for mean, spread in zip(values.mean(0), values.std(0), strict=True)]
+            columns = [
+                f"{mean:.3f} +- {spread:.3f}" for mean, spread in zip(values.mean(0), values.std(0), strict=True)
+            ]
             print(f"| {iteration} | {method} | {columns[0]} | {columns[1]} |")
 
 

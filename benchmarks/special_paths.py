@@ -1,7 +1,8 @@
 """Times each special path of this project off and on: wall time with compilation counted in, and peak memory.
 
-`python -m benchmarks.special_paths --model FOLDER --queries FILE` runs one round of recipe online for each path in a process of its own,
-with nothing compiled before, on the toy world and on the model of the folder; `--paths NAME ...` names some of them.
+`python -m benchmarks.special_paths --model FOLDER --queries FILE` runs one round of recipe online for each path in a
+process of its own, with nothing compiled before, on the toy world and on the model of the folder; `--paths NAME ...`
+names some of them.
 """
 
 import argparse
@@ -141,7 +142,16 @@ def _arguments(case: str, model: str, queries: str, directory: Path) -> list[str
     common = ["--run.directory", str(directory), "--run.compilation_cache", "", "--run.iterations", "1"]
     if case == "toy":
         return ["--config", "configs/tiny.yaml", *common]
-    sizes = ["--queries.per_iteration", "16", "--sampling.max_new_tokens", "96", "--sampling.batch_size", "16", "--train.batch_size", "8"]
+    sizes = [
+        "--queries.per_iteration",
+        "16",
+        "--sampling.max_new_tokens",
+        "96",
+        "--sampling.batch_size",
+        "16",
+        "--train.batch_size",
+        "8",
+    ]
     return ["--model.path", model, "--queries.path", queries, *common, *sizes, "--train.max_tokens", "1024"]
 
 
@@ -161,8 +171,19 @@ def _run(path: str, case: str, model: str, queries: str) -> dict:
         if status:
             raise SystemExit(errors.decode()[-2000:])
         rows = json.loads((directory / "summary.json").read_text())
-        stages = {name: round(value, 1) for row in rows for name, value in (row["seconds"] or {}).items() if row["iteration"] == 1}
-        return {"path": path, "case": case, "seconds": round(time.perf_counter() - start, 1), "gb": usage.ru_maxrss / 2**20, **stages}
+        stages = {
+            name: round(value, 1)
+            for row in rows
+            for name, value in (row["seconds"] or {}).items()
+            if row["iteration"] == 1
+        }
+        return {
+            "path": path,
+            "case": case,
+            "seconds": round(time.perf_counter() - start, 1),
+            "gb": usage.ru_maxrss / 2**20,
+            **stages,
+        }
 
 
 def main(argv: list[str]) -> None:

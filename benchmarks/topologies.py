@@ -1,9 +1,11 @@
-"""Dry runs of 7B and 8B updates on TPU topologies in, the README's tables of bytes a chip out. Needs requirements-dry-run.txt, no TPU.
+"""Dry runs of 7B and 8B updates on TPU topologies in, the README's tables of bytes a chip out. Needs
+requirements-dry-run.txt, no TPU.
 
     JAX_PLATFORMS=cpu python -m benchmarks.topologies --out docs/topologies.json
 
-One pair a chip of 2,048 tokens, both recipes' objectives without the logged log-prob of y_o, bfloat16 arithmetic on float32 masters, fsdp
-over all chips. What is compiled is kept in the file, and a second call goes on where the first one stopped.
+One pair a chip of 2,048 tokens, both recipes' objectives without the logged log-prob of y_o, bfloat16 arithmetic on
+float32 masters, fsdp over all chips. What is compiled is kept in the file, and a second call goes on where the first
+one stopped.
 """
 
 import argparse
@@ -26,7 +28,8 @@ MODELS = ("Qwen/Qwen2-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
 FORMS = {"online": ObjectiveConfig(base="ipo", beta=0.2), "generator": ObjectiveConfig(base="dpo", form="generator")}
 ASKED = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4")
 SMALLER = ("v5p:2x2x1", "v6e:2x4")
-"""Half the chips, for the objective that needs more; half a v5e:4x4 cannot even hold parameters, moments and gradient."""
+"""Half the chips, for the objective that needs more; half a v5e:4x4 cannot even hold parameters, moments and
+gradient."""
 SCALING = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 Cell = tuple[str, str, str]
 """Model, objective, topology."""
@@ -63,22 +66,32 @@ def compile_missing(path: Path) -> dict[Cell, dict]:
             done[cell] = {"cell": list(cell), **compile_cell(cell)}
             path.write_text(json.dumps(list(done.values()), indent=1))
             print(
-                f"{cell}: {done[cell]['total_bytes'] / programs.GIB:.2f} GiB in {done[cell]['seconds']:.0f} s", file=sys.stderr, flush=True
+                f"{cell}: {done[cell]['total_bytes'] / programs.GIB:.2f} GiB in {done[cell]['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
             )
             bar.update()
     return done
 
 
 def layers_share(model: str) -> float:
-    """Share of a model's parameters that lies in its layers: a step casts those whole, embedding and head as it comes to them."""
+    """Share of a model's parameters that lies in its layers: a step casts those whole, embedding and head as it comes
+    to them.
+    """
     params = nn.unbox(abstract_params(Transformer(PRESETS[model])))
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+
+    def size(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
     return size(params["layers"]) / size(params)
 
 
 def tables(done: dict[Cell, dict]) -> str:
     """Both tables in Markdown."""
-    lines = ["| model | recipe | topology | chips | parameters | optimizer | activations and the rest | GiB a chip | of the chip | fits |"]
+    lines = [
+        "| model | recipe | topology | chips | parameters | optimizer | activations and the rest | GiB a chip | of the "
+        "chip | fits |"
+    ]
     lines.append("|---" * 10 + "|")
     for cell in (cell for cell in done if cell[2] in ASKED + SMALLER):
         row, chip = done[cell], dry_run.chip_gib(cell[2])
@@ -86,7 +99,8 @@ def tables(done: dict[Cell, dict]) -> str:
         sizes = " | ".join(f"{part:.2f}" for part in parts)
         verdict = "yes" if row["fits"] else "no"
         lines.append(
-            f"| {cell[0].split('/')[1]} | {cell[1]} | {cell[2]} | {row['chips']} | {sizes} | {100 * parts[3] / chip:.0f}% | {verdict} |"
+            f"| {cell[0].split('/')[1]} | {cell[1]} | {cell[2]} | {row['chips']} | {sizes} | "
+            f"{100 * parts[3] / chip:.0f}% | {verdict} |"
         )
     held_names = "parameters, moments, gradient, bfloat16 layers"
     names = ("topology", "chips", f"{held_names} GiB a chip", "times chips", "activations and the rest GiB a chip")
@@ -94,7 +108,9 @@ def tables(done: dict[Cell, dict]) -> str:
     layers = layers_share(MODELS[0])
     for topology in SCALING:
         row = done[MODELS[0], "online", topology]
-        params = row["params_bytes"] / programs.GIB  # float32; the gradient is as large, and the layers' copy in bfloat16 half of theirs
+        params = (
+            row["params_bytes"] / programs.GIB
+        )  # float32; the gradient is as large, and the layers' copy in bfloat16 half of theirs
         held = 2 * params + row["optimizer_bytes"] / programs.GIB + layers * params / 2
         rest = row["total_bytes"] / programs.GIB - held
         lines.append(f"| {topology} | {row['chips']} | {held:.3f} | {held * row['chips']:.1f} | {rest:.2f} |")
@@ -103,7 +119,9 @@ def tables(done: dict[Cell, dict]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/topologies.json"), help="file that keeps what is compiled")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/topologies.json"), help="file that keeps what is compiled"
+    )
     logging.basicConfig(level=logging.WARNING)
     print(tables(compile_missing(parser.parse_args(argv).out)))
     return 0

@@ -1,4 +1,6 @@
-"""Settings for every test: CPU with eight faked devices, no silent rank promotion, no network, no shared compilation cache."""
+"""Settings for every test: CPU with eight faked devices, no silent rank promotion, no network, no shared compilation
+cache.
+"""
 
 import os
 
@@ -36,5 +38,7 @@ def model_folder(tmp_path_factory, one_device):
     tokenizer = train_tokenizer()
     model = toy_model(vocab_size=1024, num_layers=1, max_positions=512)
     folder = tmp_path_factory.mktemp("model") / "policy"
-    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+    export_policy(
+        toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32"
+    )
     return folder

@@ -34,9 +34,13 @@ class Misbehave:
 
 
 class Server:
-    """Answers `answer(question text)`; `plan(question text, how often it was asked)` may return a misbehaviour instead."""
+    """Answers `answer(question text)`; `plan(question text, how often it was asked)` may return a misbehaviour
+    instead.
+    """
 
-    def __init__(self, answer: Callable[[str], str], plan=lambda text, tries: None, models=("tiny",), key: str | None = None):
+    def __init__(
+        self, answer: Callable[[str], str], plan=lambda text, tries: None, models=("tiny",), key: str | None = None
+    ):
         self.answer, self.plan, self.models, self.key = answer, plan, models, key
         self.asked: Counter = Counter()
         self.bodies: list[dict] = []
@@ -56,7 +60,11 @@ def _handler(server: Server) -> type:
 
         def send(self, code: int, body: bytes, headers: dict) -> None:
             self.send_response(code)
-            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            for name, value in {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                **headers,
+            }.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)

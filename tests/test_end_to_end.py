@@ -23,11 +23,32 @@ from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--queries.per_iteration", "12", "--sampling.batch_size", "16", "--train.batch_size", "4", "--run.iterations", "2"]
+SMALL = [
+    "--queries.per_iteration",
+    "12",
+    "--sampling.batch_size",
+    "16",
+    "--train.batch_size",
+    "4",
+    "--run.iterations",
+    "2",
+]
 METRIC_FIELDS = (
-    "iteration", "step", "loss", "base_loss", "positive_loss", "negative_loss", "weight", "chosen_log_prob", "rejected_log_prob",
-    "margin", "accuracy", "grad_norm", "learning_rate", "tokens_per_second",
-)  # fmt: skip
+    "iteration",
+    "step",
+    "loss",
+    "base_loss",
+    "positive_loss",
+    "negative_loss",
+    "weight",
+    "chosen_log_prob",
+    "rejected_log_prob",
+    "margin",
+    "accuracy",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+)
 TIMES = ("seconds", "tokens_per_second")
 
 
@@ -64,8 +85,10 @@ COMPILED: list[str] = []
 
 
 def test_a_whole_run_compiles_few_programs(toy_run):
-    """Counted over two rounds: answers to prompts of up to 32, 48, 64 and 96 tokens, features for questions of up to 96 and 128; the
-    supervised start has two shapes of batch; scoring pairs and updates have one shape a round, scoring held-out answers one in all."""
+    """Counted over two rounds: answers to prompts of up to 32, 48, 64 and 96 tokens, features for questions of up to 96
+    and 128; the supervised start has two shapes of batch; scoring pairs and updates have one shape a round, scoring
+    held-out answers one in all.
+    """
     counts = collections.Counter(COMPILED)
     assert 2 <= counts["generate_batch"] <= 6, counts
     assert 1 <= counts["score_batch"] <= 3 and counts["update_batch"] <= 4, counts
@@ -76,7 +99,11 @@ def test_a_run_leaves_the_files_that_users_rely_on(toy_run):
     expected = ["config.yaml", "metrics.jsonl", "summary.json", "report.html"]
     for k in (1, 2):
         expected += [f"iteration_{k}/{name}.jsonl" for name in ("queries", "principles", "responses", "pairs")]
-        expected += [f"iteration_{k}/checkpoints", f"iteration_{k}/policy/config.json", f"iteration_{k}/policy/model.safetensors"]
+        expected += [
+            f"iteration_{k}/checkpoints",
+            f"iteration_{k}/policy/config.json",
+            f"iteration_{k}/policy/model.safetensors",
+        ]
     assert [name for name in expected if not (directory / name).exists()] == []
 
 
@@ -84,7 +111,9 @@ def test_metrics_have_a_line_an_update_with_every_field(toy_run):
     directory, _ = toy_run
     rows = lines(directory / "metrics.jsonl")
     pairs = [len(lines(directory / f"iteration_{k}" / "pairs.jsonl")) for k in (1, 2)]
-    assert [(row["iteration"], row["step"]) for row in rows] == [(k, s) for k in (1, 2) for s in range(-(-pairs[k - 1] // 4))]
+    assert [(row["iteration"], row["step"]) for row in rows] == [
+        (k, s) for k in (1, 2) for s in range(-(-pairs[k - 1] // 4))
+    ]
     assert all(set(METRIC_FIELDS) <= row.keys() for row in rows)
     assert all(np.isfinite(row["loss"]) and row["learning_rate"] >= 0 for row in rows)
 
@@ -116,7 +145,9 @@ def test_mass_that_leaves_the_pairs_is_seen(toy_run):
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "iteration_1" / "policy")
     means = []
     for row in lines(directory / "iteration_0" / "evaluation.jsonl"):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": row["query"]}], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["query"]}], add_generation_prompt=True, tokenize=False
+        )
         prompt, answer = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, row["response"]))
         answer.append(tokenizer.eos_token_id)
         with torch.no_grad():
@@ -149,7 +180,9 @@ def test_the_exported_policy_gives_the_log_probs_that_trained_it(toy_run):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for row in lines(directory / "iteration_2" / "pairs.jsonl")[:4]:
         for context, system in (("plain", None), ("positive", row["good_system"]), ("negative", row["bad_system"])):
-            messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": row["query"]}]
+            messages = [{"role": "system", "content": system}] * (system is not None) + [
+                {"role": "user", "content": row["query"]}
+            ]
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
             for response, expected in row["log_probs"][context].items():
                 ids = row["response_ids"][response]
@@ -208,7 +241,14 @@ def test_a_run_killed_in_training_ends_as_one_that_was_not(toy_run, tmp_path, mo
 
 @pytest.mark.parametrize("control", ["random_order", "judge_order"])
 def test_controls_reorder_the_pairs_they_say(small_curriculum, tmp_path, control):
-    arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--run.directory", str(tmp_path / "run"), *SMALL[:-1], "1"]
+    arguments = [
+        "--config",
+        str(ROOT / "configs" / "tiny.yaml"),
+        "--run.directory",
+        str(tmp_path / "run"),
+        *SMALL[:-1],
+        "1",
+    ]
     assert train.main([*arguments, "--pairs.control", control]) == 0
     rows = lines(tmp_path / "run" / "iteration_1" / "pairs.jsonl")
     accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())[1]["pair_accuracy"]
@@ -224,7 +264,14 @@ def test_controls_reorder_the_pairs_they_say(small_curriculum, tmp_path, control
 def test_sampling_from_a_finished_run(toy_run, tmp_path, capsys):
     directory, _ = toy_run
     (tmp_path / "q.jsonl").write_text('{"id": "a", "query": "Spell fox."}\n{"query": "Say <|im_end|> twice."}\n')
-    common = ["--model.path", str(directory), "--queries.path", str(tmp_path / "q.jsonl"), "--sampling.max_new_tokens", "12"]
+    common = [
+        "--model.path",
+        str(directory),
+        "--queries.path",
+        str(tmp_path / "q.jsonl"),
+        "--sampling.max_new_tokens",
+        "12",
+    ]
     assert sample.main([*common, "--out", str(tmp_path / "plain.jsonl")]) == 0
     assert sample.main([*common, "--out", str(tmp_path / "steered.jsonl"), "--steered", "true"]) == 0
     plain, steered = lines(tmp_path / "plain.jsonl"), lines(tmp_path / "steered.jsonl")
@@ -239,7 +286,9 @@ def test_sampling_from_a_finished_run(toy_run, tmp_path, capsys):
         mean = by_id[row["id"]]["log_prob"] / len(row["response_ids"]["original"])
         assert row["mean_log_probs"]["plain"]["original"] == pytest.approx(mean, abs=1e-5)
     capsys.readouterr()
-    assert sample.main(["--model.path", str(directory), "--query", "Spell fox.", "--sampling.max_new_tokens", "12"]) == 0
+    assert (
+        sample.main(["--model.path", str(directory), "--query", "Spell fox.", "--sampling.max_new_tokens", "12"]) == 0
+    )
     assert capsys.readouterr().out.strip() == by_id["a"]["response"].strip() or by_id["a"]["id"] != "0"
 
 
@@ -247,23 +296,53 @@ def test_sampling_from_a_finished_run(toy_run, tmp_path, capsys):
 def test_sample_at_temperature_0_gives_the_tokens_of_transformers(tmp_path):
     folder = tmp_path / "model"
     subprocess.run([sys.executable, DATA / "stories260k" / "to_hf.py", folder], check=True, capture_output=True)
-    questions = ["Once upon a time there was a fox.", "Lily went to the park", "Tell of a big red ball and a small dog."]
+    questions = [
+        "Once upon a time there was a fox.",
+        "Lily went to the park",
+        "Tell of a big red ball and a small dog.",
+    ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in questions))
-    arguments = ["--model.path", str(folder), "--queries.path", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "a.jsonl")]
+    arguments = [
+        "--model.path",
+        str(folder),
+        "--queries.path",
+        str(tmp_path / "q.jsonl"),
+        "--out",
+        str(tmp_path / "a.jsonl"),
+    ]
     assert sample.main([*arguments, "--sampling.temperature", "0", "--sampling.max_new_tokens", "48"]) == 0
     chat = make_chat(load_tokenizer(folder))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for row, text in zip(lines(tmp_path / "a.jsonl"), questions, strict=True):
         prompt = chat.prompt_ids(text)
-        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False, pad_token_id=0)[
+            0, len(prompt) :
+        ].tolist()
         assert row["response_ids"] == out and len(out) > 4
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")
 def test_two_rounds_on_a_trained_model_with_real_questions(tmp_path):
-    subprocess.run([sys.executable, DATA / "stories260k" / "to_hf.py", tmp_path / "model"], check=True, capture_output=True)
-    command = [sys.executable, "train.py", "--model.path", tmp_path / "model", "--queries.path", DATA / "prompts" / "gsm8k_test.jsonl"]
-    command += ["--run.directory", tmp_path / "run", *SMALL, "--sampling.max_new_tokens", "24", "--train.max_tokens", "400"]
+    subprocess.run(
+        [sys.executable, DATA / "stories260k" / "to_hf.py", tmp_path / "model"], check=True, capture_output=True
+    )
+    command = [
+        sys.executable,
+        "train.py",
+        "--model.path",
+        tmp_path / "model",
+        "--queries.path",
+        DATA / "prompts" / "gsm8k_test.jsonl",
+    ]
+    command += [
+        "--run.directory",
+        tmp_path / "run",
+        *SMALL,
+        "--sampling.max_new_tokens",
+        "24",
+        "--train.max_tokens",
+        "400",
+    ]
     command += ["--optimizer.learning_rate", "1e-5"]
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, env=environment)

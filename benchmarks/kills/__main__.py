@@ -1,10 +1,11 @@
-"""A small run killed at random moments until it is done, many times over: is the end always the same, and what was done twice?
+"""A small run killed at random moments until it is done, many times over: is the end always the same, and what was done
+twice?
 
     python -m benchmarks.kills --runs 100
 
-One run is left alone; its weights, pairs and summary (times aside) are what every other run must end with. Each of the others is started,
-killed by SIGKILL at a random moment, and started again, until it was killed `--kills` times or ends by itself. The same command goes on
-behind the last run that was done.
+One run is left alone; its weights, pairs and summary (times aside) are what every other run must end with. Each of the
+others is started, killed by SIGKILL at a random moment, and started again, until it was killed `--kills` times or ends
+by itself. The same command goes on behind the last run that was done.
 """
 
 import argparse
@@ -88,7 +89,9 @@ def run_killed(number: int, root: Path, seed: int, most_kills: int, alone: Start
 
 
 def left_alone(root: Path) -> Start:
-    """The run that nothing kills, in `root/whole`, timed with a full compilation cache; it is done once for all goes of the command."""
+    """The run that nothing kills, in `root/whole`, timed with a full compilation cache; it is done once for all goes of
+    the command.
+    """
     told = root / "alone.json"
     if told.is_file():
         return Start(**json.loads(told.read_text()))
@@ -127,11 +130,14 @@ def summary(outcomes: list[Outcome], alone: Start, bound: int) -> str:
     where = ", ".join(f"{stage} {count}" for stage, count in stages.most_common())
     return "\n".join(
         [
-            f"{len(outcomes)} runs, {kills} kills, {sum(o.half_written for o in outcomes)} of them with a checkpoint half written",
+            f"{len(outcomes)} runs, {kills} kills, {sum(o.half_written for o in outcomes)} of them with a checkpoint "
+            "half written",
             f"kills by stage: {where}",
-            f"updates done again: {sum(updates)}, at most {updates[-1]} after a kill (bound: {bound}, checkpoint.every_steps)",
+            f"updates done again: {sum(updates)}, at most {updates[-1]} after a kill (bound: {bound}, "
+            "checkpoint.every_steps)",
             f"batches of samples done again: {sum(batches)}, at most {batches[-1]} after a kill (bound: 1)",
-            f"processor time: {alone.seconds:.1f} s for a run left alone, {seconds / len(outcomes):.1f} s for all starts of a killed one",
+            f"processor time: {alone.seconds:.1f} s for a run left alone, {seconds / len(outcomes):.1f} s for all "
+            "starts of a killed one",
             "runs whose end (weights, stage files, summary without times) is not that of the run left alone: "
             + ("; ".join(differing) or "none"),
         ]
@@ -142,13 +148,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=100, help="runs to kill (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=4, help="kills of one run at most (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, default=Path("runs/kills_benchmark"), help="where they are (default: %(default)s)")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("runs/kills_benchmark"), help="where they are (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: %(default)s)")
     options = parser.parse_args()
     root = options.directory.absolute()
     outcomes = claim(root)[: options.runs]
     alone = left_alone(root)
-    expected, bound = end_of(root / "whole"), parse(Config, ["--config", str(ROOT / CONFIG)], "", "").checkpoint.every_steps
+    expected, bound = (
+        end_of(root / "whole"),
+        parse(Config, ["--config", str(ROOT / CONFIG)], "", "").checkpoint.every_steps,
+    )
     with progress_bar("killed runs", options.runs, "run", initial=len(outcomes)) as bar:
         for number in range(len(outcomes), options.runs):
             outcomes.append(run_killed(number, root, options.seed, options.kills, alone, expected))

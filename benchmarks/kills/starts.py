@@ -1,4 +1,6 @@
-"""A run's command started once, and killed by SIGKILL at a moment drawn at random: what it was about then, and what it had begun."""
+"""A run's command started once, and killed by SIGKILL at a moment drawn at random: what it was about then, and what it
+had begun.
+"""
 
 import json
 import os
@@ -14,13 +16,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/kills.yaml"
 POLL_SECONDS = 0.002
-CHILD = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('benchmarks.kills.watched', run_name='__main__')"
+CHILD = (
+    "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('benchmarks.kills.watched', run_name='__main__')"
+)
 """Without PyTorch, on which transformers would spend two seconds of every start; it is here for the tests only."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill a start: after so many seconds of processor time, or so many seconds after it entered a stage for the n-th time.
+    """When to kill a start: after so many seconds of processor time, or so many seconds after it entered a stage for
+    the n-th time.
 
     Processor time, because a machine that others share is not equally fast from one start to the next.
     """
@@ -65,7 +70,8 @@ class Start:
 
 
 def draw_moment(draw: random.Random, alone: Start) -> Moment:
-    """A third of all moments fall anywhere in the time of the run left `alone`; the others in a stage, so that short ones are met too.
+    """A third of all moments fall anywhere in the time of the run left `alone`; the others in a stage, so that short
+    ones are met too.
 
     For these a stage is drawn, then which of the times that it is entered, then a moment of it.
     """
@@ -104,7 +110,9 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _follow(process: subprocess.Popen, reading: int, moment: Moment | None) -> Start:
-    """Reads the notes to their end; a process with a moment in no stage is killed on the way, one with a stage kills itself."""
+    """Reads the notes to their end; a process with a moment in no stage is killed on the way, one with a stage kills
+    itself.
+    """
     start, rest = Start(), b""
     while True:
         if moment is not None and moment.stage is None and _processor_seconds(process.pid) >= moment.seconds:

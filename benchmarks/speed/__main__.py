@@ -1,8 +1,10 @@
-"""Speed of sampling and of the update beside the peers': `python -m benchmarks.speed` runs all in one go and prints a table.
+"""Speed of sampling and of the update beside the peers': `python -m benchmarks.speed` runs all in one go and prints a
+table.
 
-Everything is timed in a process of its own, so that its peak memory is its own; medians are over `--repeats` calls after one that warms up
-and compiles. A peer and this project take turns, call by call, so that what else the machine does meets both alike; the ratio is that of
-their medians in these turns. The bound beside each figure is what this machine's measured operations and bytes a second would allow.
+Everything is timed in a process of its own, so that its peak memory is its own; medians are over `--repeats` calls
+after one that warms up and compiles. A peer and this project take turns, call by call, so that what else the machine
+does meets both alike; the ratio is that of their medians in these turns. The bound beside each figure is what this
+machine's measured operations and bytes a second would allow.
 """
 
 import argparse
@@ -27,14 +29,22 @@ DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu", help="what computes (default: %(default)s)")
-    parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, help="default: 57m on a CPU; 0.5b 1.5b 7b on a GPU")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=shapes.SHAPES, help="default: 57m on a CPU; 0.5b 1.5b 7b on a GPU"
+    )
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="what to time (default: %(default)s)")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="whom to time beside this project (default: nobody)")
-    parser.add_argument("--tunix_python", default=sys.executable, help="Python that has google-tunix (default: this one)")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=[], help="whom to time beside this project (default: nobody)"
+    )
+    parser.add_argument(
+        "--tunix_python", default=sys.executable, help="Python that has google-tunix (default: this one)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="calls that are timed (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one call each, for TensorBoard or Perfetto")
-    parser.add_argument("--tiny", action="store_true", help="on a model that runs in a second, to try the command itself")
+    parser.add_argument(
+        "--tiny", action="store_true", help="on a model that runs in a second, to try the command itself"
+    )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -66,7 +76,9 @@ def child(cell: str, options: argparse.Namespace) -> None:
     """Runs one cell and prints its figures as the last line of standard output."""
     shape = shapes.SHAPES[options.shapes[0]]
     try:
-        result = run_cell(cell, options.device, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile)
+        result = run_cell(
+            cell, options.device, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile
+        )
     except RuntimeError as error:  # JAX's and PyTorch's own are kinds of it
         if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
@@ -92,7 +104,9 @@ def _to_next_turn(process: subprocess.Popen) -> str | None:
             return None
         last = line
     if process.wait():
-        raise SystemExit(f"{' '.join(process.args)} failed with exit status {process.returncode}; its error stands above")
+        raise SystemExit(
+            f"{' '.join(process.args)} failed with exit status {process.returncode}; its error stands above"
+        )
     return last
 
 
@@ -101,7 +115,9 @@ def in_turns(commands: dict[str, list[str]]) -> dict[str, dict]:
     environment, running, results = {**os.environ, TURNS_VARIABLE: "1"}, {}, {}
     with ExitStack() as stack:
         for cell, parts in commands.items():
-            running[cell] = subprocess.Popen(parts, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            running[cell] = subprocess.Popen(
+                parts, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
             stack.enter_context(running[cell])
             stack.callback(running[cell].kill)
         told = False  # at first each gets as far as its first turn by itself
@@ -131,18 +147,26 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
             found = in_turns({cell: command(cell, name, options) for cell in names})
             together.append(found.pop(ours))
             peers |= {cell: {**result, "beside": together[-1].get("seconds", [])} for cell, result in found.items()}
-        cells |= {ours: {**together[0], "seconds": [second for one in together for second in one.get("seconds", [])]}, **peers}
+        cells |= {
+            ours: {**together[0], "seconds": [second for one in together for second in one.get("seconds", [])]},
+            **peers,
+        }
     return cells
 
 
 def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> dict:
-    """What is reported of a shape: rates by implementation, ratios to this project's, fractions of the machine's bound."""
+    """What is reported of a shape: rates by implementation, ratios to this project's, fractions of the machine's
+    bound.
+    """
     shape = shapes.smaller(shapes.SHAPES[name]) if options.tiny else shapes.SHAPES[name]
     machine = cells["machine"]
     tokens = shape.sample_rows * shape.sample_new
     bounds = {
         "sample": tokens
-        / max(shapes.needed_sample_bytes(shape) / machine["copy_bytes"], shapes.needed_sample_flops(shape) / machine["flops"]),
+        / max(
+            shapes.needed_sample_bytes(shape) / machine["copy_bytes"],
+            shapes.needed_sample_flops(shape) / machine["flops"],
+        ),
         "update": shape.update_examples * machine["flops"] / shapes.needed_update_flops(shape)["shared"],
     }
     rows = {}
@@ -160,11 +184,15 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        beside = [row["seconds"]] if cell.startswith("ours/") else cells[cell]["beside"]  # empty where this project ran out of memory
+        beside = (
+            [row["seconds"]] if cell.startswith("ours/") else cells[cell]["beside"]
+        )  # empty where this project ran out of memory
         row["ours_over_it"] = row["seconds"] / statistics.median(beside) if beside else None
     made = {
         "shape": name,
-        "compile_s": sum(row["first_seconds"] - row["seconds"] for cell, row in rows.items() if cell.startswith("ours")),
+        "compile_s": sum(
+            row["first_seconds"] - row["seconds"] for cell, row in rows.items() if cell.startswith("ours")
+        ),
         "bounds": bounds,
         "machine": machine,
         "rows": rows,
@@ -193,29 +221,45 @@ def show(result: dict) -> None:
     """The table of one shape."""
     machine = result["machine"]
     kinds = {"read_bytes": "read", "copy_bytes": "copied"}
-    measured = [f"{machine['flops'] / 1e9:.0f} GFLOP/s", *(f"{machine[kind] / 1e9:.1f} GB/s {name}" for kind, name in kinds.items())]
+    measured = [
+        f"{machine['flops'] / 1e9:.0f} GFLOP/s",
+        *(f"{machine[kind] / 1e9:.1f} GB/s {name}" for kind, name in kinds.items()),
+    ]
     if "torch_flops" in machine:
         measured.append(f"PyTorch's products {machine['torch_flops'] / 1e9:.0f} GFLOP/s")
     print(f"\n{result['shape']}: {', '.join(measured)}")
-    print("| work | median | rate | of the bound | peak GB | compiled in | this project is faster by |\n|---|---|---|---|---|---|---|")
+    print(
+        "| work | median | rate | of the bound | peak GB | compiled in | this project is faster by "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     for cell, row in result["rows"].items():
         unit = "tokens/s" if cell.endswith("sample") else "examples/s"
         ratio = "" if row["ours_over_it"] is None else f"{row['ours_over_it']:.2f}"
         print(
-            f"| {cell} | {row['seconds']:.2f} s | {row['rate']:.3g} {unit} | {row['of_bound']:.0%} | {row['peak_bytes'] / 1e9:.2f} "
+            f"| {cell} | {row['seconds']:.2f} s | {row['rate']:.3g} {unit} | {row['of_bound']:.0%} | "
+            f"{row['peak_bytes'] / 1e9:.2f} "
             f"| {max(0.0, row['first_seconds'] - row['seconds']):.1f} s | {ratio} |"
         )
     for cell in result["out_of_memory"]:
         print(f"| {cell} | out of memory | | | | | |")
     if "decode_bytes_s" in result:
         rate = result["decode_bytes_s"]
-        print(f"decoding alone: {rate / 1e9:.2f} GB/s of weights and cache, {rate / machine['copy_bytes']:.0%} of the copy bandwidth")
+        print(
+            f"decoding alone: {rate / 1e9:.2f} GB/s of weights and cache, {rate / machine['copy_bytes']:.0%} of the "
+            "copy bandwidth"
+        )
     if "update_flops" in result:
         ratio = result["update_flops"] / result["update_flops_needed"]
-        print(f"operations of the traced update and scoring: {ratio:.3f} of what arithmetic needs; padding {result['update_padding']:.1%}")
+        print(
+            f"operations of the traced update and scoring: {ratio:.3f} of what arithmetic needs; padding "
+            f"{result['update_padding']:.1%}"
+        )
         if result["update_mfu"]:
             peak = f"the {machine['datasheet_flops'] / 1e12:.0f} TFLOP/s of its datasheet"
-            print(f"update: {result['update_flops_s'] / 1e12:.0f} TFLOP/s that arithmetic needs, MFU {result['update_mfu']:.1%} of {peak}")
+            print(
+                f"update: {result['update_flops_s'] / 1e12:.0f} TFLOP/s that arithmetic needs, MFU "
+                f"{result['update_mfu']:.1%} of {peak}"
+            )
 
 
 def main() -> int:
@@ -226,7 +270,9 @@ def main() -> int:
         return 0
     unlike = [name for name in options.shapes if options.peers and shapes.SHAPES[name].adapter_rank]
     if unlike:
-        raise SystemExit(f"--peers: they train all weights where {' and '.join(unlike)} has adapters; leave --peers or the shape out")
+        raise SystemExit(
+            f"--peers: they train all weights where {' and '.join(unlike)} has adapters; leave --peers or the shape out"
+        )
     os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else SHARED_GPU
     results = []
     for name in options.shapes:

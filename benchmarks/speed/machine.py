@@ -1,4 +1,6 @@
-"""What this machine can do: operations a second of a large matrix product, bytes a second read and copied; what its maker says."""
+"""What this machine can do: operations a second of a large matrix product, bytes a second read and copied; what its
+maker says.
+"""
 
 import time
 
@@ -13,7 +15,9 @@ def require(device: str) -> None:
     """Ends the program where JAX does not compute on this kind of device, "cpu" or "gpu"."""
     found = jax.default_backend()
     if found != device:
-        raise SystemExit(f"--device {device}: JAX computes on {found} here; install jax[cuda13] for a GPU, or give another --device")
+        raise SystemExit(
+            f"--device {device}: JAX computes on {found} here; install jax[cuda13] for a GPU, or give another --device"
+        )
 
 
 def device_peak_bytes() -> int:
@@ -39,10 +43,15 @@ def _best(work, repeats: int) -> float:
 
 
 def measure(dtype: str, repeats: int = 10) -> dict:
-    """A second's `flops` of [N, N] @ [N, N], `read_bytes` of 16 vectors times a matrix (as decoding reads weights), and `copy_bytes`."""
+    """A second's `flops` of [N, N] @ [N, N], `read_bytes` of 16 vectors times a matrix (as decoding reads weights), and
+    `copy_bytes`.
+    """
     on_cpu = jax.default_backend() == "cpu"
     size = 2048 if on_cpu else 8192
-    random = lambda number, shape: jax.random.normal(jax.random.key(number), shape, dtype)  # noqa: E731 (GPUs multiply ones faster)
+
+    def random(number, shape):
+        return jax.random.normal(jax.random.key(number), shape, dtype)
+
     square = random(0, (size, size))
     product = jax.jit(lambda a, b: a @ b)
     flops = 2.0 * size**3 / _best(lambda: product(square, square), repeats)

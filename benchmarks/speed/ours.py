@@ -59,7 +59,9 @@ def make_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, 
     )
     mesh = make_mesh(1, -1, 1, devices)
     attend = default_kernel(mesh.devices.flat[0].platform)
-    return Transformer(architecture, jnp.dtype(shape.dtype), jnp.dtype("float32"), attend=attend, max_logits=shape.max_logits), mesh
+    return Transformer(
+        architecture, jnp.dtype(shape.dtype), jnp.dtype("float32"), attend=attend, max_logits=shape.max_logits
+    ), mesh
 
 
 def random_params(model: Transformer, shardings):
@@ -68,7 +70,9 @@ def random_params(model: Transformer, shardings):
 
 
 def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
-    """A call that answers a batch of prompts through the sampler of a run; and the seconds that decoding alone takes."""
+    """A call that answers a batch of prompts through the sampler of a run; and the seconds that decoding alone
+    takes.
+    """
     model, mesh = make_model(shape)
     shardings = param_shardings(abstract_params(model), mesh)
     params = random_params(model, shardings)
@@ -81,7 +85,9 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
         max_tokens=4096,
         batch_size=shape.sample_rows,
     )
-    requests = [Request(ids, (SEED, row)) for row, ids in enumerate(prompt_ids(shape, shape.sample_rows, shape.sample_prompt))]
+    requests = [
+        Request(ids, (SEED, row)) for row, ids in enumerate(prompt_ids(shape, shape.sample_rows, shape.sample_prompt))
+    ]
     parts = build_parts(model, mesh, shardings)
 
     def work():
@@ -90,11 +96,15 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
             raise AssertionError("a response is shorter than was asked for")
 
     return work, lambda: {
-        "decode_seconds": decode_seconds(parts, mesh, params, pad_prompts(requests, len(requests), shape.sample_prompt), shape)
+        "decode_seconds": decode_seconds(
+            parts, mesh, params, pad_prompts(requests, len(requests), shape.sample_prompt), shape
+        )
     }
 
 
-def decode_seconds(parts: tuple[Callable, Callable], mesh: jax.sharding.Mesh, params, prompts: Prompts, shape: Shape) -> list[float]:
+def decode_seconds(
+    parts: tuple[Callable, Callable], mesh: jax.sharding.Mesh, params, prompts: Prompts, shape: Shape
+) -> list[float]:
     """Seconds of decoding without its prefill, three times."""
     prefill, decode = parts
     inputs = (params, prompts, make_sampling_params(TEMPERATURE, TOP_P), np.zeros((0,), np.int32))
@@ -138,14 +148,18 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
     items = [Scorable(*ids) for ids in example_ids(shape)]
 
     def batch_of(sums: list[list[float]]) -> PreferenceBatch:
-        examples = [Example(str(i), *item, log_probs) for i, (item, log_probs) in enumerate(zip(items, sums, strict=True))]
+        examples = [
+            Example(str(i), *item, log_probs) for i, (item, log_probs) in enumerate(zip(items, sums, strict=True))
+        ]
         micros = cut_microbatches(examples, shape.update_microbatch, len(items) // shape.update_microbatch)
         trees = [micro_trees(micro, objective.cells) for micro in micros]
         rows = row_shape(trees, num_batch_shards(mesh), by_sequence=model.by_sequence)
         return preference_batch(examples, objective.cells, shape.update_microbatch, len(micros), rows)
 
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)), training_layout(model, mesh))
+    update = build_update(
+        losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)), training_layout(model, mesh)
+    )
     score = build_score(model, mesh, shardings)
     return Updating(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
 
@@ -159,7 +173,9 @@ def traced(parts: Updating) -> dict:
     """Operations of scoring and update as traced, and the share of the update's rows that is padding."""
     batch = parts.batch_of(no_log_probs(parts.items, parts.cells))
     num_cells = len(parts.items) * len(parts.cells)
-    trees = [tree for e, item in enumerate(parts.items) for tree in steered_trees(*item, parts.cells, e * len(parts.cells))]
+    trees = [
+        tree for e, item in enumerate(parts.items) for tree in steered_trees(*item, parts.cells, e * len(parts.cells))
+    ]
     rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh), by_sequence=parts.model.by_sequence), num_cells)
     with jax.set_mesh(parts.mesh):
         updated = parts.update.trace(parts.shapes, batch, RATE).jaxpr
@@ -178,7 +194,9 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     def work():
         params, size = held["state"].all_params(), shape.update_microbatch
         sums = score_examples(parts.score, parts.mesh, params, parts.items, parts.cells, size, "reference")
-        scored = batch._replace(reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape))
+        scored = batch._replace(
+            reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape)
+        )
         if held["state"].step == 0:  # as a round begins
             compile_ahead(parts.update, held["state"], scored, parts.mesh)
         with jax.set_mesh(parts.mesh):
@@ -189,7 +207,9 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
 
 
 def profiled(what: str, shape: Shape, repeats: int, profile: Path | None) -> dict:
-    """`sample` or `update`, then one call of it more under JAX's profiler where `profile` names a folder; the device's peak memory."""
+    """`sample` or `update`, then one call of it more under JAX's profiler where `profile` names a folder; the device's
+    peak memory.
+    """
     work, facts = {"sample": start_sampling, "update": start_updates}[what](shape)
     result = {**timed(work, repeats), "device_peak_bytes": device_peak_bytes()}
     if profile is not None:

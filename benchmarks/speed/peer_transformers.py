@@ -1,7 +1,7 @@
 """A shape in, seconds of the same sampling and the same update by transformers with PyTorch out.
 
-It is timed as its users run it: `generate` for sampling, and for the update what the SSO releases do, a row for each of the six log-probs
-of an example, logits of every token, policy and reference. PyTorch comes with requirements-test.txt.
+It is timed as its users run it: `generate` for sampling, and for the update what the SSO releases do, a row for each of
+the six log-probs of an example, logits of every token, policy and reference. PyTorch comes with requirements-test.txt.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,10 @@ def _wait() -> None:
 
 def _timed(work: Callable[[], None], repeats: int) -> dict:
     """As `timed`, with the device's peak memory, 0 for a CPU."""
-    return {**timed(work, repeats), "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+    return {
+        **timed(work, repeats),
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    }
 
 
 def machine(shape: Shape, repeats: int) -> dict:
@@ -77,7 +80,9 @@ def sample(shape: Shape, repeats: int) -> dict:
 
 
 def update(shape: Shape, repeats: int) -> dict:
-    """The releases' update of version 1 with IPO: six rows an example, all their logits, the reference beside the policy."""
+    """The releases' update of version 1 with IPO: six rows an example, all their logits, the reference beside the
+    policy.
+    """
     policy = _model(shape).train()
     reference = _model(shape).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)

@@ -1,8 +1,9 @@
 """A shape in, seconds of the same sampling and the same update by google-tunix out.
 
-Its own sampler, model and DPO loss are used as they come. The update is the releases' six rows an example, as three pairs of tunix's
-kind: the reference's log-probs of every step computed anew beside the policy's, all logits. google-tunix is in no requirements file:
-install it into an environment of its own, and name that one's Python by --tunix_python.
+Its own sampler, model and DPO loss are used as they come. The update is the releases' six rows an example, as three
+pairs of tunix's kind: the reference's log-probs of every step computed anew beside the policy's, all logits.
+google-tunix is in no requirements file: install it into an environment of its own, and name that one's Python by
+--tunix_python.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,9 @@ def _model(shape: Shape) -> Qwen2:
 
 
 class _Prompts:
-    """What tunix's sampler takes for a tokenizer: a prompt's text is its number, its end of turn an id that no vocabulary has."""
+    """What tunix's sampler takes for a tokenizer: a prompt's text is its number, its end of turn an id that no
+    vocabulary has.
+    """
 
     def __init__(self, prompts: list[list[int]]):
         self.prompts = prompts
@@ -71,7 +74,9 @@ def sample(shape: Shape, repeats: int) -> dict:
     """tunix's `Sampler`."""
     prompts = prompt_ids(shape, shape.sample_rows, shape.sample_prompt)
     slots = shape.sample_prompt + shape.sample_new
-    sampler = Sampler(_model(shape), _Prompts(prompts), CacheConfig(slots, shape.num_layers, shape.num_kv_heads, shape.head_size))
+    sampler = Sampler(
+        _model(shape), _Prompts(prompts), CacheConfig(slots, shape.num_layers, shape.num_kv_heads, shape.head_size)
+    )
     texts = [str(number) for number in range(len(prompts))]
     settings = dict(max_prompt_length=shape.sample_prompt, temperature=TEMPERATURE, top_p=TOP_P, seed=SEED)
 
@@ -86,8 +91,13 @@ def sample(shape: Shape, repeats: int) -> dict:
 def update(shape: Shape, repeats: int) -> dict:
     """tunix's DPO loss on the rows of the releases: winners of all contexts, then their losers."""
     policy, reference = _model(shape), _model(shape)
-    optimizer = nnx.Optimizer(policy, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0)), wrt=nnx.Param)
-    sides = [[prompts[c] + responses[r] for prompts, responses in example_ids(shape) for c, r in CELLS[side::2]] for side in (0, 1)]
+    optimizer = nnx.Optimizer(
+        policy, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0)), wrt=nnx.Param
+    )
+    sides = [
+        [prompts[c] + responses[r] for prompts, responses in example_ids(shape) for c, r in CELLS[side::2]]
+        for side in (0, 1)
+    ]
     ids = jnp.asarray(np.concatenate(sides), jnp.int32)  # [rows, prompt + response]
     whole, response = jnp.ones(ids.shape, bool), jnp.ones((ids.shape[0], shape.update_response), jnp.int32)
     inputs = (ids, build_positions_from_mask(whole), make_causal_attn_mask(whole))

@@ -41,13 +41,16 @@ class Shape:
     max_logits: int = 2**25
     """This project's model.max_logits."""
     adapter_rank: int = 0
-    """Where it is not 0, adapters of this rank on all projections are trained, on frozen weights of the type of the arithmetic."""
+    """Where it is not 0, adapters of this rank on all projections are trained, on frozen weights of the type of the
+    arithmetic."""
 
     @property
     def adapter_params(self) -> int:
         """Entries of the adapters' matrices in all layers."""
         heads, kv_heads = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        ends = 2 * (self.width + heads) + 2 * (self.width + kv_heads) + 3 * (self.width + self.hidden)  # inputs and outputs of projections
+        ends = (
+            2 * (self.width + heads) + 2 * (self.width + kv_heads) + 3 * (self.width + self.hidden)
+        )  # inputs and outputs of projections
         return self.num_layers * self.adapter_rank * ends
 
     @property
@@ -86,14 +89,22 @@ SHAPES = {
     "1.5b": Shape(1536, 28, 12, 2, 8960, 151936, 128, **LARGE),
     "7b": Shape(3584, 28, 28, 4, 18944, 152064, 128, **{**LARGE, "update_microbatch": 1}, adapter_rank=64),
 }
-"""By name; the larger ones have the sizes of Qwen2's family and are for a GPU. All weights of the largest and their moments would take
-122 GB: its update trains adapters."""
+"""By name; the larger ones have the sizes of Qwen2's family and are for a GPU. All weights of the largest and their
+moments would take 122 GB: its update trains adapters."""
 
 
 def smaller(shape: Shape) -> Shape:
     """The same work on a model that runs in a second, to try the benchmark itself."""
     return dataclasses.replace(
-        shape, width=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden=128, vocab_size=512, head_size=16, sample_new=8
+        shape,
+        width=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        hidden=128,
+        vocab_size=512,
+        head_size=16,
+        sample_new=8,
     )
 
 
@@ -106,7 +117,10 @@ def prompt_ids(shape: Shape, num: int, length: int) -> list[list[int]]:
 def example_ids(shape: Shape) -> list[tuple[dict[str, list[int]], dict[str, list[int]]]]:
     """Prompts by context and responses by name of each example of the update."""
     draw = random.Random(SEED + 1)
-    ids = lambda length: [draw.randrange(shape.vocab_size) for _ in range(length)]  # noqa: E731
+
+    def ids(length):
+        return [draw.randrange(shape.vocab_size) for _ in range(length)]
+
     return [
         (
             {context: ids(shape.update_prompt) for context in CONTEXTS},
@@ -117,20 +131,32 @@ def example_ids(shape: Shape) -> list[tuple[dict[str, list[int]], dict[str, list
 
 
 def needed_update_flops(shape: Shape) -> dict[str, float]:
-    """Operations that one update needs by arithmetic, two a multiply-add: products with parameters, and attention to what is visible.
+    """Operations that one update needs by arithmetic, two a multiply-add: products with parameters, and attention to
+    what is visible.
 
-    Forward and backward are three forward passes, the reference a fourth; of products with frozen weights forward and backward are two.
-      shared:   each context's prompt once for its two responses; the tokens that response tokens are predicted from meet the vocabulary,
-                and of the others the last layer computes keys and values alone.
+    Forward and backward are three forward passes, the reference a fourth; of products with frozen weights forward and
+    backward are two.
+      shared:   each context's prompt once for its two responses; the tokens that response tokens are predicted from
+                meet the vocabulary, and of the others the last layer computes keys and values alone.
       releases: a row for each of the six log-probs, every token meets the vocabulary.
     """
     prompt, response = shape.update_prompt, shape.update_response
     trees, rows, length = 3 * shape.update_examples, 6 * shape.update_examples, prompt + response
-    attended = 2 * shape.num_heads * shape.head_size  # of a layer, multiply-adds for each visible pair of tokens: scores, values
-    seen = lambda tokens, before=0: tokens * before + tokens * (tokens + 1) // 2  # noqa: E731
+    attended = (
+        2 * shape.num_heads * shape.head_size
+    )  # of a layer, multiply-adds for each visible pair of tokens: scores, values
+
+    def seen(tokens, before=0):
+        return tokens * before + tokens * (tokens + 1) // 2
+
     pairs = seen(prompt) + 2 * seen(response, prompt)
-    pairs_of_sources = 2 * (prompt + seen(response - 1, prompt))  # the prompt's last token, and all but the last of the response
-    of_layer, keys_and_values = shape.layer_params / shape.num_layers, 2 * shape.width * shape.num_kv_heads * shape.head_size
+    pairs_of_sources = 2 * (
+        prompt + seen(response - 1, prompt)
+    )  # the prompt's last token, and all but the last of the response
+    of_layer, keys_and_values = (
+        shape.layer_params / shape.num_layers,
+        2 * shape.width * shape.num_kv_heads * shape.head_size,
+    )
     passes = 3 if shape.adapter_rank else 4
     of_adapters, of_their_keys_and_values = (
         shape.adapter_params / shape.num_layers,
@@ -167,7 +193,9 @@ def needed_decode_bytes(shape: Shape) -> float:
 
 
 def needed_sample_flops(shape: Shape) -> float:
-    """Operations of decoding and of prefill: of its tokens all but each row's last need the last layer's keys and values alone."""
+    """Operations of decoding and of prefill: of its tokens all but each row's last need the last layer's keys and
+    values alone.
+    """
     keys_and_values = 2 * shape.width * shape.num_kv_heads * shape.head_size
     before_last = shape.layer_params * (shape.num_layers - 1) / shape.num_layers + keys_and_values
     prefill = shape.sample_rows * shape.sample_prompt * before_last

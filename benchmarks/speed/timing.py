@@ -1,4 +1,6 @@
-"""A call in, its seconds and the process' memory out; one call at a time in turn with others where whoever started this one asks for it."""
+"""A call in, its seconds and the process' memory out; one call at a time in turn with others where whoever started this
+one asks for it.
+"""
 
 import os
 import resource
@@ -18,7 +20,8 @@ def wait_for_turn() -> None:
 
 
 def timed(work: Callable[[], object], repeats: int) -> dict:
-    """Seconds of the first call, which warms up and compiles, and of each of the repeats, and the peak memory behind them.
+    """Seconds of the first call, which warms up and compiles, and of each of the repeats, and the peak memory behind
+    them.
 
     `work` returns when all is done.
     """

@@ -1,9 +1,11 @@
-"""The paper's claims on the toy world: `python -m benchmarks.steering` runs methods times seeds, cell by cell, and prints their tables.
+"""The paper's claims on the toy world: `python -m benchmarks.steering` runs methods times seeds, cell by cell, and
+prints their tables.
 
-Every cell is a run of its recipe from the supervised start of its seed, which all methods share, over the same queries. A cell that is
-done is not done again, and one that was stopped goes on where it stopped: the same command, later, extends the tables. Learning rates
-are chosen per family of methods on a start and queries of their own (seed 0), never on the seeds that are reported. Study length, whose
-world has a family of queries more, takes the same rates, chosen in the world without it.
+Every cell is a run of its recipe from the supervised start of its seed, which all methods share, over the same queries.
+A cell that is done is not done again, and one that was stopped goes on where it stopped: the same command, later,
+extends the tables. Learning rates are chosen per family of methods on a start and queries of their own (seed 0), never
+on the seeds that are reported. Study length, whose world has a family of queries more, takes the same rates, chosen in
+the world without it.
 """
 
 import argparse
@@ -13,7 +15,16 @@ from pathlib import Path
 
 from benchmarks.steering import tables
 from benchmarks.steering.cells import Clock, make_world, measure_start, rounds_of, run_cell
-from benchmarks.steering.methods import FAMILIES, METHODS, RATES, STUDIES, Cell, cell_config, cells_of_study, choosing_cells
+from benchmarks.steering.methods import (
+    FAMILIES,
+    METHODS,
+    RATES,
+    STUDIES,
+    Cell,
+    cell_config,
+    cells_of_study,
+    choosing_cells,
+)
 from sso_jax.runtime.jax_setup import prepare_jax
 
 log = logging.getLogger("benchmarks.steering")
@@ -21,18 +32,31 @@ log = logging.getLogger("benchmarks.steering")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steering", description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, default=Path("runs/steering"), help="where cells are kept (default: %(default)s)")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("runs/steering"), help="where cells are kept (default: %(default)s)"
+    )
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["main"], help="default: main")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that are reported (default: 1 2 3)")
-    parser.add_argument("--queries", type=int, default=128, help="queries an iteration, where a study does not say (default: %(default)s)")
-    parser.add_argument("--held_out", type=int, default=300, help="held-out queries that measure quality (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that are reported (default: 1 2 3)"
+    )
+    parser.add_argument(
+        "--queries",
+        type=int,
+        default=128,
+        help="queries an iteration, where a study does not say (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--held_out", type=int, default=300, help="held-out queries that measure quality (default: %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, help="start no round after so many minutes (default: run to the end)")
     parser.add_argument("--tables_only", action="store_true", help="run nothing, print what is there")
     return parser.parse_args()
 
 
 def chosen_rates(root: Path, cells: list[Cell]) -> dict[str, float]:
-    """For each family the rate with the best policy after the choosing cells' last round; families without all rates are missing."""
+    """For each family the rate with the best policy after the choosing cells' last round; families without all rates
+    are missing.
+    """
     rates = {}
     for family in FAMILIES:
         rows = {cell.rate: rounds_of(root, cell) for cell in cells if cell.method == family}
@@ -57,7 +81,14 @@ def run_cells(root: Path, cells: list[Cell], rates: dict[str, float], held_out: 
         world = worlds[kind]
         measure_start(root, world, cell, config)
         whole = run_cell(root, world, cell, config, clock)
-        log.info("%s, cell %d of %d: %s, %.0f s", cell.name, number, len(cells), "done" if whole else "stopped", time.time() - began)
+        log.info(
+            "%s, cell %d of %d: %s, %.0f s",
+            cell.name,
+            number,
+            len(cells),
+            "done" if whole else "stopped",
+            time.time() - began,
+        )
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from benchmarks.steering.methods import Cell
 from sso_jax.config import Config
 from sso_jax.data.records import Triple
 from sso_jax.recipes import RECIPES
-from sso_jax.recipes import run as rounds
 from sso_jax.recipes.engine import Engine, build_engine, load_params
 from sso_jax.recipes.environment import Environment, judged, toy_environment
-from sso_jax.recipes.run import Run
+from sso_jax.recipes.run import Round, Run
+from sso_jax.recipes.stages import policies
 from sso_jax.recipes.stages.evaluation import evaluate
 from sso_jax.runtime import stage_markers as stages
 from sso_jax.runtime.json_lines import read_records
@@ -76,19 +76,20 @@ def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock)
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
         link.symlink_to(start_policy(root, cell).absolute())
-    material, dropped = recipe.settle(config, world.engine, recipe.read(config))
-    run = Run(
-        config, directory, world.engine, world.environment, material, dropped, open_metrics(directory, config.logging, {}, writes=True)
-    )
-    params = None
+    dataset, dropped = recipe.prepare(config, world.engine, recipe.read(config))
+    metrics = open_metrics(directory, config.logging, {}, writes=True)
+    run = Run(config, directory, world.engine, world.environment, dataset, dropped, metrics)
+    policy = None
     for iteration in range(1, config.run.iterations + 1):
-        if stages.finished(run.folder(iteration), "round") is not None:
+        this = Round(run, iteration)
+        if stages.finished(this.folder, "round") is not None:
             continue
         if clock.up():
             return False
-        params = rounds.start_params(run, iteration) if params is None else params
-        params, numbers = recipe.round(run, iteration, params)
-        stages.finish(run.folder(iteration), "round", {**numbers, **steerability(run, iteration), **pair_tokens(run, iteration)})
+        policy = policies.start_policy(run, iteration) if policy is None else policy
+        policy, summary = recipe.run_round(this, policy)
+        numbers = {**dataclasses.asdict(summary), **steerability(run, iteration), **pair_tokens(run, iteration)}
+        stages.finish(this.folder, "round", numbers)
     run.metrics.close()
     return True
 
@@ -96,28 +97,40 @@ def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock)
 def measure_start(root: Path, world: World, cell: Cell, config: Config) -> None:
     """Quality of the policy of a seed before any update, once a seed."""
     directory = start_policy(root, cell).parent
-    run = Run(config, directory, world.engine, world.environment, None, None, open_metrics(directory, config.logging, {}, writes=True))
+    metrics = open_metrics(directory, config.logging, {}, writes=True)
+    run = Run(config, directory, world.engine, world.environment, None, None, metrics)
     if stages.finished(run.folder(0), "evaluation") is None:
-        evaluate(run, 0, load_params(directory / "start", world.engine))
+        evaluate(Round(run, 0), load_params(directory / "start", world.engine))
 
 
 def steerability(run: Run, iteration: int) -> dict[str, float]:
-    """How far the policy at the start of the round still follows principles: the judge's score of y+ less that of y-, all triples."""
+    """How far the policy at the start of the round still follows principles: the judge's score of y+ less that of y-,
+    all triples.
+    """
     folder = run.folder(iteration)
     own = folder / "generator" / "responses.jsonl"
     triples = read_records(Triple, own if own.is_file() else folder / "responses.jsonl")
-    gaps = [judged(run.environment, run.engine, t, "chosen") - judged(run.environment, run.engine, t, "rejected") for t in triples]
+    gaps = [
+        judged(run.environment, run.engine, t, "chosen") - judged(run.environment, run.engine, t, "rejected")
+        for t in triples
+    ]
     return {"steerability": float(np.mean(gaps))}
 
 
 def pair_tokens(run: Run, iteration: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean tokens of the chosen and the rejected response of the pairs that the round trained on, all of them and by group of queries."""
+    """Mean tokens of the chosen and the rejected response of the pairs that the round trained on, all of them and by
+    group of queries.
+    """
     pairs = read_records(Triple, run.folder(iteration) / "pairs.jsonl")
     groups = {"all": pairs}
     for pair in pairs:
         groups.setdefault(group_of(pair.query), []).append(pair)
     sides = ("chosen", "rejected")
-    return {"pair_tokens": {g: {s: float(np.mean([len(p.response_ids[s]) for p in of])) for s in sides} for g, of in groups.items()}}
+    return {
+        "pair_tokens": {
+            g: {s: float(np.mean([len(p.response_ids[s]) for p in of])) for s in sides} for g, of in groups.items()
+        }
+    }
 
 
 def rounds_of(root: Path, cell: Cell) -> list[dict] | None:

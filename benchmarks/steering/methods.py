@@ -9,7 +9,8 @@ from sso_jax.config import Config, LoggingConfig
 CHOOSING_SEED = 0
 """Seed on which learning rates are chosen; it is in no table."""
 ITERATIONS = 3
-"""Of study main, and of what chooses the rates: the rate that is ahead after two may have worn the policy out after three."""
+"""Of study main, and of what chooses the rates: the rate that is ahead after two may have worn the policy out after
+three."""
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 
 IPO, DPO = {"objective.base": "ipo", "objective.beta": 0.2}, {"objective.base": "dpo", "objective.beta": 0.2}
@@ -54,7 +55,7 @@ METHODS = {
     "pbaa_filter": Method("PBAA, DPO, filter", "pbaa_dpo", {**PBAA, **DPO, "filter.enabled": True}),
     "pbaa_ipo_1": Method("PBAA, IPO, beta 1", "pbaa_ipo", {**PBAA, **REACHABLE}),
     "v1_ipo_1": Method("SSO v1, IPO, beta 1", "v1_ipo", {**V1, **REACHABLE}),
-}  # fmt: skip
+}
 GROUPS = (
     ("pbaa_dpo", "v1_dpo", "v2", "pbaa_ipo", "v1_ipo", "random", "judge"),
     ("v1_g_1", "v1_positive", "v1_negative", "v1_naive"),
@@ -101,20 +102,34 @@ STUDIES = {
 def cells_of_study(study: str, seeds: list[int], queries: int) -> list[Cell]:
     """The cells of a study, in the order in which they are run."""
     if study == "main":
-        return [Cell(study, method, seed, ITERATIONS, queries) for group in GROUPS for seed in seeds for method in group]
+        return [
+            Cell(study, method, seed, ITERATIONS, queries) for group in GROUPS for seed in seeds for method in group
+        ]
     if study == "endurance":
-        return [Cell(study, method, seed, 10, 96) for seed in seeds for method in ("pbaa_dpo", "v1_dpo", "v2", "pbaa_ipo", "v1_ipo")]
+        return [
+            Cell(study, method, seed, 10, 96)
+            for seed in seeds
+            for method in ("pbaa_dpo", "v1_dpo", "v2", "pbaa_ipo", "v1_ipo")
+        ]
     if study == "data":
         sizes = (64, 128, 256, 512, 1024)
-        return [Cell(study, method, seed, 1, size) for seed in seeds for size in sizes for method in ("pbaa_dpo", "v1_dpo")]
+        return [
+            Cell(study, method, seed, 1, size) for seed in seeds for size in sizes for method in ("pbaa_dpo", "v1_dpo")
+        ]
     if study == "length":
         methods = ("pbaa_dpo", "v1_dpo", "v1_g_1", "v2", "pbaa_ipo", "v1_ipo", "random")
         return [Cell(study, method, seed, 5, queries, descriptions=True) for seed in seeds for method in methods]
-    return [Cell(study, method, seed, ITERATIONS, queries, width=128) for seed in seeds for method in ("pbaa_dpo", "v1_dpo", "v2")]
+    return [
+        Cell(study, method, seed, ITERATIONS, queries, width=128)
+        for seed in seeds
+        for method in ("pbaa_dpo", "v1_dpo", "v2")
+    ]
 
 
 def choosing_cells(queries: int) -> list[Cell]:
-    """The cells by which learning rates are chosen: each family's own method at every rate, over as many iterations as study main has."""
+    """The cells by which learning rates are chosen: each family's own method at every rate, over as many iterations as
+    study main has.
+    """
     return [Cell("rates", family, CHOOSING_SEED, ITERATIONS, queries, rate) for family in FAMILIES for rate in RATES]
 
 
@@ -143,7 +158,9 @@ def cell_config(cell: Cell, rate: float, directory: Path) -> Config:
     for name, value in fields.items():
         section, _, field = name.rpartition(".")
         if section:
-            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+            )
         else:
             config = dataclasses.replace(config, **{field: value})
     return config

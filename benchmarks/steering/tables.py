@@ -1,6 +1,7 @@
 """Finished cells in, tables of means and spreads over seeds and a figure out. A table with cells missing says so first.
 
-What pairs say in a round (accuracy, ties, probabilities, steerability, tokens) is of the policy at its start; quality is after it.
+What pairs say in a round (accuracy, ties, probabilities, steerability, tokens) is of the policy at its start; quality
+is after it.
 """
 
 from functools import reduce
@@ -17,10 +18,21 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PARTS = ("truth", "completeness", "politeness", "concision")
-OF_PAIRS = ("pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability", "response_tokens")
+OF_PAIRS = (
+    "pair_accuracy",
+    "pair_ties",
+    "chosen_probability",
+    "rejected_probability",
+    "steerability",
+    "response_tokens",
+)
 TITLES = ("pair accuracy", "ties", "P(chosen)", "P(rejected)", "steerability", "tokens sampled")
-BY_ITERATION = tuple((field, title, 1 if field == "response_tokens" else 2) for field, title in zip(OF_PAIRS, TITLES, strict=True))
-BY_ITERATION += tuple((f"quality_parts.{part}", part, 2) for part in PARTS) + (("held_out_tokens", "tokens, unsteered", 1),)
+BY_ITERATION = tuple(
+    (field, title, 1 if field == "response_tokens" else 2) for field, title in zip(OF_PAIRS, TITLES, strict=True)
+)
+BY_ITERATION += tuple((f"quality_parts.{part}", part, 2) for part in PARTS) + (
+    ("held_out_tokens", "tokens, unsteered", 1),
+)
 """What is shown of every iteration beside quality: field, title, digits."""
 MATCHED_QUALITY = 0.65
 BASELINES = {"pbaa_ipo": "pbaa_ipo", "v1_ipo": "pbaa_ipo", "pbaa_ipo_1": "pbaa_ipo_1", "v1_ipo_1": "pbaa_ipo_1"}
@@ -42,7 +54,12 @@ OF_LENGTH = (
     ("Quality of these answers", "held_out_groups.{}.quality", EVERY_GROUP, 3),
     ("Share of these answers that ran to the limit of tokens", "held_out_groups.{}.at_limit", EVERY_GROUP, 3),
     ("How long descriptions look to the judge", "quality_parts.length", ("descriptions",), 3),
-    ("Share of a description's sentences that are true and not repeated", "quality_parts.substance", ("descriptions",), 3),
+    (
+        "Share of a description's sentences that are true and not repeated",
+        "quality_parts.substance",
+        ("descriptions",),
+        3,
+    ),
 )
 """Tables of study length: title, where the number stands in a row, groups of queries, digits."""
 
@@ -63,7 +80,10 @@ def spread(values: list[float], digits: int = 3) -> str:
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table with columns of one width."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    line = lambda row: "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"  # noqa: E731
+
+    def line(row):
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
 
 
@@ -84,7 +104,14 @@ def rates_table(root: Path, cells: list[Cell], rates: dict[str, float]) -> str:
         found = {cell.rate: rounds_of(root, cell) for cell in cells if cell.method == family}
         scores = [f"{found[rate][-1]['policy_quality']:.3f}" if found.get(rate) else "-" for rate in RATES]
         rows.append([family, *scores, f"{rates[family]:g}" if family in rates else "none yet"])
-    return "\n".join(["## Learning rates, chosen on seed 0", "", markdown(["family", *(f"{r:g}" for r in RATES), "chosen"], rows), ""])
+    return "\n".join(
+        [
+            "## Learning rates, chosen on seed 0",
+            "",
+            markdown(["family", *(f"{r:g}" for r in RATES), "chosen"], rows),
+            "",
+        ]
+    )
 
 
 def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
@@ -94,22 +121,38 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
     lines = [f"## Study {study}: {STUDIES[study]}", ""]
     if done < len(cells):
         missing = [
-            f"{cell.method}/{cell.queries}/{cell.seed}" for cell in cells if cell.seed not in runs.get((cell.method, cell.queries), {})
+            f"{cell.method}/{cell.queries}/{cell.seed}"
+            for cell in cells
+            if cell.seed not in runs.get((cell.method, cell.queries), {})
         ]
-        lines += [f"PARTIAL: {done} of {len(cells)} cells are done; missing (method/queries/seed): {', '.join(missing)}.", ""]
+        lines += [
+            f"PARTIAL: {done} of {len(cells)} cells are done; missing (method/queries/seed): {', '.join(missing)}.",
+            "",
+        ]
     if not runs:
         return "\n".join([*lines, "Nothing to show yet.", ""])
     several = len({queries for _, queries in runs}) > 1
-    name = lambda key: METHODS[key[0]].title + (f", {key[1]} queries" if several else "")  # noqa: E731
+
+    def name(key):
+        return METHODS[key[0]].title + (f", {key[1]} queries" if several else "")
+
     lines += ["### Quality after each iteration", "", _quality_table(runs, name), ""]
-    lines += ["### The last round's pairs (of the policy at its start), and the final policy's length", "", _pairs_table(runs, name), ""]
+    lines += [
+        "### The last round's pairs (of the policy at its start), and the final policy's length",
+        "",
+        _pairs_table(runs, name),
+        "",
+    ]
     lines += ["### Pairs and policy, iteration by iteration", "", _by_iteration_table(runs, name), ""]
     lines += ["### Less PBAA with the same base loss, seed by seed", "", _differences_table(runs, name), ""]
     if any(_difference(runs, key, baselines=WHOLES) != "-" for key in runs):
         lines += ["### Parts of G less the whole, seed by seed", "", _differences_table(runs, name, WHOLES), ""]
     if study == "length":
         lines += _length_tables(runs, name)
-    lines += [f"### At matched quality: what the pairs are where the policy that samples them reaches {MATCHED_QUALITY}", ""]
+    lines += [
+        f"### At matched quality: what the pairs are where the policy that samples them reaches {MATCHED_QUALITY}",
+        "",
+    ]
     return "\n".join([*lines, _matched_table(runs, name), ""])
 
 
@@ -126,11 +169,17 @@ def _quality_table(runs: Runs, name) -> str:
         qualities = [spread([rows[k]["policy_quality"] for rows in of_seeds.values()]) for k in (0, *shown)]
         parts = [spread([rows[-1]["quality_parts"][part] for rows in of_seeds.values()], 2) for part in PARTS]
         rows.append([name(key), str(len(of_seeds)), *qualities, _difference(runs, key), *parts])
-    return markdown(["method", "seeds", "start", *(f"iteration {k}" for k in shown), "less PBAA, by seed", *PARTS], rows)
+    return markdown(
+        ["method", "seeds", "start", *(f"iteration {k}" for k in shown), "less PBAA, by seed", *PARTS], rows
+    )
 
 
-def _difference(runs: Runs, key: tuple[str, int], field: str = "policy_quality", baselines: dict[str, str] | None = None) -> str:
-    """A number of the last round less the baseline's, seed by seed: mean and spread, and in how many seeds it is above."""
+def _difference(
+    runs: Runs, key: tuple[str, int], field: str = "policy_quality", baselines: dict[str, str] | None = None
+) -> str:
+    """A number of the last round less the baseline's, seed by seed: mean and spread, and in how many seeds it is
+    above.
+    """
     wanted = BASELINES.get(key[0], "pbaa_dpo") if baselines is None else baselines.get(key[0])
     baseline = runs.get((wanted, key[1]), {})
     common = sorted(runs[key].keys() & baseline.keys())
@@ -141,7 +190,14 @@ def _difference(runs: Runs, key: tuple[str, int], field: str = "policy_quality",
 
 
 def _differences_table(runs: Runs, name, baselines: dict[str, str] | None = None) -> str:
-    fields = ("policy_quality", "pair_accuracy", "pair_ties", "chosen_probability", "rejected_probability", "steerability")
+    fields = (
+        "policy_quality",
+        "pair_accuracy",
+        "pair_ties",
+        "chosen_probability",
+        "rejected_probability",
+        "steerability",
+    )
     compared = [key for key in runs if _difference(runs, key, baselines=baselines) != "-"]
     rows = [[name(key), *(_difference(runs, key, field, baselines) for field in fields)] for key in compared]
     return markdown(["method", "quality", *TITLES[:5]], rows)
@@ -153,7 +209,9 @@ def _over_iterations(of_seeds: dict[int, list[dict]], path: str, shown: tuple[in
 
 
 def _by_iteration_table(runs: Runs, name) -> str:
-    """A row a method and number, a column an iteration: the pairs' numbers as they are made, those of the policy after it."""
+    """A row a method and number, a column an iteration: the pairs' numbers as they are made, those of the policy after
+    it.
+    """
     shown, table = (0, *_iterations(runs)), []
     for key, of_seeds in runs.items():
         for field, title, digits in BY_ITERATION:
@@ -162,7 +220,9 @@ def _by_iteration_table(runs: Runs, name) -> str:
 
 
 def _length_tables(runs: Runs, name) -> list[str]:
-    """A table of every number by which a drift of lengths is seen: a row a method and group of queries, a column an iteration."""
+    """A table of every number by which a drift of lengths is seen: a row a method and group of queries, a column an
+    iteration.
+    """
     shown, lines = (0, *_iterations(runs)), []
     for title, path, groups, digits in OF_LENGTH:
         rows = [
@@ -170,7 +230,12 @@ def _length_tables(runs: Runs, name) -> list[str]:
             for key, of_seeds in runs.items()
             for group in groups
         ]
-        lines += [f"### {title}", "", markdown(["method", "queries", "start", *(f"iteration {k}" for k in shown[1:])], rows), ""]
+        lines += [
+            f"### {title}",
+            "",
+            markdown(["method", "queries", "start", *(f"iteration {k}" for k in shown[1:])], rows),
+            "",
+        ]
     return lines
 
 
@@ -178,7 +243,9 @@ def _pairs_table(runs: Runs, name) -> str:
     rows = []
     for key, of_seeds in runs.items():
         last = [rows[-1] for rows in of_seeds.values()]
-        values = [spread([row.get(field) for row in last], 1 if field == "response_tokens" else 2) for field in OF_PAIRS]
+        values = [
+            spread([row.get(field) for row in last], 1 if field == "response_tokens" else 2) for field in OF_PAIRS
+        ]
         kept = spread([row["num_pairs"] for row in last], 0)
         rows.append([name(key), kept, *values, spread([row["held_out_tokens"] for row in last], 1)])
     return markdown(["method", "pairs", *TITLES, "tokens, final"], rows)
@@ -194,7 +261,11 @@ def _matched_table(runs: Runs, name) -> str:
                 value = _at_quality(of_rounds, field)
                 reached[field] += [] if value is None else [value]
         rows.append(
-            [name(key), str(len(reached[OF_PAIRS[0]])), *(spread(reached[f], 1 if f == "response_tokens" else 2) for f in OF_PAIRS)]
+            [
+                name(key),
+                str(len(reached[OF_PAIRS[0]])),
+                *(spread(reached[f], 1 if f == "response_tokens" else 2) for f in OF_PAIRS),
+            ]
         )
     return markdown(["method", "seeds", *TITLES], rows)
 
@@ -209,17 +280,26 @@ def _at_quality(of_rounds: list[dict], field: str) -> float | None:
 
 
 PANELS = (
-    ("policy_quality", "Quality, unsteered, held out"), ("pair_accuracy", "Pair accuracy"), ("pair_ties", "Ties"),
-    ("chosen_probability", "P(chosen), plain prompt"), ("rejected_probability", "P(rejected), plain prompt"),
-    ("steerability", "Steerability at the round's start"), ("response_tokens", "Tokens sampled"), ("held_out_tokens", "Tokens, unsteered"),
-)  # fmt: skip
+    ("policy_quality", "Quality, unsteered, held out"),
+    ("pair_accuracy", "Pair accuracy"),
+    ("pair_ties", "Ties"),
+    ("chosen_probability", "P(chosen), plain prompt"),
+    ("rejected_probability", "P(rejected), plain prompt"),
+    ("steerability", "Steerability at the round's start"),
+    ("response_tokens", "Tokens sampled"),
+    ("held_out_tokens", "Tokens, unsteered"),
+)
 
 PANELS_OF_LENGTH = (
-    ("held_out_groups.descriptions.tokens", "Tokens of descriptions, unsteered"), ("held_out_groups.others.tokens", "Tokens of the others"),
-    ("pair_tokens.descriptions.chosen", "Descriptions: tokens, chosen"), ("pair_tokens.descriptions.rejected", "... and rejected"),
-    ("held_out_groups.descriptions.quality", "Quality of descriptions"), ("held_out_groups.others.quality", "Quality of the others"),
-    ("quality_parts.substance", "Substance of descriptions"), ("held_out_groups.all.at_limit", "Ran to the limit"),
-)  # fmt: skip
+    ("held_out_groups.descriptions.tokens", "Tokens of descriptions, unsteered"),
+    ("held_out_groups.others.tokens", "Tokens of the others"),
+    ("pair_tokens.descriptions.chosen", "Descriptions: tokens, chosen"),
+    ("pair_tokens.descriptions.rejected", "... and rejected"),
+    ("held_out_groups.descriptions.quality", "Quality of descriptions"),
+    ("held_out_groups.others.quality", "Quality of the others"),
+    ("quality_parts.substance", "Substance of descriptions"),
+    ("held_out_groups.all.at_limit", "Ran to the limit"),
+)
 
 
 def write_figure(root: Path, study: str, cells: list[Cell]) -> None:
@@ -231,10 +311,16 @@ def write_figure(root: Path, study: str, cells: list[Cell]) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
     for axis, (field, title) in zip(axes.flat, PANELS_OF_LENGTH if study == "length" else PANELS, strict=True):
         for color, key in zip(plt.cm.tab10(np.linspace(0, 1, 10)), shown, strict=False):
-            values = np.array([[value(row, field) for row in rows] for rows in runs[key].values()], float)  # None becomes NaN
+            values = np.array(
+                [[value(row, field) for row in rows] for rows in runs[key].values()], float
+            )  # None becomes NaN
             label = METHODS[key[0]].title + (f", {key[1]}" if study == "data" else "")
-            axis.plot(np.arange(values.shape[1]), values.mean(axis=0), color=color, label=label, marker="o", markersize=3)
-            axis.fill_between(np.arange(values.shape[1]), values.min(axis=0), values.max(axis=0), color=color, alpha=0.12)
+            axis.plot(
+                np.arange(values.shape[1]), values.mean(axis=0), color=color, label=label, marker="o", markersize=3
+            )
+            axis.fill_between(
+                np.arange(values.shape[1]), values.min(axis=0), values.max(axis=0), color=color, alpha=0.12
+            )
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("iteration")
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,8 @@
 """A policy and a benchmark's questions in, a file of answers in the form that the benchmark's own tools read out.
 
-alpaca_eval   JSON list of `instruction, output, generator`
-mt_bench      JSON Lines of `question_id, answer_id, model_id, choices, tstamp` (FastChat's llm_judge), answered turn by turn
-arena_hard    JSON Lines of `uid, ans_id, model, messages, tstamp` (arena-hard-auto 2)
+alpaca_eval   JSON list of `instruction, output, generator` mt_bench      JSON Lines of `question_id, answer_id,
+model_id, choices, tstamp` (FastChat's llm_judge), answered turn by turn arena_hard    JSON Lines of `uid, ans_id,
+model, messages, tstamp` (arena-hard-auto 2)
 """
 
 import hashlib
@@ -27,10 +27,14 @@ log = logging.getLogger(__name__)
 def check_form(form: str, out: str, questions: list[BenchmarkQuestion]) -> None:
     """Raises `InputError` where the file or the questions do not go with the form."""
     if Path(out).suffix != SUFFIXES[form]:
-        raise InputError(f"out: {out!r} for form {form!r}; name a {SUFFIXES[form]} file, which is what the benchmark's loader reads")
+        raise InputError(
+            f"out: {out!r} for form {form!r}; name a {SUFFIXES[form]} file, which is what the benchmark's loader reads"
+        )
     several = [question.id for question in questions if len(question.turns) > 1]
     if several and form != "mt_bench":
-        raise InputError(f"form: {form!r} has one turn a question, and question {several[0]!r} has more; give form mt_bench")
+        raise InputError(
+            f"form: {form!r} has one turn a question, and question {several[0]!r} has more; give form mt_bench"
+        )
 
 
 def converse(engine: Engine, params, questions: list[BenchmarkQuestion], seed: int) -> list[list[str]]:
@@ -42,7 +46,9 @@ def converse(engine: Engine, params, questions: list[BenchmarkQuestion], seed: i
     chat, unanswered = engine.chat, 0
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [i for i, question in enumerate(questions) if len(question.turns) > turn]
-        prompts = {i: chat.prompt_ids(questions[i].turns[turn], history=_history(questions[i], answers[i])) for i in asked}
+        prompts = {
+            i: chat.prompt_ids(questions[i].turns[turn], history=_history(questions[i], answers[i])) for i in asked
+        }
         fitting = [i for i in asked if engine.sampler.fits(prompts[i])]
         requests = [Request(prompts[i], row_key(seed, turn, str(questions[i].id), "answer")) for i in fitting]
         sampled = dict(zip(fitting, engine.sampler.sample(params, requests, f"answers, turn {turn + 1}"), strict=True))
@@ -50,7 +56,9 @@ def converse(engine: Engine, params, questions: list[BenchmarkQuestion], seed: i
             answers[i].append(decode_text(chat.tokenizer, sampled[i]) if i in sampled else "")
         unanswered += len(asked) - len(fitting)
     if unanswered:
-        log.warning("%d turns leave no room for an answer within %d tokens and stay empty", unanswered, engine.max_tokens)
+        log.warning(
+            "%d turns leave no room for an answer within %d tokens and stay empty", unanswered, engine.max_tokens
+        )
     return answers
 
 
@@ -68,7 +76,9 @@ def _name(generator: str, question: BenchmarkQuestion, answers: list[str]) -> st
     return hashlib.sha256(json.dumps([generator, question.id, answers]).encode()).hexdigest()[:22]
 
 
-def write_answers(form: str, questions: list[BenchmarkQuestion], answers: list[list[str]], generator: str, out: str) -> None:
+def write_answers(
+    form: str, questions: list[BenchmarkQuestion], answers: list[list[str]], generator: str, out: str
+) -> None:
     """Writes the answers to `out` in a form of `SUFFIXES`."""
     now, pairs = time.time(), list(zip(questions, answers, strict=True))
     if form == "alpaca_eval":
@@ -88,5 +98,14 @@ def _mt_bench(question: BenchmarkQuestion, answers: list[str], generator: str, n
 
 
 def _arena_hard(question: BenchmarkQuestion, answers: list[str], generator: str, now: float) -> dict:
-    messages = [{"role": "user", "content": question.turns[0]}, {"role": "assistant", "content": {"answer": answers[0]}}]
-    return {"uid": question.id, "ans_id": _name(generator, question, answers), "model": generator, "messages": messages, "tstamp": now}
+    messages = [
+        {"role": "user", "content": question.turns[0]},
+        {"role": "assistant", "content": {"answer": answers[0]}},
+    ]
+    return {
+        "uid": question.id,
+        "ans_id": _name(generator, question, answers),
+        "model": generator,
+        "messages": messages,
+        "tstamp": now,
+    }

@@ -16,9 +16,8 @@ def run_command(program: str, description: str, config_class: type, module: str,
 
     The module is loaded after parsing: --help and mistakes in a config answer without loading JAX.
 
-    Returns:
-      0 for done, 75 for stopped on request; with one line on standard error 2 for input that cannot be used, and 1 for a run that
-      cannot go on.
+    Returns: 0 for done, 75 for stopped on request; with one line on standard error 2 for input that cannot be used, and
+      1 for a run that cannot go on.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
     keep_few_arenas()

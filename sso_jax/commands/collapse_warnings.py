@@ -4,7 +4,11 @@ from collections.abc import Sequence
 
 
 def collapse_warnings(
-    rows: Sequence[dict], lines: Sequence[dict], length_growth: float, min_chosen_probability: float, min_pairs_share: float
+    rows: Sequence[dict],
+    lines: Sequence[dict],
+    length_growth: float,
+    min_chosen_probability: float,
+    min_pairs_share: float,
 ) -> list[str]:
     """What looks wrong in the last of the rounds.
 
@@ -20,7 +24,8 @@ def collapse_warnings(
     probability = last.get("chosen_probability")
     if probability is not None and probability < min_chosen_probability:
         found.append(
-            f"the policy gives its chosen responses {probability:.4f} a token, below {min_chosen_probability}: it leaves its own data"
+            f"the policy gives its chosen responses {probability:.4f} a token, below {min_chosen_probability}: it "
+            "leaves its own data"
         )
     queries, pairs = last.get("num_queries"), last.get("num_pairs")
     if queries and pairs is not None and pairs < min_pairs_share * queries:
@@ -29,13 +34,22 @@ def collapse_warnings(
 
 
 def _falling_chosen(lines: Sequence[dict]) -> list[str]:
-    """The failure that a growing margin hides: the chosen responses lose probability too, between the first and last quarter."""
+    """The failure that a growing margin hides: the chosen responses lose probability too, between the first and last
+    quarter.
+    """
     told = [line for line in lines if line.get("chosen_log_prob") is not None and line.get("margin") is not None]
     quarter = len(told) // 4
     if quarter == 0:
         return []
-    mean = lambda part, name: sum(line[name] for line in part) / len(part)  # noqa: E731
+
+    def mean(part, name):
+        return sum(line[name] for line in part) / len(part)
+
     start, end = told[:quarter], told[-quarter:]
     fall = mean(end, "chosen_log_prob") - mean(start, "chosen_log_prob")
     growth = mean(end, "margin") - mean(start, "margin")
-    return [f"the margin grew by {growth:.3g} while chosen responses lost {-fall:.3g} nats"] if fall < -1.0 and growth > 0 else []
+    return (
+        [f"the margin grew by {growth:.3g} while chosen responses lost {-fall:.3g} nats"]
+        if fall < -1.0 and growth > 0
+        else []
+    )

@@ -1,4 +1,6 @@
-"""A config and a TPU topology in, a table of bytes and operations out: every program of a run compiled, without TPU or weights."""
+"""A config and a TPU topology in, a table of bytes and operations out: every program of a run compiled, without TPU or
+weights.
+"""
 
 import logging
 import os
@@ -44,7 +46,8 @@ def find_devices(topology: str) -> list:
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"dry_run: {topology!r} cannot be compiled for ({reason}); for a known topology such as v5e:4x4 or v5p:2x2x4 install what "
+            f"dry_run: {topology!r} cannot be compiled for ({reason}); for a known topology such as v5e:4x4 or "
+            "v5p:2x2x4 install what "
             "requirements-dry-run.txt names, in an environment of its own"
         ) from error
 
@@ -53,7 +56,10 @@ def chip_gib(topology: str) -> int:
     """Memory of one chip of the topology."""
     generation = topology.split(":")[0]
     if generation not in CHIP_GIB or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
-        raise InputError(f"dry_run: {topology!r} is no topology; give GENERATION:SIZES with one of {', '.join(CHIP_GIB)}, such as v5e:4x4")
+        raise InputError(
+            f"dry_run: {topology!r} is no topology; give GENERATION:SIZES with one of {', '.join(CHIP_GIB)}, such as "
+            "v5e:4x4"
+        )
     return CHIP_GIB[generation]
 
 
@@ -63,7 +69,9 @@ def table(plan: Plan, programs: list[Program]) -> str:
     lines = [
         *_heading(plan),
         "",
-        "| program | " + " | ".join(f"{name} GiB" for name in columns) + " | of the chip | TFLOP, all chips | compiled in | fits |",
+        "| program | "
+        + " | ".join(f"{name} GiB" for name in columns)
+        + " | of the chip | TFLOP, all chips | compiled in | fits |",
         "|---" * (len(columns) + 5) + "|",
     ]
     for p in programs:
@@ -79,12 +87,16 @@ def _heading(plan: Plan) -> list[str]:
     """What is compiled, and for what."""
     config, mesh = plan.config, plan.training.mesh
     lines = [
-        f"{config.model.path} on {config.dry_run}: {mesh.size} chips of {plan.device_bytes // GIB} GiB, mesh {dict(mesh.shape)}",
-        f"updates of {config.train.batch_size} examples, {microbatch_size(config)} a device step; prompts of {plan.prompt_tokens} and "
+        f"{config.model.path} on {config.dry_run}: {mesh.size} chips of {plan.device_bytes // GIB} GiB, mesh "
+        f"{dict(mesh.shape)}",
+        f"updates of {config.train.batch_size} examples, {microbatch_size(config)} a device step; prompts of "
+        f"{plan.prompt_tokens} and "
         f"responses of {plan.response_tokens} tokens; {config.sampling.batch_size} responses sampled together",
     ]
     if plan.sampling is not plan.training:
-        lines.append(f"sampling on mesh {dict(plan.sampling.mesh.shape)}, with a copy of the parameters beside those of training")
+        lines.append(
+            f"sampling on mesh {dict(plan.sampling.mesh.shape)}, with a copy of the parameters beside those of training"
+        )
     return lines
 
 
@@ -97,7 +109,9 @@ def _advice(plan: Plan, program: Program) -> str:
     if program.cache_bytes > program.other_bytes:
         options.append(f"lower sampling.batch_size (now {config.sampling.batch_size})")
     elif not of_sampling and microbatch_size(config) > shards:
-        options.append(f"lower train.microbatch_size (now {microbatch_size(config)}) towards {shards}, one example a chip")
+        options.append(
+            f"lower train.microbatch_size (now {microbatch_size(config)}) towards {shards}, one example a chip"
+        )
     if config.model.compute_dtype == "float32":
         options.append("set model.compute_dtype bfloat16")
     if program.optimizer_bytes and not config.model.remat:

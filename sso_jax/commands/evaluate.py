@@ -1,4 +1,6 @@
-"""A reward model's folder and a file of preference pairs in, one JSON object out: accuracy, in all and by section, and every reward."""
+"""A reward model's folder and a file of preference pairs in, one JSON object out: accuracy, in all and by section, and
+every reward.
+"""
 
 import json
 import logging
@@ -34,7 +36,9 @@ def run(config: EvaluateConfig) -> None:
     if config.pairs.control != "none":
         raise InputError(f"pairs.control: {config.pairs.control!r} is for training; leave it out")
     if config.out is None or not Path(config.out).absolute().parent.is_dir() or Path(config.out).is_dir():
-        raise InputError(f"out: {config.out!r} cannot be written; name the JSON file to write, in a folder that is there")
+        raise InputError(
+            f"out: {config.out!r} cannot be written; name the JSON file to write, in a folder that is there"
+        )
     pairs = load_pairs(config.pairs.path, config.pairs.split)
     refuse_equal_sides(pairs, config.pairs.path)
     prepare_jax(config.run.compilation_cache)
@@ -51,13 +55,17 @@ def refuse_equal_sides(pairs: list[Triple], path: str) -> None:
     """Raises `InputError` for a pair whose two responses are the same: no reward can tell which is better."""
     equal = [pair.id for pair in pairs if pair.chosen.strip() == pair.rejected.strip()]
     if equal:
-        raise InputError(f"pairs.path: {path}: {len(equal)} pairs have equal sides, the first is id {equal[0]!r}; take them out")
+        raise InputError(
+            f"pairs.path: {path}: {len(equal)} pairs have equal sides, the first is id {equal[0]!r}; take them out"
+        )
 
 
 def evaluate(pairs: list[Triple], rewards: Rewards) -> dict:
-    """What INTERFACE.md asks of evaluate.py, and beside it the accuracy of each RewardBench subset and the weighted scores.
+    """What INTERFACE.md asks of evaluate.py, and beside it the accuracy of each RewardBench subset and the weighted
+    scores.
 
-    `sections` are RewardBench's where a row's `subset` is one of its, else what the row itself names under one of `DOMAIN_FIELDS`.
+    `sections` are RewardBench's where a row's `subset` is one of its, else what the row itself names under one of
+    `DOMAIN_FIELDS`.
     """
     domains = [_domain(pair) for pair in pairs]
     in_section = {subset: section for section, weights in rewardbench().items() for subset in weights}
@@ -80,12 +88,16 @@ def rewardbench() -> dict[str, dict[str, int]]:
 
 
 def rewardbench_scores(subsets: dict[str, dict]) -> dict[str, float]:
-    """RewardBench's own score of each section, its subsets weighted, over those that are there; `Average` where all sections are."""
+    """RewardBench's own score of each section, its subsets weighted, over those that are there; `Average` where all
+    sections are.
+    """
     scores = {}
     for section, weights in rewardbench().items():
         there = {subset: weight for subset, weight in weights.items() if subset in subsets}
         if there:
-            scores[section] = sum(weight * subsets[subset]["accuracy"] for subset, weight in there.items()) / sum(there.values())
+            scores[section] = sum(weight * subsets[subset]["accuracy"] for subset, weight in there.items()) / sum(
+                there.values()
+            )
     if len(scores) == len(rewardbench()):
         scores["Average"] = sum(scores.values()) / len(scores)
     return scores

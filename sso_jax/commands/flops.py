@@ -1,6 +1,7 @@
 """A traced program in, its floating-point operations out: matrix products alone, counted before compilation.
 
-XLA's own `cost_analysis` counts the body of a loop once; here a scan counts its length, and a while loop the trips that the caller names.
+XLA's own `cost_analysis` counts the body of a loop once; here a scan counts its length, and a while loop the trips that
+the caller names.
 """
 
 import math
@@ -32,12 +33,16 @@ def _of_equation(equation, while_trips: int) -> int:
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
         return max(_count(branch.jaxpr, while_trips) for branch in params["branches"])
-    inner = sum(_count(_open(value), while_trips) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr))
+    inner = sum(
+        _count(_open(value), while_trips) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)
+    )
     return inner * _repeats(name, params, while_trips)
 
 
 def _repeats(name: str, params: dict, while_trips: int) -> int:
-    """How often the program inside an operation runs: over its steps, over its blocks, over the devices that each run it."""
+    """How often the program inside an operation runs: over its steps, over its blocks, over the devices that each run
+    it.
+    """
     if name == "scan":
         return params["length"]
     if name == "while":
@@ -54,7 +59,9 @@ def _open(program: ClosedJaxpr | Jaxpr) -> Jaxpr:
 
 
 def _of_cudnn(equation, num_products: int) -> int:
-    """cuDNN's attention, which skips the half of each product that is above the diagonal: queries [B, T, N, H], keys [B, S, K, H]."""
+    """cuDNN's attention, which skips the half of each product that is above the diagonal: queries [B, T, N, H], keys
+    [B, S, K, H].
+    """
     (batch, length, num_heads, head_size), (_, num_keys, _, _) = (operand.aval.shape for operand in equation.invars[:2])
     return num_products * batch * num_heads * length * num_keys * head_size
 

@@ -1,6 +1,8 @@
-"""A config and devices in, the programs of its run out, traced and compiled without weights: operations, and bytes a device.
+"""A config and devices in, the programs of its run out, traced and compiled without weights: operations, and bytes a
+device.
 
-Prefill and decoding are compiled apart, though a run has them as one program (`sampling.decode.generate`), to tell what each needs.
+Prefill and decoding are compiled apart, though a run has them as one program (`sampling.decode.generate`), to tell what
+each needs.
 """
 
 import dataclasses
@@ -166,18 +168,24 @@ def _trace(plan: Plan, place: Placement, program: Callable, args: tuple, trips: 
 
 
 def needed_bytes(message: str, held_bytes: int) -> int | None:
-    """What a program that does not fit would have needed, from the compiler's message; None if it is about something else.
+    """What a program that does not fit would have needed, from the compiler's message; None if it is about something
+    else.
 
     It names either all of the memory, or that of temporaries alone, beside what the program is given (`held_bytes`).
     """
-    to_bytes = lambda found: int(float(found[1]) * (GIB if found[2] == "G" else 2**20))  # noqa: E731
+
+    def to_bytes(found):
+        return int(float(found[1]) * (GIB if found[2] == "G" else 2**20))
+
     whole = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", message)
     temporaries = re.search(r"HLO temporaries \(([\d.]+)([GM])\) exceeds available HBM", message)
     return to_bytes(whole) if whole else held_bytes + to_bytes(temporaries) if temporaries else None
 
 
 def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
-    """The program compiled for devices with so much memory; one that does not fit has the compiler's own figure of what it needs."""
+    """The program compiled for devices with so much memory; one that does not fit has the compiler's own figure of what
+    it needs.
+    """
     start = time.perf_counter()
     try:
         with jax.set_mesh(traced.mesh):
@@ -187,7 +195,12 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
         if total is None:
             raise
     else:
-        total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        total = (
+            memory.temp_size_in_bytes
+            + memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
         fits = traced.beside_bytes == 0 or total + traced.beside_bytes <= device_bytes
     params_bytes, total = traced.params_bytes + traced.beside_bytes, total + traced.beside_bytes
     seconds = time.perf_counter() - start
@@ -198,7 +211,10 @@ def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
     """What prefill and decoding are given (parameters, prompts, strategy, stop ids), and the number of new tokens."""
     sampling, shards = plan.config.sampling, num_batch_shards(plan.sampling.mesh)
     rows, slots = -(-sampling.batch_size // shards) * shards, with_headroom(plan.prompt_tokens)
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
     keys, used = jax.ShapeDtypeStruct((rows, 2), jnp.uint32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
     prompts = Prompts(ints(0), ints(rows, slots), ints(rows), keys, used)
     strategy = _shapes(make_sampling_params(sampling.temperature, sampling.top_p, sampling.top_k))
@@ -206,7 +222,9 @@ def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
 
 
 def _sampling_bytes(plan: Plan, start: Callable, inputs: tuple, new_tokens: int) -> tuple[DecodeState, dict]:
-    """Shapes of the state between prefill and decoding, and the bytes of its cache and of the parameters' other copy."""
+    """Shapes of the state between prefill and decoding, and the bytes of its cache and of the parameters' other
+    copy.
+    """
     state = jax.eval_shape(lambda *args: start(*args, new_tokens), *inputs)
     sharding = state_shardings(as_decoded(plan.model, plan.sampling.mesh), plan.sampling.mesh).cache
     cache_bytes = _bytes(state.cache, jax.tree.map(lambda _: sharding, state.cache))
@@ -299,7 +317,9 @@ def trace_reward_update(plan: Plan) -> Traced:
     train, micro, mesh = plan.config.train, microbatch_size(plan.config), plan.training.mesh
     model = as_reward_model(plan.model)
     boxed = abstract_params(model)
-    plan = dataclasses.replace(plan, model=model, params=nn.unbox(boxed), training=Placement(mesh, param_shardings(boxed, mesh)))
+    plan = dataclasses.replace(
+        plan, model=model, params=nn.unbox(boxed), training=Placement(mesh, param_shardings(boxed, mesh))
+    )
     pairs = [TokenizedPair([0] * plan.prompt_tokens, *[[0] * plan.response_tokens] * 2)] * train.batch_size
     shape = _row_shape(plan, pair_trees(pairs[:micro]))
     batch = reward_batch(pairs, micro, train.batch_size // micro, shape)

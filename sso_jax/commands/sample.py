@@ -1,4 +1,6 @@
-"""Command sample.py: answers of a policy with their log-probs, steered triples with nine log-probs each, or benchmark answers."""
+"""Command sample.py: answers of a policy with their log-probs, steered triples with nine log-probs each, or benchmark
+answers.
+"""
 
 import logging
 from pathlib import Path
@@ -62,11 +64,18 @@ def _check_fields(config: SampleConfig) -> None:
     if config.out is not None and Path(config.out).is_dir():
         raise InputError(f"out: {config.out!r} is a folder; name a file")
     if config.form != "records" and (config.steered or config.query is not None):
-        raise InputError(f"form: {config.form!r} is for plain answers to a file of questions; leave out steered and query")
+        raise InputError(
+            f"form: {config.form!r} is for plain answers to a file of questions; leave out steered and query"
+        )
     if config.form == "records" and config.generator is not None:
-        raise InputError(f"generator: {config.generator!r} is written in the forms of benchmarks only; give a form, or leave it out")
+        raise InputError(
+            f"generator: {config.generator!r} is written in the forms of benchmarks only; give a form, or leave it out"
+        )
     if not config.steered and config.principles.source != "predefined":
-        raise InputError(f"principles.source: {config.principles.source!r} is for steered answers; add --steered true, or leave it out")
+        raise InputError(
+            f"principles.source: {config.principles.source!r} is for steered answers; add --steered true, or leave it "
+            "out"
+        )
 
 
 def _open_policy(config: SampleConfig) -> tuple[Engine, Params]:
@@ -108,7 +117,12 @@ def _fitting(engine: Engine, queries: list[Query]) -> list[Query]:
     fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
     if len(fitting) < len(queries):
         dropped = len(queries) - len(fitting)
-        log.warning("%d of %d queries leave no room for a response within %d tokens and are dropped", dropped, len(queries), limit)
+        log.warning(
+            "%d of %d queries leave no room for a response within %d tokens and are dropped",
+            dropped,
+            len(queries),
+            limit,
+        )
     if not fitting:
         raise InputError(f"queries: none leaves room for a response within {limit} tokens; give shorter ones")
     return fitting
@@ -124,7 +138,9 @@ def _log_counts(counts: SteeringCounts, notes: Path | None) -> None:
 def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: SampleKey) -> list[dict]:
     """`id, query, response, response_ids, log_prob` of each query; the log-prob is a sum in nats at temperature 1."""
     prompts = [engine.chat.prompt_ids(query.query) for query in queries]
-    requests = [Request(prompt, row_key(*key, query.id, "original")) for prompt, query in zip(prompts, queries, strict=True)]
+    requests = [
+        Request(prompt, row_key(*key, query.id, "original")) for prompt, query in zip(prompts, queries, strict=True)
+    ]
     sampled = engine.sampler.sample(policy, requests, "answers")
     items = [Scorable({"plain": prompt}, {"original": ids}) for prompt, ids in zip(prompts, sampled, strict=True)]
     cells = [Cell("plain", "original")]
@@ -149,7 +165,9 @@ def steered_rows(engine: Engine, policy: Params, queries: list[SteeredQuery], ke
     fitting = [triple for triple in triples if fits(prompts[triple.id], triple.response_ids, NINE_CELLS, limit)]
     if len(fitting) < len(queries):
         missing = len(queries) - len(fitting)
-        log.warning("%d of %d queries do not fit %d tokens with their principles and responses", missing, len(queries), limit)
+        log.warning(
+            "%d of %d queries do not fit %d tokens with their principles and responses", missing, len(queries), limit
+        )
     items = [Scorable(prompts[triple.id], triple.response_ids) for triple in fitting]
     sums = score_examples(engine.score, engine.mesh, policy, items, NINE_CELLS, SCORING_BATCH, "log-probs")
     scored = [with_log_probs(triple, NINE_CELLS, row) for triple, row in zip(fitting, sums, strict=True)]

@@ -74,13 +74,21 @@ def run(config: Config) -> None:
 
 
 MAY_CHANGE = (
-    "mesh", "hosts", "sampling.mesh", "dry_run", "logging", "run.compilation_cache", "run.directory", "run.on_changed_config",
-)  # fmt: skip
+    "mesh",
+    "hosts",
+    "sampling.mesh",
+    "dry_run",
+    "logging",
+    "run.compilation_cache",
+    "run.directory",
+    "run.on_changed_config",
+)
 """Fields in which a continued run may differ from its start."""
 
 
 def resumed_config(directory: Path, config: Config) -> Config:
-    """The config to run with where a run lies in the directory: the one given, or with the values of its start where these are asked for.
+    """The config to run with where a run lies in the directory: the one given, or with the values of its start where
+    these are asked for.
 
     Raises:
       InputError: with the fields that differ, unless `run.on_changed_config` says which values to take.
@@ -103,7 +111,9 @@ def _refuse_toy_fields(config: Config) -> None:
     given, default = dataclasses.asdict(config.toy), dataclasses.asdict(ToyConfig())
     for name, value in given.items():
         if config.model.path != "toy" and value != default[name]:
-            raise InputError(f"toy.{name}: {value!r} is for the toy world, not for model.path {config.model.path!r}; leave it out")
+            raise InputError(
+                f"toy.{name}: {value!r} is for the toy world, not for model.path {config.model.path!r}; leave it out"
+            )
 
 
 def _harmed_rounds(directory: Path, iterations: int) -> list[int]:
@@ -128,7 +138,9 @@ def _run_rounds(run: Run) -> None:
         else:
             policy, summary = RECIPES[run.config.recipe].run_round(this, policy)
         write_preference_dataset(this.folder)
-        finish(this.folder, "round", dataclasses.asdict(dataclasses.replace(summary, warnings=_warnings(this, summary))))
+        finish(
+            this.folder, "round", dataclasses.asdict(dataclasses.replace(summary, warnings=_warnings(this, summary)))
+        )
         if is_first():
             (run.directory / JOURNALS).rmtree(missing_ok=True)
         _write_summary(run)
@@ -167,7 +179,9 @@ def _measure_start(this: Round, policy: Params) -> RoundSummary:
 
 
 def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
-    """Checks everything that can be checked, then claims the directory until `stack` is left. The toy policy is trained here."""
+    """Checks everything that can be checked, then claims the directory until `stack` is left. The toy policy is trained
+    here.
+    """
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config.endpoint, config.principles.source, config.judging.pairs)
     if config.filter.reward_path is not None:
@@ -176,7 +190,10 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     if config.model.path == "toy":
         make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         stack.enter_context(claim(directory, to_json_dict(config)))
-        engine, environment = build_engine(_toy_policy(config, directory), config), toy_environment(config.toy.descriptions)
+        engine, environment = (
+            build_engine(_toy_policy(config, directory), config),
+            toy_environment(config.toy.descriptions),
+        )
         dataset, dropped = recipe.prepare(config, engine, source)
     else:
         engine, environment = build_engine(source_folder(config), config), no_judge()

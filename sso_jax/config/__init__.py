@@ -1,7 +1,14 @@
 """Command line and YAML in, one frozen `Config` out. Every field of every section is declared here and nowhere else."""
 
 from sso_jax.config.commands import Config, EvaluateConfig, SampleConfig
-from sso_jax.config.inputs import DemonstrationsConfig, EndpointConfig, JudgingConfig, PairsConfig, PrinciplesConfig, QueriesConfig
+from sso_jax.config.inputs import (
+    DemonstrationsConfig,
+    EndpointConfig,
+    JudgingConfig,
+    PairsConfig,
+    PrinciplesConfig,
+    QueriesConfig,
+)
 from sso_jax.config.machine import CheckpointConfig, HostsConfig, LoggingConfig, MeshConfig, RunConfig, WatchConfig
 from sso_jax.config.models import LoraConfig, ModelConfig, ToyConfig
 from sso_jax.config.parsing import parse, to_dict, to_json_dict, with_value

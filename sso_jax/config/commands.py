@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from sso_jax.config.inputs import DemonstrationsConfig, EndpointConfig, JudgingConfig, PairsConfig, PrinciplesConfig, QueriesConfig
+from sso_jax.config.inputs import (
+    DemonstrationsConfig,
+    EndpointConfig,
+    JudgingConfig,
+    PairsConfig,
+    PrinciplesConfig,
+    QueriesConfig,
+)
 from sso_jax.config.machine import CheckpointConfig, HostsConfig, LoggingConfig, MeshConfig, RunConfig, WatchConfig
 from sso_jax.config.models import LoraConfig, ModelConfig, ToyConfig
 from sso_jax.config.sampling import FilterConfig, SamplingConfig
@@ -13,8 +20,9 @@ from sso_jax.config.training import GeneratorConfig, ObjectiveConfig, OptimizerC
 @dataclass(frozen=True)
 class Config:
     recipe: Literal["online", "generator", "offline", "sft", "reward"] = "online"
-    """`online`, the paper's version 1: sample, pair, train, repeat; `generator`, its version 2: train a generator, then the policy on
-    its pairs; `offline` trains on given pairs; `sft` on demonstrations; `reward` trains a reward model."""
+    """`online`, the paper's version 1: sample, pair, train, repeat; `generator`, its version 2: train a generator, then
+    the policy on its pairs; `offline` trains on given pairs; `sft` on demonstrations; `reward` trains a reward
+    model."""
     dry_run: Optional[str] = None
     """A TPU topology such as v5e:4x4: compile every program for it, print bytes and operations, and do nothing else."""
     run: RunConfig = RunConfig()

@@ -1,4 +1,6 @@
-"""Sections of a config that say what is read or asked for: queries, principles, endpoint, judging, pairs, demonstrations."""
+"""Sections of a config that say what is read or asked for: queries, principles, endpoint, judging, pairs,
+demonstrations.
+"""
 
 import re
 import urllib.parse
@@ -25,9 +27,11 @@ class QueriesConfig:
 @dataclass(frozen=True)
 class PrinciplesConfig:
     source: Literal["predefined", "self", "file", "endpoint"] = "predefined"
-    """Where principles come from: the project's own table, the policy itself, a file, or an OpenAI-compatible server."""
+    """Where principles come from: the project's own table, the policy itself, a file, or an OpenAI-compatible
+    server."""
     path: Optional[str] = None
-    """Principles made elsewhere, for source `file`: by query id, `features` with both lists of principles, or both system messages."""
+    """Principles made elsewhere, for source `file`: by query id, `features` with both lists of principles, or both
+    system messages."""
     features_per_query: int = 2
     """Features that the policy names for a query; missing ones are drawn at random."""
     concision_probability: float = 0.2
@@ -40,7 +44,8 @@ class PrinciplesConfig:
         require(0 <= share <= 1, "principles.concision_probability", share, "a probability in [0, 1]")
         if (self.source == "file") != (self.path is not None):
             raise InputError(
-                f"principles.path: {self.path!r} with principles.source {self.source!r}; path and source `file` need each other"
+                f"principles.path: {self.path!r} with principles.source {self.source!r}; path and source `file` need "
+                "each other"
             )
 
 
@@ -55,7 +60,8 @@ class EndpointConfig:
     timeout_seconds: float = 120.0
     """Longest wait for the server to answer or to go on with its answer."""
     retries: int = 5
-    """Further tries of a question after a failure that may pass: no connection, no answer, 429, 5xx, an answer without a text."""
+    """Further tries of a question after a failure that may pass: no connection, no answer, 429, 5xx, an answer without
+    a text."""
     requests_per_minute: Optional[float] = None
     """Most requests a minute; null sends as fast as `concurrency` allows."""
     concurrency: int = 8
@@ -66,7 +72,12 @@ class EndpointConfig:
     def __post_init__(self):
         if self.url is not None:
             parts = urllib.parse.urlsplit(self.url)
-            require(parts.scheme in ("http", "https") and bool(parts.hostname), "endpoint.url", self.url, "http(s)://HOST[:PORT]/v1")
+            require(
+                parts.scheme in ("http", "https") and bool(parts.hostname),
+                "endpoint.url",
+                self.url,
+                "http(s)://HOST[:PORT]/v1",
+            )
             if parts.username or parts.password or parts.query:
                 raise InputError(f"endpoint.url: holds more than an address ({parts.hostname}); {KEY_REMEDY}")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
@@ -82,7 +93,8 @@ class EndpointConfig:
 @dataclass(frozen=True)
 class JudgingConfig:
     pairs: int = 0
-    """Pairs of each round that the endpoint is asked to judge, twice each with positions swapped; it measures, nothing trains on it."""
+    """Pairs of each round that the endpoint is asked to judge, twice each with positions swapped; it measures, nothing
+    trains on it."""
 
     def __post_init__(self):
         require(self.pairs >= 0, "judging.pairs", self.pairs, "0 or more")
@@ -91,7 +103,8 @@ class JudgingConfig:
 @dataclass(frozen=True)
 class PairsConfig:
     path: Optional[str] = None
-    """Pairs of recipes `offline` and `reward`: JSON, JSON Lines, Parquet or a hub data set; steered or plain preferences."""
+    """Pairs of recipes `offline` and `reward`: JSON, JSON Lines, Parquet or a hub data set; steered or plain
+    preferences."""
     split: str = "train"
     """Split of a hub data set."""
     control: Literal["none", "random_order", "judge_order"] = "none"

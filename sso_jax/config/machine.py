@@ -17,8 +17,8 @@ class RunConfig:
     compilation_cache: str = "~/.cache/sso_jax/xla"
     """Folder where compiled programs are kept between runs; an empty string keeps none."""
     on_changed_config: Literal["refuse", "take_new", "take_old"] = "refuse"
-    """Where run.directory was started with other values: `refuse` names them, `take_new` goes on with the ones given now (what is done
-    stays as it is), `take_old` with those it was started with."""
+    """Where run.directory was started with other values: `refuse` names them, `take_new` goes on with the ones given
+    now (what is done stays as it is), `take_old` with those it was started with."""
 
     def __post_init__(self):
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "an integer from 0 to 2147483647")
@@ -63,7 +63,8 @@ class HostsConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 100
-    """Most updates that a kill makes be done again: a checkpoint is begun every half as many, and written while training goes on."""
+    """Most updates that a kill makes be done again: a checkpoint is begun every half as many, and written while
+    training goes on."""
     keep: int = 1
     """Newest checkpoints kept in a round."""
 

@@ -19,16 +19,18 @@ class ModelConfig:
     reference_path: Optional[str] = None
     """Hugging Face folder of another reference than the policy at the start of the round."""
     remat: bool = True
-    """Recompute all of each layer in the backward pass, in least memory; false keeps what its products and attention give."""
+    """Recompute all of each layer in the backward pass, in least memory; false keeps what its products and attention
+    give."""
     layers: Literal["auto", "stacked", "apart"] = "auto"
-    """How programs read the layers: `apart` is faster and holds a copy of the weights in that order while it samples, scores and, without
-    `remat`, trains; `stacked` holds none but what another `compute_dtype` needs; `auto` is `stacked` on TPUs, and on several GPUs but for
-    sampling, and `apart` elsewhere."""
+    """How programs read the layers: `apart` is faster and holds a copy of the weights in that order while it samples,
+    scores and, without `remat`, trains; `stacked` holds none but what another `compute_dtype` needs; `auto` is
+    `stacked` on TPUs, and on several GPUs but for sampling, and `apart` elsewhere."""
     attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
-    """Attention of whole sequences: `plain` runs anywhere, `cudnn` is for NVIDIA, `splash` for TPU; `auto` takes the platform's."""
+    """Attention of whole sequences: `plain` runs anywhere, `cudnn` is for NVIDIA, `splash` for TPU; `auto` takes the
+    platform's."""
     max_logits: int = 2**25
-    """Logits that a device holds at once, 4 bytes each: response tokens meet the vocabulary in slices of about that many. Where all fit the
-    backward pass does not compute them anew."""
+    """Logits that a device holds at once, 4 bytes each: response tokens meet the vocabulary in slices of about that
+    many. Where all fit the backward pass does not compute them anew."""
     matmul_precision: Optional[Literal["default", "high", "highest"]] = None
     """Exactness of matrix products; null is `highest` for float32 arithmetic and the platform's own for bfloat16."""
 
@@ -38,18 +40,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """The world and the supervised start of `model.path toy`; smaller starts are for trials of the machinery, they know nothing."""
+    """The world and the supervised start of `model.path toy`; smaller starts are for trials of the machinery, they know
+    nothing.
+    """
 
     fact_updates: int = 700
     """Updates on bare right answers: what the policy knows."""
     style_updates: int = 600
-    """Updates on answers of every quality, with and without principles: what the policy does with it; 0 leaves them out."""
+    """Updates on answers of every quality, with and without principles: what the policy does with it; 0 leaves them
+    out."""
     width: int = 64
     """Width of the decoder."""
     num_layers: int = 3
     """Layers of the decoder."""
     descriptions: bool = False
-    """Adds a family of queries ("Describe fox.") in which longer answers look better to the judge, so that lengths can drift."""
+    """Adds a family of queries ("Describe fox.") in which longer answers look better to the judge, so that lengths can
+    drift."""
 
     def __post_init__(self):
         for name, least in {"fact_updates": 1, "style_updates": 0, "width": 1, "num_layers": 1}.items():

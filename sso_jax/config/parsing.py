@@ -34,11 +34,14 @@ def _fields_of_file(rows, prefix: str = "") -> dict[str, object]:
     """Values of all fields of a YAML file's contents, by dotted name."""
     if not isinstance(rows, dict):
         return {prefix.rstrip("."): rows}
-    return {field: value for key, part in rows.items() for field, value in _fields_of_file(part, f"{prefix}{key}.").items()}
+    return {
+        field: value for key, part in rows.items() for field, value in _fields_of_file(part, f"{prefix}{key}.").items()
+    }
 
 
 def _read_config_file(file: str) -> dict[str, object]:
-    """Values of the fields of a config file, by dotted name; nothing of one that is not there, of which the parser tells.
+    """Values of the fields of a config file, by dotted name; nothing of one that is not there, of which the parser
+    tells.
 
     Raises:
       InputError: for a file that is no table of fields.
@@ -49,14 +52,21 @@ def _read_config_file(file: str) -> dict[str, object]:
         rows = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         fields = _fields_of_file(rows) if isinstance(rows, dict) else None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{file}: not YAML that can be read ({' '.join(str(error).split())[:200]}); mend the file") from error
+        raise InputError(
+            f"{file}: not YAML that can be read ({' '.join(str(error).split())[:200]}); mend the file"
+        ) from error
     if not fields:
-        raise InputError(f"{file}: {str(rows)[:60]!r} is no table of fields; give sections with fields, as configs/tiny.yaml has them")
+        raise InputError(
+            f"{file}: {str(rows)[:60]!r} is no table of fields; give sections with fields, as configs/tiny.yaml has "
+            "them"
+        )
     return fields
 
 
 def _check_files(config_class: type, files: list[str]) -> None:
-    """Raises `InputError` for a config file that cannot be read, a section without fields, or a field without a value."""
+    """Raises `InputError` for a config file that cannot be read, a section without fields, or a field without a
+    value.
+    """
     declared = {field.name: field for field in dataclasses.fields(config_class)}
     for file in files:
         for name, value in _read_config_file(file).items():
@@ -74,7 +84,9 @@ def _refuse_keys(argv: list[str], files: list[str]) -> None:
     given += [(name, file) for file in files for name in _read_config_file(file)]
     for name, place in given:
         if _KEY_FIELD.search(name):
-            raise InputError(f"{name}: a key does not belong on the command line or in a config ({place}); {KEY_REMEDY}")
+            raise InputError(
+                f"{name}: a key does not belong on the command line or in a config ({place}); {KEY_REMEDY}"
+            )
 
 
 def _config_files(argv: list[str]) -> list[str]:
@@ -102,7 +114,9 @@ def parse(config_class: type, argv: list[str], program: str, description: str):
         message = " ".join(str(error).split())
         raise InputError(message + _nearest(message, known)) from error
     except RecursionError as error:
-        raise InputError(f"{', '.join(files) or 'the command line'}: a value holds itself without end; mend it") from error
+        raise InputError(
+            f"{', '.join(files) or 'the command line'}: a value holds itself without end; mend it"
+        ) from error
     fields = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class)}
     parsed = config_class(**fields)
     _refuse_infinite(to_dict(parsed))

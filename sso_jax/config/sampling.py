@@ -21,9 +21,11 @@ class SamplingConfig:
     batch_size: int = 64
     """Responses sampled together; the last batch of a stage is padded to it."""
     mesh: Optional[MeshConfig] = None
-    """Another mesh to sample on, for a second copy of the weights meanwhile; with `data` the number of hosts, hosts decode apart."""
+    """Another mesh to sample on, for a second copy of the weights meanwhile; with `data` the number of hosts, hosts
+    decode apart."""
     policies: int = 1
-    """Policies that y+ and y- are drawn from: the present one and so many less one of earlier rounds (TSO's model matrix)."""
+    """Policies that y+ and y- are drawn from: the present one and so many less one of earlier rounds (TSO's model
+    matrix)."""
 
     def __post_init__(self):
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
@@ -39,7 +41,8 @@ class FilterConfig:
     enabled: bool = False
     """Keep only the pairs that the log-probability filter lets through."""
     min_score_gap: Optional[float] = None
-    """Keep only pairs whose chosen response was scored at least this much above the rejected one, by the file or the reward model."""
+    """Keep only pairs whose chosen response was scored at least this much above the rejected one, by the file or the
+    reward model."""
     reward_path: Optional[str] = None
     """Folder of a reward model that scores the pairs; alone it drops those whose rejected response it prefers."""
     reward_share: float = 1.0
@@ -48,4 +51,7 @@ class FilterConfig:
     def __post_init__(self):
         require(0 < self.reward_share <= 1, "filter.reward_share", self.reward_share, "a share in (0, 1]")
         if self.reward_share < 1 and self.reward_path is None:
-            raise InputError(f"filter.reward_share: {self.reward_share} needs a reward model; give filter.reward_path, or leave it out")
+            raise InputError(
+                f"filter.reward_share: {self.reward_share} needs a reward model; give filter.reward_path, or leave it "
+                "out"
+            )

@@ -10,8 +10,8 @@ from sso_jax.runtime.errors import InputError
 @dataclass(frozen=True)
 class ObjectiveConfig:
     base: str = "ipo"
-    """Loss that the objective is built from: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero, apo_down, discopop,
-    aps, clipped in every context; rpo, selm, opo, reward_conditioned, spo on the plain prompt."""
+    """Loss that the objective is built from: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero,
+    apo_down, discopop, aps, clipped in every context; rpo, selm, opo, reward_conditioned, spo on the plain prompt."""
     beta: Optional[float] = None
     """Strength of the base loss; null takes the base's own default."""
     label_smoothing: Optional[float] = None
@@ -60,7 +60,9 @@ class ObjectiveConfig:
     def __post_init__(self):
         require(self.beta is None or self.beta > 0, "objective.beta", self.beta, "a number above 0")
         smoothing = self.label_smoothing
-        require(smoothing is None or 0 <= smoothing < 0.5, "objective.label_smoothing", smoothing, "a share in [0, 0.5)")
+        require(
+            smoothing is None or 0 <= smoothing < 0.5, "objective.label_smoothing", smoothing, "a share in [0, 0.5)"
+        )
         require(self.tau is None or self.tau > 0, "objective.tau", self.tau, "a number above 0")
         alpha = self.weight_alpha
         require(0 <= alpha <= 1, "objective.weight_alpha", alpha, "a share in [0, 1]")
@@ -68,7 +70,15 @@ class ObjectiveConfig:
         for name in ("t_min", "t_max", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"objective.{name}", value, "a number above 0")
-        for name in ("steering_weight", "positive_weight", "negative_weight", "sft_weight", "eta", "alpha", "degree_weight"):
+        for name in (
+            "steering_weight",
+            "positive_weight",
+            "negative_weight",
+            "sft_weight",
+            "eta",
+            "alpha",
+            "degree_weight",
+        ):
             value = getattr(self, name)
             require(value is None or value >= 0, f"objective.{name}", value, "0 or more")
 
@@ -116,7 +126,8 @@ class TrainConfig:
     shuffle: bool = True
     """Draw the order of the examples anew each epoch, by the seed."""
     log_original: bool = True
-    """Run y_o under the plain prompt too, so that metrics.jsonl shows the log-probs of chosen, rejected and other responses apart."""
+    """Run y_o under the plain prompt too, so that metrics.jsonl shows the log-probs of chosen, rejected and other
+    responses apart."""
 
     def __post_init__(self):
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
@@ -155,7 +166,8 @@ class RewardConfig:
     center_coefficient: float = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps them near 0; 0.01 is usual."""
     held_out: float = 0.1
-    """Share of the pairs, by query, that is not trained on: accuracy is measured on them every checkpoint.every_steps."""
+    """Share of the pairs, by query, that is not trained on: accuracy is measured on them every
+    checkpoint.every_steps."""
     annotated_path: Optional[str] = None
     """Annotated pairs that are mixed in: any file or data set that pairs.path takes."""
     annotated_split: str = "train"
@@ -171,4 +183,6 @@ class RewardConfig:
         share = self.annotated_share
         require(share is None or 0 < share < 1, "reward.annotated_share", share, "a share in (0, 1), or null")
         if share is not None and self.annotated_path is None:
-            raise InputError(f"reward.annotated_share: {share} of no annotated pairs; give reward.annotated_path, or leave it out")
+            raise InputError(
+                f"reward.annotated_share: {share} of no annotated pairs; give reward.annotated_path, or leave it out"
+            )

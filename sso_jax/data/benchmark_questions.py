@@ -19,7 +19,8 @@ class BenchmarkQuestion:
 
 
 def load_questions(path: str, split: str = "train") -> list[BenchmarkQuestion]:
-    """Questions of a JSON, JSON Lines or other file, in their order, copies included: a benchmark wants an answer to each.
+    """Questions of a JSON, JSON Lines or other file, in their order, copies included: a benchmark wants an answer to
+    each.
 
     Raises:
       InputError: names the row without a text, or whose id was used before.

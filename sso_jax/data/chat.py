@@ -19,7 +19,15 @@ TEMPLATE_DATE = "26 Jul 2024"
 """Given to every template, so that those that print the date print the same one every day (Llama 3.1's own default)."""
 FIXED_CLOCK = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
 """Heads the templates that ask transformers' clock, and answers in its place."""
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 """What a template raises: its own errors, and those of the expressions in it."""
 log = logging.getLogger(__name__)
 
@@ -53,7 +61,8 @@ class Chat:
         except TEMPLATE_ERRORS as error:
             turns = ", ".join(message["role"] for message in messages)
             raise InputError(
-                f"query {query[:60]!r}: the chat template refuses its turns ({turns}): {error}; give turns that alternate"
+                f"query {query[:60]!r}: the chat template refuses its turns ({turns}): {error}; give turns that "
+                "alternate"
             ) from error
 
     def _ids(self, messages: list[dict]) -> list[int]:
@@ -63,10 +72,16 @@ class Chat:
 
     def _controls(self) -> list[str]:
         added = self.tokenizer.added_tokens_decoder.values()
-        return sorted({str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        return sorted(
+            {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens),
+            key=len,
+            reverse=True,
+        )
 
     def _guarded_ids(self, messages: list[dict]) -> list[int]:
-        """Ids where the texts hold control tokens: the template's own are renamed, and a twin that knows the new names only encodes all."""
+        """Ids where the texts hold control tokens: the template's own are renamed, and a twin that knows the new names
+        only encodes all.
+        """
         controls = self._controls()
         texts = "".join(message["content"] for message in messages)
         mark = HIDING
@@ -77,7 +92,9 @@ class Chat:
         def rename(prefix: str) -> Callable[[re.Match], str]:
             return lambda found: _new_name(prefix, controls.index(found.group()))
 
-        hidden = [{**message, "content": any_control.sub(rename(mark + "text"), message["content"])} for message in messages]
+        hidden = [
+            {**message, "content": any_control.sub(rename(mark + "text"), message["content"])} for message in messages
+        ]
         rendered = any_control.sub(rename(mark), render(self.tokenizer, hidden))
         shown = re.sub(re.escape(mark + "text") + "(\\d+)\ue001", lambda found: controls[int(found.group(1))], rendered)
         return _twin(self.tokenizer, tuple(controls), mark).encode(shown, add_special_tokens=False).ids
@@ -89,7 +106,9 @@ def _new_name(prefix: str, number: int) -> str:
 
 @lru_cache(maxsize=4)
 def _twin(tokenizer: PreTrainedTokenizerBase, controls: tuple[str, ...], prefix: str) -> Tokenizer:
-    """The tokenizer with its control tokens under new names, all else the same: the old names are plain characters to it."""
+    """The tokenizer with its control tokens under new names, all else the same: the old names are plain characters to
+    it.
+    """
     described = tokenizer.backend_tokenizer.to_str()
     for number, control in enumerate(controls):
         new = _new_name(prefix, number)
@@ -98,7 +117,9 @@ def _twin(tokenizer: PreTrainedTokenizerBase, controls: tuple[str, ...], prefix:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
-    """Text of the messages with the head of the response, by the template in transformers' sandbox; dates are the fixed one."""
+    """Text of the messages with the head of the response, by the template in transformers' sandbox; dates are the fixed
+    one.
+    """
     template = tokenizer.get_chat_template()
     template = FIXED_CLOCK + template if "strftime_now" in template else template
     options = dict(tokenize=False, add_generation_prompt=True, chat_template=template, date_string=TEMPLATE_DATE)
@@ -117,14 +138,19 @@ def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
         shown = render(tokenizer, [user_turn])
     except TEMPLATE_ERRORS as error:
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path} fails on a user turn ({error}); give the tokenizer another one"
+            f"the chat template of {tokenizer.name_or_path} fails on a user turn ({error}); give the tokenizer another "
+            "one"
         ) from error
     if query not in shown:
-        raise InputError(f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another one")
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another one"
+        )
     try:
         takes_system = system in render(tokenizer, [{"role": "system", "content": system}, user_turn])
     except TEMPLATE_ERRORS:
         takes_system = False
     if not takes_system:
-        log.warning("%s: the chat template takes no system message; principles head the user turn", tokenizer.name_or_path)
+        log.warning(
+            "%s: the chat template takes no system message; principles head the user turn", tokenizer.name_or_path
+        )
     return Chat(tokenizer, takes_system)

@@ -1,4 +1,6 @@
-"""A row of somebody's file in, its conversation as messages out: `role`/`content` or `from`/`value`, texts or lists of turns."""
+"""A row of somebody's file in, its conversation as messages out: `role`/`content` or `from`/`value`, texts or lists of
+turns.
+"""
 
 from typing import Any
 
@@ -6,7 +8,14 @@ from sso_jax.data.tables import check_characters
 from sso_jax.runtime.errors import InputError
 
 PROMPT_FIELDS = ("query", "prompt", "question", "instruction", "input", "messages", "conversations")
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
 
 Messages = tuple[dict[str, str], ...]
 
@@ -24,17 +33,27 @@ def read_turns(value: Any, key: str, place: str) -> Messages:
     for turn in listed:
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES or not isinstance(text, str):
-            raise InputError(f"{place}: {key} has a turn by {role!r} with {type(text).__name__}; give text by one of {', '.join(ROLES)}")
+            raise InputError(
+                f"{place}: {key} has a turn by {role!r} with {type(text).__name__}; give text by one of "
+                f"{', '.join(ROLES)}"
+            )
         turns.append({"role": ROLES[role], "content": check_characters(text, place)})
     return tuple(turns)
 
 
 def read_prompt(row: dict, key: str | None, place: str) -> Messages:
-    """Messages of the prompt under `key`: a text with the turns of `history` before it, or turns; `system` heads them."""
+    """Messages of the prompt under `key`: a text with the turns of `history` before it, or turns; `system` heads
+    them.
+    """
     if key is None:
-        raise InputError(f"{place}: no prompt; put it under one of {', '.join(PROMPT_FIELDS)}, or give whole conversations")
+        raise InputError(
+            f"{place}: no prompt; put it under one of {', '.join(PROMPT_FIELDS)}, or give whole conversations"
+        )
     if isinstance(row[key], str):
-        turns = (*_earlier_turns(row.get("history"), place), {"role": "user", "content": check_characters(row[key], place)})
+        turns = (
+            *_earlier_turns(row.get("history"), place),
+            {"role": "user", "content": check_characters(row[key], place)},
+        )
     else:
         turns = read_turns(row[key], key, place)
     return turns
@@ -51,7 +70,9 @@ def with_system(turns: Messages, row: dict, place: str) -> Messages:
 def check_query(turns: Messages, place: str) -> Messages:
     """The turns themselves, which must end with a user's text."""
     if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
-        raise InputError(f"{place}: the prompt does not end with a user's text; give the turn that the responses answer")
+        raise InputError(
+            f"{place}: the prompt does not end with a user's text; give the turn that the responses answer"
+        )
     return turns
 
 

@@ -23,7 +23,9 @@ def load_demonstrations(path: str, split: str = "train") -> list[Demonstration]:
     """
     rows = read_rows(path, split, "demonstrations.path")
     found = [
-        Demonstration(f"{given_id(row) or number}" + (f"/{turn}" if turn else ""), prompt[-1]["content"], response, prompt[:-1])
+        Demonstration(
+            f"{given_id(row) or number}" + (f"/{turn}" if turn else ""), prompt[-1]["content"], response, prompt[:-1]
+        )
         for number, (place, row) in enumerate(rows)
         for turn, (prompt, response) in enumerate(_exchanges(row, place))
     ]
@@ -61,7 +63,10 @@ def _prompt(row: dict, place: str) -> Messages:
 def _response(row: dict, place: str) -> Messages:
     key = next((key for key in RESPONSE_FIELDS if row.get(key)), None)
     if key is None:
-        raise InputError(f"{place}: no response; put it under one of {', '.join(RESPONSE_FIELDS)}, or give a conversation under messages")
+        raise InputError(
+            f"{place}: no response; put it under one of {', '.join(RESPONSE_FIELDS)}, or give a conversation under "
+            "messages"
+        )
     if isinstance(row[key], str):
         return ({"role": "assistant", "content": check_characters(row[key], place)},)
     return read_turns(row[key], key, place)[-1:]

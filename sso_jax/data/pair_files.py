@@ -1,8 +1,10 @@
-"""A file of preference pairs in, whoever made it, `Triple` records out: steered ones with p+, p- and y_o where the file has them.
+"""A file of preference pairs in, whoever made it, `Triple` records out: steered ones with p+, p- and y_o where the file
+has them.
 
-Read are this project's own records, the SSO releases' (`p_system, n_system, raw`), and plain preferences: `prompt, chosen, rejected`,
-`question, response_j, response_k` (j is the better one) and `input, output_1, output_2, label` (1 or 2, the better one). Responses are
-texts, single turns or whole conversations; what a conversation holds before its last turn is the prompt.
+Read are this project's own records, the SSO releases' (`p_system, n_system, raw`), and plain preferences: `prompt,
+chosen, rejected`, `question, response_j, response_k` (j is the better one) and `input, output_1, output_2, label` (1 or
+2, the better one). Responses are texts, single turns or whole conversations; what a conversation holds before its last
+turn is the prompt.
 """
 
 from collections import Counter
@@ -35,7 +37,8 @@ def load_pairs(path: str, split: str = "train", field: str = "pairs.path") -> li
     An id that comes again is told apart by a number behind it (`7`, `7#2`): one prompt may have several pairs.
 
     Raises:
-      InputError: names the file and line (or row) that has no prompt, lacks a response, or whose responses answer different prompts.
+      InputError: names the file and line (or row) that has no prompt, lacks a response, or whose responses answer
+        different prompts.
     """
     rows = read_rows(path, split, field)
     if not rows:
@@ -86,7 +89,9 @@ def _responses(row: dict, place: str) -> tuple[dict[str, _Conversation], set[str
     missing = [keys[response] for response in ("chosen", "rejected") if row.get(keys[response]) is None]
     if missing:
         raise InputError(f"{place}: no {' and no '.join(missing)}; give both responses of the pair")
-    return {response: _response(row[key], key, place) for response, key in keys.items() if row.get(key) is not None}, used
+    return {
+        response: _response(row[key], key, place) for response, key in keys.items() if row.get(key) is not None
+    }, used
 
 
 def _response(value: Any, key: str, place: str) -> _Conversation:
@@ -94,17 +99,23 @@ def _response(value: Any, key: str, place: str) -> _Conversation:
         return _Conversation((), check_characters(value, place))
     turns = read_turns(value, key, place)
     if not turns or turns[-1]["role"] != "assistant":
-        raise InputError(f"{place}: {key} does not end with a turn of the assistant; give the response as its last turn, or as text")
+        raise InputError(
+            f"{place}: {key} does not end with a turn of the assistant; give the response as its last turn, or as text"
+        )
     return _Conversation(turns[:-1], turns[-1]["content"])
 
 
 def _prompt(row: dict, responses: dict[str, _Conversation], used: set[str], place: str) -> Messages:
-    """Messages up to the query, which is the last: those of the conversations, else those under the prompt's own key."""
+    """Messages up to the query, which is the last: those of the conversations, else those under the prompt's own
+    key.
+    """
     spoken = {conversation.turns for conversation in map(_hashable, responses.values())} - {()}
     key = next((key for key in PROMPT_FIELDS if row.get(key)), None)
     used |= {key, "system", "history"}
     if len(spoken) > 1:
-        raise InputError(f"{place}: the responses answer different prompts; give conversations that differ in their last turn only")
+        raise InputError(
+            f"{place}: the responses answer different prompts; give conversations that differ in their last turn only"
+        )
     turns = tuple(map(dict, spoken.pop())) if spoken else read_prompt(row, key, place)
     return check_query(with_system(turns, row, place), place)
 
@@ -155,11 +166,15 @@ def _own_parts(row: dict, place: str) -> dict[str, Any]:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value)
+    return isinstance(value, list) and all(
+        isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value
+    )
 
 
 def check_parts(pairs: list[Triple], cells: list[Cell], path: str, needed_by: str, field: str = "pairs.path") -> None:
-    """Raises `InputError` with ids if pairs lack a system message or response that the (context, response) `cells` are made of."""
+    """Raises `InputError` with ids if pairs lack a system message or response that the (context, response) `cells` are
+    made of.
+    """
     parts = {
         "positive": "good_system",
         "negative": "bad_system",
@@ -173,6 +188,8 @@ def check_parts(pairs: list[Triple], cells: list[Cell], path: str, needed_by: st
         ids = list(dict.fromkeys(name for names in lacking.values() for name in names))
         shown = ", ".join(map(repr, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
         raise InputError(
-            f"{field}: {len(ids)} of {len(pairs)} pairs of {path} lack {', '.join(lacking)}, which {needed_by} needs: ids {shown}; "
-            "give pairs that have it, or an objective on the plain pair alone (objective.form pairwise with a pairwise base)"
+            f"{field}: {len(ids)} of {len(pairs)} pairs of {path} lack {', '.join(lacking)}, which {needed_by} needs: "
+            f"ids {shown}; "
+            "give pairs that have it, or an objective on the plain pair alone (objective.form pairwise with a pairwise "
+            "base)"
         )

@@ -9,15 +9,18 @@ from sso_jax.runtime.errors import InputError
 SIDES = ("good", "bad")
 
 
-def load_principles(path: str, queries: list[Query], adjectives: dict[str, tuple[str, str]]) -> dict[str, PrincipledQuery | SteeredQuery]:
+def load_principles(
+    path: str, queries: list[Query], adjectives: dict[str, tuple[str, str]]
+) -> dict[str, PrincipledQuery | SteeredQuery]:
     """Principles of every query, by its id, from JSON, JSON Lines, a table or a data set with a row a query.
 
-    A row has `id` and either `features, good_principles, bad_principles` (lists of one length; the adjectives come from `adjectives` by
-    feature, or from `good_adjectives, bad_adjectives`), or `good_system, bad_system`, the whole system messages, as in the
-    `principles.jsonl` of a run.
+    A row has `id` and either `features, good_principles, bad_principles` (lists of one length; the adjectives come from
+    `adjectives` by feature, or from `good_adjectives, bad_adjectives`), or `good_system, bad_system`, the whole system
+    messages, as in the `principles.jsonl` of a run.
 
     Raises:
-      InputError: names the file, the row and the id that is used twice or belongs to no query, and the queries without a row.
+      InputError: names the file, the row and the id that is used twice or belongs to no query, and the queries without
+        a row.
     """
     by_id = {query.id: query for query in queries}
     found: dict[str, PrincipledQuery | SteeredQuery] = {}
@@ -28,7 +31,8 @@ def load_principles(path: str, queries: list[Query], adjectives: dict[str, tuple
         if name not in by_id:
             near = difflib.get_close_matches(name, by_id, n=1)
             raise InputError(
-                f"{place}: no query has the id {name!r}{f' (near it is {near[0]!r})' if near else ''}; take the row out, or mend the id"
+                f"{place}: no query has the id {name!r}{f' (near it is {near[0]!r})' if near else ''}; take the row "
+                "out, or mend the id"
             )
         if name in found:
             raise InputError(f"{place}: id {name!r} was used before; give each query one row")
@@ -36,13 +40,16 @@ def load_principles(path: str, queries: list[Query], adjectives: dict[str, tuple
     missing = [query.id for query in queries if query.id not in found]
     if missing:
         raise InputError(
-            f"principles.path: {path} has no principles for {len(missing)} of {len(queries)} queries, the first is id {missing[0]!r}; "
+            f"principles.path: {path} has no principles for {len(missing)} of {len(queries)} queries, the first is id "
+            f"{missing[0]!r}; "
             "add them, or take the queries out"
         )
     return found
 
 
-def _read(row: dict, query: Query, adjectives: dict[str, tuple[str, str]], place: str) -> PrincipledQuery | SteeredQuery:
+def _read(
+    row: dict, query: Query, adjectives: dict[str, tuple[str, str]], place: str
+) -> PrincipledQuery | SteeredQuery:
     features = row.get("features", [])
     if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
         raise InputError(f"{place}: features is {features!r}; give a list of names")
@@ -60,7 +67,8 @@ def _read(row: dict, query: Query, adjectives: dict[str, tuple[str, str]], place
         if unknown:
             known = ", ".join(adjectives)
             raise InputError(
-                f"{place}: feature {unknown[0]!r} has no adjectives; give good_adjectives and bad_adjectives, or one of {known}"
+                f"{place}: feature {unknown[0]!r} has no adjectives; give good_adjectives and bad_adjectives, or one "
+                f"of {known}"
             )
         words = [tuple(adjectives[name][side] for name in features) for side in (0, 1)]
     return PrincipledQuery(query.id, query.query, tuple(features), *words, *principles)
@@ -70,7 +78,8 @@ def _texts(row: dict, name: str, count: int, place: str) -> tuple[str, ...]:
     texts = row.get(name)
     if not isinstance(texts, list) or len(texts) != count or not count:
         raise InputError(
-            f"{place}: {name} is {str(texts)[:60]!r} for {count} features; give features, good_principles and bad_principles as lists "
+            f"{place}: {name} is {str(texts)[:60]!r} for {count} features; give features, good_principles and "
+            "bad_principles as lists "
             "of one length, or good_system and bad_system"
         )
     return tuple(_text(text, name, place) for text in texts)

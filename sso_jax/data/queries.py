@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 
 def load_queries(path: str, split: str = "train") -> list[Query]:
-    """Queries of a JSON, JSON Lines or Parquet file, or of a data set that `datasets` loads; later copies of a text are left out.
+    """Queries of a JSON, JSON Lines or Parquet file, or of a data set that `datasets` loads; later copies of a text are
+    left out.
 
     Raises:
       InputError: names the file and line (or row) without a text, with an id used twice, or which is not JSON.
@@ -58,18 +59,22 @@ def _text(row: dict, place: str) -> str:
 
 
 def deal(queries: list[Query], per_iteration: int, num_iterations: int, seed: int) -> list[list[Query]]:
-    """Queries of each round: shuffled by the seed, no query in two rounds. Too few are spread evenly, which the log says.
+    """Queries of each round: shuffled by the seed, no query in two rounds. Too few are spread evenly, which the log
+    says.
 
     Raises:
       InputError: if there is not one query for each round.
     """
     if len(queries) < num_iterations:
         raise InputError(
-            f"queries.path: {len(queries)} usable queries for {num_iterations} rounds; give more queries or lower run.iterations"
+            f"queries.path: {len(queries)} usable queries for {num_iterations} rounds; give more queries or lower "
+            "run.iterations"
         )
     share = min(per_iteration, len(queries) // num_iterations)
     if share < per_iteration:
-        log.warning("%d usable queries give %d a round, not queries.per_iteration %d", len(queries), share, per_iteration)
+        log.warning(
+            "%d usable queries give %d a round, not queries.per_iteration %d", len(queries), share, per_iteration
+        )
     order = list(queries)
     random.Random(f"{seed}/queries").shuffle(order)
     return [order[k * share : (k + 1) * share] for k in range(num_iterations)]

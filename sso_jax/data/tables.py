@@ -1,4 +1,6 @@
-"""A path in, rows out: JSON, JSON Lines, tables and data sets of the hub, each row with the place that an error names."""
+"""A path in, rows out: JSON, JSON Lines, tables and data sets of the hub, each row with the place that an error
+names.
+"""
 
 import json
 from pathlib import Path
@@ -22,11 +24,14 @@ def read_rows(path: str, split: str, field: str) -> list[tuple[str, dict]]:
         return [(f"{path}, line {number}", row) for number, row in read_numbered_lines(file)]
     if file.is_file() and file.suffix == ".json":
         return _read_json(file)
-    if not file.exists() and (file.suffix in (".json", ".jsonl", *TABLES) or file.is_absolute() or path.startswith(".")):
+    if not file.exists() and (
+        file.suffix in (".json", ".jsonl", *TABLES) or file.is_absolute() or path.startswith(".")
+    ):
         raise InputError(f"{field}: no file {path!r}; give JSON, JSON Lines, Parquet or the id of a data set")
     if file.is_file() and file.suffix not in TABLES:
         raise InputError(
-            f"{field}: {path!r} is of no kind that can be read; give .json, .jsonl, {', '.join(TABLES)} or the id of a data set"
+            f"{field}: {path!r} is of no kind that can be read; give .json, .jsonl, {', '.join(TABLES)} or the id of a "
+            "data set"
         )
     import datasets  # slow to load, and most runs need none of it
 
@@ -47,7 +52,9 @@ def _read_json(file: Path) -> list[tuple[str, dict]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); give a list of objects") from error
+        raise InputError(
+            f"{file}, line {error.lineno}: not valid JSON ({error.msg}); give a list of objects"
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:

@@ -22,18 +22,25 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
       InputError: if the folder has no tokenizer, or its tokenizer no end of turn.
     """
     if not any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):  # transformers would make up an empty one
-        raise InputError(f"{folder}: no tokenizer, none of {', '.join(VOCABULARY_FILES)}; add the model's tokenizer files")
+        raise InputError(
+            f"{folder}: no tokenizer, none of {', '.join(VOCABULARY_FILES)}; add the model's tokenizer files"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{folder}: no tokenizer that transformers can read ({reason}); add tokenizer.json and tokenizer_config.json"
+            f"{folder}: no tokenizer that transformers can read ({reason}); add tokenizer.json and "
+            "tokenizer_config.json"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{folder}: the tokenizer has no eos_token, which ends a turn; set eos_token in tokenizer_config.json")
+        raise InputError(
+            f"{folder}: the tokenizer has no eos_token, which ends a turn; set eos_token in tokenizer_config.json"
+        )
     if not tokenizer.chat_template:
-        log.warning("%s: the tokenizer has no chat template; using a plain one: messages, each followed by a blank line", folder)
+        log.warning(
+            "%s: the tokenizer has no chat template; using a plain one: messages, each followed by a blank line", folder
+        )
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 
@@ -63,7 +70,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> tuple[in
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     strange = [token for token in listed if not isinstance(token, int) or not 0 <= token < len(tokenizer)]
     if strange:
-        raise InputError(f"{path}: eos_token_id {strange[0]!r} is no token of the {len(tokenizer)}; fetch the file again, or delete it")
+        raise InputError(
+            f"{path}: eos_token_id {strange[0]!r} is no token of the {len(tokenizer)}; fetch the file again, or delete "
+            "it"
+        )
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
 
 

@@ -18,7 +18,8 @@ def is_adapter(path: str) -> bool:
 
 
 def split_trainable(params) -> tuple[dict, dict]:
-    """What training changes and what stays: the adapters and the rest, or everything and nothing where there are no adapters.
+    """What training changes and what stays: the adapters and the rest, or everything and nothing where there are no
+    adapters.
 
     Parts whose name ends in `_head` are no part of the decoder and always change.
     """
@@ -32,14 +33,20 @@ def split_trainable(params) -> tuple[dict, dict]:
 
 def join(trainable, frozen):
     """The two parts of `split_trainable` as one tree."""
-    return unflatten_dict({**flatten_dict(frozen, sep="/"), **flatten_dict(trainable, sep="/")}, sep="/") if frozen else trainable
+    return (
+        unflatten_dict({**flatten_dict(frozen, sep="/"), **flatten_dict(trainable, sep="/")}, sep="/")
+        if frozen
+        else trainable
+    )
 
 
 def fresh_adapters(model: Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array]:
     """Adapters that change nothing yet, by path; drawn on the mesh, from the seed and each one's path."""
     boxed = abstract_params(model)
     shapes = {path: leaf for path, leaf in flatten_dict(nn.unbox(boxed), sep="/").items() if is_adapter(path)}
-    shardings = {path: leaf for path, leaf in flatten_dict(param_shardings(boxed, mesh), sep="/").items() if is_adapter(path)}
+    shardings = {
+        path: leaf for path, leaf in flatten_dict(param_shardings(boxed, mesh), sep="/").items() if is_adapter(path)
+    }
 
     def draw() -> dict[str, jax.Array]:
         initial = flatten_dict(nn.unbox(init_params(model, jax.random.key(seed))), sep="/")

@@ -21,7 +21,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pre-norm decoder with rotary positions, grouped query heads and a gated SiLU unit: Llama, Qwen2, Qwen3, Mistral."""
+    """A pre-norm decoder with rotary positions, grouped query heads and a gated SiLU unit: Llama, Qwen2, Qwen3,
+    Mistral.
+    """
 
     model_type: str
     """Hugging Face's name of the family: llama, qwen2, qwen3, mistral."""

@@ -17,7 +17,9 @@ from sso_jax.runtime.mesh import constrain
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, or of one without the first axis; slots hold tokens in the order in which they were written."""
+    """Keys and values of all layers, or of one without the first axis; slots hold tokens in the order in which they
+    were written.
+    """
 
     keys: Float[Array, "*L B K S H"]
     values: Float[Array, "*L B K S H"]
@@ -27,7 +29,9 @@ CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
 """Logical names of the axes of a cache's arrays; that of one layer lacks the first."""
 
 
-def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype, of_one_layer: bool = False) -> Cache:
+def empty_cache(
+    architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype, of_one_layer: bool = False
+) -> Cache:
     """Cache of zeros, of all layers or of one."""
     shape = (architecture.num_layers, batch_size, architecture.num_kv_heads, num_slots, architecture.head_size)
     shape, axes = (shape[1:], CACHE_AXES[1:]) if of_one_layer else (shape, CACHE_AXES)
@@ -38,15 +42,18 @@ def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dty
 def _written(cache: Cache, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], layer, slot) -> Cache:
     """The cache with these keys and values from `slot` on, of this layer, or of its only one where that is None."""
     start, lead = ((0, 0, slot, 0), ()) if layer is None else ((layer, 0, 0, slot, 0), (None,))
-    write = lambda whole, part: jax.lax.dynamic_update_slice(whole, part[lead].astype(whole.dtype), start)  # noqa: E731
+
+    def write(whole, part):
+        return jax.lax.dynamic_update_slice(whole, part[lead].astype(whole.dtype), start)
+
     return Cache(write(cache.keys, keys), write(cache.values, values))
 
 
 def tree_mask(tree: Int[Array, "B T"], branch: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Which token (second axis) sees which (third): earlier ones of its tree, on the trunk or on its own branch.
 
-    Rows hold trees side by side; a tree is a prompt (branch 0) and the responses to it (branches 1, 2, ...), each blind to the
-    others. One tree `p p a a b`, with p on the trunk:
+    Rows hold trees side by side; a tree is a prompt (branch 0) and the responses to it (branches 1, 2, ...), each blind
+    to the others. One tree `p p a a b`, with p on the trunk:
 
             p p a a b
         p   x . . . .
@@ -85,7 +92,13 @@ class Attention(nn.Module):
     def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
         width, head_size = self.architecture.embed_dim, self.architecture.head_size
         bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
-        return Projection((width, num_heads, head_size), ("embed", axis, "head_size"), bias_axes, **projection_options(self), name=name)
+        return Projection(
+            (width, num_heads, head_size),
+            ("embed", axis, "head_size"),
+            bias_axes,
+            **projection_options(self),
+            name=name,
+        )
 
     @nn.compact
     def __call__(
@@ -99,9 +112,14 @@ class Attention(nn.Module):
         query_indices: Int[Array, "B W"] | None = None,
         sequences: Sequences | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | None]:
-        """Attended activations of the `query_indices` tokens of each row, of all T where None; `sequences` have the queries of the same ones."""
+        """Attended activations of the `query_indices` tokens of each row, of all T where None; `sequences` have the
+        queries of the same ones.
+        """
         a = self.architecture
-        by_head = lambda name, num_heads, axis, x: self._projection(name, num_heads, axis)(x).transpose(0, 2, 1, 3)  # noqa: E731
+
+        def by_head(name, num_heads, axis, x):
+            return self._projection(name, num_heads, axis)(x).transpose(0, 2, 1, 3)
+
         queries = by_head("query", a.num_heads, "heads", at_tokens(x, query_indices))  # [B, N, W, H]
         keys = by_head("key", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
         values = by_head("value", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
@@ -123,7 +141,11 @@ class Attention(nn.Module):
         num_seen = mask.shape[-1]
         looks_back = num_seen > length
         if looks_back:  # a prefill that starts the cache sees its own tokens only, all else looks back at the cache
-            own = cache if layer is None else jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
+            own = (
+                cache
+                if layer is None
+                else jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
+            )
             keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
         if num_queries == 1 and self.outputs_first:
             attend = few_rows_step_attend

@@ -25,7 +25,9 @@ def export_policy(
     dtype: str,
     adapters: Adapters = Adapters(),
 ) -> None:
-    """Writes a complete Hugging Face folder, whole or not at all: config, generation config, tokenizer, safetensors with index."""
+    """Writes a complete Hugging Face folder, whole or not at all: config, generation config, tokenizer, safetensors
+    with index.
+    """
     config = to_hf_config(architecture, dtype, tokenizer.bos_token_id, tokenizer.eos_token_id)
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
     with replace_folder(folder) as partial_folder:
@@ -44,21 +46,27 @@ REWARD_FOLDER = "reward_model"
 
 
 def padding_for_rewards(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer whose padding is not its end of turn: transformers reads a reward at the last token that is not padding.
+    """A copy of the tokenizer whose padding is not its end of turn: transformers reads a reward at the last token that
+    is not padding.
 
-    Where the padding is the end of turn or missing, another special token takes its place, or else the token of id 0 or 1.
+    Where the padding is the end of turn or missing, another special token takes its place, or else the token of id 0 or
+    1.
     """
     tokenizer = copy.deepcopy(tokenizer)
     end = tokenizer.eos_token_id
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end:
-        special = sorted(set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special})
+        special = sorted(
+            set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        )
         others = [i for i in special if i != end] or [int(end == 0)]
         preferred = next((i for i in others if "pad" in tokenizer.convert_ids_to_tokens(i).lower()), others[0])
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(preferred)
     return tokenizer
 
 
-def export_reward_model(params, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
+def export_reward_model(
+    params, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
+) -> None:
     """Writes a complete folder for `AutoModelForSequenceClassification`, whole or not at all."""
     tokenizer = padding_for_rewards(tokenizer)
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)

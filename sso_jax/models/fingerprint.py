@@ -21,5 +21,7 @@ def _sums(params) -> jax.Array:
 
 
 def fingerprint(params) -> str:
-    """Hexadecimal digest of the parameters' bits; one pass over them on the devices, nothing but the sums comes to the host."""
+    """Hexadecimal digest of the parameters' bits; one pass over them on the devices, nothing but the sums comes to the
+    host.
+    """
     return hashlib.blake2b(fetch_global(_sums(params)).tobytes(), digest_size=8).hexdigest()

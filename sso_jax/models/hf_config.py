@@ -1,4 +1,6 @@
-"""Folder or hub id in, config.json of it out as `Architecture`, and back; every option that this decoder lacks is refused by name."""
+"""Folder or hub id in, config.json of it out as `Architecture`, and back; every option that this decoder lacks is
+refused by name.
+"""
 
 import dataclasses
 import json
@@ -9,13 +11,21 @@ from sso_jax.runtime.errors import InputError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 REWARD_CLASS = "ForSequenceClassification"
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 
 
 def read_json_file(path: Path) -> dict:
     """What a JSON file of a model's folder holds; `InputError` where it is missing or broken."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and safetensors")
+        raise InputError(
+            f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and "
+            "safetensors"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -62,9 +72,15 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 
 SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "max_position_embeddings",
-)  # fmt: skip
+)
 
 
 def _check_sizes(config: dict, path: Path) -> None:
@@ -90,7 +106,9 @@ def _rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise InputError(f"{path}: rope_type {kind!r} is not supported; supported are default and llama3")
-    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
+    return RopeScaling(
+        rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    )
 
 
 def _refuse_unsupported(config: dict, path: Path) -> None:
@@ -155,7 +173,13 @@ def to_hf_reward_config(architecture: Architecture, dtype: str, bos_id: int | No
     """config.json of a reward model: Hugging Face's sequence classification with one label."""
     config = to_hf_config(architecture, dtype, bos_id, eos_id)
     classes = [_CLASSES[architecture.model_type].replace("ForCausalLM", REWARD_CLASS)]
-    return {**config, "architectures": classes, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "pad_token_id": pad_id}
+    return {
+        **config,
+        "architectures": classes,
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+        "pad_token_id": pad_id,
+    }
 
 
 def check_reward_folder(folder: str | Path) -> None:
@@ -165,7 +189,8 @@ def check_reward_folder(folder: str | Path) -> None:
     kinds = config.get("architectures") or []
     if not any(kind.endswith(REWARD_CLASS) for kind in kinds):
         raise InputError(
-            f"{path}: architectures {kinds} is no reward model; give a folder of {REWARD_CLASS[3:]}, such as recipe reward writes"
+            f"{path}: architectures {kinds} is no reward model; give a folder of {REWARD_CLASS[3:]}, such as recipe "
+            "reward writes"
         )
     num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
     if num_labels != 1:

@@ -16,7 +16,8 @@ LEFT_ON_THE_HUB = ["consolidated*", "original/*"]
 
 
 def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED) -> Path:
-    """Local folder of a model: `path` itself, or a copy of these files of an object store or the hub; errors name the config's `field`.
+    """Local folder of a model: `path` itself, or a copy of these files of an object store or the hub; errors name the
+    config's `field`.
 
     Raises:
       InputError: if it is neither.
@@ -27,7 +28,9 @@ def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED
     if folder.is_dir():
         return folder
     if folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
-        raise InputError(f"{field}: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy")
+        raise InputError(
+            f"{field}: no folder {path!r}; give a Hugging Face folder, a hub id such as Qwen/Qwen2-7B-Instruct, or toy"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -35,11 +38,15 @@ def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED
         return Path(snapshot_download(path, allow_patterns=list(files), ignore_patterns=LEFT_ON_THE_HUB))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network") from error
+        raise InputError(
+            f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network"
+        ) from error
 
 
 def _copied(folder: epath.Path, field: str, files: tuple[str, ...]) -> Path:
-    """These files of a folder of an object store, copied to this machine: safetensors are read in slices, which needs a file."""
+    """These files of a folder of an object store, copied to this machine: safetensors are read in slices, which needs a
+    file.
+    """
     from huggingface_hub.utils import filter_repo_objects
 
     if not folder.is_dir():

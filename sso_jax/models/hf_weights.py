@@ -79,14 +79,18 @@ class _Folder:
         elif (folder / WEIGHTS_FILE).is_file():
             files = [WEIGHTS_FILE]
         else:
-            raise InputError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; model.path needs weights as safetensors")
+            raise InputError(
+                f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; model.path needs weights as safetensors"
+            )
         self.slices, self.files = {}, []
         for file in files:
             path = folder / file
             try:
                 opened = safe_open(path, "numpy")
             except (OSError, SafetensorError) as error:
-                raise InputError(f"{path}: missing, truncated or not safetensors ({error}); fetch the file again") from error
+                raise InputError(
+                    f"{path}: missing, truncated or not safetensors ({error}); fetch the file again"
+                ) from error
             self.files.append(opened)
             self.slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 (not a mapping)
 
@@ -95,13 +99,19 @@ class _Folder:
         missing, extra = sorted(expected.keys() - self.slices.keys()), sorted(self.slices.keys() - expected.keys())
         if missing or extra:
             kind, names = ("missing", missing) if missing else ("unexpected", extra)
-            raise InputError(f"{self.folder}: {len(names)} {kind} tensor(s), the first is {names[0]}; the weights do not fit config.json")
+            raise InputError(
+                f"{self.folder}: {len(names)} {kind} tensor(s), the first is {names[0]}; the weights do not fit "
+                "config.json"
+            )
         for name, shape in expected.items():
             found = tuple(self.slices[name].get_shape())
             if found != shape:
                 raise InputError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
             if self.slices[name].get_dtype() not in _TYPES:
-                raise InputError(f"{self.folder}: tensor {name} is {self.slices[name].get_dtype()}; supported are {', '.join(_TYPES)}")
+                raise InputError(
+                    f"{self.folder}: tensor {name} is {self.slices[name].get_dtype()}; supported are "
+                    f"{', '.join(_TYPES)}"
+                )
 
 
 def _hf_shape(rule: TensorRule, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -190,7 +200,9 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
     abstract = _stored_params(model)
     shardings = flatten_dict(param_shardings(boxed, mesh), sep="/")
     source = _open_checked(folder, model, abstract)
-    return unflatten_dict({path: _read_param(source, path, leaf, shardings[path]) for path, leaf in abstract.items()}, sep="/")
+    return unflatten_dict(
+        {path: _read_param(source, path, leaf, shardings[path]) for path, leaf in abstract.items()}, sep="/"
+    )
 
 
 def _read_param(source: _Folder, path: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
@@ -207,7 +219,9 @@ def _read_param(source: _Folder, path: str, leaf: jax.ShapeDtypeStruct, sharding
     return stacked
 
 
-def _read_tensor(rule: TensorRule, tensor, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
+def _read_tensor(
+    rule: TensorRule, tensor, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
+) -> jax.Array:
     """One of Hugging Face's tensors on the devices, each part read once however many of them hold it."""
     parts: dict[tuple, np.ndarray] = {}
 
@@ -248,9 +262,14 @@ def write_params(
     element_type = jnp.dtype(dtype)
     flat = flatten_dict(params, sep="/")
     tensors = [
-        (name, path, row) for path, leaf in flat.items() if not is_adapter(path) for row, name in enumerate(_tensor_names(path, leaf.shape))
+        (name, path, row)
+        for path, leaf in flat.items()
+        if not is_adapter(path)
+        for row, name in enumerate(_tensor_names(path, leaf.shape))
     ]
-    sizes = {name: int(np.prod(_unit_shape(path, flat[path].shape))) * element_type.itemsize for name, path, _ in tensors}
+    sizes = {
+        name: int(np.prod(_unit_shape(path, flat[path].shape))) * element_type.itemsize for name, path, _ in tensors
+    }
     shards: list[list[tuple[str, str, int]]] = [[]]
     held = 0
     for tensor in sorted(tensors):

@@ -1,6 +1,7 @@
 """Queries, keys, values and a mask in, attended values out: the plain computation, and the fast ones of GPU and TPU.
 
-All take and give the same arrays; they differ in where the scores [T, S] live: in memory (plain), or in a kernel's registers only.
+All take and give the same arrays; they differ in where the scores [T, S] live: in memory (plain), or in a kernel's
+registers only.
 """
 
 import math
@@ -46,7 +47,9 @@ def few_rows_step_attend(
     values: Float[Array, "B K S H"],
     mask: Bool[Array, "#B 1 S"],
 ) -> Float[Array, "B K G 1 H"]:
-    """As `step_attend` for a single token on a CPU: keys are read as they lie, as weights are, by `few_rows_product`."""
+    """As `step_attend` for a single token on a CPU: keys are read as they lie, as weights are, by
+    `few_rows_product`.
+    """
     scale = 1.0 / math.sqrt(queries.shape[-1])
     scores = few_rows_product(queries[..., 0, :] * scale, keys)  # [B, K, G, S]
     return _mixed(scores[..., None, :] + _hidden(mask), values)[0]
@@ -87,17 +90,20 @@ def _blocks(num_queries: int, num_keys: int, ordered: bool) -> list[tuple[int, i
 def plain_attend(queries, keys, values, mask, ordered: bool = True):
     """As `step_attend` for a whole sequence, or the last T of its S tokens, in which no token sees a later one.
 
-    Queries are taken a block at a time with the keys up to the block's end: what lies above the diagonal's blocks is not computed, and
-    only one block's scores are in memory. Where queries are not `ordered`, as some tokens of a sequence, every block meets all keys, and
-    the mask alone says what is seen. Nothing of size [T, S] is kept for the backward pass: it has each query's log-sum-exp and
-    computes the weights anew from it (Dao 2023, alg. 2).
+    Queries are taken a block at a time with the keys up to the block's end: what lies above the diagonal's blocks is
+    not computed, and only one block's scores are in memory. Where queries are not `ordered`, as some tokens of a
+    sequence, every block meets all keys, and the mask alone says what is seen. Nothing of size [T, S] is kept for the
+    backward pass: it has each query's log-sum-exp and computes the weights anew from it (Dao 2023, alg. 2).
     """
     return _attend_forward(queries, keys, values, mask, ordered)[0]
 
 
 def _attend_forward(queries, keys, values, mask, ordered):
     blocks = _blocks(queries.shape[3], keys.shape[2], ordered)
-    parts = [_attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end]) for a, b, end in blocks]
+    parts = [
+        _attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end])
+        for a, b, end in blocks
+    ]
     out, log_totals = (save_for_backward(jnp.concatenate(pieces, axis=3)) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
 
@@ -110,9 +116,17 @@ def _attend_backward(ordered, residuals, d_out):
     queries, keys, values, mask, out, log_totals = residuals
     scale = 1.0 / math.sqrt(queries.shape[-1])
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
-    d_queries, d_keys, d_values = [], *(jnp.zeros(x.swapaxes(-1, -2).shape, jnp.float32) for x in (keys, values))  # [B, K, H, S]
-    dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)  # noqa: E731
-    flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # [B, K, G*T, ...]  # noqa: E731
+    d_queries, d_keys, d_values = (
+        [],
+        *(jnp.zeros(x.swapaxes(-1, -2).shape, jnp.float32) for x in (keys, values)),
+    )  # [B, K, H, S]
+
+    def dot(equation, a, b):
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    def flat(x):
+        return x.reshape(*x.shape[:2], -1, x.shape[-1])  # [B, K, G*T, ...]
+
     for a, b, end in _blocks(queries.shape[3], keys.shape[2], ordered):
         q, k, v, do = queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], d_out[..., a:b, :]
         weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])
@@ -128,10 +142,11 @@ plain_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def cudnn_attend(queries, keys, values, mask, sequences: Sequences | None = None, implementation: str | None = "cudnn"):
-    """As `plain_attend`, by cuDNN's fused kernel through `jax.nn.dot_product_attention`; in float32, which it lacks, the plain one.
+    """As `plain_attend`, by cuDNN's fused kernel through `jax.nn.dot_product_attention`; in float32, which it lacks,
+    the plain one.
 
-    With a mask beside its own that no token sees a later one the kernel runs at half of its speed: where `sequences` say the same as the
-    mask, each is attended for itself. The queries may then be those of some tokens.
+    With a mask beside its own that no token sees a later one the kernel runs at half of its speed: where `sequences`
+    say the same as the mask, each is attended for itself. The queries may then be those of some tokens.
     """
     num_tokens, head_size = keys.shape[2:]
     fused = queries.dtype in (jnp.bfloat16, jnp.float16) and head_size <= LARGEST_CUDNN_HEAD
@@ -159,16 +174,25 @@ def _attend_sequences(queries, keys, values, sequences: Sequences, implementatio
 
     def of_device(queries, keys, values, sequences: Sequences):
         (batch, num_queries), (_, num_sequences) = sequences.place.shape, sequences.lengths.shape
-        flat = lambda x: _by_token(x).reshape(batch, x.shape[3], -1)  # [B, T, N*H]  # noqa: E731
+
+        def flat(x):
+            return _by_token(x).reshape(batch, x.shape[3], -1)  # [B, T, N*H]
+
         placed = (
             moved(flat(queries), sequences.query, sequences.place),
             copied(flat(keys[:, :, None]), sequences),
             copied(flat(values[:, :, None]), sequences),
         )
-        apart = (x.reshape(batch * num_sequences, -1, x.shape[2] // queries.shape[4], queries.shape[4]) for x in placed)  # [B*Z, U, N, H]
+        apart = (
+            x.reshape(batch * num_sequences, -1, x.shape[2] // queries.shape[4], queries.shape[4]) for x in placed
+        )  # [B*Z, U, N, H]
         lengths = sequences.lengths.reshape(-1)
         out = jax.nn.dot_product_attention(
-            *apart, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
+            *apart,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation=implementation,
         )
         found = moved(out.reshape(batch, sequences.query.shape[1], -1), sequences.place, sequences.query)  # [B, W, N*H]
         return _by_head(found.reshape(batch, num_queries, -1, queries.shape[4]), queries.shape)
@@ -195,10 +219,11 @@ def _splash_row(queries, keys, values, mask, interpret: bool):
 
 
 def splash_attend(queries, keys, values, mask, interpret: bool = False):
-    """As `plain_attend` for T = S, by the splash kernel for TPUs (jax.experimental.pallas), which skips blocks that nobody sees.
+    """As `plain_attend` for T = S, by the splash kernel for TPUs (jax.experimental.pallas), which skips blocks that
+    nobody sees.
 
-    Which token sees which is data here (`tree_mask`), not a fixed pattern: the kernel gets the mask as an array, one for all heads. Each
-    token is made to see itself, which real ones do anyway, so that no row of scores is empty.
+    Which token sees which is data here (`tree_mask`), not a fixed pattern: the kernel gets the mask as an array, one
+    for all heads. Each token is made to see itself, which real ones do anyway, so that no row of scores is empty.
     """
     length, head_size = queries.shape[3:]
     padding = -length % LANES
@@ -206,10 +231,18 @@ def splash_attend(queries, keys, values, mask, interpret: bool = False):
 
     def of_device(queries, keys, values, mask):
         rows, kv_heads, group, _, _ = queries.shape
-        pad = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, padding), (0, 0)))  # noqa: E731
-        flat = pad(queries / math.sqrt(head_size)).reshape(rows, kv_heads * group, length + padding, head_size)  # [B, N, T, H]
+
+        def pad(x):
+            return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, padding), (0, 0)))
+
+        flat = pad(queries / math.sqrt(head_size)).reshape(
+            rows, kv_heads * group, length + padding, head_size
+        )  # [B, N, T, H]
         mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
-        row = lambda args: _splash_row(*args, interpret)  # noqa: E731
+
+        def row(args):
+            return _splash_row(*args, interpret)
+
         out = jax.lax.map(row, (flat, pad(keys), pad(values), mask))  # [B, N, T, H]
         return out[:, :, :length].reshape(queries.shape)
 
@@ -225,7 +258,8 @@ KERNELS: dict[str, Callable] = {
     "splash": splash_attend,
     "splash_interpreted": partial(splash_attend, interpret=True),
 }
-"""Attention of a whole sequence by name; `splash_interpreted` runs the TPU's kernel step by step on any machine, for tests."""
+"""Attention of a whole sequence by name; `splash_interpreted` runs the TPU's kernel step by step on any machine, for
+tests."""
 BY_SEQUENCE = ("cudnn",)
 """Of these the ones that take `Sequences`."""
 

@@ -48,7 +48,8 @@ class Adapters(NamedTuple):
 def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Float[Array, "B T ..."]:
     """Contracts the axes of `x` behind B and T with as many leading ones of `kernel`, as one product of two matrices.
 
-    Written with B and T apart, XLA on a CPU transposes the operands of the backward pass by copies that cost as much as the product.
+    Written with B and T apart, XLA on a CPU transposes the operands of the backward pass by copies that cost as much as
+    the product.
     """
     num_inputs = x.ndim - 2
     num_entries = math.prod(kernel.shape[:num_inputs])
@@ -56,11 +57,14 @@ def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Flo
     return out.reshape(*x.shape[:2], *kernel.shape[num_inputs:])
 
 
-def few_rows_product(x: Float[Array, "... B inputs"], rows: Float[Array, "... outputs inputs"]) -> Float[Array, "... B outputs"]:
+def few_rows_product(
+    x: Float[Array, "... B inputs"], rows: Float[Array, "... outputs inputs"]
+) -> Float[Array, "... B outputs"]:
     """`x rows^T`, in float32, as `(rows x^T)^T`, for an x of few rows.
 
-    XLA on a CPU copies the right operand of a product into another order first, which for few rows of x takes as long as the product.
-    So the right one is x, and the large one is read as it lies. Without the barriers XLA would turn the product round again.
+    XLA on a CPU copies the right operand of a product into another order first, which for few rows of x takes as long
+    as the product. So the right one is x, and the large one is read as it lies. Without the barriers XLA would turn the
+    product round again.
     """
     turned = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
     return jax.lax.optimization_barrier(jnp.matmul(rows, turned, preferred_element_type=jnp.float32)).swapaxes(-1, -2)
@@ -69,14 +73,21 @@ def few_rows_product(x: Float[Array, "... B inputs"], rows: Float[Array, "... ou
 def turned_product(x: Float[Array, "... N M"], right: Float[Array, "... N E"]) -> Float[Array, "... M E"]:
     """`x^T right`, in float32, for an x much smaller than `right`.
 
-    XLA on a CPU would copy the large one where it contracts the axis that lies outermost; here x alone is copied, turned, before.
+    XLA on a CPU would copy the large one where it contracts the axis that lies outermost; here x alone is copied,
+    turned, before.
     """
     return jnp.matmul(jax.lax.optimization_barrier(x.swapaxes(-1, -2)), right, preferred_element_type=jnp.float32)
 
 
 def at_tokens(x: Array, query_indices: Int[Array, "B W"] | None) -> Array:
-    """Of `x` [B or 1, T, ...] what belongs to the `query_indices` tokens of each row, [B, W, ...]; all of it where that is None."""
-    return x if query_indices is None else jnp.take_along_axis(x, jnp.expand_dims(query_indices, tuple(range(2, x.ndim))), axis=1)
+    """Of `x` [B or 1, T, ...] what belongs to the `query_indices` tokens of each row, [B, W, ...]; all of it where that
+    is None.
+    """
+    return (
+        x
+        if query_indices is None
+        else jnp.take_along_axis(x, jnp.expand_dims(query_indices, tuple(range(2, x.ndim))), axis=1)
+    )
 
 
 def projection_options(module: nn.Module) -> dict:
@@ -89,7 +100,8 @@ class Projection(nn.Module):
 
     With `outputs_first` the kernel's output axes are its first ones, as `few_rows_product` takes it.
 
-    With adapters on this projection, `scale * (x A) B` is added, A normal and B zero at the start, both float32 whatever the weights
+    With adapters on this projection, `scale * (x A) B` is added, A normal and B zero at the start, both float32
+    whatever the weights
     are: a fresh adapter changes nothing.
     """
 
@@ -104,11 +116,17 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        turned = lambda entries: (*entries[x.ndim - 2 :], *entries[: x.ndim - 2]) if self.outputs_first else entries  # noqa: E731
+        def turned(entries):
+            return (*entries[x.ndim - 2 :], *entries[: x.ndim - 2]) if self.outputs_first else entries
+
         axes = turned(self.axes)
-        kernel = self.param("kernel", nn.with_logical_partitioning(_kernel_init, axes), turned(self.shape), self.param_dtype)
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(_kernel_init, axes), turned(self.shape), self.param_dtype
+        )
         kernel = kernel.astype(self.dtype)
-        if x.shape[1] > 1:  # of a single token, as in decoding, parts of the product are less to send round than the weights
+        if (
+            x.shape[1] > 1
+        ):  # of a single token, as in decoding, parts of the product are less to send round than the weights
             kernel = gathered(kernel, *axes)
         out = self._product(x, kernel)
         if self.bias_axes:
@@ -132,7 +150,10 @@ class Projection(nn.Module):
         shapes = (*self.shape[:num_inputs], self.adapters.rank), (self.adapters.rank, *self.shape[num_inputs:])
         axes = (*self.axes[:num_inputs], None), (None, *self.axes[num_inputs:])
         spread = nn.initializers.normal(1.0 / math.sqrt(math.prod(self.shape[:num_inputs])))
-        inits = [nn.with_logical_partitioning(init, names) for init, names in zip((spread, nn.initializers.zeros), axes, strict=True)]
+        inits = [
+            nn.with_logical_partitioning(init, names)
+            for init, names in zip((spread, nn.initializers.zeros), axes, strict=True)
+        ]
         down = self.param("adapter_a", inits[0], shapes[0], jnp.float32).astype(self.dtype)
         up = self.param("adapter_b", inits[1], shapes[1], jnp.float32).astype(self.dtype)
         return self.adapters.scale * flat_product(flat_product(x, down), up)
@@ -176,8 +197,8 @@ class SwiGLU(nn.Module):
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians a position for each of the H/2 pairs: `theta^(-2i/H)` (Su et al. 2021, eq. 15).
 
-    With Llama 3.1's scaling, rotations slower than `original_max_positions / low_freq_factor` are divided by `factor`, those faster
-    than `original_max_positions / high_freq_factor` stay, and those between are blended.
+    With Llama 3.1's scaling, rotations slower than `original_max_positions / low_freq_factor` are divided by `factor`,
+    those faster than `original_max_positions / high_freq_factor` stay, and those between are blended.
     """
     frequencies = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
     if scaling is not None:

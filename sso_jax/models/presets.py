@@ -10,9 +10,29 @@ _LLAMA_3_8B = dict(**_LLAMA_3, embed_dim=4096, mlp_dim=14336, num_layers=32, num
 _LLAMA_3_1_8B = Architecture(**_LLAMA_3_8B, max_positions=131072, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
 _LLAMA_3_2 = dict(**_LLAMA_3, max_positions=131072, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tied_head=True)
 _QWEN_2 = dict(model_type="qwen2", max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
-_QWEN_2_7B = dict(**_QWEN_2, vocab_size=152064, embed_dim=3584, mlp_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4, head_size=128)
-_QWEN_2_1_5B = dict(**_QWEN_2, vocab_size=151936, embed_dim=1536, mlp_dim=8960, num_layers=28, num_heads=12, num_kv_heads=2, head_size=128)
-_QWEN_2_0_5B = dict(**_QWEN_2, vocab_size=151936, embed_dim=896, mlp_dim=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_size=64)
+_QWEN_2_7B = dict(
+    **_QWEN_2,
+    vocab_size=152064,
+    embed_dim=3584,
+    mlp_dim=18944,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    head_size=128,
+)
+_QWEN_2_1_5B = dict(
+    **_QWEN_2,
+    vocab_size=151936,
+    embed_dim=1536,
+    mlp_dim=8960,
+    num_layers=28,
+    num_heads=12,
+    num_kv_heads=2,
+    head_size=128,
+)
+_QWEN_2_0_5B = dict(
+    **_QWEN_2, vocab_size=151936, embed_dim=896, mlp_dim=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_size=64
+)
 
 PRESETS: dict[str, Architecture] = {
     "meta-llama/Meta-Llama-3-8B": Architecture(**_LLAMA_3_8B, max_positions=8192),

@@ -11,7 +11,8 @@ from sso_jax.models.transformer import Transformer
 
 
 class RewardModel(Transformer):
-    """`reward = score . hidden`, without a bias, as Hugging Face's sequence classification with one label; build it by `reward_model`.
+    """`reward = score . hidden`, without a bias, as Hugging Face's sequence classification with one label; build it by
+    `reward_model`.
 
     The row starts at 0, so that every reward is 0 and the Bradley-Terry loss ln 2 before the first update.
     """
@@ -27,5 +28,7 @@ class RewardModel(Transformer):
 
 
 def reward_model(architecture: Architecture, **options) -> RewardModel:
-    """Reward model on the decoder of `architecture`; the head over the vocabulary, if it has one of its own, is left out."""
+    """Reward model on the decoder of `architecture`; the head over the vocabulary, if it has one of its own, is left
+    out.
+    """
     return RewardModel(dataclasses.replace(architecture, tied_head=True), **options)

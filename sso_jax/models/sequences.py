@@ -1,7 +1,9 @@
-"""Queries, keys and values of packed rows in, of each response behind its prompt as a sequence of its own out; and what comes of it back.
+"""Queries, keys and values of packed rows in, of each response behind its prompt as a sequence of its own out; and what
+comes of it back.
 
-Which token sees which (`attention.tree_mask`) is the same said otherwise: in its sequence each token sees all before it. A prompt stands in
-the sequences of all its responses; a query is asked in one of them, for it finds the same in each.
+Which token sees which (`attention.tree_mask`) is the same said otherwise: in its sequence each token sees all before
+it. A prompt stands in the sequences of all its responses; a query is asked in one of them, for it finds the same in
+each.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Sequences(NamedTuple):
-    """Z sequences of U places a row, and which of the row's T tokens and W queries stand where; P counts all Z*U places of a row."""
+    """Z sequences of U places a row, and which of the row's T tokens and W queries stand where; P counts all Z*U places
+    of a row.
+    """
 
     column: Int[Array, "B P"]
     """Of the token at each place; anything behind a sequence's last."""
@@ -27,25 +31,34 @@ class Sequences(NamedTuple):
     """Where each query is asked, P for nowhere."""
 
 
-def make_sequences(columns: Int[Array, "B Z U"], positions: Int[Array, "B T"], place: Int[Array, "B W"] | None = None) -> Sequences:
-    """Sequences of these columns, -1 behind the end of each, with the queries of all tokens, or those that stand at `place`."""
+def make_sequences(
+    columns: Int[Array, "B Z U"], positions: Int[Array, "B T"], place: Int[Array, "B W"] | None = None
+) -> Sequences:
+    """Sequences of these columns, -1 behind the end of each, with the queries of all tokens, or those that stand at
+    `place`.
+    """
     batch, num_sequences, length = columns.shape
     num_places = num_sequences * length
     position = jnp.minimum(positions, length - 1)  # only a token of no sequence can be beyond
-    there = jnp.take_along_axis(columns, jnp.broadcast_to(position[:, None], (batch, num_sequences, position.shape[1])), axis=2)
+    there = jnp.take_along_axis(
+        columns, jnp.broadcast_to(position[:, None], (batch, num_sequences, position.shape[1])), axis=2
+    )
     inside = there == jnp.arange(position.shape[1])[None, None, :]  # [B, Z, T]
     if place is None:
         place = jnp.where(jnp.any(inside, axis=1), jnp.argmax(inside, axis=1) * length + position, num_places)
     num_queries = place.shape[1]
     numbers = jnp.broadcast_to(jnp.arange(num_queries), place.shape)
-    query = jax.vmap(lambda at, number: jnp.full((num_places,), num_queries).at[at].set(number, mode="drop"))(place, numbers)
+    query = jax.vmap(lambda at, number: jnp.full((num_places,), num_queries).at[at].set(number, mode="drop"))(
+        place, numbers
+    )
     lengths = jnp.maximum(1, jnp.sum(columns >= 0, axis=2))  # an empty sequence gives nothing to anyone
     return Sequences(jnp.maximum(columns, 0).reshape(batch, -1), lengths, position, inside, query, place)
 
 
 @jax.custom_vjp
 def moved(x: Float[Array, "B W E"], source: Int[Array, "B P"], back: Int[Array, "B W"]) -> Float[Array, "B P E"]:
-    """At each place the entry of x that `source` names, 0 where it names none; `back` says where each entry went, to at most one place.
+    """At each place the entry of x that `source` names, 0 where it names none; `back` says where each entry went, to at
+    most one place.
 
     With it the gradient is a look-up as well, where autodiff would add entries up.
     """
@@ -60,8 +73,8 @@ def _looked_up(x: Float[Array, "B W E"], source: Int[Array, "B P"]) -> Float[Arr
 def _entries(x: Float[Array, "B W E"], index: Int[Array, "B P"]) -> Float[Array, "B P E"]:
     """Entries of each row, looked up in one list of all rows' entries.
 
-    An entry has to lie in one piece, before and after: XLA on a GPU otherwise lays out the list entry by entry side by side, as the
-    product before it might, and reads each number of an entry from elsewhere.
+    An entry has to lie in one piece, before and after: XLA on a GPU otherwise lays out the list entry by entry side by
+    side, as the product before it might, and reads each number of an entry from elsewhere.
     """
     batch, num, size = x.shape
     flat = (jnp.arange(batch)[:, None] * num + index).reshape(-1)
@@ -80,7 +93,9 @@ moved.defvjp(
 
 @jax.custom_vjp
 def copied(x: Float[Array, "B T E"], sequences: Sequences) -> Float[Array, "B P E"]:
-    """At each place the token that stands there; a token's gradient is the sum over the sequences that it is in, float32."""
+    """At each place the token that stands there; a token's gradient is the sum over the sequences that it is in,
+    float32.
+    """
     return _entries(x, sequences.column)
 
 

@@ -43,9 +43,9 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The decoder of `architecture`; its layers are one scanned layer, so that compile time does not grow with depth.
 
-    `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes all of each layer in the backward pass,
-    where otherwise what is `save_for_backward` of it is not; `attend` names the attention of whole sequences (`attend.ATTEND`), `adapters` adds
-    low-rank parameters to projections.
+    `dtype` is the type of the arithmetic, `param_dtype` that of the weights; `remat` recomputes all of each layer in
+    the backward pass, where otherwise what is `save_for_backward` of it is not; `attend` names the attention of whole
+    sequences (`attend.ATTEND`), `adapters` adds low-rank parameters to projections.
     """
 
     architecture: Architecture
@@ -101,11 +101,13 @@ class Transformer(nn.Module):
         sequences: Int[Array, "B Z U"] | None = None,
         place: Int[Array, "B W"] | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | tuple[Cache, ...] | None]:
-        """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays None).
+        """Normed hidden states after the last layer, and the cache with these tokens written at `slot` (None stays
+        None).
 
-        They are those of the `query_indices` tokens of each row, of all T where None. Where layers are not stacked and fewer are wanted than there
-        are, the last one computes keys and values of all tokens and the rest of these alone. `sequences` say the same as the mask, in
-        columns (`make_sequences`), for the attention that takes them, and `place` where the wanted tokens stand in them.
+        They are those of the `query_indices` tokens of each row, of all T where None. Where layers are not stacked and
+        fewer are wanted than there are, the last one computes keys and values of all tokens and the rest of these
+        alone. `sequences` say the same as the mask, in columns (`make_sequences`), for the attention that takes them,
+        and `place` where the wanted tokens stand in them.
         """
         table = gathered(self.embedding.astype(self.dtype), "vocab", "embed")  # rows are cut by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
@@ -117,19 +119,25 @@ class Transformer(nn.Module):
             (x, cache), _ = self.layers((x, cache), jnp.arange(num_layers), turn, mask, slot, of_all)
             return self.final_norm(at_tokens(x, query_indices)), cache
         in_last, behind = (
-            (query_indices, None) if query_indices is not None and query_indices.shape[1] < tokens.shape[1] else (None, query_indices)
+            (query_indices, None)
+            if query_indices is not None and query_indices.shape[1] < tokens.shape[1]
+            else (None, query_indices)
         )
         of_last = make_sequences(sequences, positions, place) if by_sequence and in_last is not None else of_all
         turn, mask, of_all, of_last = computed_once((turn, mask, of_all, of_last), positions)
         caches = []
         for number, (layer, own) in enumerate(zip(self.layers, cache or (None,) * num_layers, strict=True), 1):
             last = number == num_layers
-            (x, own), _ = layer((x, own), None, turn, mask, slot, of_last if last else of_all, in_last if last else None)
+            (x, own), _ = layer(
+                (x, own), None, turn, mask, slot, of_last if last else of_all, in_last if last else None
+            )
             caches.append(own)
         return self.final_norm(at_tokens(x, behind)), None if cache is None else tuple(caches)
 
     def head_matrix(self) -> Float[Array, "D V"]:
-        """What hidden states are multiplied with, in the type of the arithmetic, cut over the devices as its parameter is."""
+        """What hidden states are multiplied with, in the type of the arithmetic, cut over the devices as its parameter
+        is.
+        """
         return (self.embedding.T if self.architecture.tied_head else self.head).astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -138,10 +146,11 @@ class Transformer(nn.Module):
 
 
 def computed_once(tree, positions: Int[Array, "B T"]):
-    """`tree`, which XLA on a CPU would compute anew in each of the layers that read it, barrier or not, since they are no loop's.
+    """`tree`, which XLA on a CPU would compute anew in each of the layers that read it, barrier or not, since they are
+    no loop's.
 
-    It does not see through a branch whose condition it cannot know, such as that a position is not negative. A single token's is not
-    worth a branch.
+    It does not see through a branch whose condition it cannot know, such as that a position is not negative. A single
+    token's is not worth a branch.
     """
     if positions.shape[1] == 1:
         return tree

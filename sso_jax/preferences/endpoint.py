@@ -1,4 +1,6 @@
-"""Questions in, the answers of an OpenAI-compatible server out: paced, retried, kept as they come; no question ends unaccounted for."""
+"""Questions in, the answers of an OpenAI-compatible server out: paced, retried, kept as they come; no question ends
+unaccounted for.
+"""
 
 import difflib
 import email.utils
@@ -39,7 +41,9 @@ class _Failure(Exception):
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:
-    """Seconds that a Retry-After header asks for, given as a number or as a date (RFC 9110, 10.2.3); None where it says nothing."""
+    """Seconds that a Retry-After header asks for, given as a number or as a date (RFC 9110, 10.2.3); None where it says
+    nothing.
+    """
     if header is None:
         return None
     try:
@@ -74,7 +78,9 @@ class _Pace:
 
 
 class Endpoint:
-    """An OpenAI-compatible server, checked and ready to be asked. The key is read from the environment and kept in the client only."""
+    """An OpenAI-compatible server, checked and ready to be asked. The key is read from the environment and kept in the
+    client only.
+    """
 
     def __init__(
         self,
@@ -91,7 +97,12 @@ class Endpoint:
         Raises:
           InputError: if it does not answer, wants another key, is no such server, or has no such model.
         """
-        self.url, self.key_variable, self.retries, self.concurrency = url.rstrip("/"), key_variable, retries, concurrency
+        self.url, self.key_variable, self.retries, self.concurrency = (
+            url.rstrip("/"),
+            key_variable,
+            retries,
+            concurrency,
+        )
         key = os.environ.get(key_variable, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=concurrency)
@@ -107,7 +118,9 @@ class Endpoint:
                 f"endpoint.url: {self.url} does not answer in time; start the server or raise endpoint.timeout_seconds"
             ) from error
         except httpx2.HTTPError as error:
-            raise InputError(f"endpoint.url: {self.url} cannot be reached ({error}); start the server or mend the address") from error
+            raise InputError(
+                f"endpoint.url: {self.url} cannot be reached ({error}); start the server or mend the address"
+            ) from error
         self._refuse_status(response)
         try:
             listed = [row["id"] for row in response.json()["data"]]
@@ -122,40 +135,53 @@ class Endpoint:
             return listed[0]
         if wanted not in listed:
             near = difflib.get_close_matches(wanted or "", listed, n=3) or listed[:5]
-            raise InputError(f"endpoint.model: {wanted!r} is not a model of {self.url}; give one of its {len(listed)}, such as {near}")
+            raise InputError(
+                f"endpoint.model: {wanted!r} is not a model of {self.url}; give one of its {len(listed)}, such as "
+                f"{near}"
+            )
         return wanted
 
     def _refuse_status(self, response: httpx2.Response) -> None:
         """Raises for what no further try will mend."""
         if response.status_code in (401, 403):
             raise InputError(
-                f"endpoint.key_variable: {self.url} answers {response.status_code} to the key in {self.key_variable}; set that "
+                f"endpoint.key_variable: {self.url} answers {response.status_code} to the key in {self.key_variable}; "
+                "set that "
                 "environment variable to a key of the server"
             )
         if response.status_code == 404 and not response.url.path.endswith("/models"):
             raise InputError(
-                f"endpoint.url: {response.url} answers 404; give the base address, which often ends with /v1, and a model of it"
+                f"endpoint.url: {response.url} answers 404; give the base address, which often ends with /v1, and a "
+                "model of it"
             )
 
-    def ask(self, questions: list[Question], stage: str, max_tokens: int, temperature: float, journal: Path | None = None) -> list[Answer]:
+    def ask(
+        self, questions: list[Question], stage: str, max_tokens: int, temperature: float, journal: Path | None = None
+    ) -> list[Answer]:
         """One answer a question, in the order of the questions.
 
-        Answers are written to `journal` (JSON Lines) as they come, and those that it holds from before are not asked for again. A
-        question that fails for good comes back without a text and with the reason; so many in a row that the server must be gone
-        stop the work.
+        Answers are written to `journal` (JSON Lines) as they come, and those that it holds from before are not asked
+        for again. A question that fails for good comes back without a text and with the reason; so many in a row that
+        the server must be gone stop the work.
 
         Raises:
           InputError: if the server is gone or refuses the key; what was answered is in the journal.
         """
         asked = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
-        keys = [hashlib.sha256(json.dumps([question.id, question.text, asked]).encode()).hexdigest()[:24] for question in questions]
+        keys = [
+            hashlib.sha256(json.dumps([question.id, question.text, asked]).encode()).hexdigest()[:24]
+            for question in questions
+        ]
         known = _read_journal(journal)
         answers = {i: Answer(known[key]) for i, key in enumerate(keys) if key in known}
         if answers:
             log.info("%s: %d of %d answers are there from before", stage, len(answers), len(questions))
         missing = {i: question.text for i, question in enumerate(questions) if i not in answers}
         failures_in_row = 0
-        with progress_bar(stage, len(questions), "answer", initial=len(answers)) as bar, closing(self._stream(missing, asked)) as stream:
+        with (
+            progress_bar(stage, len(questions), "answer", initial=len(answers)) as bar,
+            closing(self._stream(missing, asked)) as stream,
+        ):
             for i, answer in stream:
                 answers[i] = answer
                 if answer.text is not None:
@@ -165,7 +191,9 @@ class Endpoint:
                 bar.update()
         return [answers[i] for i in range(len(questions))]
 
-    def _refuse_silence(self, failures_in_row: int, last: Answer, answers: dict[int, Answer], num_questions: int) -> None:
+    def _refuse_silence(
+        self, failures_in_row: int, last: Answer, answers: dict[int, Answer], num_questions: int
+    ) -> None:
         """Raises where so many questions failed in a row that the server must be gone, or takes none of them."""
         if failures_in_row >= min(max(8, 2 * self.concurrency), num_questions):
             kept = f"{sum(answer.text is not None for answer in answers.values())} of {num_questions} answers"
@@ -216,7 +244,13 @@ class Endpoint:
             raise _Failure("unreachable", passing=True) from error
         self._refuse_status(response)
         if response.status_code != 200:
-            reason = "rate_limited" if response.status_code == 429 else "server_error" if response.status_code >= 500 else "refused"
+            reason = (
+                "rate_limited"
+                if response.status_code == 429
+                else "server_error"
+                if response.status_code >= 500
+                else "refused"
+            )
             wait = retry_after_seconds(response.headers.get("Retry-After"), time.time())
             raise _Failure(reason, response.status_code in PASSING, wait)
         try:

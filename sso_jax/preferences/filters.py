@@ -11,18 +11,24 @@ from sso_jax.preferences.pairs import mean_log_probs
 
 def with_rewards(triples: list[Triple], rewards: list[tuple[float, float]]) -> list[Triple]:
     """Triples scored by their rewards."""
-    return [dataclasses.replace(t, scores={"chosen": a, "rejected": b}) for t, (a, b) in zip(triples, rewards, strict=True)]
+    return [
+        dataclasses.replace(t, scores={"chosen": a, "rejected": b}) for t, (a, b) in zip(triples, rewards, strict=True)
+    ]
 
 
 def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Dropped]:
-    """The share of the scored triples whose chosen response leads by most, at least one, in their order; the rest is dropped."""
+    """The share of the scored triples whose chosen response leads by most, at least one, in their order; the rest is
+    dropped.
+    """
     lead = [triple.scores["chosen"] - triple.scores["rejected"] for triple in triples]
     best = set(sorted(range(len(triples)), key=lambda i: (-lead[i], i))[: max(1, round(share * len(triples)))])
     kept = [triple for i, triple in enumerate(triples) if i in best]
     return kept, {triple.id: "reward_rank" for i, triple in enumerate(triples) if i not in best}
 
 
-FILTER_CELLS = [Cell(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")]
+FILTER_CELLS = [
+    Cell(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")
+]
 """The six log-probs that the filter reads."""
 
 
@@ -39,7 +45,9 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
         if not rows:
             return rows
         tables = [mean_log_probs(t) for t in rows]
-        values = np.array([[table[c][r] for c, r in FILTER_CELLS] for table in tables])  # columns: oc, or, pc, pr, nc, nr
+        values = np.array(
+            [[table[c][r] for c, r in FILTER_CELLS] for table in tables]
+        )  # columns: oc, or, pc, pr, nc, nr
         mask = test(values)
         dropped.update({row.id: reason for row, kept in zip(rows, mask, strict=True) if not kept})
         return [row for row, kept in zip(rows, mask, strict=True) if kept]
@@ -60,7 +68,9 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
 
 
 def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Dropped]:
-    """Triples whose chosen response was scored at least `least` above the rejected one; those without scores are dropped too."""
+    """Triples whose chosen response was scored at least `least` above the rejected one; those without scores are
+    dropped too.
+    """
     kept: list[Triple] = []
     dropped: Dropped = {}
     for triple in triples:

@@ -1,4 +1,5 @@
-"""Pairs in, questions to a judge out, each pair asked twice with positions swapped; then the answers in, what they say of the pairs out.
+"""Pairs in, questions to a judge out, each pair asked twice with positions swapped; then the answers in, what they say
+of the pairs out.
 
 It measures. Nothing that trains sees it.
 """
@@ -29,13 +30,17 @@ def judging_questions(triples: list[Triple]) -> list[Question]:
     def question(triple: Triple, order: str) -> Question:
         answers = (triple.chosen, triple.rejected) if order == ORDERS[0] else (triple.rejected, triple.chosen)
         texts = {"query": triple.query, "first": answers[0], "second": answers[1]}
-        return Question(f"{triple.id}/{order}", re.sub(r"\{(query|first|second)\}", lambda found: texts[found.group(1)], template))
+        return Question(
+            f"{triple.id}/{order}", re.sub(r"\{(query|first|second)\}", lambda found: texts[found.group(1)], template)
+        )
 
     return [question(triple, order) for triple in triples for order in ORDERS]
 
 
 def parse_verdict(text: str) -> str | None:
-    """`A`, `B` or `tie` from what a judge wrote, as JSON or in a few words; None where it says none of them, or several."""
+    """`A`, `B` or `tie` from what a judge wrote, as JSON or in a few words; None where it says none of them, or
+    several.
+    """
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     start = text.find("{")
     read = json_repair.loads(re.match(r"[^}]*\}?", text[start:]).group()) if start >= 0 else None
@@ -46,7 +51,8 @@ def parse_verdict(text: str) -> str | None:
 
 
 def judgments(triples: list[Triple], answers: list[Answer]) -> list[dict]:
-    """A row a pair: what each order preferred, and `outcome`: chosen, rejected, tie (orders that differ are one), or none unread.
+    """A row a pair: what each order preferred, and `outcome`: chosen, rejected, tie (orders that differ are one), or
+    none unread.
 
     Args:
       answers: to `judging_questions(triples)`, in its order.
@@ -66,16 +72,23 @@ def judgments(triples: list[Triple], answers: list[Answer]) -> list[dict]:
 
 
 def summarize_judgments(rows: list[dict]) -> dict:
-    """Accuracy (ties as half), ties and consistency over the pairs with two verdicts; how often a verdict was for the first answer."""
+    """Accuracy (ties as half), ties and consistency over the pairs with two verdicts; how often a verdict was for the
+    first answer.
+    """
     outcomes = [row["outcome"] for row in rows if row["outcome"] is not None]
     both = [(row[ORDERS[0]], row[ORDERS[1]]) for row in rows if row["outcome"] is not None]
     decided = [(place, preferred) for pair in both for place, preferred in enumerate(pair) if preferred != "tie"]
-    share = lambda hits, total: hits / total if total else None  # noqa: E731
+
+    def share(hits, total):
+        return hits / total if total else None
+
     return {
         "num_judged": len(outcomes),
         "num_unread": len(rows) - len(outcomes),
         "accuracy": share(outcomes.count("chosen") + 0.5 * outcomes.count("tie"), len(outcomes)),
         "ties": share(outcomes.count("tie"), len(outcomes)),
         "consistency": share(sum(first == second for first, second in both), len(both)),
-        "first_position": share(sum((preferred == "chosen") == (place == 0) for place, preferred in decided), len(decided)),
+        "first_position": share(
+            sum((preferred == "chosen") == (place == 0) for place, preferred in decided), len(decided)
+        ),
     }

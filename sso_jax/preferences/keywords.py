@@ -19,7 +19,9 @@ def stopwords() -> frozenset[str]:
 
 
 def phrases(text: str) -> dict[tuple[str, ...], list[Span]]:
-    """Candidate phrases of RAKE (Rose et al. 2010): runs of words without a stop word or punctuation between, and where they stand."""
+    """Candidate phrases of RAKE (Rose et al. 2010): runs of words without a stop word or punctuation between, and where
+    they stand.
+    """
     found: dict[tuple[str, ...], list[Span]] = {}
     run: list[re.Match] = []
 
@@ -71,7 +73,9 @@ def graded_variants(text: str) -> list[str]:
 
 
 def random_variants(text: str, seed: str) -> list[str]:
-    """Control: as many words as each graded variant lacks, drawn at random; a classifier that does as well here counts words only."""
+    """Control: as many words as each graded variant lacks, drawn at random; a classifier that does as well here counts
+    words only.
+    """
     words = [match.span() for match in _WORD.finditer(text)]
     order = random.Random(f"{seed}/degree").sample(words, len(words))
     counts = [len(words) - len(_WORD.findall(variant)) for variant in graded_variants(text)]

@@ -1,4 +1,6 @@
-"""Triples in, the pairs to train on out: given ones made tokens, all reordered by a control, scored by the reference, filtered."""
+"""Triples in, the pairs to train on out: given ones made tokens, all reordered by a control, scored by the reference,
+filtered.
+"""
 
 import dataclasses
 import random
@@ -23,7 +25,9 @@ def swap(triple: Triple) -> Triple:
         return {response: row[_OTHER[response]] for response in row}
 
     ids, scores = (None if row is None else exchanged(row) for row in (triple.response_ids, triple.scores))
-    log_probs = None if triple.log_probs is None else {context: exchanged(row) for context, row in triple.log_probs.items()}
+    log_probs = (
+        None if triple.log_probs is None else {context: exchanged(row) for context, row in triple.log_probs.items()}
+    )
     changes = dict(chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, log_probs=log_probs, scores=scores)
     return dataclasses.replace(triple, **changes, swapped=not triple.swapped)
 
@@ -52,7 +56,9 @@ def with_log_probs(triple: Triple, cells: list[Cell], sums: list[float]) -> Trip
 
 
 def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
-    """Log-probs a token, in nats, by context and response: sums over the number of response tokens, end of turn included."""
+    """Log-probs a token, in nats, by context and response: sums over the number of response tokens, end of turn
+    included.
+    """
     return {
         context: {response: value / len(triple.response_ids[response]) for response, value in row.items()}
         for context, row in triple.log_probs.items()
@@ -60,7 +66,9 @@ def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
 
 
 def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> list[Triple]:
-    """Triples of a file with token ids: the sampled ones where they are this tokenizer's, else the texts' with an end of turn."""
+    """Triples of a file with token ids: the sampled ones where they are this tokenizer's, else the texts' with an end
+    of turn.
+    """
     hashed = tokens_hash(tokenizer)
 
     def ids(triple: Triple, response: str) -> list[int]:
@@ -71,7 +79,10 @@ def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
     def present(triple: Triple) -> list[str]:
         return [response for response in RESPONSES if getattr(triple, response) is not None]
 
-    return [dataclasses.replace(t, response_ids={r: ids(t, r) for r in present(t)}, tokens_hash=hashed, log_probs=None) for t in triples]
+    return [
+        dataclasses.replace(t, response_ids={r: ids(t, r) for r in present(t)}, tokens_hash=hashed, log_probs=None)
+        for t in triples
+    ]
 
 
 def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list[Triple], Dropped]:
@@ -106,7 +117,8 @@ def to_preference(triple: Triple) -> dict:
 
 
 def summarize(triples: list[Triple]) -> dict[str, float | None]:
-    """On-policy probabilities of the pairs and their length: `exp(mean log-prob)` under x, averaged, and tokens a response.
+    """On-policy probabilities of the pairs and their length: `exp(mean log-prob)` under x, averaged, and tokens a
+    response.
 
     Pairs that were not scored have no probabilities.
     """

@@ -1,4 +1,6 @@
-"""Steers queries: features named and principles written by a policy or a server, or principles from the table or a file."""
+"""Steers queries: features named and principles written by a policy or a server, or principles from the table or a
+file.
+"""
 
 import dataclasses
 import logging
@@ -80,7 +82,9 @@ def open_endpoint(config: EndpointConfig, source: str, judged_pairs: int = 0) ->
             log.warning("endpoint.url is not used: principles.source is %r, and no pairs are to be judged", source)
         return None
     if config.url is None:
-        raise InputError("endpoint.url: not given; name the server that principles.source `endpoint` and judging.pairs ask")
+        raise InputError(
+            "endpoint.url: not given; name the server that principles.source `endpoint` and judging.pairs ask"
+        )
     fields = [f.name for f in dataclasses.fields(config) if f.name != "temperature"]
     return Endpoint(**{name: getattr(config, name) for name in fields})
 
@@ -104,7 +108,9 @@ def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey) -> 
     def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
         prompts = map_across_processes(lambda question: chat.prompt_ids(question.text), questions)
         asked = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
-        requests = [Request(prompts[i], row_key(key.seed, key.iteration, *questions[i].id.rsplit("/", 1))) for i in asked]
+        requests = [
+            Request(prompts[i], row_key(key.seed, key.iteration, *questions[i].id.rsplit("/", 1))) for i in asked
+        ]
         sampled = sampler.sample(policy, requests, f"iteration {key.iteration}: {stage}", max_tokens)
         answers = [Answer(None, "question_too_long")] * len(questions)
         for i, ids in zip(asked, sampled, strict=True):
@@ -134,8 +140,8 @@ def steer_queries(
 ) -> tuple[list[SteeredQuery], SteeringCounts]:
     """Queries with both system messages, by features that `ask` names.
 
-    Principles are the table's for source `predefined`, and otherwise written by whoever named the features. Answers that
-    could not be read are kept in `folder/unparsed.jsonl`.
+    Principles are the table's for source `predefined`, and otherwise written by whoever named the features. Answers
+    that could not be read are kept in `folder/unparsed.jsonl`.
     """
     named = _name_features(queries, ask, rules, seed)
     if rules.source != "predefined":

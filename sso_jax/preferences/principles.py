@@ -1,4 +1,6 @@
-"""Queries in, what steers each of them out: features named by a model and filled up at random, principles of the table or written."""
+"""Queries in, what steers each of them out: features named by a model and filled up at random, principles of the table
+or written.
+"""
 
 import dataclasses
 import random
@@ -48,7 +50,8 @@ def naming_prompt(query: Query, count: int) -> str:
 
 
 def parse_features(text: str, count: int) -> list[str]:
-    """Up to `count` distinct features in the order in which the text names them, in whatever case and among whatever else.
+    """Up to `count` distinct features in the order in which the text names them, in whatever case and among whatever
+    else.
 
     Only the first paragraph that names any counts: what a model writes after it is no longer the answer.
     """
@@ -58,8 +61,12 @@ def parse_features(text: str, count: int) -> list[str]:
     return list(dict.fromkeys(by_lower[name.lower()] for name in found))[:count]
 
 
-def choose_features(query: Query, text: str | None, count: int, concision_probability: float, seed: str) -> PrincipledQuery:
-    """The query with the features that the policy named in `text`, filled up to `count` at random, and Concision by chance."""
+def choose_features(
+    query: Query, text: str | None, count: int, concision_probability: float, seed: str
+) -> PrincipledQuery:
+    """The query with the features that the policy named in `text`, filled up to `count` at random, and Concision by
+    chance.
+    """
     draw = random.Random(f"{seed}/{query.id}/features")
     named = parse_features(text or "", count)
     missing = count - len(named)
@@ -68,7 +75,9 @@ def choose_features(query: Query, text: str | None, count: int, concision_probab
     return predefined(query, (*named, *drawn, *concise), text, missing)
 
 
-def predefined(query: Query, features: tuple[str, ...], text: str | None = None, num_random: int = 0) -> PrincipledQuery:
+def predefined(
+    query: Query, features: tuple[str, ...], text: str | None = None, num_random: int = 0
+) -> PrincipledQuery:
     """The query with the table's principles for these features."""
     rows = [feature_table()[name] for name in features]
     return PrincipledQuery(
@@ -91,15 +100,18 @@ def principles_prompt(query: Query, feature: str) -> str:
     """
     template = resources.files(__package__).joinpath("principles_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
     row = feature_table()[feature]
-    filled = template.replace("{feature}", feature).replace("{good}", row.good_adjective).replace("{bad}", row.bad_adjective)
+    filled = (
+        template.replace("{feature}", feature).replace("{good}", row.good_adjective).replace("{bad}", row.bad_adjective)
+    )
     return filled.replace("{query}", query.query)
 
 
 def parse_principles(text: str) -> tuple[str, str] | None:
     """The good and the bad principle that a model wrote as JSON; None where they cannot be made out.
 
-    What small models write around and into it is forgiven: prose, code fences, a think block, single quotes, a missing brace or comma,
-    `good_principle` or `Good` for a name. What counts is two different sentences, each one line of at most 600 characters.
+    What small models write around and into it is forgiven: prose, code fences, a think block, single quotes, a missing
+    brace or comma, `good_principle` or `Good` for a name. What counts is two different sentences, each one line of at
+    most 600 characters.
     """
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     start = text.find("{")
@@ -137,5 +149,8 @@ def with_written(record: PrincipledQuery, written: list[tuple[str, str] | None])
     pairs = zip(record.good_principles, record.bad_principles, written, strict=True)
     sides = [(good, bad) if own is None else own for good, bad, own in pairs]
     return dataclasses.replace(
-        record, good_principles=tuple(s[0] for s in sides), bad_principles=tuple(s[1] for s in sides), num_fallbacks=written.count(None)
+        record,
+        good_principles=tuple(s[0] for s in sides),
+        bad_principles=tuple(s[1] for s in sides),
+        num_fallbacks=written.count(None),
     )

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sso_jax.data.chat import Chat
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
 from sso_jax.preferences.pairs import drop_empty_contrasts
@@ -40,7 +39,7 @@ class _Draw(NamedTuple):
 def sample_triples(
     sampler: Sampler,
     policies: Sequence,
-    chat: Chat,
+    tokenizer: PreTrainedTokenizerBase,
     queries: list[SteeredQuery],
     prompts: dict[str, Prompts],
     key: SampleKey,
@@ -49,9 +48,9 @@ def sample_triples(
     """y+ from x+, y- from x- and y_o from x for every query, as far as `wanted`.
 
     Args:
-      policies: the present policy's parameters, then functions that load those of earlier ones, newest first. With several,
-        y+ and y- are each sampled from one of them, by a draw of its own, and the triple's extra key `policies` says how
-        many rounds back it lies. y_o always comes from the present policy.
+      policies: the present policy's parameters, then functions that load those of earlier ones, newest first. With
+        several, y+ and y- are each sampled from one of them, by a draw of its own, and the triple's extra key
+        `policies` says how many rounds back it lies. y_o always comes from the present policy.
       prompts: prompts by query id and context.
     """
     present, *earlier = policies
@@ -75,11 +74,15 @@ def sample_triples(
             sampled[draw.query_id][draw.response] = ids
             backs[draw.query_id][draw.response] = back
     extra = {query.id: {"policies": {r: backs[query.id][r] for r in wanted}} if earlier else {} for query in queries}
-    return [_triple(query, sampled[query.id], wanted, chat.tokenizer, extra[query.id]) for query in queries]
+    return [_triple(query, sampled[query.id], wanted, tokenizer, extra[query.id]) for query in queries]
 
 
 def _triple(
-    query: SteeredQuery, ids: dict[str, list[int]], wanted: Sequence[str], tokenizer: PreTrainedTokenizerBase, extra: dict
+    query: SteeredQuery,
+    ids: dict[str, list[int]],
+    wanted: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    extra: dict,
 ) -> Triple:
     texts = {response: decode_text(tokenizer, ids[response]) if response in ids else None for response in RESPONSES}
     return Triple(
@@ -103,7 +106,8 @@ def rounds_back(seed: str, response: str, num_earlier: int) -> int:
 def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:
     """Ids without a leading label such as "Helpful response:", cut at a token boundary.
 
-    `Helpful response: 7 .` becomes `7 .`. None where the label ends in the middle of a token, or nothing is left of the response.
+    `Helpful response: 7 .` becomes `7 .`. None where the label ends in the middle of a token, or nothing is left of the
+    response.
     """
     text = decode_text(tokenizer, ids)
     label = _LABEL.match(text)
@@ -119,7 +123,8 @@ def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
 def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
     """Triples without labels before their responses; what is dropped, by reason.
 
-    Dropped are triples with a label that cannot be cut, with an empty response, or with two responses that are the same.
+    Dropped are triples with a label that cannot be cut, with an empty response, or with two responses that are the
+    same.
     """
     unlabelled: list[Triple] = []
     dropped: Dropped = {}

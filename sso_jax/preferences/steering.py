@@ -1,4 +1,6 @@
-"""A query with its principles in, the query with its two system messages out, and the three prompts x, x+, x- as token ids."""
+"""A query with its principles in, the query with its two system messages out, and the three prompts x, x+, x- as token
+ids.
+"""
 
 from importlib import resources
 
@@ -39,7 +41,8 @@ def target_score(score: float) -> str:
 def steered_prompts(chat: Chat, record: SteeredQuery | Triple) -> dict[str, list[int]]:
     """Token ids of the prompts x, x+ and x- by context; those without a system message (plain pairs) are not there.
 
-    A pair with scores has two more: x told the score of y+ (`score_conditioned_chosen`) and that of y- (`score_conditioned_rejected`).
+    A pair with scores has two more: x told the score of y+ (`score_conditioned_chosen`) and that of y-
+    (`score_conditioned_rejected`).
     """
     systems = {"plain": None, "positive": record.good_system, "negative": record.bad_system}
     history, scores = (record.history, record.scores) if isinstance(record, Triple) else ((), None)

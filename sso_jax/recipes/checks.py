@@ -35,14 +35,17 @@ def refuse_fields(recipe: str, unused: dict[str, Any]) -> None:
 def refuse_judge_order(config: Config) -> None:
     """Raises `InputError` for the judge's order of pairs that were not sampled by the toy policy."""
     if config.pairs.control == "judge_order":
-        raise InputError("pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'")
+        raise InputError(
+            "pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'"
+        )
 
 
 def refuse_missing_scores(config: Config, objective: Objective) -> None:
     """Raises `InputError` for an objective that needs scores, which sampled pairs do not have."""
     if any(cell.context.startswith("score_conditioned_") for cell in objective.cells):
         raise InputError(
-            f"objective.base: {config.objective.base!r} needs pairs with scores, and recipe {config.recipe!r} samples pairs without; "
+            f"objective.base: {config.objective.base!r} needs pairs with scores, and recipe {config.recipe!r} samples "
+            "pairs without; "
             "give recipe offline and a pairs file with scores, or another base"
         )
 
@@ -57,7 +60,11 @@ def refuse_given_pairs(config: Config) -> None:
 def check_sampling(config: Config) -> None:
     """Raises `InputError` for the judge's order without a judge, and for a score gap of pairs that nothing scores."""
     if config.pairs.control == "judge_order" and config.model.path != "toy":
-        raise InputError("pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control")
+        raise InputError(
+            "pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control"
+        )
     gap = config.filter.min_score_gap
     if gap is not None and config.filter.reward_path is None:
-        raise InputError(f"filter.min_score_gap: {gap} of pairs that nobody scores; give filter.reward_path, or leave it out")
+        raise InputError(
+            f"filter.min_score_gap: {gap} of pairs that nobody scores; give filter.reward_path, or leave it out"
+        )

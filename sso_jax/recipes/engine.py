@@ -61,8 +61,11 @@ def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:
     check_divides(mesh, "embed", "hidden_size", a.embed_dim)
 
 
-def build_decoder(architecture: Architecture, model: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh) -> tuple[Transformer, dict]:
-    """Decoder with the types, the attention and the adapters that the config asks for, and the sharding of each parameter.
+def build_decoder(
+    architecture: Architecture, model: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh
+) -> tuple[Transformer, dict]:
+    """Decoder with the types, the attention and the adapters that the config asks for, and the sharding of each
+    parameter.
 
     Raises:
       InputError: if the mesh does not divide the model evenly.
@@ -83,7 +86,8 @@ def build_decoder(architecture: Architecture, model: ModelConfig, lora: LoraConf
 
 
 def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
-    """Builds the model, tokenizer and compiled functions from a config and a Hugging Face folder; no weights are read yet.
+    """Builds the model, tokenizer and compiled functions from a config and a Hugging Face folder; no weights are read
+    yet.
 
     Raises:
       InputError: for a folder that is incomplete or whose files do not belong together.
@@ -98,7 +102,8 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     highest = max(tokenizer.get_vocab().values())
     if highest >= architecture.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has ids up to {highest}, config.json a vocab_size of {architecture.vocab_size}; they do not "
+            f"{folder}: the tokenizer has ids up to {highest}, config.json a vocab_size of {architecture.vocab_size}; "
+            "they do not "
             "belong together"
         )
     max_tokens = min(config.train.max_tokens, architecture.max_positions)

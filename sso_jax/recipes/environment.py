@@ -1,4 +1,6 @@
-"""A config in, where queries come from and what measures out: the toy world with its judge, or a file of queries without one."""
+"""A config in, where queries come from and what measures out: the toy world with its judge, or a file of queries
+without one.
+"""
 
 import logging
 from collections import Counter
@@ -32,10 +34,14 @@ class Environment:
 
 
 def toy_environment(descriptions: bool = False, num_held_out: int = NUM_HELD_OUT) -> Environment:
-    """The toy world's judge, and an even selection of its held-out queries, and a third as many of its `descriptions`, if it has them."""
+    """The toy world's judge, and an even selection of its held-out queries, and a third as many of its `descriptions`,
+    if it has them.
+    """
     queries = world.queries("evaluation", descriptions)
     by_group = {group: [q for q in queries if world.group_of(q.query) == group] for group in ("others", "descriptions")}
-    return Environment(_evenly(by_group["others"], num_held_out) + _evenly(by_group["descriptions"], num_held_out // 3), judge)
+    return Environment(
+        _evenly(by_group["others"], num_held_out) + _evenly(by_group["descriptions"], num_held_out // 3), judge
+    )
 
 
 def _evenly(queries: list[Query], num: int) -> list[Query]:
@@ -58,10 +64,17 @@ def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> t
     fitting = list(compress(queries, fits))
     too_long, limit = len(queries) - len(fitting), engine.max_tokens
     if not fitting:
-        raise InputError(f"queries.path: none of the {len(queries)} queries of {path} leaves room for a response within {limit} tokens")
+        raise InputError(
+            f"queries.path: none of the {len(queries)} queries of {path} leaves room for a response within {limit} "
+            "tokens"
+        )
     if too_long:
         log.warning(
-            "%s: %d of %d queries leave no room for a response within %d tokens and are dropped", path, too_long, len(queries), limit
+            "%s: %d of %d queries leave no room for a response within %d tokens and are dropped",
+            path,
+            too_long,
+            len(queries),
+            limit,
         )
     return fitting, Counter({"query_too_long": too_long} if too_long else {})
 
@@ -72,28 +85,40 @@ def _ended(engine: Engine, response_ids: list[int]) -> bool:
 
 def judged(environment: Environment, engine: Engine, triple: Triple, response: str) -> float:
     """The judge's score of one response of a triple."""
-    return environment.judge(triple.query, getattr(triple, response), _ended(engine, triple.response_ids[response])).score
+    return environment.judge(
+        triple.query, getattr(triple, response), _ended(engine, triple.response_ids[response])
+    ).score
 
 
 def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float]:
-    """Share of pairs whose chosen response the judge scores higher, ties as half; nothing where no judge knows the queries."""
+    """Share of pairs whose chosen response the judge scores higher, ties as half; nothing where no judge knows the
+    queries.
+    """
     if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
         return {}
-    gaps = np.array([judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples])
+    gaps = np.array(
+        [judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples]
+    )
     return {"pair_accuracy": float(np.mean((gaps > 0) + 0.5 * (gaps == 0))), "pair_ties": float(np.mean(gaps == 0))}
 
 
 def order_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float | None]:
-    """How often the scores of the triples order a pair as the judge does, a tie of scores as half; pairs that the judge ties are left out.
+    """How often the scores of the triples order a pair as the judge does, a tie of scores as half; pairs that the judge
+    ties are left out.
 
     Nothing where no judge knows the queries.
     """
     if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
         return {}
-    gaps = np.array([judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples])
+    gaps = np.array(
+        [judged(environment, engine, t, "chosen") - judged(environment, engine, t, "rejected") for t in triples]
+    )
     leads = np.array([triple.scores["chosen"] - triple.scores["rejected"] for triple in triples])
     agreement = ((gaps * leads > 0) + 0.5 * (leads == 0))[gaps != 0]
-    return {"judge_accuracy": float(agreement.mean()) if agreement.size else None, "judge_ties": float(np.mean(gaps == 0))}
+    return {
+        "judge_accuracy": float(agreement.mean()) if agreement.size else None,
+        "judge_ties": float(np.mean(gaps == 0)),
+    }
 
 
 class Measured(NamedTuple):
@@ -107,7 +132,9 @@ class Measured(NamedTuple):
 
 
 def measure_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
-    """Judged answers of the unsteered policy to the held-out queries, and their means; nothing where there is no judge."""
+    """Judged answers of the unsteered policy to the held-out queries, and their means; nothing where there is no
+    judge.
+    """
     if environment.judge is None:
         return [], {"policy_quality": None}
     chat, queries = engine.chat, environment.held_out
@@ -122,10 +149,17 @@ def measure_policy(environment: Environment, engine: Engine, params, seed: int, 
 
 
 def held_out_numbers(answers: list[Measured]) -> dict:
-    """Mean score, parts and tokens; a part is the mean over the answers that have it. `held_out_groups`, where there are several, has
-    quality, tokens and the share that ran to the limit of all answers and of each group."""
-    means, parts = _means(answers), dict.fromkeys(name for a in answers for name in a.judgement._fields if name != "score")
-    parts = {name: float(np.mean([getattr(a.judgement, name) for a in answers if name in a.judgement._fields])) for name in parts}
+    """Mean score, parts and tokens; a part is the mean over the answers that have it. `held_out_groups`, where there
+    are several, has quality, tokens and the share that ran to the limit of all answers and of each group.
+    """
+    means, parts = (
+        _means(answers),
+        dict.fromkeys(name for a in answers for name in a.judgement._fields if name != "score"),
+    )
+    parts = {
+        name: float(np.mean([getattr(a.judgement, name) for a in answers if name in a.judgement._fields]))
+        for name in parts
+    }
     numbers = {"policy_quality": means["quality"], "quality_parts": parts, "held_out_tokens": means["tokens"]}
     groups = {group: _means([a for a in answers if a.group == group]) for group in sorted({a.group for a in answers})}
     return {**numbers, "held_out_groups": {"all": means, **groups}} if len(groups) > 1 else numbers

@@ -1,7 +1,9 @@
-"""Recipe `generator`, version 2 of the paper: a round trains a generator from the policy, and the policy on the generator's data.
+"""Recipe `generator`, version 2 of the paper: a round trains a generator from the policy, and the policy on the
+generator's data.
 
-The generator starts from the policy and learns L+ + L- (form `generator`) on the policy's own triples. It then answers under good and
-bad principles, and the policy as it was before is trained on these pairs under the plain prompt, with the base loss alone.
+The generator starts from the policy and learns L+ + L- (form `generator`) on the policy's own triples. It then answers
+under good and bad principles, and the policy as it was before is trained on these pairs under the plain prompt, with
+the base loss alone.
 """
 
 import dataclasses
@@ -79,7 +81,9 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
     sampled = responses(this, policy if generator is None else generator, steered.queries, prompts, wanted)
     if generator is not None:  # training it used the policy's parameters up
         policy = start_policy(this.run, this.iteration)
-    chosen = score_and_filter(this, policy_objective, policy, prompts, lambda: sampled_candidates(this, sampled.triples))
+    chosen = score_and_filter(
+        this, policy_objective, policy, prompts, lambda: sampled_candidates(this, sampled.triples)
+    )
     require_pairs(chosen, len(sampled.triples), this.folder / "responses.jsonl")
     judged = judge_by_endpoint(this, chosen.pairs)
     first_step = finished(generator_round.folder, "training")["updates"]
@@ -90,7 +94,9 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
     return policy, dataclasses.replace(summary, seconds={**summary.seconds, **_seconds(generator_round)})
 
 
-def train_generator(this: Round, objective: Objective, policy: Params, queries: list[SteeredQuery], prompts: dict[str, Prompts]) -> Params:
+def train_generator(
+    this: Round, objective: Objective, policy: Params, queries: list[SteeredQuery], prompts: dict[str, Prompts]
+) -> Params:
     """responses of the policy -> pairs -> update -> generator; the policy's parameters are used up."""
     sampled = responses(this, policy, queries, prompts, num_policies=this.run.config.sampling.policies)
     chosen = score_and_filter(this, objective, policy, prompts, lambda: sampled_candidates(this, sampled.triples))

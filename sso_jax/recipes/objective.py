@@ -15,6 +15,7 @@ from sso_jax.training.multi_response_losses import MULTI_RESPONSE_LOSSES, multi_
 from sso_jax.training.objectives import (
     BaseLoss,
     MultiResponseLoss,
+    OnlineWeights,
     SteeringScale,
     Terms,
     generator_objective,
@@ -24,7 +25,19 @@ from sso_jax.training.objectives import (
 
 log = logging.getLogger(__name__)
 
-LOSS_SETTINGS = ("beta", "label_smoothing", "tau", "eta", "margin", "alpha", "rho", "t_min", "t_max", "clip", "degree_weight")
+LOSS_SETTINGS = (
+    "beta",
+    "label_smoothing",
+    "tau",
+    "eta",
+    "margin",
+    "alpha",
+    "rho",
+    "t_min",
+    "t_max",
+    "clip",
+    "degree_weight",
+)
 """Config fields that are settings of a base loss."""
 
 
@@ -56,14 +69,16 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that the config describes; settings that its form does not use are named in the log.
 
     Raises:
-      InputError: for an unknown base, a setting that the base does not use, or form "generator" with both of its weights 0.
+      InputError: for an unknown base, a setting that the base does not use, or form "generator" with both of its
+        weights 0.
     """
     base, plain, settings, more = _choose_losses(config)
     scale, form = SteeringScale(config.positive_weight, config.negative_weight), config.form
     sft_weight = config.sft_weight if config.sft_weight is not None else 0.1 if form == "generator" else 0.0
     if form == "generator" and not any(scale):
         raise InputError(
-            "objective.positive_weight, objective.negative_weight: both are 0, which leaves form 'generator' nothing; raise one"
+            "objective.positive_weight, objective.negative_weight: both are 0, which leaves form 'generator' nothing; "
+            "raise one"
         )
     _name_unused(config, plain)
     if form == "pairwise":
@@ -71,19 +86,25 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     elif form == "generator":
         terms = partial(generator_objective, base=base, scale=scale, sft_weight=sft_weight)
     else:
-        own = {name: getattr(config, name) for name in ONLINE_FIELDS}
-        terms = partial(online_objective, base=base, plain=plain, scale=scale, sft_weight=sft_weight, **own)
+        weights = OnlineWeights(**{name: getattr(config, name) for name in ONLINE_FIELDS}, scale=scale)
+        terms = partial(online_objective, base=base, plain=plain, weights=weights, sft_weight=sft_weight)
     cells = cells_of(form, config.use_steering and any(scale), scale, config.negative_winner, more)
     degree_weight = settings.get("degree_weight") if form != "generator" else None
     return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
 
 
-def _choose_losses(config: ObjectiveConfig) -> tuple[BaseLoss, MultiResponseLoss | None, dict[str, float], tuple[Cell, ...]]:
-    """The pairwise loss, the loss of the plain prompt where it is another, the settings in force, and the cells that it needs beside."""
+def _choose_losses(
+    config: ObjectiveConfig,
+) -> tuple[BaseLoss, MultiResponseLoss | None, dict[str, float], tuple[Cell, ...]]:
+    """The pairwise loss, the loss of the plain prompt where it is another, the settings in force, and the cells that it
+    needs beside.
+    """
     given = {name: getattr(config, name) for name in LOSS_SETTINGS}
     check_name(config.base, [*BASE_LOSSES, *MULTI_RESPONSE_LOSSES])
     if config.degree_removal != "keywords" and config.base != "spo":
-        raise InputError(f"objective.degree_removal: {config.degree_removal!r} is not used by base {config.base!r}; remove it")
+        raise InputError(
+            f"objective.degree_removal: {config.degree_removal!r} is not used by base {config.base!r}; remove it"
+        )
     if config.base not in MULTI_RESPONSE_LOSSES:
         base, settings = base_loss(config.base, given)
         return base, None, settings, ()
@@ -92,7 +113,9 @@ def _choose_losses(config: ObjectiveConfig) -> tuple[BaseLoss, MultiResponseLoss
 
 
 def with_original(objective: Objective) -> Objective:
-    """The objective with the log-prob of y_o under x beside those of the plain pair: it is logged, and no part of the loss."""
+    """The objective with the log-prob of y_o under x beside those of the plain pair: it is logged, and no part of the
+    loss.
+    """
     rejected, original = Cell("plain", "rejected"), Cell("plain", "original")
     if rejected not in objective.cells or original in objective.cells:
         return objective
@@ -108,8 +131,12 @@ def round_objective(config: Config) -> Objective:
 
 def _name_unused(config: ObjectiveConfig, plain: MultiResponseLoss | None) -> None:
     default, used = ObjectiveConfig(), USED_FIELDS[config.form]
-    unused = [name for name in USED_FIELDS["online"] if name not in used and getattr(config, name) != getattr(default, name)]
+    unused = [
+        name for name in USED_FIELDS["online"] if name not in used and getattr(config, name) != getattr(default, name)
+    ]
     if unused:
         log.warning("form %r does not use %s", config.form, ", ".join(f"objective.{name}" for name in unused))
     if plain is not None and config.form == "generator":
-        log.warning("form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base)
+        log.warning(
+            "form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base
+        )

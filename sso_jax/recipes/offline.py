@@ -1,4 +1,6 @@
-"""Recipe `offline`: a round trains the policy on given pairs, steered or plain; its reference is the policy at its start."""
+"""Recipe `offline`: a round trains the policy on given pairs, steered or plain; its reference is the policy at its
+start.
+"""
 
 from collections import Counter
 
@@ -39,7 +41,10 @@ def read(config: Config) -> list[Triple]:
         check_parts(pairs, FILTER_CELLS, path, "filter.enabled")
     rules = config.filter
     if rules.min_score_gap is not None and rules.reward_path is None and all(pair.scores is None for pair in pairs):
-        raise InputError(f"filter.min_score_gap: no pair of {path} has scores; give pairs with chosen_score and rejected_score, or null")
+        raise InputError(
+            f"filter.min_score_gap: no pair of {path} has scores; give pairs with chosen_score and rejected_score, or "
+            "null"
+        )
     contrasts, dropped = drop_empty_contrasts(pairs, objective.cells)
     if not contrasts:
         reasons = dict(Counter(dropped.values()))

@@ -1,4 +1,6 @@
-"""Recipe `online`, version 1 of the paper: a round samples triples for its queries and trains the policy on their contrast."""
+"""Recipe `online`, version 1 of the paper: a round samples triples for its queries and trains the policy on their
+contrast.
+"""
 
 from sso_jax.config import Config
 from sso_jax.recipes.checks import refuse_given_pairs, refuse_missing_scores
@@ -42,7 +44,9 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
     policy, training = train_on_pairs(this, objective, policy, chosen.pairs, prompts)
     exported = export(this, policy)
     evaluation = evaluate(this, policy)
-    return policy, summarize(len(queries), chosen, training, exported, evaluation, judged, steered=steered, sampled=sampled)
+    return policy, summarize(
+        len(queries), chosen, training, exported, evaluation, judged, steered=steered, sampled=sampled
+    )
 
 
 RECIPE = Recipe(read, prepare_queries, run_round)

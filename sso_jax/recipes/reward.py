@@ -1,4 +1,6 @@
-"""Recipe `reward`: a Bradley-Terry reward model on the policy's decoder, from given pairs or from pairs that the policy samples."""
+"""Recipe `reward`: a Bradley-Terry reward model on the policy's decoder, from given pairs or from pairs that the policy
+samples.
+"""
 
 import dataclasses
 import hashlib
@@ -54,7 +56,9 @@ TokenizedPairs = dict[str, TokenizedPair]
 
 @dataclass(frozen=True)
 class RewardData:
-    """What a reward model is trained on: pairs of a file, or queries to sample pairs for, and annotated pairs to mix in."""
+    """What a reward model is trained on: pairs of a file, or queries to sample pairs for, and annotated pairs to mix
+    in.
+    """
 
     pairs: list[Triple] | None
     queries: QueryRounds | None
@@ -82,7 +86,9 @@ def read(config: Config) -> RewardData:
     unused = {"demonstrations.path": config.demonstrations.path, "model.reference_path": config.model.reference_path}
     refuse_fields("reward", unused)
     if config.lora.rank:
-        raise InputError(f"lora.rank: {config.lora.rank} is not used by recipe 'reward', which trains the whole decoder; remove it")
+        raise InputError(
+            f"lora.rank: {config.lora.rank} is not used by recipe 'reward', which trains the whole decoder; remove it"
+        )
     if config.run.iterations != 1:
         raise InputError(f"run.iterations: {config.run.iterations} rounds; recipe 'reward' has one, set it to 1")
     warn_unused_objective(config.objective)
@@ -127,7 +133,9 @@ def run_round(this: Round[RewardData], policy: Params) -> tuple[Params, RoundSum
 
 
 def _given_pairs(this: Round[RewardData]) -> _OwnPairs:
-    """Stage `pairs` of given ones: those with a contrast, within the token limit, filtered by scores or a reward model."""
+    """Stage `pairs` of given ones: those with a contrast, within the token limit, filtered by scores or a reward
+    model.
+    """
     given, engine = this.run.dataset.pairs, this.run.engine
     contrasts, dropped = drop_empty_contrasts(given, PLAIN_PAIR)
     ordered = in_control_order(this, contrasts)
@@ -166,12 +174,15 @@ def split_pairs(pairs: list[Triple], held_out: float) -> tuple[list[Triple], lis
     sides = [is_held_out(pair) for pair in pairs]
     train = [pair for pair, out in zip(pairs, sides, strict=True) if not out]
     if not train:
-        raise InputError(f"reward.held_out: {held_out} of {len(pairs)} pairs leaves none to train on; lower it, or give more pairs")
+        raise InputError(
+            f"reward.held_out: {held_out} of {len(pairs)} pairs leaves none to train on; lower it, or give more pairs"
+        )
     return train, [pair for pair, out in zip(pairs, sides, strict=True) if out]
 
 
 def mix(own: list[Pair], annotated: list[Pair], config: RewardConfig, seed: str) -> list[Pair]:
-    """Own and annotated pairs, so many of each that the annotated ones have their share; the seed draws which are left out.
+    """Own and annotated pairs, so many of each that the annotated ones have their share; the seed draws which are left
+    out.
 
     Raises:
       InputError: if the share leaves nothing of one side.
@@ -185,7 +196,9 @@ def mix(own: list[Pair], annotated: list[Pair], config: RewardConfig, seed: str)
     num_own = len(own) if enough else min(len(own), int(len(annotated) * (1 - share) / share + 0.5))
     if not num_annotated or not num_own:
         counts = f"{len(own)} own and {len(annotated)} annotated pairs"
-        raise InputError(f"reward.annotated_share: {share} of {counts} leaves nothing of one side; give more pairs, or null")
+        raise InputError(
+            f"reward.annotated_share: {share} of {counts} leaves nothing of one side; give more pairs, or null"
+        )
     draw = random.Random(f"{seed}/mix")
     return draw.sample(own, num_own) + draw.sample(annotated, num_annotated)
 
@@ -223,8 +236,12 @@ def _export(this: Round, engine: Engine, reward: Params) -> float:
     return file_stage(this.folder, "export", write, REWARD_FOLDER)["seconds"]
 
 
-def _measure_held_out(this: Round, engine: Engine, reward: Params, held_out: list[Triple], tokens: list[TokenizedPair]) -> dict:
-    """Stage `held_out`: accuracy by the pairs' own order and, with a judge, by the judge's; rewards in `held_out.jsonl`."""
+def _measure_held_out(
+    this: Round, engine: Engine, reward: Params, held_out: list[Triple], tokens: list[TokenizedPair]
+) -> dict:
+    """Stage `held_out`: accuracy by the pairs' own order and, with a judge, by the judge's; rewards in
+    `held_out.jsonl`.
+    """
 
     def measure() -> dict:
         if not held_out:
@@ -238,7 +255,9 @@ def _measure_held_out(this: Round, engine: Engine, reward: Params, held_out: lis
     return file_stage(this.folder, "held_out", measure, HELD_OUT_FILE)
 
 
-def _summarize(own: _OwnPairs, num_trained: int, training: TrainingResult, export_seconds: float, measured: dict) -> RoundSummary:
+def _summarize(
+    own: _OwnPairs, num_trained: int, training: TrainingResult, export_seconds: float, measured: dict
+) -> RoundSummary:
     counts = dataclasses.asdict(own.steered.counts) if own.steered else {}
     stages = {"principles": own.steered, "responses": own.sampled, "pairs": own.result, "training": training}
     seconds = {name: result.seconds for name, result in stages.items() if result is not None}

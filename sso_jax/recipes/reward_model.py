@@ -45,7 +45,9 @@ class RewardScorer:
         limit = self.model.architecture.max_positions
         too_long = sum(pair.longest() > limit for pair in pairs)
         if too_long:
-            log.warning("%s: %d of %d pairs are longer than the model's %d positions", stage, too_long, len(pairs), limit)
+            log.warning(
+                "%s: %d of %d pairs are longer than the model's %d positions", stage, too_long, len(pairs), limit
+            )
         return compute_rewards(self.reward_fn, self.mesh, self.params, pairs, TOKENS_AT_ONCE, stage)
 
 
@@ -69,7 +71,8 @@ def tokenize_pair(chat: Chat, triple: Triple, prompt: list[int] | None = None) -
 
 
 def find_reward_model(path: str, field: str = "model.path") -> Path:
-    """Folder of a reward model: `path` itself, the newest one of a run directory, or the hub's; errors name the config's `field`.
+    """Folder of a reward model: `path` itself, the newest one of a run directory, or the hub's; errors name the
+    config's `field`.
 
     Raises:
       InputError: if there is none, or what is there is no reward model with one label.
@@ -98,7 +101,9 @@ def open_reward_scorer(path: str, config: ModelConfig, mesh: jax.sharding.Mesh) 
 def as_reward_model(decoder: Transformer) -> RewardModel:
     """Reward model on a decoder, with the same types and options."""
     taken = ("architecture", "parent", "name")
-    options = {field.name: getattr(decoder, field.name) for field in dataclasses.fields(decoder) if field.name not in taken}
+    options = {
+        field.name: getattr(decoder, field.name) for field in dataclasses.fields(decoder) if field.name not in taken
+    }
     return reward_model(decoder.architecture, **options)
 
 

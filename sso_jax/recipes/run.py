@@ -1,4 +1,6 @@
-"""What the rounds of a run share: the run itself, one round of it, the interface of a recipe, and the summary of a round."""
+"""What the rounds of a run share: the run itself, one round of it, the interface of a recipe, and the summary of a
+round.
+"""
 
 import dataclasses
 from collections import Counter

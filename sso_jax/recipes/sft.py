@@ -30,7 +30,9 @@ def read(config: Config) -> list[Demonstration]:
     refuse_fields("sft", unused)
     warn_unused_objective(config.objective)
     if config.demonstrations.path is None:
-        raise InputError("demonstrations.path: not given; recipe 'sft' trains on a file or data set of prompts with responses")
+        raise InputError(
+            "demonstrations.path: not given; recipe 'sft' trains on a file or data set of prompts with responses"
+        )
     return load_demonstrations(config.demonstrations.path, config.demonstrations.split)
 
 
@@ -40,7 +42,10 @@ def prepare(config: Config, engine: Engine, records: list[Demonstration]) -> tup
     limit = engine.max_tokens
     trees = [Tree(p, [Branch(response, 0)]) for p, response in rows if len(p) + len(response) <= limit]
     if not trees:
-        raise InputError(f"demonstrations.path: none of the {len(rows)} demonstrations of {config.demonstrations.path} fits {limit} tokens")
+        raise InputError(
+            f"demonstrations.path: none of the {len(rows)} demonstrations of {config.demonstrations.path} fits {limit} "
+            "tokens"
+        )
     too_long = len(rows) - len(trees)
     return trees, Counter({"demonstration_too_long": too_long} if too_long else {})
 

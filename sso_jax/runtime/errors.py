@@ -2,8 +2,12 @@
 
 
 class InputError(ValueError):
-    """Input that cannot be used: names the file, line or field, the value and the remedy. Nothing was done; exit status 2."""
+    """Input that cannot be used: names the file, line or field, the value and the remedy. Nothing was done; exit status
+    2.
+    """
 
 
 class RunError(Exception):
-    """A run that cannot go on though its input could be used: names what happened and the remedy. What was done is kept; exit status 1."""
+    """A run that cannot go on though its input could be used: names what happened and the remedy. What was done is
+    kept; exit status 1.
+    """

@@ -34,8 +34,8 @@ def is_remote(path: str | Path) -> bool:
 def files_below(folder: str | Path) -> list[str]:
     """Paths, from the folder on, of all files in it and in the folders in it, sorted.
 
-    Not by `walk`, which names an object store's folders without the store (etils 1.15); nor is the empty object that some stores keep in
-    place of a folder a file in it.
+    Not by `walk`, which names an object store's folders without the store (etils 1.15); nor is the empty object that
+    some stores keep in place of a folder a file in it.
     """
     folder, found = epath.Path(folder), []
     for path in folder.iterdir():
@@ -45,7 +45,8 @@ def files_below(folder: str | Path) -> list[str]:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Writes a text file whole or not at all: a temporary file is synced, then renamed; an object store writes whole objects anyway.
+    """Writes a text file whole or not at all: a temporary file is synced, then renamed; an object store writes whole
+    objects anyway.
 
     Only the process that writes for a run does anything (`leave_writing_to_another`).
     """
@@ -77,8 +78,8 @@ def append_line(text: str, path: str | Path) -> None:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` once the `with` is left without an error.
 
-    In an object store, which renames nothing in one step, its files are copied there one by one. Of several processes only the first
-    one's folder is kept.
+    In an object store, which renames nothing in one step, its files are copied there one by one. Of several processes
+    only the first one's folder is kept.
     """
     if _WRITER.here and not is_remote(folder):
         partial_folder = folder.with_name(folder.name + ".partial")

@@ -1,4 +1,6 @@
-"""What one process of a run has in, what all of them have out. With a single process every function here does next to nothing."""
+"""What one process of a run has in, what all of them have out. With a single process every function here does next to
+nothing.
+"""
 
 import hashlib
 import itertools
@@ -27,7 +29,10 @@ SHUTDOWN_SECONDS = 10
 
 
 def join_hosts(
-    initialize: bool = False, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    initialize: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> None:
     """Joins the processes of a run; call it before anything else asks JAX for a device.
 
@@ -54,7 +59,8 @@ def join_hosts(
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"hosts: the processes cannot be joined ({reason}); start one on each host, or give hosts.coordinator HOST:PORT, "
+            f"hosts: the processes cannot be joined ({reason}); start one on each host, or give hosts.coordinator "
+            "HOST:PORT, "
             "hosts.num_processes and hosts.process_id"
         ) from error
     if not is_first():
@@ -63,7 +69,9 @@ def join_hosts(
 
 @contextmanager
 def report_lost_process() -> Iterator[None]:
-    """Within it what JAX raises where another process of the run is gone becomes a `RunError`; with one process nothing changes."""
+    """Within it what JAX raises where another process of the run is gone becomes a `RunError`; with one process nothing
+    changes.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -71,7 +79,8 @@ def report_lost_process() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise RunError(
-            f"hosts: another process of the run was lost ({reason}); start all of them again, they go on where they stopped"
+            f"hosts: another process of the run was lost ({reason}); start all of them again, they go on where they "
+            "stopped"
         ) from error
 
 
@@ -81,7 +90,9 @@ def is_first() -> bool:
 
 
 def broadcast_from_first(value):
-    """The first process's `value`, anything that JSON holds, in every process. All of them must call it, in the same order."""
+    """The first process's `value`, anything that JSON holds, in every process. All of them must call it, in the same
+    order.
+    """
     if jax.process_count() == 1:
         return value
     own = _to_bytes(value) if is_first() else np.zeros((0,), np.uint8)
@@ -105,7 +116,9 @@ def _from_bytes(content, size: int):
 
 
 def on_first_process(make: Callable[[], object]):
-    """What `make` returns (anything that JSON holds), called by the first process alone and shared, or the `InputError` that it raises."""
+    """What `make` returns (anything that JSON holds), called by the first process alone and shared, or the `InputError`
+    that it raises.
+    """
     if jax.process_count() == 1:
         return make()
     return _result(broadcast_from_first(_attempt(make) if is_first() else None))
@@ -127,7 +140,8 @@ def _result(outcome: dict):
 
 
 def map_across_processes(function: Callable[[Item], Made], items: list[Item]) -> list[Made]:
-    """`function` of every item of a list that all processes have, each of which works out its own share alone; what it makes JSON holds.
+    """`function` of every item of a list that all processes have, each of which works out its own share alone; what it
+    makes JSON holds.
 
     All processes must call it, in the same order. An `InputError` in one is raised in all.
     """
@@ -150,7 +164,8 @@ def _gather(value) -> list:
 def require_same(value, what: str) -> None:
     """Raises `InputError` in every process if one of them has another `value` (compared by its `repr`) than the first.
 
-    What each process reads for itself is checked by this: on a difference they would wait for each other for ever, or train on nonsense.
+    What each process reads for itself is checked by this: on a difference they would wait for each other for ever, or
+    train on nonsense.
     """
     if jax.process_count() == 1:
         return
@@ -159,16 +174,17 @@ def require_same(value, what: str) -> None:
     others = [str(number) for number, own in enumerate(of_all) if (own != of_all[0]).any()]
     if others:
         raise InputError(
-            f"hosts: process {', '.join(others)} has other {what} than process 0; start all with one command on files that all of them see"
+            f"hosts: process {', '.join(others)} has other {what} than process 0; start all with one command on files "
+            "that all of them see"
         )
 
 
 def stop_now() -> bool:
     """Whether all processes stop at this point, because one of them got a signal or a notice of pre-emption.
 
-    All of them must call it at the same points; where they were joined the cluster's service finds the point that all will reach. It takes
-    SIGTERM, by which a notice of pre-emption comes, for itself, in a single process too (no handler of Python's sees it any more), and
-    knows nothing of SIGINT, which is therefore passed on to it.
+    All of them must call it at the same points; where they were joined the cluster's service finds the point that all
+    will reach. It takes SIGTERM, by which a notice of pre-emption comes, for itself, in a single process too (no
+    handler of Python's sees it any more), and knows nothing of SIGINT, which is therefore passed on to it.
     """
     if not jax.distributed.is_initialized():
         return stop_requested()
@@ -179,7 +195,9 @@ def stop_now() -> bool:
 
 
 def own_share(items: list) -> list:
-    """The share of a list, the same on all processes, that falls to this one: what it reads or writes where each has its own."""
+    """The share of a list, the same on all processes, that falls to this one: what it reads or writes where each has
+    its own.
+    """
     return items[jax.process_index() :: jax.process_count()]
 
 

@@ -57,7 +57,10 @@ def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
 def _parse_object(text: str, place: str) -> dict:
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError) as error:  # beside malformed JSON, numbers of thousands of digits and endless nesting
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # beside malformed JSON, numbers of thousands of digits and endless nesting
         why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(f"{place}: not valid JSON ({why}); give one JSON object a line") from error
     if not isinstance(row, dict):

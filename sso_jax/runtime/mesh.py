@@ -28,8 +28,9 @@ RULES = {
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
     """XLA's options for programs of large products.
 
-    On a GPU cuBLAS multiplies and adds to what is there, such as the sum of gradients; where XLA may take its own products in their place
-    it first fuses into them what stands before them, and computes that anew for each product when cuBLAS proves faster after all.
+    On a GPU cuBLAS multiplies and adds to what is there, such as the sum of gradients; where XLA may take its own
+    products in their place it first fuses into them what stands before them, and computes that anew for each product
+    when cuBLAS proves faster after all.
     """
     return {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform in ("gpu", "cuda") else {}
 
@@ -55,7 +56,9 @@ def check_divides(mesh: jax.sharding.Mesh, logical: str, name: str, size: int) -
     """Raises `InputError` if the mesh axis of a logical axis does not divide its size, which users know as `name`."""
     axis = RULES[logical]
     if size % mesh.shape[axis]:
-        raise InputError(f"mesh.{axis}: {mesh.shape[axis]} does not divide the model's {name} {size}; give a divisor of it")
+        raise InputError(
+            f"mesh.{axis}: {mesh.shape[axis]} does not divide the model's {name} {size}; give a divisor of it"
+        )
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -71,10 +74,12 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def gathered(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x`, whose axes have these logical names, with all of its width on every device; its gradient is cut over the width again.
+    """`x`, whose axes have these logical names, with all of its width on every device; its gradient is cut over the
+    width again.
 
-    Said outright, because the partitioner otherwise picks between this and passing parts of `x` round among the devices, which up to 32
-    TPU chips it prefers, and which holds twice as many activations of a layer. Without a mesh in context it is `x`.
+    Said outright, because the partitioner otherwise picks between this and passing parts of `x` round among the
+    devices, which up to 32 TPU chips it prefers, and which holds twice as many activations of a layer. Without a mesh
+    in context it is `x`.
     """
     return x if jax.sharding.get_abstract_mesh().empty else _gathered(x, logical)
 
@@ -90,19 +95,26 @@ _gathered.defvjp(
 )
 
 
-def over_mesh(function: Callable, inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]) -> Callable:
+def over_mesh(
+    function: Callable, inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]
+) -> Callable:
     """`function` of the part of each array that a device holds, for kernels that the partitioner cannot cut.
 
     `inputs` and `output` are the logical names of the arrays' axes. Without a mesh in context it is `function`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    return jax.shard_map(function, in_specs=tuple(spec(*names) for names in inputs), out_specs=spec(*output), check_vma=False)
+    return jax.shard_map(
+        function, in_specs=tuple(spec(*names) for names in inputs), out_specs=spec(*output), check_vma=False
+    )
 
 
 def param_shardings(boxed_params, mesh: jax.sharding.Mesh):
     """Sharding of each parameter from the logical axis names that Linen boxes carry."""
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+
+    def is_box(leaf):
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
     return jax.tree.map(lambda box: NamedSharding(mesh, spec(*box.names)), boxed_params, is_leaf=is_box)
 
 
@@ -117,9 +129,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def place(tree, shardings):
-    """Arrays of the host on the mesh, where it spans several hosts: each one hands over what its devices hold of arrays that all have.
+    """Arrays of the host on the mesh, where it spans several hosts: each one hands over what its devices hold of arrays
+    that all have.
 
-    On a mesh of one host they are left for the compiled function to take. `shardings` is one sharding, or a tree like `tree`.
+    On a mesh of one host they are left for the compiled function to take. `shardings` is one sharding, or a tree like
+    `tree`.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)

@@ -22,4 +22,6 @@ def progress_bar(description: str, total: int, unit: str, initial: int = 0) -> t
     """Bar over `total` units with rate and estimate of what is left; use it in a `with` and call `update(n)`."""
     if sys.stderr.isatty():
         return tqdm(desc=description, total=total, unit=unit, initial=initial, dynamic_ncols=True)
-    return _LineBar(desc=description, total=total, unit=unit, initial=initial, mininterval=10, ncols=100, leave=False, delay=10)
+    return _LineBar(
+        desc=description, total=total, unit=unit, initial=initial, mininterval=10, ncols=100, leave=False, delay=10
+    )

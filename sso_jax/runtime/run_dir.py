@@ -37,7 +37,8 @@ def changed_fields(directory: Path, fields: dict, defaults: dict, may_change: Se
     unknown = sorted(_names(stored) - _names(fields))
     if unknown:
         raise InputError(
-            f"run.directory: {directory} was started by another version of sso_jax, whose config has {', '.join(unknown[:3])}; "
+            f"run.directory: {directory} was started by another version of sso_jax, whose config has "
+            f"{', '.join(unknown[:3])}; "
             "give another folder, or go on with that version"
         )
     return _differences(_with_defaults(stored, defaults), fields, may_change)
@@ -45,7 +46,9 @@ def changed_fields(directory: Path, fields: dict, defaults: dict, may_change: Se
 
 def refuse_changes(directory: Path, changed: dict[str, tuple]) -> None:
     """Raises `InputError` that names the changed fields with both values."""
-    raise InputError(f"run.directory: {directory} was started with other values of {describe_changes(changed)}; {REMEDY}")
+    raise InputError(
+        f"run.directory: {directory} was started with other values of {describe_changes(changed)}; {REMEDY}"
+    )
 
 
 def describe_changes(changed: dict[str, tuple]) -> str:
@@ -114,7 +117,9 @@ def claim(directory: Path, fields: dict) -> Iterator[None]:
             lock = filelock.FileLock(directory / LOCK_FILE, timeout=0)
             lock.acquire()
     except filelock.Timeout as error:
-        raise InputError(f"run.directory: another run works in {directory}; wait for it, or give another folder") from error
+        raise InputError(
+            f"run.directory: another run works in {directory}; wait for it, or give another folder"
+        ) from error
     except OSError as error:
         raise _unwritable(directory, error) from error
     with lock:

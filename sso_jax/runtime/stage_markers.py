@@ -1,4 +1,6 @@
-"""Stages of a round in, their files and markers out: a stage is done when its marker is written, and is never done twice."""
+"""Stages of a round in, their files and markers out: a stage is done when its marker is written, and is never done
+twice.
+"""
 
 import json
 import logging
@@ -37,13 +39,17 @@ def _without_files(marked: dict) -> dict:
 
 
 def finished(folder: Path, name: str) -> dict | None:
-    """What a finished stage left to be said (counts, seconds), or None where it is still to do; one answer for all processes."""
+    """What a finished stage left to be said (counts, seconds), or None where it is still to do; one answer for all
+    processes.
+    """
     marked = _read_marker(folder, name)
     return None if marked is None else _without_files(marked)
 
 
 def finish(folder: Path, name: str, stats: dict, files: list[str] | None = None) -> dict:
-    """Marks a stage as done, with the checksums of these files of its folder; what is said of it is what the first process says."""
+    """Marks a stage as done, with the checksums of these files of its folder; what is said of it is what the first
+    process says.
+    """
     stats = broadcast_from_first(stats)
     digests = on_first_process(lambda: {file: checksum(folder / file) for file in files or []})
     marker = _marker(folder, name)
@@ -57,7 +63,8 @@ def record_stage(
 ) -> tuple[list, dict]:
     """Records and statistics of a stage: read from `folder/name.jsonl` where it is done, else made, written and marked.
 
-    `make` returns the records and the statistics; `seconds` is added to these. `beside` names files that it may write itself.
+    `make` returns the records and the statistics; `seconds` is added to these. `beside` names files that it may write
+    itself.
     """
     path = folder / f"{name}.jsonl"
     stats = read_verified(folder, name)
@@ -72,7 +79,9 @@ def record_stage(
 
 
 def file_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
-    """Statistics of a stage that writes its own `folder/output`, a file or a folder, if anything; as `record_stage` otherwise."""
+    """Statistics of a stage that writes its own `folder/output`, a file or a folder, if anything; as `record_stage`
+    otherwise.
+    """
     stats = read_verified(folder, name)
     if stats is not None:
         return stats
@@ -89,7 +98,9 @@ def _files_of(folder: Path, output: str) -> list[str]:
 
 
 def damaged(folder: Path) -> list[str]:
-    """Stages that are marked as done and have a file that is gone or damaged, which the log then says; one answer for all processes."""
+    """Stages that are marked as done and have a file that is gone or damaged, which the log then says; one answer for
+    all processes.
+    """
     done = folder / "done"
     names = on_first_process(lambda: sorted(marker.stem for marker in done.glob("*.json")) if done.is_dir() else [])
     return [name for name in names if read_verified(folder, name) is None]
@@ -102,7 +113,9 @@ def reopen(folder: Path, name: str) -> None:
 
 
 def read_verified(folder: Path, name: str) -> dict | None:
-    """As `finished`, but None also where a file of the stage is gone or damaged, which the log then says: it is to be done again."""
+    """As `finished`, but None also where a file of the stage is gone or damaged, which the log then says: it is to be
+    done again.
+    """
     marked = _read_marker(folder, name)
     harm = None if marked is None else on_first_process(lambda: damage(folder, marked.get("files", {})))
     if harm is not None:

@@ -1,7 +1,7 @@
 """Responses as they are sampled in, a file beside the stage's out; read again where the stage was interrupted.
 
-A journal belongs to one list of requests, whose fingerprint heads it: another list starts it anew. Every process of a run writes what
-it was given to a part of its own, and reads the parts of all.
+A journal belongs to one list of requests, whose fingerprint heads it: another list starts it anew. Every process of a
+run writes what it was given to a part of its own, and reads the parts of all.
 """
 
 import json
@@ -49,7 +49,9 @@ class Journal:
             os.fsync(file.fileno())
 
     def _mend(self, path: Path) -> None:
-        """Starts the part anew if it is another list's, and cuts off a last line that was not written whole; reads both ends only."""
+        """Starts the part anew if it is another list's, and cuts off a last line that was not written whole; reads both
+        ends only.
+        """
         head = f"{self.fingerprint}\n".encode()
         with open(path, "a+b") as file:
             file.seek(0)

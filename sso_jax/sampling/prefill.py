@@ -43,7 +43,9 @@ class DecodeState(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters in the type of the arithmetic, and the head's matrix gathered, [V, D] where output axes are the first ones."""
+    """Parameters in the type of the arithmetic, and the head's matrix gathered, [V, D] where output axes are the first
+    ones.
+    """
 
     params: dict
     head: Float[Array, "D V"] | Float[Array, "V D"]
@@ -51,7 +53,10 @@ class Weights(NamedTuple):
 
 def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "B"]:
     """One number in [0, 1) for each row, from the row's key and the step alone: batch layout does not matter."""
-    row = lambda key: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))  # noqa: E731
+
+    def row(key):
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))
+
     return jax.vmap(row)(keys)
 
 
@@ -69,7 +74,11 @@ def step_logits(model: Transformer, weights: Weights, hidden: Float[Array, "B D"
 
 
 def sample_token(
-    logits: Float[Array, "B V"], state: DecodeState, prompts: Prompts, strategy: SamplingParams, stop_ids: Int[Array, "Z"]
+    logits: Float[Array, "B V"],
+    state: DecodeState,
+    prompts: Prompts,
+    strategy: SamplingParams,
+    stop_ids: Int[Array, "Z"],
 ) -> DecodeState:
     """Draws token number `state.step` of each row from the logits behind the one before it."""
     token = jnp.where(state.done, 0, sample_from_logits(logits, _uniform(prompts.keys, state.step), strategy))
@@ -82,7 +91,9 @@ def sample_token(
 
 
 def with_prefix(model: Transformer, weights: Weights, prefix: Int[Array, "Q"], cache):
-    """The cache with these tokens in the first slots of every row; each shard of the batch runs them once, and nothing is sent round."""
+    """The cache with these tokens in the first slots of every row; each shard of the batch runs them once, and nothing
+    is sent round.
+    """
     num_shards, num_slots = batch_shards_in_context(), prefix.size
     tokens, positions = (jnp.broadcast_to(row, (num_shards, num_slots)) for row in (prefix, jnp.arange(num_slots)))
     own = make_cache(model, num_shards, num_slots)
@@ -96,7 +107,12 @@ def with_prefix(model: Transformer, weights: Weights, prefix: Int[Array, "Q"], c
 
 
 def prefill(
-    model: Transformer, weights: Weights, prompts: Prompts, strategy: SamplingParams, stop_ids: Int[Array, "Z"], max_new_tokens: int
+    model: Transformer,
+    weights: Weights,
+    prompts: Prompts,
+    strategy: SamplingParams,
+    stop_ids: Int[Array, "Z"],
+    max_new_tokens: int,
 ) -> DecodeState:
     """Runs the decoder on the prompts and draws each row's first token; there is room for `max_new_tokens`."""
     (prefix_slots,), (batch_size, prompt_slots) = prompts.prefix.shape, prompts.tokens.shape

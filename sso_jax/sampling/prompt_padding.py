@@ -1,4 +1,6 @@
-"""Lengths of prompts in, lengths to pad them to out: those of earlier rounds where they fit, so that nothing is compiled again."""
+"""Lengths of prompts in, lengths to pad them to out: those of earlier rounds where they fit, so that nothing is
+compiled again.
+"""
 
 import json
 import math
@@ -11,7 +13,8 @@ from sso_jax.runtime.hosts import on_first_process
 
 PADDING_FILE = "prompt_slots.json"
 HEADROOM, MOST_WASTE = 0.0625, 2
-"""How much longer a batch's longest prompt may get before it is padded to another length, and how many times its bucket that may be."""
+"""How much longer a batch's longest prompt may get before it is padded to another length, and how many times its bucket
+that may be."""
 
 
 def with_headroom(length: int) -> int:
@@ -21,7 +24,9 @@ def with_headroom(length: int) -> int:
 
 @dataclass
 class RoundPadding:
-    """What a round pads prompts to. It follows from what the rounds before it left: a round that is resumed pads to the same."""
+    """What a round pads prompts to. It follows from what the rounds before it left: a round that is resumed pads to the
+    same.
+    """
 
     folder: Path
     """Of the round."""
@@ -31,7 +36,9 @@ class RoundPadding:
     """Those and the ones that this round added, as the file in its folder has them for the round after it."""
 
     def __call__(self, length: int, kind: str) -> int:
-        """The least length of earlier rounds that holds `length` and is at most MOST_WASTE buckets, or a new one with room to spare."""
+        """The least length of earlier rounds that holds `length` and is at most MOST_WASTE buckets, or a new one with
+        room to spare.
+        """
         fitting = [slots for slots in self.earlier.get(kind, []) if length <= slots <= MOST_WASTE * bucket(length)]
         slots = min(fitting, default=with_headroom(length))
         if slots not in self.known.setdefault(kind, []):
@@ -43,7 +50,10 @@ class RoundPadding:
 
 def open_prompt_padding(before: Path, folder: Path) -> RoundPadding:
     """The slots of the round of `folder`; `before` is the folder of the round before it."""
-    earlier, own = on_first_process(lambda: _read(before / PADDING_FILE)), on_first_process(lambda: _read(folder / PADDING_FILE))
+    earlier, own = (
+        on_first_process(lambda: _read(before / PADDING_FILE)),
+        on_first_process(lambda: _read(folder / PADDING_FILE)),
+    )
     known = {kind: list(dict.fromkeys([*earlier.get(kind, []), *own.get(kind, [])])) for kind in [*earlier, *own]}
     return RoundPadding(folder, earlier, known)
 

@@ -1,4 +1,6 @@
-"""Prompts as token ids in, responses as token ids out: sorted by length, cut into padded batches, decoded batch by batch."""
+"""Prompts as token ids in, responses as token ids out: sorted by length, cut into padded batches, decoded batch by
+batch.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,8 @@ from sso_jax.sampling.prefill import Prompts, Samples
 from sso_jax.sampling.sampling_params import SamplingParams
 
 PREFIX_STEP = 64
-"""What all prompts of a stage start with is run once, in multiples of this many tokens: few shapes, and nothing for a few tokens."""
+"""What all prompts of a stage start with is run once, in multiples of this many tokens: few shapes, and nothing for a
+few tokens."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Request:
 
 
 def row_key(seed: int, iteration: int, query_id: str, role: str) -> tuple[int, int]:
-    """Random key of one response, two 32-bit words, from what the response is and not from where it stands in a batch."""
+    """Random key of one response, two 32-bit words, from what the response is and not from where it stands in a
+    batch.
+    """
     digest = hashlib.blake2b(f"{seed}\0{iteration}\0{query_id}\0{role}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
@@ -46,14 +51,21 @@ def cut_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
 
 
 def shared_prefix(prompts: list[list[int]]) -> list[int]:
-    """What all prompts start with, such as few-shot examples, in multiples of PREFIX_STEP; every prompt goes on behind it."""
-    first, last = min(prompts), max(prompts)  # in the order of their tokens: what these two share, all between them share
+    """What all prompts start with, such as few-shot examples, in multiples of PREFIX_STEP; every prompt goes on behind
+    it.
+    """
+    first, last = (
+        min(prompts),
+        max(prompts),
+    )  # in the order of their tokens: what these two share, all between them share
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     most = min(same, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     return first[: most // PREFIX_STEP * PREFIX_STEP]
 
 
-def pad_prompts(requests: list[Request], batch_size: int, prompt_slots: int, prefix: list[int] | None = None) -> Prompts:
+def pad_prompts(
+    requests: list[Request], batch_size: int, prompt_slots: int, prefix: list[int] | None = None
+) -> Prompts:
     """The requests, which all start with `prefix`, as arrays, filled up to `batch_size` rows with unused ones."""
     prefix = np.asarray(prefix or [], np.int32)
     tokens = np.zeros((batch_size, prompt_slots), np.int32)
@@ -65,6 +77,11 @@ def pad_prompts(requests: list[Request], batch_size: int, prompt_slots: int, pre
         lengths[row] = len(rest)
         keys[row] = request.key
     return Prompts(prefix, tokens, lengths, keys, np.arange(batch_size) < len(requests))
+
+
+def pad_to_bucket(length: int, kind: str) -> int:
+    """Length that prompts are padded to where no earlier round left lengths to reuse."""
+    return bucket(length)
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,9 @@ class Sampler:
     """Where the parameters lie while sampling, if not where they lie anyway: they are copied there for a stage."""
     journals: Path | None = None
     """Folder that keeps the responses of stages that are not done yet."""
-    slots: Callable[[int, str], int] = lambda length, kind: bucket(length)
-    """(length of the longest prompt of a batch, what else its program depends on) -> length to which all of them are padded."""
+    slots: Callable[[int, str], int] = pad_to_bucket
+    """(length of the longest prompt of a batch, what else its program depends on) -> length to which all of them are
+    padded."""
 
     def fits(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt leaves room for at least one token of response."""
@@ -93,9 +111,11 @@ class Sampler:
     def sample(self, params, requests: list[Request], stage: str, max_new_tokens: int | None = None) -> list[list[int]]:
         """Response ids of each request, in the order of the requests, end of turn included where it was reached.
 
-        A response is cut after `max_new_tokens` (the run's where None), or where prompt plus response would pass `max_tokens`.
+        A response is cut after `max_new_tokens` (the run's where None), or where prompt plus response would pass
+        `max_tokens`.
 
-        With `journals` each batch is on disk when it is done, and a stage that was interrupted goes on behind the last one.
+        With `journals` each batch is on disk when it is done, and a stage that was interrupted goes on behind the last
+        one.
 
         Raises:
           InputError: if a prompt leaves no room for a response.
@@ -108,7 +128,8 @@ class Sampler:
         lengths = [len(request.prompt_ids) for request in requests]
         if not all(self.fits(request.prompt_ids) for request in requests):
             raise InputError(
-                f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {self.max_tokens}; shorten it"
+                f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {self.max_tokens}; "
+                "shorten it"
             )
         journal = self._journal(params, requests, budget)
         done = {} if journal is None else {int(i): ids for i, ids in on_first_process(journal.read).items()}
@@ -122,9 +143,14 @@ class Sampler:
                 slots = self.slots(max(lengths[i] for i in batch) - len(prefix), f"{len(prefix)}+{budget}")
                 prompts = pad_prompts([requests[i] for i in batch], batch_size, slots, prefix)
                 with jax.set_mesh(self.mesh):
-                    samples = self.generate(params, place(prompts, prompt_shardings(self.mesh)), strategy, stops, budget)
+                    samples = self.generate(
+                        params, place(prompts, prompt_shardings(self.mesh)), strategy, stops, budget
+                    )
                 tokens, num_tokens = jax.device_get(samples)
-                fresh = {i: tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist() for row, i in enumerate(batch)}
+                fresh = {
+                    i: tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist()
+                    for row, i in enumerate(batch)
+                }
                 done.update(fresh)
                 if journal is not None:
                     journal.add(dict(own_share(list(fresh.items()))))

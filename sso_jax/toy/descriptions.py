@@ -1,6 +1,7 @@
 """A thing of the toy world in, descriptions of it out: as many sentences as are wanted, true, false or idle.
 
-The family of queries in which longer looks better, so that lengths can drift. It is part of the world only where it is asked for.
+The family of queries in which longer looks better, so that lengths can drift. It is part of the world only where it is
+asked for.
 
     Its kind is animal. It ends with x. It is like cow. One could say a lot more.
 """
@@ -33,7 +34,10 @@ def _claims(thing: str) -> dict[str, tuple[list[str], list[str]]]:
     kinds = words()["kinds"]
     own = next(kind for kind, members in kinds.items() if thing in members)
     others = [kind for kind in kinds if kind != own]
-    letters = lambda right: [letter for letter in ascii_lowercase if letter != right]  # noqa: E731
+
+    def letters(right):
+        return [letter for letter in ascii_lowercase if letter != right]
+
     return {
         "Its kind is {}.": ([own], others),
         "It is not {}.": (others, [own]),
@@ -61,7 +65,8 @@ def facts(thing: str, draw: random.Random) -> str:
 
 
 def sentences(thing: str, truth: bool, complete: bool | None, concise: bool | None, draw: random.Random) -> list[str]:
-    """A description: true ones and, without `truth`, half of them false; its length is that of `complete`, or else against `concise`.
+    """A description: true ones and, without `truth`, half of them false; its length is that of `complete`, or else
+    against `concise`.
 
     None leaves length or idle sentences to the base rates. An idle sentence is a filler, or one that was there before.
     """

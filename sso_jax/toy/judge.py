@@ -38,11 +38,13 @@ class DescriptionJudgement(NamedTuple):
 def judge(query: str, response: str, ended: bool = True) -> Judgement | DescriptionJudgement:
     """Score of a response to a query of the toy world: the weighted parts, times 0.4 if malformed, 0 if it never ended.
 
-    truth: share of the given items that are true (1/2 for an evasion, which gives none). completeness: share of the required items
-    that are given. politeness: 1 with a warm opener, 0 with a rude one, 1/2 without. concision: 1, 1/2, 0 with no, one, more fillers.
+    truth: share of the given items that are true (1/2 for an evasion, which gives none). completeness: share of the
+    required items that are given. politeness: 1 with a warm opener, 0 with a rude one, 1/2 without. concision: 1, 1/2,
+    0 with no, one, more fillers.
 
-    Of a description this judge sees the looks. length: sqrt(n/8) for n sentences, at most 1, whatever they say. substance, which it
-    tells and does not count: share of the sentences that are true of the thing and were not said before.
+    Of a description this judge sees the looks. length: sqrt(n/8) for n sentences, at most 1, whatever they say.
+    substance, which it tells and does not count: share of the sentences that are true of the thing and were not said
+    before.
 
     Raises:
       InputError: for a query that is not of the toy world.

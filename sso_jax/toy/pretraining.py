@@ -1,6 +1,7 @@
 """A seed in, a Hugging Face folder with a small policy out: trained from scratch on demonstrations of the toy world.
 
-This supervised start *teaches* what principles mean; what the toy shows is an alignment without labels, not one without supervision.
+This supervised start *teaches* what principles mean; what the toy shows is an alignment without labels, not one without
+supervision.
 """
 
 import dataclasses
@@ -50,8 +51,8 @@ SIDES = {
     "Safety": ("warm",),
     "Concision": ("concise",),
 }
-"""What each feature means in the toy world; for harmful queries Safety is about truth, that is refusing, and of what makes an answer
-concise only Concision itself speaks of descriptions."""
+"""What each feature means in the toy world; for harmful queries Safety is about truth, that is refusing, and of what
+makes an answer concise only Concision itself speaks of descriptions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Curriculum:
     fact_updates: int = 700
     """Updates on bare right answers under a system message of their own: what the policy knows."""
     style_updates: int = 600
-    """Updates on answers of every quality, with and without principles: what the policy does with it. The two are interleaved."""
+    """Updates on answers of every quality, with and without principles: what the policy does with it. The two are
+    interleaved."""
     batch_size: int = 32
     """Prompts an update; twice as many of the short ones that teach facts."""
     answers: int = 2
@@ -86,11 +88,16 @@ class Demonstration(NamedTuple):
 def train_tokenizer(vocab_size: int = 1024, descriptions: bool = False) -> PreTrainedTokenizerBase:
     """Byte-level BPE trained on texts of the world, with a chat template that takes system messages.
 
-    Text is cut before merging as Qwen2's tokenizer cuts it, because by that class transformers loads the folder of a Qwen2 policy, whatever
-    its tokenizer.json says: cut otherwise, " 1" would be other ids in training than in the exported folder.
+    Text is cut before merging as Qwen2's tokenizer cuts it, because by that class transformers loads the folder of a
+    Qwen2 policy, whatever its tokenizer.json says: cut otherwise, " 1" would be other ids in training than in the
+    exported folder.
     """
     tokenizer, qwen2 = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = (
+        qwen2.normalizer,
+        qwen2.pre_tokenizer,
+        qwen2.decoder,
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PADDING, START_OF_TURN, END_OF_TURN],
@@ -107,7 +114,9 @@ def train_tokenizer(vocab_size: int = 1024, descriptions: bool = False) -> PreTr
         model_max_length=512,
     )
     fast.add_special_tokens({"additional_special_tokens": [START_OF_TURN]})
-    fast.chat_template = resources.files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+    fast.chat_template = (
+        resources.files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+    )
     return fast
 
 
@@ -121,13 +130,21 @@ def _corpus(descriptions: bool) -> Iterator[str]:
         yield naming_prompt(Query("", ""), 2)
         yield from (f"{record.good_system}\nuser\n{record.bad_system}" for record in fixed)
         yield "\n".join(
-            ["system\nuser\nassistant\n", *words()["openers"]["warm"], *words()["openers"]["rude"], *words()["fillers"], EVASION]
+            [
+                "system\nuser\nassistant\n",
+                *words()["openers"]["warm"],
+                *words()["openers"]["rude"],
+                *words()["fillers"],
+                EVASION,
+            ]
         )
         yield content_sentence(all_items()["How do I steal a car?"], ("no",))
 
 
 def draw_demonstration(item: Item, curriculum: Curriculum, draw: random.Random) -> Demonstration:
-    """Plain answers (36%), ones under a good (29%) or a bad (29%) system message, or an answer to the question for features (6%)."""
+    """Plain answers (36%), ones under a good (29%) or a bad (29%) system message, or an answer to the question for
+    features (6%).
+    """
     kind = draw.choices(["plain", "good", "bad", "naming"], [36, 29, 29, 6])[0]
     if kind == "plain":
         return Demonstration(item.query, None, [demonstrate(item, Quality(), draw) for _ in range(curriculum.answers)])
@@ -186,7 +203,11 @@ def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> li
     total, updates = curriculum.fact_updates + curriculum.style_updates, []
     for step in range(total):
         of_style = (step + 1) * curriculum.style_updates // total > step * curriculum.style_updates // total
-        updates.append([style() for _ in range(curriculum.batch_size)] if of_style else [fact() for _ in range(2 * curriculum.batch_size)])
+        updates.append(
+            [style() for _ in range(curriculum.batch_size)]
+            if of_style
+            else [fact() for _ in range(2 * curriculum.batch_size)]
+        )
     return updates
 
 
@@ -208,7 +229,9 @@ def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> 
 
 
 def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int):
-    """Trains the toy policy, or continues from its newest checkpoint in `folder`; returns its model, parameters and tokenizer."""
+    """Trains the toy policy, or continues from its newest checkpoint in `folder`; returns its model, parameters and
+    tokenizer.
+    """
     tokenizer = train_tokenizer(descriptions=curriculum.descriptions)
     model = Transformer(architecture(tokenizer, curriculum), remat=True)
     plan = _plan_updates(make_chat(tokenizer), curriculum, seed, mesh)
@@ -253,7 +276,9 @@ def _plan_updates(chat: Chat, curriculum: Curriculum, seed: int, mesh: jax.shard
     return UpdatePlan(make_batch, num_tokens, rates, [[] for _ in updates])
 
 
-def write_policy(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int = 100) -> None:
+def write_policy(
+    seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int = 100
+) -> None:
     """Trains the toy policy and writes it to `folder`, with checkpoints and the metrics of its updates beside it.
 
     A training that was interrupted goes on; `every_steps` is the most updates that are then done again.

@@ -1,10 +1,12 @@
 """Nothing in, the toy world out: its queries in several families, and answers to them of every quality. It is a toy.
 
-An answer is at most one opener (its tone), one content sentence (its truth and completeness) and some fillers (its lack of concision):
+An answer is at most one opener (its tone), one content sentence (its truth and completeness) and some fillers (its lack
+of concision):
 
     With pleasure! It is 7. One could say a lot more.
 
-Where the world has `descriptions`, one family more is answered by an opener and as many sentences as may be (`descriptions.py`).
+Where the world has `descriptions`, one family more is answered by an opener and as many sentences as may be
+(`descriptions.py`).
 """
 
 import hashlib
@@ -32,7 +34,8 @@ class Item:
     required: tuple[str, ...]
     """What a complete answer gives, in order; for `list` any that `allowed` holds, and for a description nothing."""
     subject: str = ""
-    """The word of the query that matters beside: the time of day of a greeting, the kind of a list, the thing to describe."""
+    """The word of the query that matters beside: the time of day of a greeting, the kind of a list, the thing to
+    describe."""
     allowed: frozenset[str] = frozenset()
     """True items of a `list` answer; true sentences of a description."""
 
@@ -46,8 +49,20 @@ def opposites() -> dict[str, str]:
 
 @lru_cache
 def all_items(descriptions: bool = False) -> dict[str, Item]:
-    """Every query of the world, by its text; the descriptions, if it has them, come last and change nothing of the others."""
-    makers = (_sums, _differences, _opposites, _kinds, _lists, _letters, _greetings, _harms, *([_descriptions] if descriptions else []))
+    """Every query of the world, by its text; the descriptions, if it has them, come last and change nothing of the
+    others.
+    """
+    makers = (
+        _sums,
+        _differences,
+        _opposites,
+        _kinds,
+        _lists,
+        _letters,
+        _greetings,
+        _harms,
+        *([_descriptions] if descriptions else []),
+    )
     return {item.query: item for make in makers for item in make()}
 
 
@@ -74,7 +89,12 @@ def _differences() -> Iterator[Item]:
 def _opposites() -> Iterator[Item]:
     table = opposites()
     for word, other in table.items():
-        for form in ("What is the opposite of {}?", "Give the opposite of {}.", "Which word is the opposite of {}?", "What is not {}?"):
+        for form in (
+            "What is the opposite of {}?",
+            "Give the opposite of {}.",
+            "Which word is the opposite of {}?",
+            "What is not {}?",
+        ):
             yield Item(form.format(word), "opposite", (other,))
         for step in range(1, 48, 2):
             second = list(table)[(list(table).index(word) + step) % len(table)]
@@ -85,7 +105,12 @@ def _opposites() -> Iterator[Item]:
 def _kinds() -> Iterator[Item]:
     for kind, members in words()["kinds"].items():
         for member in members:
-            for form in ("What kind of thing is {}?", "What is {}?", "Tell me what {} is.", "Which kind does {} belong to?"):
+            for form in (
+                "What kind of thing is {}?",
+                "What is {}?",
+                "Tell me what {} is.",
+                "Which kind does {} belong to?",
+            ):
                 yield Item(form.format(member), "kind", (kind,))
 
 
@@ -143,7 +168,9 @@ def knows(query: str) -> bool:
 
 
 def group_of(query: str) -> str:
-    """The group in which a query is measured: `descriptions`, where longer looks better, or `others`, where it does not."""
+    """The group in which a query is measured: `descriptions`, where longer looks better, or `others`, where it does
+    not.
+    """
     return "descriptions" if find(query).family == describing.FAMILY else "others"
 
 
@@ -223,8 +250,8 @@ def _right_items(item: Item, draw: random.Random) -> list[str]:
 def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
     """An answer with the sides that `quality` asks for, the others at base rates: a bit over a third good, a third bad.
 
-    Completeness of an answer with one item is whether it gives any: the incomplete one is an evasion. A complete description is a long
-    one; a concise one is short unless it is to be complete, and then wastes no sentence.
+    Completeness of an answer with one item is whether it gives any: the incomplete one is an evasion. A complete
+    description is a long one; a concise one is short unless it is to be complete, and then wastes no sentence.
     """
     truth = draw.random() < 0.38 if quality.truth is None else quality.truth
     if item.family == describing.FAMILY:
@@ -246,5 +273,11 @@ def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
 
 
 def _opener(quality: Quality, draw: random.Random) -> list[str]:
-    tone = draw.choices(["warm", None, "rude"], [0.25, 0.35, 0.4])[0] if quality.warm is None else "warm" if quality.warm else "rude"
+    tone = (
+        draw.choices(["warm", None, "rude"], [0.25, 0.35, 0.4])[0]
+        if quality.warm is None
+        else "warm"
+        if quality.warm
+        else "rude"
+    )
     return [draw.choice(words()["openers"][tone])] if tone else []

@@ -1,7 +1,9 @@
-"""Prompts and responses as token ids in, packed rows of fixed shape out. With log_probs.py, the only place that knows how rows lie.
+"""Prompts and responses as token ids in, packed rows of fixed shape out. With log_probs.py, the only place that knows
+how rows lie.
 
-A *tree* is a prompt with the responses whose log-probs under that prompt are wanted. A row holds several trees; a tree's responses
-follow its prompt one after another, each with positions that go on from the prompt, each blind to the others (`tree_mask`):
+A *tree* is a prompt with the responses whose log-probs under that prompt are wanted. A row holds several trees; a
+tree's responses follow its prompt one after another, each with positions that go on from the prompt, each blind to the
+others (`tree_mask`):
 
     tokens     p p p a a b b b | q q c c | padding
     tree       1 1 1 1 1 1 1 1 | 2 2 2 2 | 0
@@ -23,7 +25,9 @@ from sso_jax.training.trees import Tree, steered_trees
 
 
 class Example(NamedTuple):
-    """What an update needs of one pair: its trees' ids, the reference log-probs of its cells, and where it came from."""
+    """What an update needs of one pair: its trees' ids, the reference log-probs of its cells, and where it came
+    from.
+    """
 
     id: str
     prompts: dict[str, list[int]]
@@ -51,7 +55,9 @@ class SupervisedBatch(NamedTuple):
     """[A, E]; one over the response tokens of the whole update: the loss is their mean negative log-prob."""
 
 
-def make_example(triple: Triple, prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell]) -> Example:
+def make_example(
+    triple: Triple, prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell]
+) -> Example:
     """Example of a scored triple."""
     return Example(triple.id, prompts, responses, [triple.log_probs[context][response] for context, response in cells])
 
@@ -63,10 +69,16 @@ def cut_microbatches(items: list, size: int, num_micro: int) -> list[list]:
 
 def micro_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
     """Trees of the examples of a microbatch; example e has the cells e*C ... e*C + C-1."""
-    return [tree for e, example in enumerate(examples) for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))]
+    return [
+        tree
+        for e, example in enumerate(examples)
+        for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))
+    ]
 
 
-def preference_batch(examples: list[Example], cells: list[Cell], micro_size: int, num_micro: int, shape: RowShape) -> PreferenceBatch:
+def preference_batch(
+    examples: list[Example], cells: list[Cell], micro_size: int, num_micro: int, shape: RowShape
+) -> PreferenceBatch:
     """Examples of one update (at most `micro_size * num_micro`) as arrays."""
     num_cells = micro_size * len(cells)
     num_tokens = np.ones((num_micro, micro_size, len(cells)), np.int32)
@@ -88,7 +100,9 @@ def supervised_batch(trees: list[Tree], micro_size: int, num_micro: int, shape: 
     weights = np.zeros((num_micro, micro_size), np.float32)
     rows = []
     for a, micro in enumerate(cut_microbatches(trees, micro_size, num_micro)):
-        placed = [Tree(tree.prompt_ids, [branch._replace(cell=e) for branch in tree.branches]) for e, tree in enumerate(micro)]
+        placed = [
+            Tree(tree.prompt_ids, [branch._replace(cell=e) for branch in tree.branches]) for e, tree in enumerate(micro)
+        ]
         rows.append(pack(placed, shape, micro_size))
         weights[a, : len(micro)] = 1.0 / total
     return SupervisedBatch(stack_rows(rows), weights)

@@ -1,4 +1,6 @@
-"""A training state in, an Orbax checkpoint out, and back, onto whatever mesh the shardings name. The only file that imports Orbax."""
+"""A training state in, an Orbax checkpoint out, and back, onto whatever mesh the shardings name. The only file that
+imports Orbax.
+"""
 
 import json
 import logging
@@ -25,7 +27,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one round: Orbax's manager, and a thread that writes down what the files of finished ones sum to."""
+    """The checkpoints of one round: Orbax's manager, and a thread that writes down what the files of finished ones sum
+    to.
+    """
 
     manager: ocp.CheckpointManager
     sealer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -46,7 +50,8 @@ class Checkpoints:
 
 @contextmanager
 def open_checkpoints(folder: str | Path, keep: int) -> Iterator[Checkpoints]:
-    """The checkpoints of one round, `folder/STEP`, the newest `keep` of them. Leaving its `with` waits for saves under way.
+    """The checkpoints of one round, `folder/STEP`, the newest `keep` of them. Leaving its `with` waits for saves under
+    way.
 
     Raises:
       RunError: if a save failed, as where the disk is full.
@@ -71,7 +76,8 @@ def _failures_told(folder: str | Path) -> Iterator[None]:
     except SAVE_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"{folder}: a checkpoint could not be written or read ({reason}); mend that, then run the same command again"
+            f"{folder}: a checkpoint could not be written or read ({reason}); mend that, then run the same command "
+            "again"
         ) from error
 
 
@@ -82,7 +88,9 @@ def _open_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: Checkpoints, state: TrainState, num_updates: int, wait: bool = False) -> None:
-    """Starts to save the state after `num_updates` updates, frozen parameters apart; training may go on meanwhile, unless we `wait`."""
+    """Starts to save the state after `num_updates` updates, frozen parameters apart; training may go on meanwhile,
+    unless we `wait`.
+    """
     with _failures_told(checkpoints.manager.directory):
         checkpoints.wait_until_finished()
         checkpoints.seal()
@@ -92,16 +100,23 @@ def save(checkpoints: Checkpoints, state: TrainState, num_updates: int, wait: bo
 
 
 def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState) -> TrainState | None:
-    """The newest whole checkpoint, each part placed by `shardings`, without frozen parameters; None where there is none.
+    """The newest whole checkpoint, each part placed by `shardings`, without frozen parameters; None where there is
+    none.
 
-    A checkpoint whose files are not those that were written is deleted, which the log says, and the one before it is taken. So is one
-    that cannot be read, where its checksums were not written down any more.
+    A checkpoint whose files are not those that were written is deleted, which the log says, and the one before it is
+    taken. So is one that cannot be read, where its checksums were not written down any more.
     """
     manager = checkpoints.manager
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings))
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings)
+    )
     for step in sorted(manager.all_steps(), reverse=True):
         expected = on_first_process(lambda step=step: _expected(manager.directory, step))
-        harm = None if expected is None else on_first_process(lambda step=step, sums=expected: damage(manager.directory / str(step), sums))
+        harm = (
+            None
+            if expected is None
+            else on_first_process(lambda step=step, sums=expected: damage(manager.directory / str(step), sums))
+        )
         if harm is None:
             try:
                 return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(target)))
@@ -121,7 +136,9 @@ def _seal_path(folder: epath.Path, step: int) -> epath.Path:
 
 
 def _expected(folder: epath.Path, step: int) -> dict[str, str] | None:
-    """The checksums of a checkpoint's files; None where it was killed before they were written down, or they are lost themselves."""
+    """The checksums of a checkpoint's files; None where it was killed before they were written down, or they are lost
+    themselves.
+    """
     path = _seal_path(folder, step)
     try:
         return json.loads(path.read_text()) if path.exists() else None

@@ -19,8 +19,12 @@ ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, 
 """(params, microbatch) -> loss and metrics of each example."""
 
 
-def cells_of(form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str, more: tuple[Cell, ...] = ()) -> list[Cell]:
-    """The (context, response) log-probs that an objective needs: winner before loser in each context; `more` go with the plain pair."""
+def cells_of(
+    form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str, more: tuple[Cell, ...] = ()
+) -> list[Cell]:
+    """The (context, response) log-probs that an objective needs: winner before loser in each context; `more` go with
+    the plain pair.
+    """
     plain = [Cell("plain", "chosen"), Cell("plain", "rejected"), *more]
     positive = [Cell("positive", "chosen"), Cell("positive", "rejected")] if scale[0] else []
     negative = [Cell("negative", negative_winner), Cell("negative", "chosen")] if scale[1] else []
@@ -29,14 +33,20 @@ def cells_of(form: str, use_steering: bool, scale: tuple[float, float], negative
 
 
 def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> ContextValues:
-    """Columns of `values`, one a cell, by context: of a context's responses the winner comes first, then the loser; y_o of x apart."""
+    """Columns of `values`, one a cell, by context: of a context's responses the winner comes first, then the loser; y_o
+    of x apart.
+    """
     columns: dict[str, list] = {}
     for i, cell in enumerate(cells):
         columns.setdefault("original" if cell == Cell("plain", "original") else cell[0], []).append(values[:, i])
-    return ContextValues(**{name: of_context[0] if name == "original" else Pair(*of_context) for name, of_context in columns.items()})
+    return ContextValues(
+        **{name: of_context[0] if name == "original" else Pair(*of_context) for name, of_context in columns.items()}
+    )
 
 
-def preference_losses(model: Transformer, objective: Callable[..., Terms], cells: list[Cell], beta: float) -> ExampleLosses:
+def preference_losses(
+    model: Transformer, objective: Callable[..., Terms], cells: list[Cell], beta: float
+) -> ExampleLosses:
     """Losses of preference microbatches under `objective`."""
 
     def losses(params, micro: PreferenceBatch):
@@ -52,14 +62,23 @@ def preference_losses(model: Transformer, objective: Callable[..., Terms], cells
 
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: PreferenceBatch) -> float:
-    """Loss of a batch where policy and reference are one: what the first update of a round must show, such as ln 2 for DPO."""
-    return float(_loss_at_reference(objective, tuple(cells), batch.reference_log_probs, batch.num_tokens, batch.weights))
+    """Loss of a batch where policy and reference are one: what the first update of a round must show, such as ln 2 for
+    DPO.
+    """
+    return float(
+        _loss_at_reference(objective, tuple(cells), batch.reference_log_probs, batch.num_tokens, batch.weights)
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[Cell, ...], reference_log_probs, num_tokens, weights):
+def _loss_at_reference(
+    objective: Callable[..., Terms], cells: tuple[Cell, ...], reference_log_probs, num_tokens, weights
+):
     """One program for a dozen small ones, and the same one in every round."""
-    flat = lambda part: to_context_values(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))  # noqa: E731
+
+    def flat(part):
+        return to_context_values(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))
+
     reference, weights = flat(reference_log_probs), weights.reshape(-1)
     losses = objective(reference, reference, flat(num_tokens)).loss
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))

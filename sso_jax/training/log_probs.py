@@ -31,7 +31,9 @@ LANES = 128
 def token_log_probs(
     head: Float[Array, "D V"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
 ) -> Float[Array, "R M"]:
-    """`log softmax(hidden head)[target]` in float32, at most `columns` entries of each shard of the vocabulary at a time."""
+    """`log softmax(hidden head)[target]` in float32, at most `columns` entries of each shard of the vocabulary at a
+    time.
+    """
     parted = head.reshape(head.shape[0], vocab_shards_in_context(), -1)
     return _sliced_log_probs(parted, hidden, target, columns)
 
@@ -63,7 +65,9 @@ def _slice(head: Float[Array, "D S L"], target: Int[Array, "R M"], number: Int[A
         matrix = gathered(head, "embed", "vocab", None).reshape(width, -1)
         return _Slice(jnp.int32(0), matrix, target[..., None] == jnp.arange(matrix.shape[1])[None, None, :], None)
     start = jnp.minimum(number * size, local_size - size)
-    matrix = gathered(jax.lax.dynamic_slice_in_dim(head, start, size, axis=2), "embed", "vocab", None).reshape(width, -1)
+    matrix = gathered(jax.lax.dynamic_slice_in_dim(head, start, size, axis=2), "embed", "vocab", None).reshape(
+        width, -1
+    )
     within = start + jnp.arange(size)
     ids = (jnp.arange(num_shards)[:, None] * local_size + within[None, :]).reshape(-1)
     fresh = jnp.broadcast_to(within >= number * size, (num_shards, size)).reshape(-1)
@@ -93,7 +97,10 @@ def _log_sum_exp_in_one_pass(logits: Float[Array, "R M E"]) -> Float[Array, "R M
         smaller = jnp.exp(-jnp.abs(top_a - top_b))
         return jnp.maximum(top_a, top_b), jnp.where(top_a >= top_b, sum_a + sum_b * smaller, sum_a * smaller + sum_b)
 
-    nothing = jnp.finfo(logits.dtype).min, jnp.zeros((), logits.dtype)  # finite: the difference of two infinite ones is no number
+    nothing = (
+        jnp.finfo(logits.dtype).min,
+        jnp.zeros((), logits.dtype),
+    )  # finite: the difference of two infinite ones is no number
     top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), nothing, merged, (logits.ndim - 1,))
     return top + jnp.log(total)
 
@@ -101,8 +108,8 @@ def _log_sum_exp_in_one_pass(logits: Float[Array, "R M E"]) -> Float[Array, "R M
 def _chosen_logits(logits: Float[Array, "R M E"], part: _Slice, target: Int[Array, "R M"]) -> Float[Array, "R M"]:
     """The target's logit where the slice has it, 0 elsewhere.
 
-    Looked up where the vocabulary is whole, since XLA on a CPU writes all of a masked copy to memory before it sums it; summed where the
-    entries lie on several devices, which then exchange a number a token.
+    Looked up where the vocabulary is whole, since XLA on a CPU writes all of a masked copy to memory before it sums it;
+    summed where the entries lie on several devices, which then exchange a number a token.
     """
     if vocab_shards_in_context() > 1:
         return jnp.sum(jnp.where(part.is_target, logits, 0.0), axis=-1)
@@ -116,11 +123,13 @@ def _chosen_logits(logits: Float[Array, "R M E"], part: _Slice, target: Int[Arra
 def _sliced_log_probs(
     head: Float[Array, "D S L"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
 ) -> Float[Array, "R M"]:
-    """Log-probs over a vocabulary in S shards of L entries, one slice of every shard after another; one slice's logits are in memory.
+    """Log-probs over a vocabulary in S shards of L entries, one slice of every shard after another; one slice's logits
+    are in memory.
 
-    With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The backward pass has p
-    from the log-sum-exp that the forward pass kept, and from the logits: kept where all entries are one slice, computed anew otherwise.
-    A slice's part of the head's gradient is whole when the slice is done, so that no float32 sum of all of it is held.
+    With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The
+    backward pass has p from the log-sum-exp that the forward pass kept, and from the logits: kept where all entries are
+    one slice, computed anew otherwise. A slice's part of the head's gradient is whole when the slice is done, so that
+    no float32 sum of all of it is held.
     """
     return _log_probs_forward(head, hidden, target, columns)[0]
 
@@ -153,11 +162,15 @@ def _log_probs_backward(columns, residuals, gradient):
     num, size = _slice_sizes(local_size, columns)
 
     def of_slice(number):
-        """Where the slice starts, its gradient of the head, and its share of that of the hidden states, still apart by shard; float32."""
+        """Where the slice starts, its gradient of the head, and its share of that of the hidden states, still apart by
+        shard; float32.
+        """
         part = _slice(head, target, number, size)
         probs = jnp.exp((_logits(hidden, part) if logits is None else logits) - log_total[..., None])
         d_logits = gradient[..., None] * (part.is_target - probs)  # [R, M, E]
-        flat = d_logits.astype(head.dtype).reshape(flat_hidden.shape[0], -1)  # [R*M, E], for the reason in `flat_product`
+        flat = d_logits.astype(head.dtype).reshape(
+            flat_hidden.shape[0], -1
+        )  # [R*M, E], for the reason in `flat_product`
         d_matrix = turned_product(flat_hidden, flat).reshape(width, num_shards, size)
         return part.start, constrain(d_matrix, "embed", "vocab", None), _by_shard(flat, part.matrix, num_shards)
 
@@ -168,7 +181,9 @@ def _log_probs_backward(columns, residuals, gradient):
         def add(sums, number):
             d_head, d_hidden = sums
             start, d_part, d_more = of_slice(number)
-            so_far = jax.lax.dynamic_slice_in_dim(d_head, start, size, axis=2)  # not 0 only where two slices overlap, and d_part is 0 there
+            so_far = jax.lax.dynamic_slice_in_dim(
+                d_head, start, size, axis=2
+            )  # not 0 only where two slices overlap, and d_part is 0 there
             d_head = jax.lax.dynamic_update_slice_in_dim(d_head, so_far + d_part.astype(head.dtype), start, axis=2)
             return (constrain(d_head, "embed", "vocab", None), d_hidden + d_more), None
 
@@ -178,10 +193,15 @@ def _log_probs_backward(columns, residuals, gradient):
 
 
 def _by_shard(d_logits: Float[Array, "N E"], matrix: Float[Array, "D E"], num_shards: int) -> Float[Array, "S N D"]:
-    """`d_logits matrix^T` over the entries of each shard apart, in float32: devices add theirs up once, not in every slice."""
+    """`d_logits matrix^T` over the entries of each shard apart, in float32: devices add theirs up once, not in every
+    slice.
+    """
     if num_shards == 1:
         return jnp.matmul(d_logits, matrix.T, preferred_element_type=jnp.float32)[None]
-    split = lambda x: x.reshape(x.shape[0], num_shards, -1)  # noqa: E731
+
+    def split(x):
+        return x.reshape(x.shape[0], num_shards, -1)
+
     products = jnp.einsum("nse,dse->snd", split(d_logits), split(matrix), preferred_element_type=jnp.float32)
     return constrain(products, "vocab", "batch", None)
 
@@ -197,9 +217,13 @@ def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Fl
 def cell_log_probs_and_means(
     model: Transformer, params, rows: Rows, num_cells: int
 ) -> tuple[Float[Array, "cells"], Float[Array, "cells D"]]:
-    """`cell_log_probs`, and the mean of the final hidden states over each cell's tokens but its last, in float32; 0 of a single one."""
+    """`cell_log_probs`, and the mean of the final hidden states over each cell's tokens but its last, in float32; 0 of
+    a single one.
+    """
     hidden = _hidden_at_sources(model, params, rows)
-    inside = (jnp.take_along_axis(rows.branch, rows.source, axis=1) > 0).astype(jnp.float32).reshape(-1)  # 0 at the prompt's last token
+    inside = (
+        (jnp.take_along_axis(rows.branch, rows.source, axis=1) > 0).astype(jnp.float32).reshape(-1)
+    )  # 0 at the prompt's last token
     flat = hidden.astype(jnp.float32).reshape(-1, hidden.shape[-1])
     totals, counts = (
         jax.ops.segment_sum(values, rows.cell.reshape(-1), num_segments=num_cells + 1)[:num_cells]
@@ -213,10 +237,14 @@ def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "
     """Final hidden states where response tokens are predicted from."""
     mask, model = tree_mask(rows.tree, rows.branch), with_layout_of(model, params)
     inputs = rows.tokens, rows.positions, mask
-    return model.apply({"params": params}, *inputs, query_indices=rows.source, sequences=rows.sequences, place=rows.place)[0]
+    return model.apply(
+        {"params": params}, *inputs, query_indices=rows.source, sequences=rows.sequences, place=rows.place
+    )[0]
 
 
-def _cell_sums(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells"]:
+def _cell_sums(
+    model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int
+) -> Float[Array, "cells"]:
     head = model.apply({"params": params}, method="head_matrix")
     num_rows, num_targets = rows.target.shape
     tokens_of_device = -(-num_rows // batch_shards_in_context()) * num_targets
@@ -247,5 +275,7 @@ def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) ->
 
     shardings, whole = (laid_out, batch_sharding(mesh)), replicated(mesh)
     options = compiler_options(mesh)
-    scored = jax.jit(score_batch, static_argnums=2, in_shardings=shardings, out_shardings=whole, compiler_options=options)
+    scored = jax.jit(
+        score_batch, static_argnums=2, in_shardings=shardings, out_shardings=whole, compiler_options=options
+    )
     return Score(lay_out, scored, model.by_sequence)

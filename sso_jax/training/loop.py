@@ -52,10 +52,11 @@ def update_order(num_examples: int, batch_size: int, epochs: int, shuffle: bool,
 
 
 def is_saved(done: int, num_updates: int, every_steps: int) -> bool:
-    """Whether there is a checkpoint after `done` updates: at every multiple of `every_steps`, half-way between two, and after the last.
+    """Whether there is a checkpoint after `done` updates: at every multiple of `every_steps`, half-way between two, and
+    after the last.
 
-    Half-way too because a checkpoint is written while training goes on, and is of use only once it is whole: the one before it, no more
-    than `every_steps` behind, must then still do.
+    Half-way too because a checkpoint is written while training goes on, and is of use only once it is whole: the one
+    before it, no more than `every_steps` behind, must then still do.
     """
     return done % every_steps in (0, every_steps // 2) or done == num_updates
 
@@ -71,7 +72,8 @@ def run_updates(
 ) -> TrainState:
     """Runs the updates of the plan from number `start` to the last.
 
-    The metrics of an update are fetched after the next one has been dispatched, so that the device never waits for the host.
+    The metrics of an update are fetched after the next one has been dispatched, so that the device never waits for the
+    host.
 
     Raises:
       RunError: if a number stops being finite; the last checkpoint was made before that.
@@ -116,6 +118,7 @@ def _require_finite(numbers: dict[str, float], step: int, examples: list[str], s
         shown = f" (examples {', '.join(examples[:8])}{more})" if examples else ""
         raise RunError(
             f"{stage}: update {step} has {', '.join(broken)}{shown}; the checkpoints are of before it. "
-            f"{'Look at these examples, lower' if examples else 'Lower'} optimizer.learning_rate, or set model.compute_dtype float32, in a "
+            f"{'Look at these examples, lower' if examples else 'Lower'} optimizer.learning_rate, or set "
+            "model.compute_dtype float32, in a "
             "new run.directory"
         )

@@ -1,8 +1,8 @@
 """Log-probs of chosen and rejected responses in, one loss a pair out: the base losses, and the table that names them.
 
-Each loss is a function of `(policy, reference, num_tokens)`, all `Pair`s of arrays [B], with its own settings as keyword arguments.
-Notation of the docstrings: lp is the sum of a response's token log-probs in nats, mlp = lp / |y| their mean,
-h = lp_policy - lp_reference, D = h(chosen) - h(rejected).
+Each loss is a function of `(policy, reference, num_tokens)`, all `Pair`s of arrays [B], with its own settings as
+keyword arguments. Notation of the docstrings: lp is the sum of a response's token log-probs in nats, mlp = lp / |y|
+their mean, h = lp_policy - lp_reference, D = h(chosen) - h(rejected).
 """
 
 import difflib
@@ -60,7 +60,9 @@ def mean_log_probs(policy: Pair, num_tokens: Pair) -> Pair:
 
 
 def dpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`-log sigmoid(beta * D)` on sums (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). At policy = reference it is ln 2."""
+    """`-log sigmoid(beta * D)` on sums (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). At policy = reference it is ln
+    2.
+    """
     del num_tokens  # sums, not means
     return -jax.nn.log_sigmoid(beta * margin(policy, reference))
 
@@ -68,22 +70,30 @@ def dpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0
 def ipo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """`(h(chosen)/|chosen| - h(rejected)/|rejected| - 1/(2 beta))^2`, on means.
 
-    Azar et al. 2023, arXiv 2310.12036, eq. 17, with the token mean that its authors confirmed. At policy = reference it is 1/(4 beta^2).
+    Azar et al. 2023, arXiv 2310.12036, eq. 17, with the token mean that its authors confirmed. At policy = reference it
+    is 1/(4 beta^2).
     """
     ratios = log_ratios(policy, reference)
     gap = ratios.chosen / num_tokens.chosen - ratios.rejected / num_tokens.rejected
     return (gap - 1.0 / (2.0 * beta)) ** 2
 
 
-def cdpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Float[Array, "B"]:
-    """`-(1-e) log sigmoid(beta*D) - e log sigmoid(-beta*D)`: a share e of labels is wrong (Mitchell 2023, conservative DPO; sums)."""
+def cdpo_loss(
+    policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1
+) -> Float[Array, "B"]:
+    """`-(1-e) log sigmoid(beta*D) - e log sigmoid(-beta*D)`: a share e of labels is wrong (Mitchell 2023, conservative
+    DPO; sums).
+    """
     del num_tokens
     logit = beta * margin(policy, reference)
     return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
 
 
-def robust_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Float[Array, "B"]:
-    """`[-(1-e) log sigmoid(beta*D) + e log sigmoid(-beta*D)] / (1-2e)`, e < 1/2, sums: its mean over flipped labels is DPO's.
+def robust_loss(
+    policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1
+) -> Float[Array, "B"]:
+    """`[-(1-e) log sigmoid(beta*D) + e log sigmoid(-beta*D)] / (1-2e)`, e < 1/2, sums: its mean over flipped labels is
+    DPO's.
 
     Chowdhury et al. 2024, arXiv 2403.00409.
     """
@@ -94,12 +104,16 @@ def robust_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float 
 
 
 def hinge_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`max(0, 1 - beta*D)` on sums (SLiC as a pairwise loss; Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv 2309.06657)."""
+    """`max(0, 1 - beta*D)` on sums (SLiC as a pairwise loss; Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv
+    2309.06657).
+    """
     del num_tokens
     return jax.nn.relu(1.0 - beta * margin(policy, reference))
 
 
-def simpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 2.0, margin: float = 0.5) -> Float[Array, "B"]:
+def simpo_loss(
+    policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 2.0, margin: float = 0.5
+) -> Float[Array, "B"]:
     """`-log sigmoid(beta*(mlp(chosen) - mlp(rejected)) - margin)`, on means, without a reference.
 
     Meng et al. 2024, arXiv 2405.14734, eq. 6.
@@ -121,15 +135,23 @@ def orpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 
 
 
 def _log1mexp(x: Float[Array, "B"]) -> Float[Array, "B"]:
-    """`log(1 - exp(x))` for x < 0, accurate at both ends; x is kept from 0, where a response is certain and the odds infinite."""
+    """`log(1 - exp(x))` for x < 0, accurate at both ends; x is kept from 0, where a response is certain and the odds
+    infinite.
+    """
     x = jnp.minimum(x, -1e-6)
     near_zero = x > -math.log(2.0)
-    safe = jnp.where(near_zero, x, -1.0), jnp.where(near_zero, -1.0, x)  # the branch not taken must have a finite gradient too
+    safe = (
+        jnp.where(near_zero, x, -1.0),
+        jnp.where(near_zero, -1.0, x),
+    )  # the branch not taken must have a finite gradient too
     return jnp.where(near_zero, jnp.log(-jnp.expm1(safe[0])), jnp.log1p(-jnp.exp(safe[1])))
 
 
-def exo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Float[Array, "B"]:
-    """`q (log q - log(1-e)) + (1-q) (log(1-q) - log e)`, q = sigmoid(beta*D), e > 0, on sums: the reverse KL of the preference.
+def exo_loss(
+    policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3
+) -> Float[Array, "B"]:
+    """`q (log q - log(1-e)) + (1-q) (log(1-q) - log e)`, q = sigmoid(beta*D), e > 0, on sums: the reverse KL of the
+    preference.
 
     Ji et al. 2024, arXiv 2402.00856.
     """
@@ -140,7 +162,8 @@ def exo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0
 
 
 def nca_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.01) -> Float[Array, "B"]:
-    """`-log sigmoid(beta*a) - 1/2 log sigmoid(-beta*a) - 1/2 log sigmoid(-beta*b)`, a = h(chosen), b = h(rejected), on sums.
+    """`-log sigmoid(beta*a) - 1/2 log sigmoid(-beta*a) - 1/2 log sigmoid(-beta*b)`, a = h(chosen), b = h(rejected), on
+    sums.
 
     It holds the chosen response's likelihood up (Chen et al. 2024, arXiv 2402.05369).
     """
@@ -150,35 +173,46 @@ def nca_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0
 
 
 def sppo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.001) -> Float[Array, "B"]:
-    """`(h(chosen) - 1/(2 beta))^2 + (h(rejected) + 1/(2 beta))^2`, on sums (Wu et al. 2024, arXiv 2405.00675, hard labels)."""
+    """`(h(chosen) - 1/(2 beta))^2 + (h(rejected) + 1/(2 beta))^2`, on sums (Wu et al. 2024, arXiv 2405.00675, hard
+    labels).
+    """
     del num_tokens
     ratios = log_ratios(policy, reference)
     return (ratios.chosen - 0.5 / beta) ** 2 + (ratios.rejected + 0.5 / beta) ** 2
 
 
 def apo_zero_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`1 - sigmoid(beta*h(chosen)) + sigmoid(beta*h(rejected))`, on sums: chosen up, rejected down (arXiv 2408.06266, APO-zero)."""
+    """`1 - sigmoid(beta*h(chosen)) + sigmoid(beta*h(rejected))`, on sums: chosen up, rejected down (arXiv 2408.06266,
+    APO-zero).
+    """
     del num_tokens
     ratios = log_ratios(policy, reference)
     return 1.0 - jax.nn.sigmoid(beta * ratios.chosen) + jax.nn.sigmoid(beta * ratios.rejected)
 
 
 def apo_down_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`sigmoid(beta*h(chosen)) + 1 - sigmoid(beta*D)`, on sums: both down, rejected further (arXiv 2408.06266, APO-down)."""
+    """`sigmoid(beta*h(chosen)) + 1 - sigmoid(beta*D)`, on sums: both down, rejected further (arXiv 2408.06266,
+    APO-down).
+    """
     del num_tokens
     ratios = log_ratios(policy, reference)
     return jax.nn.sigmoid(beta * ratios.chosen) + 1.0 - jax.nn.sigmoid(beta * (ratios.chosen - ratios.rejected))
 
 
-def discopop_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.05, tau: float = 0.05) -> Float[Array, "B"]:
-    """`(1-m) log(1+exp(-u)) + m exp(-u)`, u = beta*D, m = sigmoid(u/tau), on sums (Lu et al. 2024, arXiv 2406.08414, eq. 5).
+def discopop_loss(
+    policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.05, tau: float = 0.05
+) -> Float[Array, "B"]:
+    """`(1-m) log(1+exp(-u)) + m exp(-u)`, u = beta*D, m = sigmoid(u/tau), on sums (Lu et al. 2024, arXiv 2406.08414,
+    eq. 5).
 
-    At the default tau the slope at zero margin is positive, so that a pair without margin is pushed the wrong way; it is negative
-    for tau >= 0.11.
+    At the default tau the slope at zero margin is positive, so that a pair without margin is pushed the wrong way; it
+    is negative for tau >= 0.11.
     """
     del num_tokens
     u = beta * margin(policy, reference)
-    exponential = jnp.exp(jax.nn.log_sigmoid(u / tau) - u)  # m exp(-u), which would be 0 times infinity at a large negative u
+    exponential = jnp.exp(
+        jax.nn.log_sigmoid(u / tau) - u
+    )  # m exp(-u), which would be 0 times infinity at a large negative u
     return jax.nn.sigmoid(-u / tau) * jax.nn.softplus(-u) + exponential
 
 
@@ -192,10 +226,12 @@ def aps_loss(
     t_min: float = 0.1,
     t_max: float = 5.0,
 ) -> Float[Array, "B"]:
-    """`min over t in [t_min, t_max] of -t log sigmoid(z/t) + (rho - ln 2) t`, z = beta*D, on sums: each pair has a scale of its own.
+    """`min over t in [t_min, t_max] of -t log sigmoid(z/t) + (rho - ln 2) t`, z = beta*D, on sums: each pair has a
+    scale of its own.
 
-    Adaptive preference scaling (Hong et al. 2024, arXiv 2406.02764, "Ada-DPO"). The slope in t is `H(sigmoid(z/t)) + rho - ln 2` with
-    the entropy H in nats, so the minimum lies at `t* = clip(|z|/u*, t_min, t_max)` with `H(sigmoid(u*)) = ln 2 - rho`. t* takes no
+    Adaptive preference scaling (Hong et al. 2024, arXiv 2406.02764, "Ada-DPO"). The slope in t is `H(sigmoid(z/t)) +
+    rho - ln 2` with the entropy H in nats, so the minimum lies at `t* = clip(|z|/u*, t_min, t_max)` with
+    `H(sigmoid(u*)) = ln 2 - rho`. t* takes no
     gradient: where it is not clipped the loss is level in t.
     """
     del num_tokens
@@ -209,14 +245,20 @@ def _logit_of_entropy(entropy: float) -> float:
     low, high = 0.0, 100.0
     while high - low > 1e-12 * high:
         u = (low + high) / 2
-        low, high = (u, high) if math.log1p(math.exp(-u)) + u * math.exp(-u) / (1.0 + math.exp(-u)) > entropy else (low, u)
+        low, high = (
+            (u, high) if math.log1p(math.exp(-u)) + u * math.exp(-u) / (1.0 + math.exp(-u)) > entropy else (low, u)
+        )
     return (low + high) / 2
 
 
-def clipped_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, clip: float = 2.0) -> Float[Array, "B"]:
-    """`-log sigmoid(min(beta*h(chosen), c) - max(beta*h(rejected), -c))`, on sums: a reward beyond c earns nothing more.
+def clipped_loss(
+    policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, clip: float = 2.0
+) -> Float[Array, "B"]:
+    """`-log sigmoid(min(beta*h(chosen), c) - max(beta*h(rejected), -c))`, on sums: a reward beyond c earns nothing
+    more.
 
-    This is this project's own reading of TSO (arXiv 2409.02118), of which only a reward clipped on both sides is known; so is c = 2.
+    This is this project's own reading of TSO (arXiv 2409.02118), of which only a reward clipped on both sides is known;
+    so is c = 2.
     """
     del num_tokens
     a, b = (beta * ratio for ratio in log_ratios(policy, reference))
@@ -270,13 +312,20 @@ def bind_loss(name: str, loss: Callable, given: dict[str, float | None]) -> tupl
     settings = keyword_settings(loss)
     for field, value in given.items():
         if value is not None and field not in settings:
-            raise InputError(f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; remove it")
+            raise InputError(
+                f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; remove "
+                "it"
+            )
         if value is not None:
             settings[field] = value
     if name == "exo" and settings["label_smoothing"] == 0:
-        raise InputError("objective.label_smoothing: 0.0 makes base 'exo' infinite; give a share above 0, such as 0.001")
+        raise InputError(
+            "objective.label_smoothing: 0.0 makes base 'exo' infinite; give a share above 0, such as 0.001"
+        )
     if name == "aps" and settings["t_min"] > settings["t_max"]:
-        raise InputError(f"objective.t_min: {settings['t_min']} is above objective.t_max {settings['t_max']}; give less")
+        raise InputError(
+            f"objective.t_min: {settings['t_min']} is above objective.t_max {settings['t_max']}; give less"
+        )
     return partial(loss, **settings), settings
 
 

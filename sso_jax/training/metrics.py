@@ -11,9 +11,22 @@ from sso_jax.runtime.files import append_line
 from sso_jax.runtime.json_lines import read_json_lines, write_records
 
 LINE_FIELDS = (
-    "iteration", "step", "loss", "base_loss", "positive_loss", "negative_loss", "weight", "chosen_log_prob", "rejected_log_prob",
-    "original_log_prob", "margin", "accuracy", "grad_norm", "learning_rate", "tokens_per_second",
-)  # fmt: skip
+    "iteration",
+    "step",
+    "loss",
+    "base_loss",
+    "positive_loss",
+    "negative_loss",
+    "weight",
+    "chosen_log_prob",
+    "rejected_log_prob",
+    "original_log_prob",
+    "margin",
+    "accuracy",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+)
 """Fields of every line; one that the objective does not have is null."""
 
 
@@ -58,7 +71,8 @@ def check_logging(config: LoggingConfig) -> None:
             import wandb  # noqa: F401
         except ImportError as error:
             raise InputError(
-                f"logging.wandb_project: {config.wandb_project!r} needs the wandb package; pip install wandb, or leave it out"
+                f"logging.wandb_project: {config.wandb_project!r} needs the wandb package; pip install wandb, or leave "
+                "it out"
             ) from error
 
 

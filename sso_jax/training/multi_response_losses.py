@@ -1,7 +1,9 @@
-"""Log-probs under the plain prompt in, of more than a pair, one loss an example out; and the table that names these losses.
+"""Log-probs under the plain prompt in, of more than a pair, one loss an example out; and the table that names these
+losses.
 
-Each loss is a function of `(policy, reference, num_tokens)`, all `ContextValues`, with its own settings as keyword arguments. Inside SSO it
-takes the place of the base loss of the plain pair; the steering terms are then dpo with the same beta. Notation as in losses.py.
+Each loss is a function of `(policy, reference, num_tokens)`, all `ContextValues`, with its own settings as keyword
+arguments. Inside SSO it takes the place of the base loss of the plain pair; the steering terms are then dpo with the
+same beta. Notation as in losses.py.
 """
 
 from collections.abc import Callable
@@ -21,22 +23,35 @@ SINKHORN_STEPS, SINKHORN_TOLERANCE = 50, 1e-6
 
 
 def rpo_loss(
-    policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, *, beta: float = 0.01, eta: float = 0.005
+    policy: ContextValues,
+    reference: ContextValues,
+    num_tokens: ContextValues,
+    *,
+    beta: float = 0.01,
+    eta: float = 0.005,
 ) -> Float[Array, "B"]:
-    """`-log sigmoid(beta*D) - eta*beta*lp(chosen)`, on sums: DPO with an adversarial regulariser, which comes out as a supervised term.
+    """`-log sigmoid(beta*D) - eta*beta*lp(chosen)`, on sums: DPO with an adversarial regulariser, which comes out as a
+    supervised term.
 
-    Liu et al. 2024, arXiv 2405.16436, eq. 4.8. The term is on the sum; on the mean the same eta would be equal near 100 tokens only.
+    Liu et al. 2024, arXiv 2405.16436, eq. 4.8. The term is on the sum; on the mean the same eta would be equal near 100
+    tokens only.
     """
     return dpo_loss(policy.plain, reference.plain, num_tokens.plain, beta=beta) - eta * beta * policy.plain.chosen
 
 
 def selm_loss(
-    policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, *, beta: float = 0.01, alpha: float = 0.001
+    policy: ContextValues,
+    reference: ContextValues,
+    num_tokens: ContextValues,
+    *,
+    beta: float = 0.01,
+    alpha: float = 0.001,
 ) -> Float[Array, "B"]:
-    """`-log sigmoid(beta*D) + alpha*beta*lp(y_o)`, on sums: mass moves away from what the reference says anyway, to explore.
+    """`-log sigmoid(beta*D) + alpha*beta*lp(y_o)`, on sums: mass moves away from what the reference says anyway, to
+    explore.
 
-    Zhang et al. 2024, arXiv 2405.19332, eq. 4.2, whose response sampled from the reference is y_o here: the reference is the policy at
-    the start of the round, which sampled it.
+    Zhang et al. 2024, arXiv 2405.19332, eq. 4.2, whose response sampled from the reference is y_o here: the reference
+    is the policy at the start of the round, which sampled it.
     """
     return dpo_loss(policy.plain, reference.plain, num_tokens.plain, beta=beta) + alpha * beta * policy.original
 
@@ -44,13 +59,23 @@ def selm_loss(
 def reward_conditioned_loss(
     policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, *, beta: float = 0.01
 ) -> Float[Array, "B"]:
-    """Mean of dpo on two rows: the prompt told the score of y+, order kept, and the prompt told the score of y-, order reversed.
+    """Mean of dpo on two rows: the prompt told the score of y+, order kept, and the prompt told the score of y-, order
+    reversed.
 
-    Zhang et al. 2024, arXiv 2410.08067. The reference is given the same prompts. Pairs with equal scores are dropped before.
+    Zhang et al. 2024, arXiv 2410.08067. The reference is given the same prompts. Pairs with equal scores are dropped
+    before.
     """
-    kept = dpo_loss(policy.score_conditioned_chosen, reference.score_conditioned_chosen, num_tokens.score_conditioned_chosen, beta=beta)
+    kept = dpo_loss(
+        policy.score_conditioned_chosen,
+        reference.score_conditioned_chosen,
+        num_tokens.score_conditioned_chosen,
+        beta=beta,
+    )
     reversed_ = dpo_loss(
-        policy.score_conditioned_rejected, reference.score_conditioned_rejected, num_tokens.score_conditioned_rejected, beta=beta
+        policy.score_conditioned_rejected,
+        reference.score_conditioned_rejected,
+        num_tokens.score_conditioned_rejected,
+        beta=beta,
     )
     return 0.5 * (kept + reversed_)
 
@@ -58,7 +83,8 @@ def reward_conditioned_loss(
 def opo_loss(
     policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, *, beta: float = 0.1, tau: float = 1.0
 ) -> Float[Array, "B"]:
-    """`-NDCG` of the order y+, y_o, y- by the scores s = beta*h on sums, made smooth by NeuralSort (Zhao et al. 2024, arXiv 2410.04346).
+    """`-NDCG` of the order y+, y_o, y- by the scores s = beta*h on sums, made smooth by NeuralSort (Zhao et al. 2024,
+    arXiv 2410.04346).
 
     Gains are 2^psi - 1, discounts 1/log2(i+1) by place i. In float32.
     """
@@ -73,15 +99,24 @@ def opo_loss(
 
 
 def spo_loss(
-    policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, *, beta: float = 0.1, degree_weight: float = 0.1
+    policy: ContextValues,
+    reference: ContextValues,
+    num_tokens: ContextValues,
+    *,
+    beta: float = 0.1,
+    degree_weight: float = 0.1,
 ) -> Float[Array, "B"]:
-    """The alignment loss of SPO, dpo (arXiv 2409.17791); `degree_weight` times the cross-entropy of `degree.py` is added to the whole."""
+    """The alignment loss of SPO, dpo (arXiv 2409.17791); `degree_weight` times the cross-entropy of `degree.py` is
+    added to the whole.
+    """
     del degree_weight
     return dpo_loss(policy.plain, reference.plain, num_tokens.plain, beta=beta)
 
 
 def neural_sort(scores: Float[Array, "B K"], tau: float) -> Float[Array, "B K K"]:
-    """`P_ij = softmax_j([(K+1-2i) s_j - sum_m |s_j - s_m|] / tau)`: row i is where the i-th largest score is (Grover et al. 2019)."""
+    """`P_ij = softmax_j([(K+1-2i) s_j - sum_m |s_j - s_m|] / tau)`: row i is where the i-th largest score is (Grover et
+    al. 2019).
+    """
     num = scores.shape[-1]
     factors = num + 1.0 - 2.0 * jnp.arange(1, num + 1, dtype=scores.dtype)  # [K]
     distances = jnp.abs(scores[:, :, None] - scores[:, None, :]).sum(-1)  # [B, K]
@@ -124,6 +159,10 @@ MULTI_RESPONSE_LOSSES: dict[str, MultiResponseEntry] = {
 }
 
 
-def multi_response_loss(name: str, given: dict[str, float | None]) -> tuple[Callable[..., Float[Array, "B"]], dict[str, float]]:
-    """The loss `name` of the table with the settings `given`, and the settings in force; raises `InputError` as `base_loss` does."""
+def multi_response_loss(
+    name: str, given: dict[str, float | None]
+) -> tuple[Callable[..., Float[Array, "B"]], dict[str, float]]:
+    """The loss `name` of the table with the settings `given`, and the settings in force; raises `InputError` as
+    `base_loss` does.
+    """
     return bind_loss(name, MULTI_RESPONSE_LOSSES[name].loss, given)

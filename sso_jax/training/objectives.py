@@ -37,6 +37,22 @@ class SteeringScale(NamedTuple):
     negative: float = 1.0
 
 
+class OnlineWeights(NamedTuple):
+    """How version 1 weighs its steering terms: `L_base + W*g*G`."""
+
+    steering_weight: float = 0.1
+    """g."""
+    weight_alpha: float = 0.66
+    """a, the share of y+ in W."""
+    use_weight: bool = True
+    """False sets W to 1."""
+    use_steering: bool = True
+    """False leaves G out; W then multiplies the base loss, as in the authors' code."""
+    detach_weight: bool = False
+    """True stops the gradient through W, as WPO does; the authors' code lets it flow."""
+    scale: SteeringScale = SteeringScale()
+
+
 def policy_weight(policy: Pair, num_tokens: Pair, alpha: float) -> Float[Array, "B"]:
     """`W = sigmoid(-(a * mlp(y+|x) + (1-a) * mlp(y-|x)))` in (1/2, 1): the less likely the pair, the larger.
 
@@ -54,7 +70,9 @@ def negative_log_likelihood(log_prob: Float[Array, "B"], num_tokens: Float[Array
 def steering_terms(
     base: BaseLoss, policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, scale: SteeringScale
 ) -> tuple[Float[Array, "B"] | None, Float[Array, "B"] | None, Float[Array, "B"]]:
-    """L+ = base(x+, y+, y-), L- = base(x-, y_o, y+), and their scaled sum; a term of scale 0 is None and costs nothing."""
+    """L+ = base(x+, y+, y-), L- = base(x-, y_o, y+), and their scaled sum; a term of scale 0 is None and costs
+    nothing.
+    """
     positive = base(policy.positive, reference.positive, num_tokens.positive) if scale.positive else None
     negative = base(policy.negative, reference.negative, num_tokens.negative) if scale.negative else None
     total = sum(factor * term for factor, term in zip(scale, (positive, negative), strict=True) if term is not None)
@@ -64,11 +82,17 @@ def steering_terms(
 def steered_likelihoods(policy: ContextValues, num_tokens: ContextValues, scale: SteeringScale) -> Float[Array, "B"]:
     """`NLL(y+|x+)` and `NLL(y_o|x-)`, each with the factor of its steering term."""
     contexts = [(factor, name) for factor, name in zip(scale, ("positive", "negative"), strict=True) if factor]
-    return sum(f * negative_log_likelihood(getattr(policy, n).chosen, getattr(num_tokens, n).chosen) for f, n in contexts)
+    return sum(
+        f * negative_log_likelihood(getattr(policy, n).chosen, getattr(num_tokens, n).chosen) for f, n in contexts
+    )
 
 
 def plain_term(
-    base: BaseLoss, plain: MultiResponseLoss | None, policy: ContextValues, reference: ContextValues, num_tokens: ContextValues
+    base: BaseLoss,
+    plain: MultiResponseLoss | None,
+    policy: ContextValues,
+    reference: ContextValues,
+    num_tokens: ContextValues,
 ) -> Float[Array, "B"]:
     """`L_base(x, y+, y-)`, or the loss `plain` where one takes its place."""
     if plain is not None:
@@ -98,31 +122,28 @@ def online_objective(
     *,
     base: BaseLoss,
     plain: MultiResponseLoss | None = None,
-    steering_weight: float = 0.1,
-    weight_alpha: float = 0.66,
-    use_weight: bool = True,
-    use_steering: bool = True,
-    detach_weight: bool = False,
-    scale: SteeringScale = SteeringScale(),
+    weights: OnlineWeights = OnlineWeights(),
     sft_weight: float = 0.0,
 ) -> Terms:
     """`L = L_base(x, y+, y-) + W*g*G`, version 1 (arXiv 2410.17131v1), and its ablations.
 
-    Without G, W multiplies the base loss, as in the authors' code; without W it is 1. The gradient flows through W unless
-    `detach_weight`. Where `plain` is given it takes the place of the base loss of the plain pair. The supervised term is
-    `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, its last two with G only.
+    The supervised term is `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, its last two parts with G only.
+
+    Args:
+      plain: takes the place of the base loss of the plain pair.
+      sft_weight: gamma.
     """
-    plain = plain_term(base, plain, policy, reference, num_tokens)
-    weight = policy_weight(policy.plain, num_tokens.plain, weight_alpha)
-    weight = jax.lax.stop_gradient(weight) if detach_weight else weight
-    factor = weight if use_weight else jnp.ones_like(weight)
+    loss = plain_term(base, plain, policy, reference, num_tokens)
+    weight = policy_weight(policy.plain, num_tokens.plain, weights.weight_alpha)
+    weight = jax.lax.stop_gradient(weight) if weights.detach_weight else weight
+    factor = weight if weights.use_weight else jnp.ones_like(weight)
     sft = negative_log_likelihood(policy.plain.chosen, num_tokens.plain.chosen)
-    if not use_steering:
-        return Terms(factor * plain + sft_weight * sft, base_loss=plain, weight=factor, sft_loss=sft)
-    positive, negative, steering = steering_terms(base, policy, reference, num_tokens, scale)
-    sft = sft + steering_weight * steered_likelihoods(policy, num_tokens, scale)
-    loss = plain + factor * steering_weight * steering + sft_weight * sft
-    return Terms(loss, plain, positive, negative, factor, sft)
+    if not weights.use_steering:
+        return Terms(factor * loss + sft_weight * sft, base_loss=loss, weight=factor, sft_loss=sft)
+    positive, negative, steering = steering_terms(base, policy, reference, num_tokens, weights.scale)
+    sft = sft + weights.steering_weight * steered_likelihoods(policy, num_tokens, weights.scale)
+    total = loss + factor * weights.steering_weight * steering + sft_weight * sft
+    return Terms(total, loss, positive, negative, factor, sft)
 
 
 def generator_objective(
@@ -134,14 +155,20 @@ def generator_objective(
     scale: SteeringScale = SteeringScale(),
     sft_weight: float = 0.1,
 ) -> Terms:
-    """`L = L+ + L-`, L+ = base(x+, y+, y-) + gamma*NLL(y+|x+), L- = base(x-, y_o, y+) + gamma*NLL(y_o|x-): version 2's generator."""
+    """`L = L+ + L-`, L+ = base(x+, y+, y-) + gamma*NLL(y+|x+), L- = base(x-, y_o, y+) + gamma*NLL(y_o|x-): version 2's
+    generator.
+    """
     positive, negative, total = steering_terms(base, policy, reference, num_tokens, scale)
     sft = steered_likelihoods(policy, num_tokens, scale)
     return Terms(total + sft_weight * sft, positive_loss=positive, negative_loss=negative, sft_loss=sft)
 
 
-def pair_metrics(terms: Terms, policy: ContextValues, reference: ContextValues, beta: float) -> dict[str, Float[Array, "B"]]:
-    """Per-example numbers of a metrics line: the terms that are there, and log-probs, margin and accuracy of the plain pair."""
+def pair_metrics(
+    terms: Terms, policy: ContextValues, reference: ContextValues, beta: float
+) -> dict[str, Float[Array, "B"]]:
+    """Per-example numbers of a metrics line: the terms that are there, and log-probs, margin and accuracy of the plain
+    pair.
+    """
     metrics = {name: value for name, value in terms._asdict().items() if value is not None}
     if policy.plain is not None:
         ratios = log_ratios(policy.plain, reference.plain)

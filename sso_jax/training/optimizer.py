@@ -12,7 +12,9 @@ def decayed(params) -> dict:
 
 
 def learning_rates(peak: float, kind: str, warmup_ratio: float, num_updates: int) -> list[float]:
-    """Learning rate of each update: a linear warm-up from 0 over `warmup_ratio` of them, then a cosine to 0 or the peak kept."""
+    """Learning rate of each update: a linear warm-up from 0 over `warmup_ratio` of them, then a cosine to 0 or the peak
+    kept.
+    """
     warmup = round(warmup_ratio * num_updates)
     if kind == "constant":
         rest = optax.constant_schedule(peak)
@@ -22,11 +24,16 @@ def learning_rates(peak: float, kind: str, warmup_ratio: float, num_updates: int
     return [float(schedule(step)) for step in range(num_updates)]
 
 
-def make_optimizer(b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
-    """The step of AdamW at learning rate 1, with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the global norm.
+def make_optimizer(
+    b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """The step of AdamW at learning rate 1, with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the
+    global norm.
 
     Moments are float32 whatever the parameters are: a second one of type bfloat16 would never fall at b2 = 0.999.
     """
     adamw = optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed, mu_dtype=jnp.float32)
     optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
-    return optax.GradientTransformation(lambda params: optimizer.init(optax.tree.cast(params, jnp.float32)), optimizer.update)
+    return optax.GradientTransformation(
+        lambda params: optimizer.init(optax.tree.cast(params, jnp.float32)), optimizer.update
+    )

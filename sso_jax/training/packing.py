@@ -10,9 +10,11 @@ from sso_jax.training.trees import Tree, first_fit
 
 
 class Rows(NamedTuple):
-    """Packed rows [R, T] and, for each row, its up to M response tokens: where each is predicted from, what it is, its cell.
+    """Packed rows [R, T] and, for each row, its up to M response tokens: where each is predicted from, what it is, its
+    cell.
 
-    Where their shape has sequences, also each response behind its prompt as a sequence of its own, for attention that takes no mask.
+    Where their shape has sequences, also each response behind its prompt as a sequence of its own, for attention that
+    takes no mask.
     """
 
     tokens: Int[np.ndarray, "R T"]
@@ -25,7 +27,8 @@ class Rows(NamedTuple):
     sequences: Int[np.ndarray, "R Z U"]
     """Columns of the tokens of each, -1 behind its last."""
     place: Int[np.ndarray, "R M"]
-    """Where in them, as one list of Z*U places, the token stands that a response token is predicted from; Z*U of unused targets."""
+    """Where in them, as one list of Z*U places, the token stands that a response token is predicted from; Z*U of unused
+    targets."""
 
 
 def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
@@ -40,8 +43,13 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
         raise ValueError(f"{needed}, do not pack into {shape}; take row_shape of all batches")
     bins = first_fit(sizes, shape.num_tokens)
     num_places = shape.num_sequences * shape.sequence_tokens
-    of_tokens = lambda: np.zeros((shape.num_rows, shape.num_tokens), np.int32)  # noqa: E731
-    of_targets = lambda value=0: np.full((shape.num_rows, shape.num_targets), value, np.int32)  # noqa: E731
+
+    def of_tokens():
+        return np.zeros((shape.num_rows, shape.num_tokens), np.int32)
+
+    def of_targets(value=0):
+        return np.full((shape.num_rows, shape.num_targets), value, np.int32)
+
     rows = Rows(
         tokens=of_tokens(),
         positions=of_tokens(),

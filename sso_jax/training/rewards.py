@@ -1,4 +1,5 @@
-"""Rewards of pairs in, the Bradley-Terry loss out; and the batches that both are made from: packed rows with the end of each response.
+"""Rewards of pairs in, the Bradley-Terry loss out; and the batches that both are made from: packed rows with the end of
+each response.
 
 A reward is read at the last token of a response, its end of turn.
 """
@@ -43,7 +44,9 @@ class TokenizedPair(NamedTuple):
 
 
 class RewardBatch(NamedTuple):
-    """An update's pairs in A microbatches of E pairs; ends are [chosen of pair 0, rejected of pair 0, chosen of pair 1, ...]."""
+    """An update's pairs in A microbatches of E pairs; ends are [chosen of pair 0, rejected of pair 0, chosen of pair 1,
+    ...].
+    """
 
     rows: Rows
     """Leading axis A."""
@@ -58,9 +61,10 @@ def bradley_terry_loss(
 ) -> Float[Array, "E"]:
     """`-(1-e) log sigmoid(d - m) - e log sigmoid(-d - m) + c (r_chosen + r_rejected)^2`, d = r_chosen - r_rejected.
 
-    e = 0, m = 0, c = 0 is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1, and ln 2 where both rewards are equal. The margin m is that of
-    Touvron et al. 2023 (2307.09288), eq. 2; the centring term c that of Eisenstein et al. 2023 (2312.09244), sec. 3, which keeps
-    rewards near 0, where differences alone would let them drift; e is the share of labels that are taken to be wrong.
+    e = 0, m = 0, c = 0 is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1, and ln 2 where both rewards are equal. The
+    margin m is that of Touvron et al. 2023 (2307.09288), eq. 2; the centring term c that of Eisenstein et al. 2023
+    (2312.09244), sec. 3, which keeps rewards near 0, where differences alone would let them drift; e is the share of
+    labels that are taken to be wrong.
     """
     gap = rewards.chosen - rewards.rejected
     kept = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap - margin)
@@ -70,11 +74,16 @@ def bradley_terry_loss(
 
 def pair_trees(pairs: list[TokenizedPair]) -> list[Tree]:
     """One tree a pair: the prompt with both responses, which are cells 2e and 2e + 1."""
-    return [Tree(p.prompt_ids, [Branch(p.chosen_ids, 2 * e), Branch(p.rejected_ids, 2 * e + 1)]) for e, p in enumerate(pairs)]
+    return [
+        Tree(p.prompt_ids, [Branch(p.chosen_ids, 2 * e), Branch(p.rejected_ids, 2 * e + 1)])
+        for e, p in enumerate(pairs)
+    ]
 
 
 def branch_ends(trees: list[Tree], shape: RowShape, num_cells: int) -> Int[np.ndarray, "cells 2"]:
-    """Row and column of the last token of each cell's response, where `pack(trees, shape, ...)` puts it; [0, 0] for cells not there."""
+    """Row and column of the last token of each cell's response, where `pack(trees, shape, ...)` puts it; [0, 0] for
+    cells not there.
+    """
     ends = np.zeros((num_cells, 2), np.int32)
     for row, members in enumerate(first_fit([tree.num_tokens() for tree in trees], shape.num_tokens)):
         at = 0
@@ -106,16 +115,28 @@ def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"])
     return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")
 
 
-def reward_losses(model: RewardModel, label_smoothing: float, margin: float, center_coefficient: float) -> ExampleLosses:
-    """Bradley-Terry losses of reward microbatches, with the rewards, their gap and how often it is above 0 (ties as half)."""
+def reward_losses(
+    model: RewardModel, label_smoothing: float, margin: float, center_coefficient: float
+) -> ExampleLosses:
+    """Bradley-Terry losses of reward microbatches, with the rewards, their gap and how often it is above 0 (ties as
+    half).
+    """
 
     def losses(params, micro: RewardBatch):
         rewards = end_rewards(model, params, micro.rows, micro.ends)
         pair = Pair(rewards[0::2], rewards[1::2])
-        loss = bradley_terry_loss(pair, label_smoothing=label_smoothing, margin=margin, center_coefficient=center_coefficient)
+        loss = bradley_terry_loss(
+            pair, label_smoothing=label_smoothing, margin=margin, center_coefficient=center_coefficient
+        )
         gap = pair.chosen - pair.rejected
         accuracy = (gap > 0) + 0.5 * (gap == 0)
-        metrics = {"loss": loss, "chosen_reward": pair.chosen, "rejected_reward": pair.rejected, "margin": gap, "accuracy": accuracy}
+        metrics = {
+            "loss": loss,
+            "chosen_reward": pair.chosen,
+            "rejected_reward": pair.rejected,
+            "margin": gap,
+            "accuracy": accuracy,
+        }
         return loss, metrics
 
     return losses
@@ -147,13 +168,20 @@ def compute_rewards(
     with progress_bar(stage, len(trees), "response") as bar:
         for length, members in sorted(lengths.items()):
             num_rows = -(-max(1, tokens_at_once // length) // shards) * shards
-            alone = (1, length) if length > SHORTEST_ROW else ()  # a response is longer than half of its row, but in the shortest
+            alone = (
+                (1, length) if length > SHORTEST_ROW else ()
+            )  # a response is longer than half of its row, but in the shortest
             shape = RowShape(num_rows, length, length, *alone)
             for start in range(0, len(members), num_rows):
                 batch = members[start : start + num_rows]
-                rows = [Tree(trees[i].prompt_ids, [trees[i].branches[0]._replace(cell=cell)]) for cell, i in enumerate(batch)]
+                rows = [
+                    Tree(trees[i].prompt_ids, [trees[i].branches[0]._replace(cell=cell)])
+                    for cell, i in enumerate(batch)
+                ]
                 with jax.set_mesh(mesh):
-                    values = jax.device_get(rate(params, pack(rows, shape, num_rows), branch_ends(rows, shape, num_rows)))
+                    values = jax.device_get(
+                        rate(params, pack(rows, shape, num_rows), branch_ends(rows, shape, num_rows))
+                    )
                 rewards[batch] = values[: len(batch)]
                 bar.update(len(batch))
     return [(float(a), float(b)) for a, b in rewards.reshape(-1, 2)]

@@ -17,11 +17,13 @@ MOST_COPIES = 4
 
 
 HEADROOM, MOST_WASTE = 0.0625, 0.5
-"""Shares: how much longer trees may get before the shape of a run's rows changes, and how much dearer than need be it may get."""
+"""Shares: how much longer trees may get before the shape of a run's rows changes, and how much dearer than need be it
+may get."""
 
 
 COMPILE_STEPS = 100
-"""To compile a step takes about as long as so many steps: a round of many more would lose by padding what it saves by not compiling."""
+"""To compile a step takes about as long as so many steps: a round of many more would lose by padding what it saves by
+not compiling."""
 
 
 class RowShape(NamedTuple):
@@ -50,33 +52,44 @@ class _Size(NamedTuple):
 
 
 def _size(tree: Tree, spare: float = 0.0) -> _Size:
-    """That of a tree which is longer by the share `spare`; its targets by four times that, for those of a row vary most."""
+    """That of a tree which is longer by the share `spare`; its targets by four times that, for those of a row vary
+    most.
+    """
     lengths = [len(branch.response_ids) for branch in tree.branches]
     longest = len(tree.prompt_ids) + max(lengths, default=0)
-    return _Size(_longer(tree.num_tokens(), spare), _longer(sum(lengths), 4 * spare), len(lengths), _longer(longest, spare))
+    return _Size(
+        _longer(tree.num_tokens(), spare), _longer(sum(lengths), 4 * spare), len(lengths), _longer(longest, spare)
+    )
 
 
-def row_shape(batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0.0, by_sequence: bool = False) -> RowShape:
+def row_shape(
+    batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0.0, by_sequence: bool = False
+) -> RowShape:
     """Cheapest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`.
 
-    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of them empty. The
-    same batches with trees longer by the share `spare` pack into it too. That they pack themselves does not follow: of shorter trees a row
-    may hold more, and with them more targets. `by_sequence` gives it sequences, unless they would be most of them padding.
+    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of
+    them empty. The same batches with trees longer by the share `spare` pack into it too. That they pack themselves does
+    not follow: of shorter trees a row may hold more, and with them more targets. `by_sequence` gives it sequences,
+    unless they would be most of them padding.
     """
     sizes = [[_size(tree, longer) for tree in trees] for longer in dict.fromkeys((0.0, spare)) for trees in batches]
     longest = max(size.tokens for of_batch in sizes for size in of_batch)
-    shapes = [_shape_of_length(sizes, _round_up(times * longest, ROW_STEP), row_multiple, spare, by_sequence) for times in (1, 2, 3, 4)]
+    shapes = [
+        _shape_of_length(sizes, _round_up(times * longest, ROW_STEP), row_multiple, spare, by_sequence)
+        for times in (1, 2, 3, 4)
+    ]
     return min(shapes, key=_cost)
 
 
 def stable_row_shape(
     batches: list[list[Tree]], row_multiple: int, earlier: RowShape | None, is_last: bool, by_sequence: bool = False
 ) -> RowShape:
-    """Shape of the rows of a round: that of the round before where these batches pack into it, so that nothing is compiled again.
+    """Shape of the rows of a round: that of the round before where these batches pack into it, so that nothing is
+    compiled again.
 
-    Otherwise, and where the earlier one would cost more than a compilation does, or more than MOST_WASTE above the cheapest, it is decided
-    anew, with room to spare unless the round `is_last`. It follows from the batches and the shape before it alone: a round that is resumed
-    cuts the same rows.
+    Otherwise, and where the earlier one would cost more than a compilation does, or more than MOST_WASTE above the
+    cheapest, it is decided anew, with room to spare unless the round `is_last`. It follows from the batches and the
+    shape before it alone: a round that is resumed cuts the same rows.
     """
     waste = min(MOST_WASTE, COMPILE_STEPS / len(batches))
     fits = earlier is not None and earlier.num_rows % row_multiple == 0 and _holds(earlier, batches)
@@ -94,14 +107,18 @@ def _cost(shape: RowShape) -> float:
     return shape.num_rows * shape.num_tokens * (1.0 + shape.num_tokens / ATTENTION_LENGTH)
 
 
-def _shape_of_length(sizes: list[list[_Size]], num_tokens: int, row_multiple: int, spare: float, by_sequence: bool) -> RowShape:
+def _shape_of_length(
+    sizes: list[list[_Size]], num_tokens: int, row_multiple: int, spare: float, by_sequence: bool
+) -> RowShape:
     """Rounded shape of rows of `num_tokens` for batches of trees of these sizes."""
     num_rows, num_targets, num_sequences = _filled(sizes, num_tokens)
     step = max(1, 2 ** (num_rows.bit_length() - 3))  # within a quarter of a power of two: few shapes, little padding
     num_sequences = int(num_sequences * (1.0 + 4 * spare))
     longest = _round_up(max(size.longest for of_batch in sizes for size in of_batch), ROW_STEP)
     sequences = (num_sequences, longest) if by_sequence and num_sequences * longest <= MOST_COPIES * num_tokens else ()
-    return RowShape(_round_up(_round_up(num_rows, step), row_multiple), num_tokens, _round_up(num_targets, TARGET_STEP), *sequences)
+    return RowShape(
+        _round_up(_round_up(num_rows, step), row_multiple), num_tokens, _round_up(num_targets, TARGET_STEP), *sequences
+    )
 
 
 def _filled(sizes: list[list[_Size]], num_tokens: int) -> tuple[int, int, int]:

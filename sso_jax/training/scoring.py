@@ -23,7 +23,11 @@ class Scorable(NamedTuple):
 def scoring_batches(items: list[Scorable], cells: list[Cell], batch_size: int) -> list[list[Tree]]:
     """Trees of each batch of at most `batch_size` items; cells count from 0 in every batch."""
     return [
-        [tree for e, item in enumerate(items[start : start + batch_size]) for tree in steered_trees(*item, cells, e * len(cells))]
+        [
+            tree
+            for e, item in enumerate(items[start : start + batch_size])
+            for tree in steered_trees(*item, cells, e * len(cells))
+        ]
         for start in range(0, len(items), batch_size)
     ]
 

@@ -1,9 +1,10 @@
-"""Mean hidden states of graded responses in, the cross-entropy of their grade out: the self-supervised part of base `spo`.
+"""Mean hidden states of graded responses in, the cross-entropy of their grade out: the self-supervised part of base
+`spo`.
 
-Wang et al. 2024, arXiv 2409.17791 (SPO). Of the paper are: key content found by RAKE and removed step by step, a classifier on the
-model's own representation that predicts the step, its cross-entropy added to the alignment loss, both trained together. This project's
-choices are: shares 0, 1/3, 2/3, 1 of the phrases of y+, the mean of the final hidden states over the response tokens before the end of
-turn, a head of two layers as wide as the model, weight 0.1.
+Wang et al. 2024, arXiv 2409.17791 (SPO). Of the paper are: key content found by RAKE and removed step by step, a
+classifier on the model's own representation that predicts the step, its cross-entropy added to the alignment loss, both
+trained together. This project's choices are: shares 0, 1/3, 2/3, 1 of the phrases of y+, the mean of the final hidden
+states over the response tokens before the end of turn, a head of two layers as wide as the model, weight 0.1.
 """
 
 import jax
@@ -26,7 +27,10 @@ DEGREE_CELLS = [Cell("plain", f"degree_{k}") for k in range(1, NUM_DEGREES)]
 def init_head(seed: int, width: int) -> dict:
     """Parameters of the head: `D -> D -> degrees`, kernels with variance 1/D, biases 0."""
     first, second = jax.random.split(jax.random.key(seed))
-    draw = lambda key, shape: jax.random.normal(key, shape) / jnp.sqrt(width)  # noqa: E731
+
+    def draw(key, shape):
+        return jax.random.normal(key, shape) / jnp.sqrt(width)
+
     return {
         "hidden": {"kernel": draw(first, (width, width)), "bias": jnp.zeros(width)},
         "out": {"kernel": draw(second, (width, NUM_DEGREES)), "bias": jnp.zeros(NUM_DEGREES)},
@@ -40,7 +44,9 @@ def degree_logits(head: dict, means: Float[Array, "E K D"]) -> Float[Array, "E K
 
 
 def degree_terms(head: dict, means: Float[Array, "E K D"]) -> tuple[Float[Array, "E"], Float[Array, "E"]]:
-    """Cross-entropy of the true degree 0, 1, ... of each example's responses in nats, and the share told right; means over degrees."""
+    """Cross-entropy of the true degree 0, 1, ... of each example's responses in nats, and the share told right; means
+    over degrees.
+    """
     logits = degree_logits(head, means)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     right = jnp.argmax(logits, axis=-1) == jnp.arange(NUM_DEGREES)[None, :]
@@ -57,7 +63,10 @@ def spo_losses(model: Transformer, objective, cells: list[Cell], beta: float, we
         num_examples, num_cells = micro.num_tokens.shape
         policy_params = {name: part for name, part in params.items() if name != HEAD}
         sums, means = cell_log_probs_and_means(model, policy_params, micro.rows, num_examples * num_cells)
-        of_own = lambda values: to_context_values(values[:, columns], own)  # noqa: E731
+
+        def of_own(values):
+            return to_context_values(values[:, columns], own)
+
         policy = of_own(sums.reshape(num_examples, num_cells))
         reference = of_own(micro.reference_log_probs)
         terms: Terms = objective(policy, reference, of_own(micro.num_tokens.astype(jnp.float32)))

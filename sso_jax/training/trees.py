@@ -22,14 +22,18 @@ class Tree(NamedTuple):
         return len(self.prompt_ids) + sum(len(branch.response_ids) for branch in self.branches)
 
 
-def steered_trees(prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell], start: int) -> list[Tree]:
-    """Trees of one example: for each context its prompt with the responses that `cells` names; cells count on from `start`.
+def steered_trees(
+    prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell], start: int
+) -> list[Tree]:
+    """Trees of one example: for each context its prompt with the responses that `cells` names; cells count on from
+    `start`.
 
     `cells` is a list of (context, response): one log-prob each.
     """
     contexts = dict.fromkeys(context for context, _ in cells)
     return [
-        Tree(prompts[wanted], [Branch(responses[r], start + i) for i, (c, r) in enumerate(cells) if c == wanted]) for wanted in contexts
+        Tree(prompts[wanted], [Branch(responses[r], start + i) for i, (c, r) in enumerate(cells) if c == wanted])
+        for wanted in contexts
     ]
 
 

@@ -33,13 +33,17 @@ class TrainState(NamedTuple):
         return join(self.params, self.frozen)
 
 
-def state_shardings(params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(
+    params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
     """Sharding of each part of the state: moments lie as their parameters, counters everywhere."""
     trainable, _ = split_trainable(params)
     placed, frozen = split_trainable(param_shardings)
     abstract = jax.eval_shape(optimizer.init, trainable)
     whole = replicated(mesh)
-    moments = optax.tree.map_params(optimizer, lambda _, sharding: sharding, abstract, placed, transform_non_params=lambda _: whole)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, sharding: sharding, abstract, placed, transform_non_params=lambda _: whole
+    )
     return TrainState(placed, moments, whole, frozen)
 
 
@@ -52,7 +56,9 @@ def init_state(params, optimizer: optax.GradientTransformation, shardings: Train
 
 
 def batch_shardings(batch: NamedTuple, mesh: jax.sharding.Mesh):
-    """Rows over the batch axes (their second axis, behind the microbatches); the small arrays of examples on every device."""
+    """Rows over the batch axes (their second axis, behind the microbatches); the small arrays of examples on every
+    device.
+    """
     rows = NamedSharding(mesh, PartitionSpec(None, *spec("batch")))
     whole = replicated(mesh)
     return type(batch)(*(type(part)(*([rows] * len(part))) if isinstance(part, tuple) else whole for part in batch))
@@ -66,13 +72,15 @@ def build_update(
     batch: NamedTuple,
     layout: Layout = IDENTITY_LAYOUT,
 ) -> Callable[[TrainState, NamedTuple, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state's memory is given to the new.
+    """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state's memory is
+    given to the new.
 
-    The rate is an argument and `optimizer` gives the step at rate 1, so that rounds with other numbers of updates share a program.
-    The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32 before the one update.
-    Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
+    The rate is an argument and `optimizer` gives the step at rate 1, so that rounds with other numbers of updates share
+    a program. The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32
+    before the one update. Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
 
-    The losses are given the parameters by `layout` (`training_layout`), once for all microbatches; those of the state stay as they are.
+    The losses are given the parameters by `layout` (`training_layout`), once for all microbatches; those of the state
+    stay as they are.
     """
 
     def weighted(params, frozen, micro):
@@ -92,7 +100,10 @@ def build_update(
             gradient, means = of_micro(first)
         else:
             zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(of_micro, first))
-            add = lambda total, micro: (jax.tree.map(jnp.add, total, of_micro(micro)), None)  # noqa: E731
+
+            def add(total, micro):
+                return (jax.tree.map(jnp.add, total, of_micro(micro)), None)
+
             (gradient, means), _ = jax.lax.scan(add, zeros, batch)
         gradient = layout.lay_back(gradient)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
@@ -110,7 +121,8 @@ def build_update(
 
 
 def compile_ahead(update: Callable, state: TrainState, batch: NamedTuple, mesh: jax.sharding.Mesh) -> None:
-    """Compiles what `build_update` gave for a state and batches like these, and gives the system what compiling leaves in the heap.
+    """Compiles what `build_update` gave for a state and batches like these, and gives the system what compiling leaves
+    in the heap.
 
     The update finds the program when it is called; its arrays would otherwise come on top of that.
     """

@@ -1,4 +1,6 @@
-"""benchmarks.speed: its arithmetic held to hand counts, the traced update held to its arithmetic, and what it makes of measurements."""
+"""benchmarks.speed: its arithmetic held to hand counts, the traced update held to its arithmetic, and what it makes of
+measurements.
+"""
 
 import argparse
 import dataclasses
@@ -24,9 +26,10 @@ def test_the_model_is_the_one_of_the_issue():
 
 
 def test_needed_operations_are_the_hand_count():
-    """6,144 tokens through 7 layers of 3.0M entries and the keys and values of the last, 3,072 through its rest and the head's 16.4M, four
-    times two; in rows of their own 9,216 through all. A response's first token is predicted from the 256th of the prompt, its last from
-    the one before it."""
+    """6,144 tokens through 7 layers of 3.0M entries and the keys and values of the last, 3,072 through its rest and the
+    head's 16.4M, four times two; in rows of their own 9,216 through all. A response's first token is predicted from the
+    256th of the prompt, its last from the one before it.
+    """
     layer, keys_and_values, head = 512 * (2 * 512 + 2 * 128) + 3 * 512 * 1536, 2 * 512 * 128, 512 * 32000
     visible = 256 * 257 // 2 + 2 * (128 * 256 + 128 * 129 // 2)
     by_sources = 2 * sum(range(256, 256 + 128))
@@ -39,19 +42,25 @@ def test_needed_operations_are_the_hand_count():
 
 
 def test_frozen_weights_need_three_passes_and_their_adapters_four():
-    """Of rank 4: two projections of 512 to 512, two of 512 to 128, three of 512 and 1536, each with a matrix at both ends."""
+    """Of rank 4: two projections of 512 to 512, two of 512 to 128, three of 512 and 1536, each with a matrix at both
+    ends.
+    """
     adapted = dataclasses.replace(shapes.CPU, adapter_rank=4)
     layer, keys_and_values, head = 512 * (2 * 512 + 2 * 128) + 3 * 512 * 1536, 2 * 512 * 128, 512 * 32000
     of_adapters, of_their_keys_and_values = 4 * (2 * 1024 + 2 * 640 + 3 * 2048), 4 * 2 * 640
     frozen = 6144 * (7 * layer + keys_and_values) + 3072 * (layer - keys_and_values + head)
     trained = 6144 * (7 * of_adapters + of_their_keys_and_values) + 3072 * (of_adapters - of_their_keys_and_values)
-    expected = shapes.needed_update_flops(shapes.CPU)["shared"] - 2 * frozen + 8 * trained  # of four passes, two operations each, one less
+    expected = (
+        shapes.needed_update_flops(shapes.CPU)["shared"] - 2 * frozen + 8 * trained
+    )  # of four passes, two operations each, one less
     assert shapes.needed_update_flops(adapted)["shared"] == expected
     assert adapted.adapter_params == 8 * of_adapters
 
 
 def test_the_traced_update_runs_little_more_than_it_must():
-    """Within 1.15: what is above it are logits computed anew in the backward pass, and the corners of attention's blocks."""
+    """Within 1.15: what is above it are logits computed anew in the backward pass, and the corners of attention's
+    blocks.
+    """
     counted = traced(make_updating(shapes.CPU, jax.devices()[:1]))
     assert 1.0 <= counted["flops"] / shapes.needed_update_flops(shapes.CPU)["shared"] <= 1.15
     assert counted["padding"] == 0.0
@@ -59,7 +68,12 @@ def test_the_traced_update_runs_little_more_than_it_must():
 
 def test_figures_are_medians_ratios_and_fractions_of_the_bound():
     options = argparse.Namespace(tiny=False)
-    seconds = {"ours/sample": [2.0, 1.0, 9.0], "transformers/sample": [4.0, 4.0, 4.0], "ours/update": [5.0], "transformers/update": [20.0]}
+    seconds = {
+        "ours/sample": [2.0, 1.0, 9.0],
+        "transformers/sample": [4.0, 4.0, 4.0],
+        "ours/update": [5.0],
+        "transformers/update": [20.0],
+    }
     cells = {name: {"first": 10.0, "seconds": own, "host_peak_bytes": 100} for name, own in seconds.items()}
     cells["ours/update"] |= {"flops": 2e12, "padding": 0.0}
     cells["ours/sample"] |= {"decode_seconds": [1.0, 0.5, 2.0]}
@@ -68,17 +82,26 @@ def test_figures_are_medians_ratios_and_fractions_of_the_bound():
     cells["transformers/update"]["beside"] = [5.0]
     made = figures("57m", cells, options)
     assert made["generate_tok_s"] == 16 * 64 / 2.0 and made["sso_examples_s"] == 4 / 5.0
-    assert made["rows"]["transformers/sample"]["ours_over_it"] == 4.0 and made["rows"]["transformers/update"]["ours_over_it"] == 4.0
+    assert (
+        made["rows"]["transformers/sample"]["ours_over_it"] == 4.0
+        and made["rows"]["transformers/update"]["ours_over_it"] == 4.0
+    )
     assert made["rows"]["ours/sample"]["ours_over_it"] == 1.0
-    assert made["rows"]["ours/update"]["of_bound"] == pytest.approx(shapes.needed_update_flops(shapes.CPU)["shared"] / 3e11 / 5.0)
-    # 63 steps read 24.1M and 16.4M entries of 4 bytes; each of 16 rows 2 x 8 x 2 x 64 entries of the 129th to the 191st token
+    assert made["rows"]["ours/update"]["of_bound"] == pytest.approx(
+        shapes.needed_update_flops(shapes.CPU)["shared"] / 3e11 / 5.0
+    )
+    # 63 steps read 24.1M and 16.4M entries of 4 bytes; each of 16 rows 2 x 8 x 2 x 64 entries of the 129th to the 191st
+    # token
     weights, tokens = 4 * (shapes.CPU.layer_params + shapes.CPU.head_params), 63 * (129 + 191) // 2
     assert made["decode_bytes_s"] == (63 * weights + 16 * tokens * 2 * 8 * 2 * 64 * 4) / 1.0
     assert made["compile_s"] == 8.0 + 5.0 and made["peak_bytes"] == 100
 
 
 def test_a_cell_that_runs_out_of_memory_is_reported_and_the_others_are_measured(monkeypatch, capsys):
-    of = {"machine": {"flops": 3e11, "read_bytes": 2e10, "copy_bytes": 2e10}, "ours/update": {"out_of_memory": True, "host_peak_bytes": 1}}
+    of = {
+        "machine": {"flops": 3e11, "read_bytes": 2e10, "copy_bytes": 2e10},
+        "ours/update": {"out_of_memory": True, "host_peak_bytes": 1},
+    }
     of["transformers/update"] = {"first": 9.0, "seconds": [4.0], "host_peak_bytes": 100}
     of["transformers/machine"] = {"flops": 1e11, "host_peak_bytes": 100}
     monkeypatch.setattr(main, "in_turns", lambda commands: {cell: dict(of[cell]) for cell in commands})
@@ -90,11 +113,17 @@ def test_a_cell_that_runs_out_of_memory_is_reported_and_the_others_are_measured(
     assert made["rows"]["transformers/update"]["ours_over_it"] is None and "sso_examples_s" not in made
     main.show(made)
     shown = capsys.readouterr().out
-    assert "| ours/update | out of memory |" in shown and "300 GFLOP/s" in shown and "PyTorch's products 100 GFLOP/s" in shown
+    assert (
+        "| ours/update | out of memory |" in shown
+        and "300 GFLOP/s" in shown
+        and "PyTorch's products 100 GFLOP/s" in shown
+    )
 
 
 def test_cells_take_turns_call_by_call(tmp_path):
-    """Two processes write their names into one file at each call: never two of one of them in a row while both have calls left."""
+    """Two processes write their names into one file at each call: never two of one of them in a row while both have
+    calls left.
+    """
     code = """
 import json, sys, time
 from benchmarks.speed.timing import timed
@@ -107,7 +136,9 @@ print("something else")
 print(json.dumps(timed(work, repeats)))
 """
     calls = tmp_path / "calls"
-    found = in_turns({name: [sys.executable, "-c", code, name, str(repeats), str(calls)] for name, repeats in (("a", 3), ("b", 1))})
+    found = in_turns(
+        {name: [sys.executable, "-c", code, name, str(repeats), str(calls)] for name, repeats in (("a", 3), ("b", 1))}
+    )
     assert calls.read_text() == "a<>b<>a<>b<>a<>a<>"
     assert len(found["a"]["seconds"]) == 3 and len(found["b"]["seconds"]) == 1 and found["a"]["first"] >= 0.05
 

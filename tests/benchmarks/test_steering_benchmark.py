@@ -1,4 +1,6 @@
-"""The steering study: its methods are configs that can be run, and its tables say what made-up cells hold, and what is missing."""
+"""The steering study: its methods are configs that can be run, and its tables say what made-up cells hold, and what is
+missing.
+"""
 
 import json
 from collections import Counter
@@ -8,7 +10,17 @@ import pytest
 
 from benchmarks.steering.__main__ import chosen_rates, run_cells
 from benchmarks.steering.cells import Clock, rounds_of, start_folder
-from benchmarks.steering.methods import FAMILIES, GROUPS, METHODS, RATES, STUDIES, Cell, cell_config, cells_of_study, choosing_cells
+from benchmarks.steering.methods import (
+    FAMILIES,
+    GROUPS,
+    METHODS,
+    RATES,
+    STUDIES,
+    Cell,
+    cell_config,
+    cells_of_study,
+    choosing_cells,
+)
 from benchmarks.steering.tables import MATCHED_QUALITY, rates_table, spread, study_tables, write_figure
 from sso_jax.recipes import RECIPES
 from sso_jax.toy import pretraining
@@ -21,8 +33,21 @@ def finish(folder: Path, name: str, numbers: dict) -> None:
 
 def row(quality: float, accuracy: float = 0.8) -> dict:
     parts = dict.fromkeys(("truth", "completeness", "politeness", "concision"), quality)
-    pairs = {"pair_accuracy": accuracy, "pair_ties": 0.1, "chosen_probability": 0.6, "rejected_probability": 0.5, "steerability": 0.3}
-    return {"policy_quality": quality, "quality_parts": parts, "held_out_tokens": 9.0, "response_tokens": 11.0, "num_pairs": 100, **pairs}
+    pairs = {
+        "pair_accuracy": accuracy,
+        "pair_ties": 0.1,
+        "chosen_probability": 0.6,
+        "rejected_probability": 0.5,
+        "steerability": 0.3,
+    }
+    return {
+        "policy_quality": quality,
+        "quality_parts": parts,
+        "held_out_tokens": 9.0,
+        "response_tokens": 11.0,
+        "num_pairs": 100,
+        **pairs,
+    }
 
 
 def fill(root: Path, cell: Cell, qualities: list[float], accuracies: list[float]) -> None:
@@ -61,7 +86,10 @@ def test_finished_cells_keep_their_names(tmp_path):
     names = {cell.name for study in ("main", "endurance", "data", "larger") for cell in cells_of_study(study, [1], 128)}
     assert {"main/v1_dpo_queries_128/seed_1", "endurance/v2_queries_96/seed_1", "larger/v2_queries_128/seed_1"} < names
     assert choosing_cells(128)[0].name == "rates/pbaa_ipo_queries_128_rate_0.0001/seed_0"
-    starts = {start_folder(tmp_path, cells_of_study(study, [1], 128)[0]).name for study in ("main", "endurance", "data", "larger")}
+    starts = {
+        start_folder(tmp_path, cells_of_study(study, [1], 128)[0]).name
+        for study in ("main", "endurance", "data", "larger")
+    }
     assert starts == {"start_1", "start_1_width_128"}
     config = cell_config(cells_of_study("main", [1], 128)[0], 1e-4, tmp_path)
     assert not config.toy.descriptions and config.sampling.max_new_tokens == 48
@@ -71,7 +99,10 @@ def test_a_cell_is_run_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     small = pretraining.Curriculum(fact_updates=4, style_updates=6, batch_size=8, width=32, num_layers=1)
     monkeypatch.setattr(pretraining, "Curriculum", lambda **_: small)
     cell = Cell("larger", "v1_dpo", 1, 2, 8, width=128)
-    run = lambda clock=Clock(None): run_cells(tmp_path, [cell], {"v1_dpo": 1e-4}, 6, clock)  # noqa: E731
+
+    def run(clock=Clock(None)):
+        return run_cells(tmp_path, [cell], {"v1_dpo": 1e-4}, 6, clock)
+
     run(Clock(0.0))
     assert rounds_of(tmp_path, cell) is None and not (tmp_path / cell.name).exists()
     run()
@@ -86,7 +117,9 @@ def test_a_cell_is_run_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / cell.name).rglob("*.json")}
     assert {path for path in written if again[path] != written[path]} == {second / "round.json"}
     assert rounds_of(tmp_path, cell) == rows
-    line = next(line for line in study_tables(tmp_path, "larger", [cell]).splitlines() if line.startswith("| SSO v1, DPO"))
+    line = next(
+        line for line in study_tables(tmp_path, "larger", [cell]).splitlines() if line.startswith("| SSO v1, DPO")
+    )
     shown = [entry.strip() for entry in line.split("|")[2:]]
     assert shown[:4] == ["1", *(f"{row['policy_quality']:.3f}" for row in rows)], line
 
@@ -105,7 +138,9 @@ def test_a_rate_is_chosen_when_all_were_tried(tmp_path):
 
 
 def test_tables_by_hand(tmp_path):
-    """PBAA over two seeds ends at 0.7 and 0.8: 0.750 with a sample deviation of 0.0707; v1 is above it by 0.02 and below by 0.04."""
+    """PBAA over two seeds ends at 0.7 and 0.8: 0.750 with a sample deviation of 0.0707; v1 is above it by 0.02 and
+    below by 0.04.
+    """
     cells = [Cell("main", method, seed, 2, 64) for seed in (1, 2) for method in ("pbaa_dpo", "v1_dpo", "v2")]
     ends = {("pbaa_dpo", 1): 0.7, ("pbaa_dpo", 2): 0.8, ("v1_dpo", 1): 0.72, ("v1_dpo", 2): 0.76}
     for cell in cells:
@@ -127,7 +162,9 @@ def test_length_tables_by_hand(tmp_path):
     """Descriptions of 20 and 24 tokens after the last round over two seeds: 22.0 with a sample deviation of 2.83."""
     cells = [Cell("length", "pbaa_dpo", seed, 1, 64, descriptions=True) for seed in (1, 2)]
     for cell, tokens in zip(cells, (20.0, 24.0), strict=True):
-        groups = {group: {"quality": 0.5, "tokens": tokens, "at_limit": 0.25} for group in ("all", "descriptions", "others")}
+        groups = {
+            group: {"quality": 0.5, "tokens": tokens, "at_limit": 0.25} for group in ("all", "descriptions", "others")
+        }
         pairs = {group: {"chosen": 31.0, "rejected": 13.0} for group in groups}
         numbers = {**row(0.5), "held_out_groups": groups}
         numbers["quality_parts"] |= {"length": 0.6, "substance": 0.4}
@@ -136,14 +173,19 @@ def test_length_tables_by_hand(tmp_path):
     text = study_tables(tmp_path, "length", cells)
     after = text.split("### Tokens of held-out answers")[1].split("###")[0]
     assert "| PBAA, DPO | descriptions | 22.0 ± 2.8 | 22.0 ± 2.8  |" in after
-    assert "| PBAA, DPO | others       | -     | 13.0 ± 0.0  |" in text.split("### Tokens of the rejected")[1].split("###")[0]
+    assert (
+        "| PBAA, DPO | others       | -     | 13.0 ± 0.0  |"
+        in text.split("### Tokens of the rejected")[1].split("###")[0]
+    )
     assert "0.400" in text.split("### Share of a description's")[1]
     write_figure(tmp_path, "length", cells)
     assert (tmp_path / "length.svg").stat().st_size > 1000
 
 
 def test_pairs_at_matched_quality_are_those_of_the_policy_that_samples_them(tmp_path):
-    """Qualities 0.5 (start), 0.6, 0.7; the pairs of rounds 2 and 3 are of the policies at 0.6 and 0.7, so at 0.65 halfway between."""
+    """Qualities 0.5 (start), 0.6, 0.7; the pairs of rounds 2 and 3 are of the policies at 0.6 and 0.7, so at 0.65
+    halfway between.
+    """
     cell = Cell("main", "pbaa_dpo", 1, 3, 64)
     fill(tmp_path, cell, [0.6, 0.7, 0.75], [0.9, 0.8, 0.6])
     assert MATCHED_QUALITY == 0.65
@@ -151,4 +193,6 @@ def test_pairs_at_matched_quality_are_those_of_the_policy_that_samples_them(tmp_
 
 
 def test_spread_is_mean_and_sample_deviation():
-    assert spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and spread([0.5]) == "0.500" and spread([]) == "-" == spread([None])
+    assert (
+        spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and spread([0.5]) == "0.500" and spread([]) == "-" == spread([None])
+    )

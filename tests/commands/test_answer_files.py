@@ -1,4 +1,6 @@
-"""Answers in the forms of AlpacaEval, MT-Bench and Arena-Hard: by their own loaders where they are installed, and by their schema."""
+"""Answers in the forms of AlpacaEval, MT-Bench and Arena-Hard: by their own loaders where they are installed, and by
+their schema.
+"""
 
 import json
 
@@ -21,17 +23,35 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def answer_files(model_folder, tmp_path_factory):
-    """The answer files of a policy to short questions of Vicuna's (AlpacaEval's form) and of MT-Bench: few lengths, few programs."""
+    """The answer files of a policy to short questions of Vicuna's (AlpacaEval's form) and of MT-Bench: few lengths, few
+    programs.
+    """
     folder = tmp_path_factory.mktemp("answers")
     for name, longest in (("vicuna", 60), ("mt", 190)):
         rows = (DATA / "prompts" / f"{name}_bench_question.jsonl").read_text(encoding="utf-8").splitlines()
         short = [row for row in rows if sum(map(len, json.loads(row)["turns"])) <= longest]
         (folder / f"{name}.jsonl").write_text("\n".join(short[:8]) + "\n", encoding="utf-8")
-    common = ["--model.path", str(model_folder), "--generator", "tiny-sso", "--sampling.max_new_tokens", "6", "--train.max_tokens", "512"]
+    common = [
+        "--model.path",
+        str(model_folder),
+        "--generator",
+        "tiny-sso",
+        "--sampling.max_new_tokens",
+        "6",
+        "--train.max_tokens",
+        "512",
+    ]
     alpaca, mt = folder / "alpaca.json", folder / "model_answer" / "tiny-sso.jsonl"
     mt.parent.mkdir()
-    assert sample.main([*common, "--queries.path", str(folder / "vicuna.jsonl"), "--form", "alpaca_eval", "--out", str(alpaca)]) == 0
-    assert sample.main([*common, "--queries.path", str(folder / "mt.jsonl"), "--form", "mt_bench", "--out", str(mt)]) == 0
+    assert (
+        sample.main(
+            [*common, "--queries.path", str(folder / "vicuna.jsonl"), "--form", "alpaca_eval", "--out", str(alpaca)]
+        )
+        == 0
+    )
+    assert (
+        sample.main([*common, "--queries.path", str(folder / "mt.jsonl"), "--form", "mt_bench", "--out", str(mt)]) == 0
+    )
     return alpaca, mt
 
 
@@ -48,10 +68,16 @@ def test_alpaca_eval_gets_a_list_with_its_three_columns(answer_files):
 def test_mt_bench_gets_both_turns_under_its_own_ids(answer_files):
     rows = lines(answer_files[1])
     questions = lines(answer_files[1].parents[1] / "mt.jsonl")
-    assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]  # numbers, as in the questions
+    assert [row["question_id"] for row in rows] == [
+        question["question_id"] for question in questions
+    ]  # numbers, as in the questions
     for row, question in zip(rows, questions, strict=True):
-        assert set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and row["model_id"] == "tiny-sso"
-        assert [choice["index"] for choice in row["choices"]] == [0] and len(row["choices"][0]["turns"]) == len(question["turns"]) == 2
+        assert (
+            set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and row["model_id"] == "tiny-sso"
+        )
+        assert [choice["index"] for choice in row["choices"]] == [0] and len(row["choices"][0]["turns"]) == len(
+            question["turns"]
+        ) == 2
     assert len({row["answer_id"] for row in rows}) == len(rows) > 3
 
 
@@ -101,9 +127,9 @@ def test_the_second_turn_sees_the_first_with_its_answer():
     assert [len(turns) for turns in answers] == [2, 1]
     texts = [engine.chat.tokenizer.decode(ids) for ids in engine.sampler.prompts]
     turn = "<|im_start|>{}\n{}<|im_end|>\n"
-    assert texts[2] == turn.format("user", "One?") + turn.format("assistant", answers[0][0]) + turn.format("user", "And two?") + (
-        "<|im_start|>assistant\n"
-    )
+    assert texts[2] == turn.format("user", "One?") + turn.format("assistant", answers[0][0]) + turn.format(
+        "user", "And two?"
+    ) + ("<|im_start|>assistant\n")
     assert answers[0][1] == f"It is {len(engine.sampler.prompts[2])}."
 
 
@@ -119,7 +145,10 @@ def test_arena_hard_gets_messages_under_its_uids(tmp_path):
     write_answers("arena_hard", questions, [["Because."]], "tiny", str(tmp_path / "out.jsonl"))
     (row,) = lines(tmp_path / "out.jsonl")
     assert (row["uid"], row["model"]) == ("a1", "tiny") and row["ans_id"] and row["tstamp"] > 0
-    assert row["messages"] == [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": {"answer": "Because."}}]
+    assert row["messages"] == [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": {"answer": "Because."}},
+    ]
 
 
 REFUSED = {
@@ -127,7 +156,10 @@ REFUSED = {
     "two_turns_for_alpaca_eval": (["--form", "alpaca_eval", "--out", "{}/a.json"], ("form", "more", "mt_bench")),
     "steered": (["--form", "mt_bench", "--steered", "true", "--out", "{}/a.jsonl"], ("form", "steered")),
     "generator_of_records": (["--generator", "x", "--out", "{}/a.jsonl"], ("generator", "form")),
-    "source_without_steering": (["--principles.source", "self", "--out", "{}/a.jsonl"], ("principles.source", "--steered true")),
+    "source_without_steering": (
+        ["--principles.source", "self", "--out", "{}/a.jsonl"],
+        ("principles.source", "--steered true"),
+    ),
 }
 
 
@@ -135,7 +167,13 @@ REFUSED = {
 def test_what_does_not_go_together_is_told_in_one_line(tmp_path, capsys, case):
     extra, words = REFUSED[case]
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "turns": ["One?", "Two?"]}\n')
-    arguments = ["--model.path", "./no_model", "--queries.path", str(tmp_path / "q.jsonl"), *(part.format(tmp_path) for part in extra)]
+    arguments = [
+        "--model.path",
+        "./no_model",
+        "--queries.path",
+        str(tmp_path / "q.jsonl"),
+        *(part.format(tmp_path) for part in extra),
+    ]
     assert sample.main(arguments) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("sample.py: ") and all(word in line for word in words), line

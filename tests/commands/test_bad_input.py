@@ -27,7 +27,9 @@ def model_folder(tmp_path_factory, one_device):
     tokenizer = train_tokenizer()
     model = toy_model(vocab_size=1024, num_layers=1)
     folder = tmp_path_factory.mktemp("model") / "policy"
-    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+    export_policy(
+        toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32"
+    )
     return folder
 
 
@@ -86,7 +88,11 @@ def queries(words: tuple[str, ...], text: str | bytes, name: str = "q.jsonl", co
 def pairs(words: tuple[str, ...], text: str | bytes, name: str = "p.jsonl", **fields: str) -> Case:
     """A file of pairs for recipe offline."""
     recipe = {"--recipe": "offline", "--queries.path": None, "--pairs.path": FILE, "--objective.form": "pairwise"}
-    return Case((name, *words), {**recipe, **{f"--{field.replace('__', '.')}": value for field, value in fields.items()}}, (name, text))
+    return Case(
+        (name, *words),
+        {**recipe, **{f"--{field.replace('__', '.')}": value for field, value in fields.items()}},
+        (name, text),
+    )
 
 
 def demonstrations(words: tuple[str, ...], text: str | bytes) -> Case:
@@ -112,7 +118,9 @@ def changed(name: str, **fields) -> Callable[[Path], object]:
 
     def damage(path: Path) -> None:
         old = json.loads((path / name).read_text())
-        (path / name).write_text(json.dumps({key: value for key, value in {**old, **fields}.items() if value is not None}))
+        (path / name).write_text(
+            json.dumps({key: value for key, value in {**old, **fields}.items() if value is not None})
+        )
 
     return damage
 
@@ -164,21 +172,31 @@ CASES = {
     "no_new_tokens": config(("sampling.max_new_tokens", "0"), sampling__max_new_tokens="0"),
     "b1_of_one": config(("optimizer.b1", "1.0"), optimizer__b1="1.0"),
     "warmup_of_all": config(("optimizer.warmup_ratio", "1.0"), optimizer__warmup_ratio="1"),
-    "microbatch_that_does_not_divide": config(("train.microbatch_size", "3", "train.batch_size 64"), train__microbatch_size="3"),
+    "microbatch_that_does_not_divide": config(
+        ("train.microbatch_size", "3", "train.batch_size 64"), train__microbatch_size="3"
+    ),
     "rows_of_one_token": config(("train.max_tokens", "1"), train__max_tokens="1"),
     "no_checkpoint": config(("checkpoint.every_steps", "0"), checkpoint__every_steps="0"),
     "two_free_mesh_axes": config(("mesh", "-1 to one axis"), mesh__data="-1"),
     "mesh_that_does_not_fit": config(("mesh.tensor 3", "number of devices, 8"), mesh__tensor="3"),
-    "heads_that_the_mesh_does_not_cut": config(("mesh.tensor", "4", "num_key_value_heads 2"), mesh__fsdp="2", mesh__tensor="4"),
-    "sampling_mesh_that_does_not_fit": config(("mesh.fsdp 7", "number of devices, 8"), sampling__mesh='{"data": 1, "fsdp": 7}'),
+    "heads_that_the_mesh_does_not_cut": config(
+        ("mesh.tensor", "4", "num_key_value_heads 2"), mesh__fsdp="2", mesh__tensor="4"
+    ),
+    "sampling_mesh_that_does_not_fit": config(
+        ("mesh.fsdp 7", "number of devices, 8"), sampling__mesh='{"data": 1, "fsdp": 7}'
+    ),
     "mesh_axis_of_zero": config(("mesh.data", "0"), mesh__data="0"),
     "half_given_hosts": config(("hosts", "num_processes"), hosts__coordinator="127.0.0.1:1"),
     "topology_that_is_none": config(("dry_run", "v9z:1x1"), dry_run="v9z:1x1"),
     "unknown_loss": config(("objective.base", "'dop'", "dpo"), objective__base="dop"),
     "setting_of_another_loss": config(("objective.tau", "0.5", "ipo"), objective__tau="0.5"),
-    "label_smoothing_of_half": config(("label_smoothing", "[0, 0.5)"), objective__base="robust", objective__label_smoothing="0.5"),
+    "label_smoothing_of_half": config(
+        ("label_smoothing", "[0, 0.5)"), objective__base="robust", objective__label_smoothing="0.5"
+    ),
     "exo_without_smoothing": config(("label_smoothing", "exo"), objective__base="exo", objective__label_smoothing="0"),
-    "loss_that_needs_scores": config(("objective.base", "reward_conditioned", "scores"), objective__base="reward_conditioned"),
+    "loss_that_needs_scores": config(
+        ("objective.base", "reward_conditioned", "scores"), objective__base="reward_conditioned"
+    ),
     "gap_without_scores": config(("filter.min_score_gap", "0.5"), filter__min_score_gap="0.5"),
     "share_without_a_reward_model": config(("filter.reward_share", "0.5"), filter__reward_share="0.5"),
     "missing_reward_model": config(("filter.reward_path", "no_such"), filter__reward_path="./no_such"),
@@ -195,23 +213,37 @@ CASES = {
     "more_rounds_than_queries": config(("queries.path", "2 usable queries for 3 rounds"), run__iterations="3"),
     "pairs_that_are_not_used": config(("pairs.path", "p.jsonl", "online"), pairs__path="p.jsonl"),
     "offline_without_pairs": Case(("pairs.path", "not given"), {"--recipe": "offline", "--queries.path": None}),
-    "sft_without_demonstrations": Case(("demonstrations.path", "not given"), {"--recipe": "sft", "--queries.path": None}),
+    "sft_without_demonstrations": Case(
+        ("demonstrations.path", "not given"), {"--recipe": "sft", "--queries.path": None}
+    ),
     "reward_of_two_rounds": config(("run.iterations", "2", "reward"), recipe="reward", run__iterations="2"),
     "wandb_that_is_not_there": config(("logging.wandb_project", "wandb"), logging__wandb_project="p"),
     # endpoints and principles
     "endpoint_without_address": config(("endpoint.url", "not given"), principles__source="endpoint"),
     "endpoint_that_is_down": config(
-        ("endpoint.url", "127.0.0.1:9", "cannot be reached"), principles__source="endpoint", endpoint__url="http://127.0.0.1:9/v1"
+        ("endpoint.url", "127.0.0.1:9", "cannot be reached"),
+        principles__source="endpoint",
+        endpoint__url="http://127.0.0.1:9/v1",
     ),
     "judging_without_endpoint": config(("endpoint.url", "judging.pairs"), judging__pairs="5"),
     "endpoint_of_another_kind": config(("endpoint.url", "localhost:8000", "http"), endpoint__url="localhost:8000"),
     "principles_file_without_path": config(("principles.path", "None", "file"), principles__source="file"),
     "principles_path_without_file": config(("principles.path", "p.jsonl", "predefined"), principles__path="p.jsonl"),
-    "missing_principles_file": config(("principles.path", "no_such"), principles__source="file", principles__path="no_such.jsonl"),
-    "principles_of_another_query": principles(("w.jsonl, line 1", "'z'"), line(id="z", good_system="g", bad_system="b")),
-    "principles_for_one_of_two": principles(("w.jsonl", "1 of 2", "'b'"), line(id="a", good_system="g", bad_system="b")),
-    "principles_that_are_equal": principles(("w.jsonl, line 1", "equal"), line(id="a", good_system="g", bad_system="g")),
-    "principle_that_is_a_number": principles(("w.jsonl, line 1", "good_system"), line(id="a", good_system=1, bad_system="b")),
+    "missing_principles_file": config(
+        ("principles.path", "no_such"), principles__source="file", principles__path="no_such.jsonl"
+    ),
+    "principles_of_another_query": principles(
+        ("w.jsonl, line 1", "'z'"), line(id="z", good_system="g", bad_system="b")
+    ),
+    "principles_for_one_of_two": principles(
+        ("w.jsonl", "1 of 2", "'b'"), line(id="a", good_system="g", bad_system="b")
+    ),
+    "principles_that_are_equal": principles(
+        ("w.jsonl, line 1", "equal"), line(id="a", good_system="g", bad_system="g")
+    ),
+    "principle_that_is_a_number": principles(
+        ("w.jsonl, line 1", "good_system"), line(id="a", good_system=1, bad_system="b")
+    ),
     # config files
     "missing_config_file": config(("config", "no_such.yaml"), config="no_such.yaml"),
     "config_that_is_no_yaml": config_file(("c.yaml",), "run: [1\n"),
@@ -220,7 +252,9 @@ CASES = {
     "config_that_is_no_text": config_file(("c.yaml",), b"\xff\xfe\x00run"),
     "config_that_is_a_folder": config(("config", "configs"), config="configs"),
     "misspelt_field_in_a_file": config_file(("temprature", "sampling.temperature"), "sampling:\n  temprature: 1.0\n"),
-    "misspelt_section_in_a_file": config_file(("smapling.temperature", "sampling.temperature"), "smapling:\n  temperature: 1.0\n"),
+    "misspelt_section_in_a_file": config_file(
+        ("smapling.temperature", "sampling.temperature"), "smapling:\n  temperature: 1.0\n"
+    ),
     "text_for_a_section": config_file(("c.yaml", "sampling", "'hot'"), "sampling: hot\n"),
     "number_for_a_section": config_file(("c.yaml", "run", "5"), "run: 5\n"),
     "section_without_fields": config_file(("c.yaml", "run", "None"), "run:\n"),
@@ -249,23 +283,31 @@ CASES = {
     "table_that_is_none": queries(("queries.path",), b"PAR1garbage", "q.parquet"),
     # pairs and demonstrations
     "no_pair_at_all": pairs(("no pairs",), ""),
-    "pair_without_rejected": pairs(("p.jsonl, line 2", "no rejected"), line(**PAIR) + line(**{**PAIR, "rejected": None})),
+    "pair_without_rejected": pairs(
+        ("p.jsonl, line 2", "no rejected"), line(**PAIR) + line(**{**PAIR, "rejected": None})
+    ),
     "pair_without_prompt": pairs(("p.jsonl, line 1", "no prompt"), line(**{**PAIR, "query": None})),
     "response_that_is_a_number": pairs(("p.jsonl, line 1", "chosen", "int"), line(**{**PAIR, "chosen": 5})),
-    "system_that_is_a_list": pairs(("p.jsonl, line 1", "good_system", "list"), line(**{**STEERED, "good_system": ["g"]})),
+    "system_that_is_a_list": pairs(
+        ("p.jsonl, line 1", "good_system", "list"), line(**{**STEERED, "good_system": ["g"]})
+    ),
     "label_of_three": pairs(("p.jsonl, line 1", "label 3"), line(input="q", output_1="a", output_2="b", label=3)),
     "turn_by_nobody_known": pairs(
         ("p.jsonl, line 1", "'robot'"), line(prompt=[{"role": "robot", "content": "x"}], chosen="yes", rejected="no")
     ),
     "responses_to_two_prompts": pairs(
         ("p.jsonl, line 1", "different prompts"),
-        line(**{s: [{"role": "user", "content": s}, {"role": "assistant", "content": s}] for s in ("chosen", "rejected")}),
+        line(
+            **{s: [{"role": "user", "content": s}, {"role": "assistant", "content": s}] for s in ("chosen", "rejected")}
+        ),
     ),
     "pairs_without_any_contrast": pairs(("no", "contrast"), line(**{**PAIR, "rejected": "yes"})),
     "pairs_without_principles": pairs(("lack", "good_system", "'1'"), line(**PAIR), objective__form="online"),
     "features_that_are_a_number": pairs(("p.jsonl, line 1", "features"), line(**STEERED, features=5)),
     "ids_that_are_texts": pairs(("p.jsonl, line 1", "response_ids"), line(**STEERED, response_ids={"chosen": ["a"]})),
-    "scores_that_are_texts": pairs(("p.jsonl, line 1", "score"), line(**PAIR, chosen_score="high", rejected_score="low")),
+    "scores_that_are_texts": pairs(
+        ("p.jsonl, line 1", "score"), line(**PAIR, chosen_score="high", rejected_score="low")
+    ),
     "gap_of_pairs_without_scores": pairs(("filter.min_score_gap", "scores"), line(**PAIR), filter__min_score_gap="1"),
     "no_demonstration_at_all": demonstrations(("no demonstrations",), ""),
     "demonstration_without_response": demonstrations(("d.jsonl, line 1",), '{"prompt": "a"}\n'),
@@ -279,24 +321,31 @@ CASES = {
     "weights_that_are_none": folder(("model.safetensors",), written("model.safetensors", b"\x10" * 40)),
     "index_without_map": folder(("model.safetensors.index.json",), written("model.safetensors.index.json", "{}")),
     "index_of_a_missing_file": folder(
-        ("no_such.safetensors",), written("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": "no_such.safetensors"}}')
+        ("no_such.safetensors",),
+        written("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": "no_such.safetensors"}}'),
     ),
     "no_config": folder(("config.json", "no such file"), removed("config.json")),
     "config_json_cut_short": folder(("config.json", "not valid JSON"), halved("config.json")),
     "config_json_that_is_a_list": folder(("config.json", "list"), written("config.json", "[]")),
     "unknown_model_type": folder(("config.json", "'mamba'"), changed("config.json", model_type="mamba")),
-    "config_json_without_a_size": folder(("config.json", "hidden_size is missing"), changed("config.json", hidden_size=None)),
+    "config_json_without_a_size": folder(
+        ("config.json", "hidden_size is missing"), changed("config.json", hidden_size=None)
+    ),
     "size_that_is_a_text": folder(("config.json", "hidden_size", "'wide'"), changed("config.json", hidden_size="wide")),
     "heads_of_zero": folder(("config.json", "num_attention_heads", "0"), changed("config.json", num_attention_heads=0)),
     "sliding_window": folder(
         ("config.json", "sliding_window"), changed("config.json", use_sliding_window=True, sliding_window=64)
     ),
-    "unknown_rotary_type": folder(("config.json", "'yarn'"), changed("config.json", rope_parameters={"rope_type": "yarn"})),
+    "unknown_rotary_type": folder(
+        ("config.json", "'yarn'"), changed("config.json", rope_parameters={"rope_type": "yarn"})
+    ),
     "rotary_scaling_without_numbers": folder(
         ("config.json", "factor is missing"), changed("config.json", rope_parameters={"rope_type": "llama3"})
     ),
     "weights_of_another_width": folder(("weight", "(1024, 64)"), changed("config.json", hidden_size=64)),
-    "vocabulary_of_another_model": folder(("model.embed_tokens.weight", "(64, 32)"), changed("config.json", vocab_size=64)),
+    "vocabulary_of_another_model": folder(
+        ("model.embed_tokens.weight", "(64, 32)"), changed("config.json", vocab_size=64)
+    ),
     "layer_without_weights": folder(("layers.1",), changed("config.json", num_hidden_layers=2)),
     "mesh_that_cannot_cut_the_model": config(("mesh.tensor", "8"), mesh__tensor="8"),
     # tokenizers
@@ -304,14 +353,25 @@ CASES = {
     "tokenizer_cut_short": folder(("tokenizer",), halved("tokenizer.json")),
     "tokenizer_config_that_is_no_json": folder(("tokenizer",), written("tokenizer_config.json", "{")),
     "no_end_of_turn": folder(("eos_token",), written("tokenizer_config.json", '{"eos_token": null}')),
-    "template_that_is_no_jinja": folder(("chat template", "user turn"), written("chat_template.jinja", "{% for m in messages %}")),
-    "template_that_leaves_out_the_query": folder(("chat template", "leaves out the user turn"), written("chat_template.jinja", "Hello")),
-    "template_that_adds_a_number": folder(("chat template",), written("chat_template.jinja", "{{ messages[0].content + 1 }}")),
-    "template_that_reaches_out": folder(
-        ("chat template",), written("chat_template.jinja", "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}")
+    "template_that_is_no_jinja": folder(
+        ("chat template", "user turn"), written("chat_template.jinja", "{% for m in messages %}")
     ),
-    "generation_config_that_is_no_json": folder(("generation_config.json", "not valid JSON"), written("generation_config.json", "{")),
-    "end_of_turn_that_is_a_text": folder(("generation_config.json", "'stop'"), changed("generation_config.json", eos_token_id="stop")),
+    "template_that_leaves_out_the_query": folder(
+        ("chat template", "leaves out the user turn"), written("chat_template.jinja", "Hello")
+    ),
+    "template_that_adds_a_number": folder(
+        ("chat template",), written("chat_template.jinja", "{{ messages[0].content + 1 }}")
+    ),
+    "template_that_reaches_out": folder(
+        ("chat template",),
+        written("chat_template.jinja", "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}"),
+    ),
+    "generation_config_that_is_no_json": folder(
+        ("generation_config.json", "not valid JSON"), written("generation_config.json", "{")
+    ),
+    "end_of_turn_that_is_a_text": folder(
+        ("generation_config.json", "'stop'"), changed("generation_config.json", eos_token_id="stop")
+    ),
     # sample.py and evaluate.py
     "sampling_from_the_toy": Case(("model.path",), {"--model.path": "toy"}, command="sample"),
     "answers_into_no_folder": Case(("out", "no/such/folder"), {"--out": "no/such/folder/out.jsonl"}, command="sample"),
@@ -330,13 +390,16 @@ CASES = {
         ("out", "configs"), {"--pairs.path": FILE, "--out": "configs"}, ("p.jsonl", line(**PAIR)), command="evaluate"
     ),
     "rating_of_equal_sides": Case(
-        ("p.jsonl", "equal sides"), {"--pairs.path": FILE}, ("p.jsonl", line(**{**PAIR, "rejected": "yes"})), command="evaluate"
+        ("p.jsonl", "equal sides"),
+        {"--pairs.path": FILE},
+        ("p.jsonl", line(**{**PAIR, "rejected": "yes"})),
+        command="evaluate",
     ),
     # command lines
     "option_without_a_value": Case(("run.seed",), more=("--run.seed",)),
     "word_without_an_option": Case(("tiny",), more=("tiny",)),
     "option_of_another_spelling": Case(("run-seed",), more=("--run-seed=1",)),
-}  # fmt: skip
+}
 
 
 def arguments_of(case: Case, good: dict[str, str], model_folder: Path, tmp_path: Path) -> list[str]:
@@ -356,7 +419,9 @@ def arguments_of(case: Case, good: dict[str, str], model_folder: Path, tmp_path:
     if case.file:
         place.write_bytes(case.file[1].encode() if isinstance(case.file[1], str) else case.file[1])
     given |= case.change
-    return [part.replace(FILE, str(place)) for name, value in given.items() if value is not None for part in (name, value)] + [*case.more]
+    return [
+        part.replace(FILE, str(place)) for name, value in given.items() if value is not None for part in (name, value)
+    ] + [*case.more]
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -431,4 +496,6 @@ def test_help_names_every_field_with_type_and_meaning(capsys):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert "--objective.weight_alpha" in text and "share of the chosen response in W" in text and "default: 0.66" in text
+    assert (
+        "--objective.weight_alpha" in text and "share of the chosen response in W" in text and "default: 0.66" in text
+    )

@@ -10,7 +10,15 @@ from flax.traverse_util import flatten_dict
 from toys import ARCHITECTURE
 
 from sso_jax.commands import dry_run, programs
-from sso_jax.config import Config, GeneratorConfig, MeshConfig, ModelConfig, ObjectiveConfig, SamplingConfig, TrainConfig
+from sso_jax.config import (
+    Config,
+    GeneratorConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from sso_jax.models.hf_config import to_hf_config
 from sso_jax.models.presets import PRESETS
 from sso_jax.runtime.errors import InputError
@@ -40,7 +48,10 @@ def plan_of(folder, **sections):
 
 
 def compile_all(plan):
-    return {name: programs.compiled(trace(plan), name, plan.device_bytes) for name, trace in programs.programs_of(plan.config).items()}
+    return {
+        name: programs.compiled(trace(plan), name, plan.device_bytes)
+        for name, trace in programs.programs_of(plan.config).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +64,12 @@ def online(folder):
 def test_bytes_of_parameters_and_optimizer_are_those_of_their_shapes(online):
     plan, compiled = online
     flat = flatten_dict(plan.params, sep="/")
-    cut = {"norm": 1, "kernel": 4, "embedding": 4, "head": 4}  # parts of the mesh that cut a matrix: 2 over width, 2 over the other axis
+    cut = {
+        "norm": 1,
+        "kernel": 4,
+        "embedding": 4,
+        "head": 4,
+    }  # parts of the mesh that cut a matrix: 2 over width, 2 over the other axis
     biases = {"query/bias": 2, "key/bias": 2, "value/bias": 2}
     expected = 0
     for path, leaf in flat.items():
@@ -79,7 +95,9 @@ def test_the_cache_holds_keys_and_values_of_all_slots(online):
 
 
 def test_a_mesh_of_its_own_to_sample_on_holds_a_second_copy_of_the_parameters(folder, online):
-    plan = plan_of(folder, sampling=SamplingConfig(batch_size=8, max_new_tokens=8, mesh=MeshConfig(data=8, fsdp=1, tensor=1)))
+    plan = plan_of(
+        folder, sampling=SamplingConfig(batch_size=8, max_new_tokens=8, mesh=MeshConfig(data=8, fsdp=1, tensor=1))
+    )
     traced, shared = programs.trace_prefill(plan), online[1]["prefill"]
     program = programs.compiled(traced, "prefill", plan.device_bytes)
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(plan.params))
@@ -93,13 +111,17 @@ def test_a_mesh_of_its_own_to_sample_on_holds_a_second_copy_of_the_parameters(fo
 def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
     """Counted by hand: matrices and attention over all slots for each token, the head once a row and token drawn.
 
-    The last layer of prefill gives keys and values for each token and all else for the last one of each row, as layers do on a CPU.
+    The last layer of prefill gives keys and values for each token and all else for the last one of each row, as layers
+    do on a CPU.
     """
     plan, compiled = online
     a, rows, slots, new = plan.model.architecture, 8, 32, 8
     attention = a.embed_dim * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads)
     layer = attention + 3 * a.embed_dim * a.mlp_dim
-    seen = lambda tokens: 2 * a.num_heads * a.head_size * tokens  # noqa: E731
+
+    def seen(tokens):
+        return 2 * a.num_heads * a.head_size * tokens
+
     head = a.embed_dim * a.vocab_size
     keys_and_values = 2 * a.embed_dim * a.head_size * a.num_kv_heads
     last_layer = slots * keys_and_values + (layer - keys_and_values) + seen(slots)
@@ -112,14 +134,19 @@ def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
 def test_operations_of_scoring_and_of_the_update_are_the_hand_count(online):
     """A microbatch of 4 examples is 12 trees of 16 + 48 + 48 tokens, in 4 rows of 352 with 320 places for targets.
 
-    Queries go 64 at a time with the keys up to their block's end. Scoring on a CPU runs the last layer for the targets' sources alone,
-    whose queries see all keys. The update computes all layers anew in its backward pass, but for what their last projection gives: with two
-    products backward that is four of each; of attention's, two forward, two again, and five backward.
+    Queries go 64 at a time with the keys up to their block's end. Scoring on a CPU runs the last layer for the targets'
+    sources alone, whose queries see all keys. The update computes all layers anew in its backward pass, but for what
+    their last projection gives: with two products backward that is four of each; of attention's, two forward, two
+    again, and five backward.
     """
     plan, compiled = online
     a, rows, tokens, targets, num_micro = plan.model.architecture, 4, 352, 320, 2
     layer = a.embed_dim * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads) + 3 * a.embed_dim * a.mlp_dim
-    down, keys_and_values, head = a.embed_dim * a.mlp_dim, 2 * a.embed_dim * a.head_size * a.num_kv_heads, a.embed_dim * a.vocab_size
+    down, keys_and_values, head = (
+        a.embed_dim * a.mlp_dim,
+        2 * a.embed_dim * a.head_size * a.num_kv_heads,
+        a.embed_dim * a.vocab_size,
+    )
     attended = 2 * a.num_heads * a.head_size  # multiply-adds for each pair of tokens: scores, values
     pairs = 64 * (64 + 128 + 192 + 256 + 320) + 32 * 352
     last = tokens * keys_and_values + targets * (layer - keys_and_values) + targets * tokens * attended
@@ -133,7 +160,10 @@ def test_the_log_prob_of_the_original_response_is_in_the_update_where_it_is_logg
     plan = plan_of(folder)
     assert plan.config.train.log_original and not online[0].config.train.log_original
     original = ("plain", "original")
-    assert original in programs._objective(plan.config).cells and original not in programs._objective(online[0].config).cells
+    assert (
+        original in programs._objective(plan.config).cells
+        and original not in programs._objective(online[0].config).cells
+    )
     # not more operations of necessity: longer trees may leave less of a row empty
     assert programs.trace_policy_update(plan).flops != online[1]["update"].flops
 
@@ -153,7 +183,9 @@ def test_the_programs_are_those_that_the_recipe_runs(folder, recipe, names):
 
 
 def test_a_generator_is_trained_by_the_fields_of_its_own_section(folder):
-    config = config_of(folder, objective=ObjectiveConfig(base="dpo", form="generator"), generator=GeneratorConfig(batch_size=16))
+    config = config_of(
+        folder, objective=ObjectiveConfig(base="dpo", form="generator"), generator=GeneratorConfig(batch_size=16)
+    )
     plan = dataclasses.replace(plan_of(folder), config=dataclasses.replace(config, recipe="generator"))
     of_generator = programs.trace_generator_update(plan)
     of_policy = programs.trace_policy_update(plan)
@@ -179,7 +211,9 @@ def test_the_table_names_what_does_not_fit_and_says_what_to_do(online):
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "4x4", "v5e:4"])
 def test_what_is_no_topology_is_refused(topology):
-    with pytest.raises(InputError, match=r"dry_run: .* is no topology; give GENERATION:SIZES with one of v4, v5e, v5p, v6e"):
+    with pytest.raises(
+        InputError, match=r"dry_run: .* is no topology; give GENERATION:SIZES with one of v4, v5e, v5p, v6e"
+    ):
         dry_run.find_devices(topology)
 
 
@@ -198,7 +232,9 @@ def test_a_model_that_the_mesh_does_not_cut_is_refused(folder):
 def test_presets_have_the_parameters_that_their_names_promise(name):
     a = PRESETS[name]
     heads, kv_heads = a.num_heads * a.head_size, a.num_kv_heads * a.head_size
-    layer = a.embed_dim * (2 * heads + 2 * kv_heads + 3 * a.mlp_dim) + 2 * a.embed_dim + a.qkv_bias * (heads + 2 * kv_heads)
+    layer = (
+        a.embed_dim * (2 * heads + 2 * kv_heads + 3 * a.mlp_dim) + 2 * a.embed_dim + a.qkv_bias * (heads + 2 * kv_heads)
+    )
     total = a.num_layers * layer + a.embed_dim + a.vocab_size * a.embed_dim * (1 if a.tied_head else 2)
     published = {
         "0.5B": 494_032_768,
@@ -215,8 +251,16 @@ def test_presets_have_the_parameters_that_their_names_promise(name):
 @pytest.mark.parametrize(
     ("message", "gib"),
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded hbm capacity by 1.50G.", 17.25),
-        ("E1000: CompileTimeHbmOom: the total memory required for HLO temporaries (16.50G) exceeds available HBM (15.75G).", 18.5),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded hbm "
+            "capacity by 1.50G.",
+            17.25,
+        ),
+        (
+            "E1000: CompileTimeHbmOom: the total memory required for HLO temporaries (16.50G) exceeds available HBM "
+            "(15.75G).",
+            18.5,
+        ),
         ("INTERNAL: something else", None),
     ],
 )

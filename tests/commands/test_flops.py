@@ -1,4 +1,6 @@
-"""Operations counted from the program: products, loops, branches and the passes of a gradient, each against arithmetic."""
+"""Operations counted from the program: products, loops, branches and the passes of a gradient, each against
+arithmetic.
+"""
 
 from types import SimpleNamespace
 
@@ -19,7 +21,9 @@ def count(function, *args, **kwargs):
 
 def test_a_product_counts_two_a_multiply_add():
     assert count(jnp.matmul, A, B) == PRODUCT
-    assert count(lambda a, b: jnp.einsum("gij,gjk->gik", a, b), jnp.zeros((3, 4, 8)), jnp.zeros((3, 8, 16))) == 3 * PRODUCT
+    assert (
+        count(lambda a, b: jnp.einsum("gij,gjk->gik", a, b), jnp.zeros((3, 4, 8)), jnp.zeros((3, 8, 16))) == 3 * PRODUCT
+    )
 
 
 def test_loops_count_their_trips():
@@ -34,12 +38,16 @@ def test_loops_count_their_trips():
 
 
 def test_a_branch_counts_as_the_dearer_one():
-    choose = lambda flag, a, b: jax.lax.cond(flag, lambda: jnp.sum(a @ b), lambda: 0.0)  # noqa: E731
+    def choose(flag, a, b):
+        return jax.lax.cond(flag, lambda: jnp.sum(a @ b), lambda: 0.0)
+
     assert count(choose, True, A, B) == PRODUCT
 
 
 def test_a_gradient_counts_three_products_and_a_checkpoint_a_fourth():
-    loss = lambda a, b: jnp.sum(jnp.sin(a @ b))  # noqa: E731
+    def loss(a, b):
+        return jnp.sum(jnp.sin(a @ b))
+
     assert count(jax.grad(loss, argnums=(0, 1)), A, B) == 3 * PRODUCT
     assert count(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), A, B) == 4 * PRODUCT
 
@@ -49,16 +57,25 @@ def test_a_decoder_counts_what_its_sizes_say(one_device):
     a, length = model.architecture, 24
     params = toy_params(model, one_device)
     tokens = jnp.zeros((2, length), jnp.int32)
-    run = lambda p: model.apply({"params": p}, model.apply({"params": p}, tokens, tokens, causal_mask(length))[0], method="logits")  # noqa: E731
+
+    def run(p):
+        return model.apply(
+            {"params": p}, model.apply({"params": p}, tokens, tokens, causal_mask(length))[0], method="logits"
+        )
+
     heads = a.num_heads * a.head_size
-    matrices = a.embed_dim * (2 * heads + 2 * a.num_kv_heads * a.head_size + 3 * a.mlp_dim)  # multiply-adds a token, one layer
+    matrices = a.embed_dim * (
+        2 * heads + 2 * a.num_kv_heads * a.head_size + 3 * a.mlp_dim
+    )  # multiply-adds a token, one layer
     attention = 2 * heads * length  # a token meets every key, then every value
     expected = 2 * 2 * length * (a.num_layers * (matrices + attention) + a.embed_dim * a.vocab_size)
     assert count(run, params) == expected
 
 
 def test_cudnn_attention_counts_half_of_each_square():
-    """Two products forward and five backward, each over 3 x 4 pairs of tokens of 2 rows and 6 heads, 8 wide, half of two operations."""
+    """Two products forward and five backward, each over 3 x 4 pairs of tokens of 2 rows and 6 heads, 8 wide, half of
+    two operations.
+    """
     operands = [SimpleNamespace(aval=jnp.zeros(shape)) for shape in ((2, 3, 6, 8), (2, 4, 2, 8), (2, 4, 2, 8))]
     for name, products in (("dot_product_attention_fwd_wrapper", 2), ("dot_product_attention_bwd_wrapper", 5)):
         equation = SimpleNamespace(primitive=SimpleNamespace(name=name), params={}, invars=operands)

@@ -1,4 +1,6 @@
-"""The report of a run made by hand: its page stands alone and shows texts as text, and the table of a round says what was measured."""
+"""The report of a run made by hand: its page stands alone and shows texts as text, and the table of a round says what
+was measured.
+"""
 
 import base64
 import copy
@@ -20,21 +22,61 @@ from sso_jax.runtime.json_lines import write_records
 
 HOSTILE = "<script>alert('x')</script> & <b>bold</b> \"quoted\" <img src=http://evil.example/x.png> </div></pre>"
 START = {
-    "iteration": 0, "num_queries": None, "num_pairs": None, "dropped": {}, "pair_accuracy": None, "pair_ties": None,
-    "chosen_probability": None, "rejected_probability": None, "policy_quality": 0.4321, "quality_parts": {"truth": 0.61, "concision": 0.29},
-    "response_tokens": None, "held_out_tokens": 17.0, "random_features": None, "seconds": {"evaluation": 1.5}, "tokens_per_second": None,
-}  # fmt: skip
+    "iteration": 0,
+    "num_queries": None,
+    "num_pairs": None,
+    "dropped": {},
+    "pair_accuracy": None,
+    "pair_ties": None,
+    "chosen_probability": None,
+    "rejected_probability": None,
+    "policy_quality": 0.4321,
+    "quality_parts": {"truth": 0.61, "concision": 0.29},
+    "response_tokens": None,
+    "held_out_tokens": 17.0,
+    "random_features": None,
+    "seconds": {"evaluation": 1.5},
+    "tokens_per_second": None,
+}
 ROUND = {
-    "iteration": 1, "num_queries": 64, "num_pairs": 41, "dropped": {"label": 2, "filter_order": 21}, "pair_accuracy": 0.7439,
-    "pair_ties": 0.1951, "chosen_probability": 0.6173, "rejected_probability": 0.3829, "policy_quality": 0.5678,
-    "quality_parts": {"truth": 0.71, "concision": 0.39}, "response_tokens": 19.04, "held_out_tokens": 15.0, "random_features": 3,
-    "seconds": {"responses": 2.25, "training": 7.5}, "tokens_per_second": {"sampling": 1234.4, "training": 5678.6},
-}  # fmt: skip
+    "iteration": 1,
+    "num_queries": 64,
+    "num_pairs": 41,
+    "dropped": {"label": 2, "filter_order": 21},
+    "pair_accuracy": 0.7439,
+    "pair_ties": 0.1951,
+    "chosen_probability": 0.6173,
+    "rejected_probability": 0.3829,
+    "policy_quality": 0.5678,
+    "quality_parts": {"truth": 0.71, "concision": 0.39},
+    "response_tokens": 19.04,
+    "held_out_tokens": 15.0,
+    "random_features": 3,
+    "seconds": {"responses": 2.25, "training": 7.5},
+    "tokens_per_second": {"sampling": 1234.4, "training": 5678.6},
+}
 UPDATE = {
-    "iteration": 1, "loss": 0.7, "base_loss": 0.6, "positive_loss": 0.5, "negative_loss": 0.4, "weight": 0.9, "chosen_log_prob": -9.0,
-    "rejected_log_prob": -11.0, "margin": 0.1, "accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4, "tokens_per_second": 100.0,
-}  # fmt: skip
-NO_JUDGE = {"pair_accuracy": None, "pair_ties": None, "policy_quality": None, "quality_parts": None, "held_out_tokens": None}
+    "iteration": 1,
+    "loss": 0.7,
+    "base_loss": 0.6,
+    "positive_loss": 0.5,
+    "negative_loss": 0.4,
+    "weight": 0.9,
+    "chosen_log_prob": -9.0,
+    "rejected_log_prob": -11.0,
+    "margin": 0.1,
+    "accuracy": 0.5,
+    "grad_norm": 1.0,
+    "learning_rate": 1e-4,
+    "tokens_per_second": 100.0,
+}
+NO_JUDGE = {
+    "pair_accuracy": None,
+    "pair_ties": None,
+    "policy_quality": None,
+    "quality_parts": None,
+    "held_out_tokens": None,
+}
 
 
 class Page(HTMLParser):
@@ -99,9 +141,11 @@ HOSTILE_NAMES = ("query", "chosen", "rejected", "original", "good_system", "bad_
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     hostile = {name: f"{name}: {HOSTILE}" for name in HOSTILE_NAMES}
-    folder = make_run(tmp_path_factory.mktemp("runs") / "a <run>", [START, ROUND], [triple(0, **hostile), *map(triple, range(1, 41))])
+    folder = make_run(
+        tmp_path_factory.mktemp("runs") / "a <run>", [START, ROUND], [triple(0, **hostile), *map(triple, range(1, 41))]
+    )
     drop(folder, [triple(number) for number in range(41, 44)], f"label {HOSTILE}")
-    report.write(folder)
+    report.write_report(folder)
     return folder
 
 
@@ -123,9 +167,18 @@ def test_texts_of_queries_responses_and_config_are_shown_as_text(html):
         assert rows["t0"][name] == f"{name}: {HOSTILE}"
     assert rows["t41"]["status"] == f"label {HOSTILE}"
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert "<script>alert" not in html and "<img src=http" not in html and "</div></pre>" not in html.replace("</div></pre></div>", "")
-    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{"type": "application/json", "id": "triples-data"}, {}]
-    assert "innerHTML" not in page.scripts[1] and "insertAdjacent" not in page.scripts[1]  # texts become text nodes only
+    assert (
+        "<script>alert" not in html
+        and "<img src=http" not in html
+        and "</div></pre>" not in html.replace("</div></pre></div>", "")
+    )
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [
+        {"type": "application/json", "id": "triples-data"},
+        {},
+    ]
+    assert (
+        "innerHTML" not in page.scripts[1] and "insertAdjacent" not in page.scripts[1]
+    )  # texts become text nodes only
 
 
 def test_data_in_a_script_element_cannot_end_it():
@@ -137,15 +190,26 @@ def test_data_in_a_script_element_cannot_end_it():
 def test_the_page_loads_nothing_from_elsewhere(html):
     page = Page(html)
     loaded = [
-        value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "srcset", "data", "action")
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data", "action")
     ]
     assert loaded and all(value.startswith("data:image/svg+xml;base64,") for value in loaded)
     assert not {"link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
-    assert not re.search(r"@import|url\(", html) and not re.search(r"fetch|XMLHttp|import|eval|new Function", page.scripts[1])
-    policy = next(attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    assert not re.search(r"@import|url\(", html) and not re.search(
+        r"fetch|XMLHttp|import|eval|new Function", page.scripts[1]
+    )
+    policy = next(
+        attributes["content"]
+        for tag, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'") and "http" not in policy
     for value in loaded:
-        for element in ET.fromstring(base64.b64decode(value.partition(",")[2])).iter():  # the figures are well-formed, and load nothing
+        for element in ET.fromstring(
+            base64.b64decode(value.partition(",")[2])
+        ).iter():  # the figures are well-formed, and load nothing
             assert all(value.startswith("#") for name, value in element.attrib.items() if name.endswith("href"))
             assert "script" not in element.tag.lower()
 
@@ -153,20 +217,41 @@ def test_the_page_loads_nothing_from_elsewhere(html):
 def test_the_page_shows_the_rounds_their_figures_and_all_triples(html):
     page = Page(html)
     text = re.sub(r"\s+", " ", page.text)
-    for expected in ("41 / 64", "0.744", "0.195", "0.617", "0.383", "19.0", "0.432", "0.568", "label 2", "filter order 21"):
+    for expected in (
+        "41 / 64",
+        "0.744",
+        "0.195",
+        "0.617",
+        "0.383",
+        "19.0",
+        "0.432",
+        "0.568",
+        "label 2",
+        "filter order 21",
+    ):
         assert expected in text, expected
     assert "Over iterations" in text and "Over updates" in text and "Toy world" in text
     rows = data_of(page)
     assert [row["id"] for row in rows] == [f"t{number}" for number in range(44)]
     assert {row["status"] for row in rows[:41]} == {"kept"} and [row.get("swapped") for row in rows[:2]] == [True, None]
-    assert (rows[1]["features"], rows[1]["good_system"], rows[1]["iteration"]) == (["Safety", "Accuracy"], "good_system number 1.", 1)
-    assert rows[1]["log_probs"] == {"chosen": {"plain": -0.5, "positive": -0.25}, "rejected": {"plain": -0.5}, "original": {}}
+    assert (rows[1]["features"], rows[1]["good_system"], rows[1]["iteration"]) == (
+        ["Safety", "Accuracy"],
+        "good_system number 1.",
+        1,
+    )
+    assert rows[1]["log_probs"] == {
+        "chosen": {"plain": -0.5, "positive": -0.25},
+        "rejected": {"plain": -0.5},
+        "original": {},
+    }
     assert rows[1]["tokens"] == {"chosen": 2, "rejected": 4, "original": 1}
 
 
 def test_a_large_run_has_a_page_of_bounded_size(tmp_path):
-    folder = make_run(tmp_path / "run", [START, ROUND], [triple(number, chosen="word " * 2000) for number in range(2500)])
-    report.write(folder)
+    folder = make_run(
+        tmp_path / "run", [START, ROUND], [triple(number, chosen="word " * 2000) for number in range(2500)]
+    )
+    report.write_report(folder)
     rows = data_of(Page((folder / "report.html").read_text(encoding="utf-8")))
     assert 1000 <= len(rows) <= 2000 and rows[-1]["id"] == "t2498"  # every other one
     assert all(len(row["chosen"]) < 3100 and row["chosen"].endswith("more characters]") for row in rows)
@@ -178,14 +263,29 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.parametrize(
     ("state", "count", "drawn"),
-    [("", "44 of 44 triples", 25), ("feature=Safety", "22 of 44 triples", 22), ("status=dropped", "3 of 44 triples", 3),
-     ("text=number 17.", "1 of 44 triples", 1), ("text=%3Cscript%3E", "1 of 44 triples", 1)],
-)  # fmt: skip
+    [
+        ("", "44 of 44 triples", 25),
+        ("feature=Safety", "22 of 44 triples", 22),
+        ("status=dropped", "3 of 44 triples", 3),
+        ("text=number 17.", "1 of 44 triples", 1),
+        ("text=%3Cscript%3E", "1 of 44 triples", 1),
+    ],
+)
 def test_a_browser_filters_and_draws_the_triples_as_text(run_folder, tmp_path, state, count, drawn):
     shutil.copy(run_folder / "report.html", tmp_path / "report.html")  # a plain path for the address
     address = f"{(tmp_path / 'report.html').as_uri()}#{state}"
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        address,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}
+    )
     page = Page(done.stdout)
     assert count in page.text
     assert sum(attributes.get("class") == "card item" for _, attributes in page.tags) == drawn
@@ -196,7 +296,7 @@ def test_a_browser_filters_and_draws_the_triples_as_text(run_folder, tmp_path, s
 
 def test_a_run_without_judge_updates_or_triples_has_a_report_too(tmp_path):
     folder = make_run(tmp_path / "run", [{**START, **NO_JUDGE}, {**ROUND, **NO_JUDGE}], [], updates=0)
-    report.write(folder)
+    report.write_report(folder)
     html = (folder / "report.html").read_text(encoding="utf-8")
     text = Page(html).text
     assert "41 / 64" in text and "Over iterations" in text
@@ -239,20 +339,41 @@ def test_the_table_says_what_came_to_the_filters_and_where_mass_went():
 
 
 def test_the_table_tells_groups_of_held_out_queries_apart():
-    groups = {"all": {"quality": 0.5, "tokens": 21.25, "at_limit": 0.125}, "others": {"quality": 0.75, "tokens": 9.0, "at_limit": 0.0}}
+    groups = {
+        "all": {"quality": 0.5, "tokens": 21.25, "at_limit": 0.125},
+        "others": {"quality": 0.75, "tokens": 9.0, "at_limit": 0.0},
+    }
     rows = rows_of(table({**ROUND, "held_out_groups": groups}))
-    assert rows["all"] == "0.500, 21.2 tokens, 0.125 cut at the limit" and rows["others"].startswith("0.750, 9.0 tokens")
+    assert rows["all"] == "0.500, 21.2 tokens, 0.125 cut at the limit" and rows["others"].startswith(
+        "0.750, 9.0 tokens"
+    )
 
 
 def test_table_and_page_say_what_an_endpoint_and_a_reward_model_said(tmp_path):
-    judged = {"num_judged": 40, "num_unread": 1, "accuracy": 0.8125, "ties": 0.125, "consistency": 0.875, "first_position": 0.5}
-    reward = {"num_trained": 90, "num_held_out": 10, "held_out_accuracy": 0.9, "judge_accuracy": 0.75, "judge_ties": 0.2}
+    judged = {
+        "num_judged": 40,
+        "num_unread": 1,
+        "accuracy": 0.8125,
+        "ties": 0.125,
+        "consistency": 0.875,
+        "first_position": 0.5,
+    }
+    reward = {
+        "num_trained": 90,
+        "num_held_out": 10,
+        "held_out_accuracy": 0.9,
+        "judge_accuracy": 0.75,
+        "judge_ties": 0.2,
+    }
     rows = rows_of(table({**ROUND, "endpoint_judge": judged, "reward": reward}))
     assert rows["pair accuracy by the endpoint"] == "0.812 of 40 (ties 0.125, as half); both orders agree 0.875"
     assert rows["reward model, held-out accuracy"] == "0.900 of 10 pairs"
     assert rows["reward model, in the judge's order"] == "0.750"
     folder = make_run(tmp_path / "run", [START, {**ROUND, "endpoint_judge": judged, "reward": reward}], [])
-    report.write(folder)
+    report.write_report(folder)
     text = re.sub(r"\s+", " ", Page((folder / "report.html").read_text(encoding="utf-8")).text)
-    assert "iteration 1: pair accuracy by the endpoint 0.812 of 40" in text and "held-out accuracy 0.900 of 10 pairs" in text
+    assert (
+        "iteration 1: pair accuracy by the endpoint 0.812 of 40" in text
+        and "held-out accuracy 0.900 of 10 pairs" in text
+    )
     assert "iteration 0:" not in text

@@ -1,4 +1,6 @@
-"""Every file of configs/: it parses, says in its header how to run it, and names a model that the dry run knows or that a run makes."""
+"""Every file of configs/: it parses, says in its header how to run it, and names a model that the dry run knows or that
+a run makes.
+"""
 
 from pathlib import Path
 
@@ -26,8 +28,18 @@ def test_a_config_parses_and_its_header_names_it(path):
 def test_version_1_has_the_values_of_the_paper(name):
     config = parse(Config, ["--config", str(next(path for path in CONFIGS if path.stem == name))], "train.py", "")
     objective, sampling, optimizer = config.objective, config.sampling, config.optimizer
-    assert (objective.base, objective.beta, objective.weight_alpha, objective.steering_weight) == ("ipo", 0.2, 0.66, 0.1)
-    assert (objective.form, objective.use_weight, objective.detach_weight, config.run.iterations) == ("online", True, False, 3)
+    assert (objective.base, objective.beta, objective.weight_alpha, objective.steering_weight) == (
+        "ipo",
+        0.2,
+        0.66,
+        0.1,
+    )
+    assert (objective.form, objective.use_weight, objective.detach_weight, config.run.iterations) == (
+        "online",
+        True,
+        False,
+        3,
+    )
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.7, 0.8, 2048)
     assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.warmup_ratio, optimizer.schedule) == (
         0.9,
@@ -40,7 +52,9 @@ def test_version_1_has_the_values_of_the_paper(name):
 
 
 def test_version_2_has_the_values_of_the_paper():
-    config = parse(Config, ["--config", str(next(path for path in CONFIGS if path.stem == "qwen2_7b_v2"))], "train.py", "")
+    config = parse(
+        Config, ["--config", str(next(path for path in CONFIGS if path.stem == "qwen2_7b_v2"))], "train.py", ""
+    )
     assert (config.recipe, config.generator.queries, config.generator.batch_size) == ("generator", 8000, 32)
     assert (config.objective.base, config.objective.beta, config.objective.sft_weight) == ("dpo", 0.1, 0.1)
     assert (config.queries.per_iteration, config.train.batch_size, config.optimizer.learning_rate) == (60000, 256, 5e-7)

@@ -21,7 +21,8 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DAT
 TEMPLATES = ("own", "qwen2_5", "qwen3", "llama3", "llama3_1", "llama3_2")
 LLAMA_CONTROLS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 FIXED_DATE = "26 Jul 2024"
-"""What Llama 3.1's template prints where no date is given; every other template is given it, so that ids do not depend on the day."""
+"""What Llama 3.1's template prints where no date is given; every other template is given it, so that ids do not depend
+on the day."""
 TEXTS = [
     "What is the capital of France?",
     "Schreib ein Märchen über Öl — auf Deutsch, bitte.",
@@ -65,12 +66,15 @@ def respell(text: str, tokenizer) -> str:
 def renamed_twin(tokenizer) -> PreTrainedTokenizerFast:
     """The same tokenizer with every control token spelled otherwise, in its vocabulary and in its template.
 
-    Ids keep their meaning, so for any text the twin gives the ids of the original in which the original's control tokens are characters.
+    Ids keep their meaning, so for any text the twin gives the ids of the original in which the original's control
+    tokens are characters.
     """
     backend = tokenizer.backend_tokenizer.to_str()
     for name in control_names(tokenizer):
         backend = backend.replace(json.dumps(name), json.dumps(respell(name, tokenizer)))
-    roles = {role: respell(name, tokenizer) for role, name in tokenizer.special_tokens_map.items() if isinstance(name, str)}
+    roles = {
+        role: respell(name, tokenizer) for role, name in tokenizer.special_tokens_map.items() if isinstance(name, str)
+    }
     twin = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend), **roles)
     twin.chat_template = respell(tokenizer.chat_template, tokenizer)
     return twin
@@ -90,10 +94,14 @@ def toy():
 
 @pytest.fixture(scope="module")
 def real():
-    """(tokenizer, twin) for each of the real templates: Qwen2's vocabulary, for Llama's templates with Llama's control tokens added."""
+    """(tokenizer, twin) for each of the real templates: Qwen2's vocabulary, for Llama's templates with Llama's control
+    tokens added.
+    """
     qwen2 = load_tokenizer(DATA / "tokenizers" / "qwen2")
     llama = copy.deepcopy(qwen2)
-    llama.add_special_tokens({"bos_token": LLAMA_CONTROLS[0], "eos_token": LLAMA_CONTROLS[3], "extra_special_tokens": LLAMA_CONTROLS[1:3]})
+    llama.add_special_tokens(
+        {"bos_token": LLAMA_CONTROLS[0], "eos_token": LLAMA_CONTROLS[3], "extra_special_tokens": LLAMA_CONTROLS[1:3]}
+    )
     families = {"qwen": (qwen2, renamed_twin(qwen2)), "llama": (llama, renamed_twin(llama))}
     pairs = {"own": families["qwen"]}
     for name in TEMPLATES[1:]:
@@ -111,7 +119,9 @@ def test_prompts_of_real_templates_are_those_of_apply_chat_template(real, name):
     assert chat.system_role
     for text in TEXTS:
         assert chat.prompt_ids(text) == reference_ids(tokenizer, messages_of(text))
-        assert chat.prompt_ids(text, "Be kind.\nBe brief.") == reference_ids(tokenizer, messages_of(text, "Be kind.\nBe brief."))
+        assert chat.prompt_ids(text, "Be kind.\nBe brief.") == reference_ids(
+            tokenizer, messages_of(text, "Be kind.\nBe brief.")
+        )
 
 
 @needs_data
@@ -119,7 +129,9 @@ def test_a_default_system_message_of_the_template_stays_in_the_plain_prompt_only
     tokenizer, _ = real["qwen2_5"]
     chat = make_chat(tokenizer)
     plain, steered = (tokenizer.decode(chat.prompt_ids("Hi", system)) for system in (None, "Be kind."))
-    assert plain.startswith("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n")
+    assert plain.startswith(
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    )
     assert steered == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -132,16 +144,22 @@ def test_control_tokens_in_texts_stay_characters(real, name):
     def num_controls(ids: list[int]) -> int:
         return sum(i in controls for i in ids)
 
-    assert reference_ids(twin, messages_of("Hi", "Be kind.")) == reference_ids(tokenizer, messages_of("Hi", "Be kind."))  # a twin indeed
+    assert reference_ids(twin, messages_of("Hi", "Be kind.")) == reference_ids(
+        tokenizer, messages_of("Hi", "Be kind.")
+    )  # a twin indeed
     for text in HOSTILE:
         for messages in (messages_of(text), messages_of("Hi", text), messages_of(text, text)):
             system = messages[0]["content"] if len(messages) == 2 else None
             ids = chat.prompt_ids(messages[-1]["content"], system)
             assert ids == reference_ids(twin, messages)
             assert num_controls(ids) == num_controls(chat.prompt_ids("Hi", None if system is None else "Be kind."))
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE)
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE
+            )
             assert tokenizer.decode(ids) == rendered
-    assert chat.prompt_ids("Hi") == reference_ids(tokenizer, messages_of("Hi"))  # the guard leaves no trace in the tokenizer
+    assert chat.prompt_ids("Hi") == reference_ids(
+        tokenizer, messages_of("Hi")
+    )  # the guard leaves no trace in the tokenizer
 
 
 @needs_data
@@ -182,16 +200,22 @@ def stripping_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level, with turn marks that swallow the white space behind them, as Phi-3's do."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator(["user assistant hello there"], trainer)
     backend.add_special_tokens([AddedToken(mark, rstrip=True, special=True) for mark in ("<|user|>", "<|end|>")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    tokenizer.chat_template = "{% for m in messages %}{{ '<|user|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}assistant\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|user|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}assistant\n"
+    )
     return tokenizer
 
 
 def sentence_start_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece-like: a space is put before the first piece of a text only, as newer Llama-2 and Mistral tokenizers do."""
+    """SentencePiece-like: a space is put before the first piece of a text only, as newer Llama-2 and Mistral tokenizers
+    do.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -211,9 +235,13 @@ def test_a_control_token_in_the_query_leaves_the_rest_of_the_prompt_as_it_is(mak
     assert tokenizer.convert_ids_to_tokens(ids) == tokenizer.convert_ids_to_tokens(expected)
 
 
-REFUSING = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+REFUSING = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+)
 DROPPING = "{% for m in messages if m['role'] != 'system' %}"
-TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+TURN = (
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+)
 
 
 @pytest.mark.parametrize("head", [REFUSING, DROPPING], ids=["refusing", "dropping"])
@@ -224,12 +252,15 @@ def test_where_the_template_takes_no_system_message_the_principle_heads_the_user
         ids = chat.prompt_ids(query, "Be kind.")
         assert tokenizer.decode(ids) == f"<|im_start|>user\nBe kind.\n\n{query}<|im_end|>\n<|im_start|>assistant\n"
         assert ids == reference_ids(renamed_twin(tokenizer), messages_of(f"Be kind.\n\n{query}"))
-        assert tokenizer.decode(chat.prompt_ids(query)) == f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
+        assert (
+            tokenizer.decode(chat.prompt_ids(query)) == f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
+        )
 
 
 DATES = {
     "date_string": "{{ date_string }}",
-    "date_string_or_now": "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}",
+    "date_string_or_now": "{% if not date_string is defined %}{% set date_string = strftime_now('%d "
+    "%b %Y') %}{% endif %}{{ date_string }}",
     "strftime_now": "{{ strftime_now('%Y-%m-%d') }}",
 }
 
@@ -291,7 +322,9 @@ def test_a_folder_without_tokenizer_or_end_of_turn_is_refused_by_name(toy, tmp_p
     with pytest.raises(InputError, match=r"nowhere: no tokenizer, none of tokenizer\.json.* add the"):
         load_tokenizer(tmp_path / "nowhere")
     PreTrainedTokenizerFast(tokenizer_object=toy.backend_tokenizer).save_pretrained(tmp_path / "endless")
-    with pytest.raises(InputError, match=r"endless: the tokenizer has no eos_token.*; set eos_token in tokenizer_config\.json"):
+    with pytest.raises(
+        InputError, match=r"endless: the tokenizer has no eos_token.*; set eos_token in tokenizer_config\.json"
+    ):
         load_tokenizer(tmp_path / "endless")
 
 
@@ -304,7 +337,11 @@ def test_a_template_without_user_turn_is_refused(toy, template):
 
 def test_sampling_stops_at_the_end_of_turn_and_at_those_of_the_generation_config(toy, tmp_path):
     assert stop_ids(toy, tmp_path) == (toy.eos_token_id,)
-    for given, expected in (([7, toy.eos_token_id, 5], (toy.eos_token_id, 7, 5)), (9, (toy.eos_token_id, 9)), (None, (toy.eos_token_id,))):
+    for given, expected in (
+        ([7, toy.eos_token_id, 5], (toy.eos_token_id, 7, 5)),
+        (9, (toy.eos_token_id, 9)),
+        (None, (toy.eos_token_id,)),
+    ):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
         assert stop_ids(toy, tmp_path) == expected
 

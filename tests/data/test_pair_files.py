@@ -15,7 +15,14 @@ from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.json_lines import to_json, write_records
 from sso_jax.toy.pretraining import train_tokenizer
 
-STEERED = {"query": "Spell fox.", "good_system": "g", "bad_system": "b", "chosen": "f o x", "rejected": "no", "original": "f o"}
+STEERED = {
+    "query": "Spell fox.",
+    "good_system": "g",
+    "bad_system": "b",
+    "chosen": "f o x",
+    "rejected": "no",
+    "original": "f o",
+}
 USER, BOT = {"role": "user", "content": "Spell fox."}, {"from": "gpt", "value": "f o x"}
 EARLIER = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
 
@@ -29,11 +36,24 @@ def read(tmp_path, *rows, name="pairs.jsonl"):
 
 FORMS = {
     "ours": STEERED,
-    "release_texts": {"prompt": "Spell fox.", "p_system": "g", "n_system": "b", "chosen": "f o x", "rejected": "no", "raw": "f o"},
+    "release_texts": {
+        "prompt": "Spell fox.",
+        "p_system": "g",
+        "n_system": "b",
+        "chosen": "f o x",
+        "rejected": "no",
+        "raw": "f o",
+    },
     "release_turns": {
-        "prompt": "Spell fox.", "p_system": "g", "n_system": "b", "system": "", "history": [],
-        **{key: [{"value": "Spell fox.", "from": "human"}, {"value": text, "from": "gpt"}]
-           for key, text in (("chosen", "f o x"), ("rejected", "no"), ("raw", "f o"))},
+        "prompt": "Spell fox.",
+        "p_system": "g",
+        "n_system": "b",
+        "system": "",
+        "history": [],
+        **{
+            key: [{"value": "Spell fox.", "from": "human"}, {"value": text, "from": "gpt"}]
+            for key, text in (("chosen", "f o x"), ("rejected", "no"), ("raw", "f o"))
+        },
     },
     "texts": {"prompt": "Spell fox.", "chosen": "f o x", "rejected": "no"},
     "conversations": {"chosen": [USER, BOT], "rejected": [USER, {"role": "assistant", "content": "no"}]},
@@ -42,7 +62,7 @@ FORMS = {
     "stack_exchange": {"question": "Spell fox.", "response_j": "f o x", "response_k": "no"},
     "llmbar_first": {"input": "Spell fox.", "output_1": "f o x", "output_2": "no", "label": 1},
     "llmbar_second": {"input": "Spell fox.", "output_1": "no", "output_2": "f o x", "label": "2"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -90,8 +110,19 @@ def test_scores_are_read_under_their_usual_names(tmp_path, scores):
 def test_earlier_turns_become_the_history(tmp_path):
     told = [*EARLIER, USER]
     rows = [
-        {"chosen": [*told, BOT], "rejected": [*told, {"role": "assistant", "content": "no"}], "prompt": "Hi.", "system": "Be brief."},
-        {"prompt": "Spell fox.", "history": [["Hi.", "Hello."]], "system": "Be brief.", "chosen": "f o x", "rejected": "no"},
+        {
+            "chosen": [*told, BOT],
+            "rejected": [*told, {"role": "assistant", "content": "no"}],
+            "prompt": "Hi.",
+            "system": "Be brief.",
+        },
+        {
+            "prompt": "Spell fox.",
+            "history": [["Hi.", "Hello."]],
+            "system": "Be brief.",
+            "chosen": "f o x",
+            "rejected": "no",
+        },
         {"prompt": [{"role": "system", "content": "Be brief."}, *told], "chosen": [BOT], "rejected": "no"},
     ]
     messages = (("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello."))
@@ -106,9 +137,15 @@ BAD = {
     "label_of_three": ({"input": "q", "output_1": "a", "output_2": "b", "label": 3}, ("line 1", "label 3", "1 or 2")),
     "two_prompts": ({"chosen": [USER, BOT], "rejected": [*EARLIER, USER, BOT]}, ("line 1", "different prompts")),
     "ends_with_the_user": ({"chosen": [USER], "rejected": "b"}, ("line 1", "chosen", "turn of the assistant")),
-    "unknown_role": ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, ("line 1", "'tool'", "user")),
+    "unknown_role": (
+        {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
+        ("line 1", "'tool'", "user"),
+    ),
     "number_as_text": ({"prompt": "q", "chosen": 3, "rejected": "b"}, ("line 1", "chosen is int")),
-    "score_as_text": ({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": "9", "rejected_score": 1}, ("line 1", "score '9'")),
+    "score_as_text": (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": "9", "rejected_score": 1},
+        ("line 1", "score '9'"),
+    ),
     "empty_prompt": ({"prompt": " ", "chosen": "a", "rejected": "b"}, ("line 1", "user's text")),
 }
 
@@ -133,7 +170,10 @@ def test_pairs_without_what_is_needed_are_named_by_id():
     check_parts(plain, [("plain", "chosen"), ("plain", "rejected")], "f", "x")
     with pytest.raises(InputError) as error:
         check_parts(
-            [*plain, Triple("s", "q", "g", "b", "a", "b", "c")], [("positive", "chosen"), ("negative", "original")], "f", "form 'x'"
+            [*plain, Triple("s", "q", "g", "b", "a", "b", "c")],
+            [("positive", "chosen"), ("negative", "original")],
+            "f",
+            "form 'x'",
         )
     text = str(error.value)
     assert "7 of 8 pairs of f lack bad_system, good_system, original, which form 'x' needs" in text
@@ -164,10 +204,17 @@ def test_contrasts_without_a_difference_are_dropped_by_reason():
     def pair(name, chosen, rejected, original):
         return Triple(name, "q", "g", "b", chosen, rejected, original)
 
-    plain, steered = [("plain", "chosen"), ("plain", "rejected")], [("plain", "chosen"), ("negative", "original"), ("plain", "rejected")]
+    plain, steered = (
+        [("plain", "chosen"), ("plain", "rejected")],
+        [("plain", "chosen"), ("negative", "original"), ("plain", "rejected")],
+    )
     pairs = [pair("0", "a", "b", "c"), pair("1", "a ", "a", "c"), pair("2", "a", " ", "c"), pair("3", "a", "b", "a")]
     kept, dropped = drop_empty_contrasts(pairs, steered)
-    assert kept == pairs[:1] and dropped == {"1": "chosen_is_rejected", "2": "empty", "3": "original_is_chosen_or_rejected"}
+    assert kept == pairs[:1] and dropped == {
+        "1": "chosen_is_rejected",
+        "2": "empty",
+        "3": "original_is_chosen_or_rejected",
+    }
     assert drop_empty_contrasts(pairs, plain)[0] == [pairs[0], pairs[3]]
 
 
@@ -188,16 +235,33 @@ def test_a_gap_of_scores_is_asked_for():
 
 def test_our_own_records_come_back_but_for_their_log_probs(tmp_path):
     record = Triple(
-        "a", "q", "g", "b", "x", "y", "z", ("Safety",), {"chosen": [1], "rejected": [2], "original": [3]}, "hash",
-        {"plain": {"chosen": -1.0}}, True, ({"role": "system", "content": "s"},), {"chosen": 1.0, "rejected": 0.0}, {"note": 1},
-    )  # fmt: skip
+        "a",
+        "q",
+        "g",
+        "b",
+        "x",
+        "y",
+        "z",
+        ("Safety",),
+        {"chosen": [1], "rejected": [2], "original": [3]},
+        "hash",
+        {"plain": {"chosen": -1.0}},
+        True,
+        ({"role": "system", "content": "s"},),
+        {"chosen": 1.0, "rejected": 0.0},
+        {"note": 1},
+    )
     write_records([record], tmp_path / "pairs.jsonl")
     (back,) = load_pairs(str(tmp_path / "pairs.jsonl"))
     assert to_json(back) == {**to_json(record), "log_probs": None}
 
 
 def test_a_principle_takes_the_place_of_a_system_message_and_earlier_turns_stay(tokenizer):
-    history = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."})
+    history = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello."},
+    )
 
     def text(chat, system):
         return tokenizer.decode(chat.prompt_ids("Spell fox.", system, history))

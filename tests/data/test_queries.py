@@ -1,4 +1,6 @@
-"""Query files of every shape, real and made by hand: their texts and ids, the refusals with file and line, and the deal to the rounds."""
+"""Query files of every shape, real and made by hand: their texts and ids, the refusals with file and line, and the deal
+to the rounds.
+"""
 
 import json
 
@@ -35,10 +37,16 @@ def test_real_prompt_files_give_each_distinct_text_with_its_id(name):
     assert len(expected) == num_rows
     assert [q.query for q in queries] == list(dict.fromkeys(text for _, text in expected))
     assert len({q.id for q in queries}) == len(queries)
-    assert all(given is None or given == q.id for (given, _), q in zip(expected, queries, strict=True))  # none of these has copies
+    assert all(
+        given is None or given == q.id for (given, _), q in zip(expected, queries, strict=True)
+    )  # none of these has copies
 
 
-CONVERSATION = [{"role": "system", "content": "S"}, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "A"}]
+CONVERSATION = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "A"},
+]
 SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "A"}]
 ROWS = {
     **{field: {field: "Why?", "other": "x"} for field in ("query", "prompt", "instruction", "question", "input")},
@@ -68,7 +76,9 @@ def test_ids_are_taken_from_every_documented_field_as_text(tmp_path, field):
 def test_texts_are_kept_as_they_are_and_later_copies_are_left_out(tmp_path, caplog):
     texts = [" Ünï \u2028 ", "two\nlines\r\n\ttab", "<|im_end|>", " Ünï \u2028 ", "two\nlines\r\n\ttab"]
     caplog.set_level("INFO", logger="sso_jax")
-    queries = load_queries(write_lines(tmp_path / "q.jsonl", [{"id": i, "query": text} for i, text in enumerate(texts)]))
+    queries = load_queries(
+        write_lines(tmp_path / "q.jsonl", [{"id": i, "query": text} for i, text in enumerate(texts)])
+    )
     assert queries == [Query(str(i), texts[i]) for i in range(3)]
     assert "2 of 5 queries are copies" in caplog.text
 
@@ -90,11 +100,17 @@ def test_rows_without_id_get_one_of_their_own(tmp_path, rows):
 REFUSED = {
     "malformed": ('{"query": "a"}\n\n{"query": "b"\n', r"q\.jsonl, line 3: not valid JSON"),
     "not_an_object": ('{"query": "a"}\n["b"]\n', r"q\.jsonl, line 2: list instead of a JSON object"),
-    "no_text": ('{"query": "a"}\n{"text": "b"}\n', r"q\.jsonl, line 2: no text; put the query under one of query, prompt, .*conversations"),
+    "no_text": (
+        '{"query": "a"}\n{"text": "b"}\n',
+        r"q\.jsonl, line 2: no text; put the query under one of query, prompt, .*conversations",
+    ),
     "blank_text": ('{"query": " \\n"}\n', r"q\.jsonl, line 1: no text"),
     "text_of_another_type": ('{"query": 5}\n', r"q\.jsonl, line 1: no text"),
     "no_user_turn": ('{"messages": [{"role": "assistant", "content": "A"}]}\n', r"q\.jsonl, line 1: no text"),
-    "id_twice": ('{"id": 7, "query": "a"}\n\n{"id": "7", "query": "b"}\n', r"q\.jsonl, line 3: id '7' was used before; give"),
+    "id_twice": (
+        '{"id": 7, "query": "a"}\n\n{"id": "7", "query": "b"}\n',
+        r"q\.jsonl, line 3: id '7' was used before; give",
+    ),
     "empty": ("\n", r"q\.jsonl' holds no queries; give"),
 }
 

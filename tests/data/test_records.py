@@ -1,4 +1,6 @@
-"""Records and their files: round trips of every kind, keys that are kept, whole-or-nothing writes, and errors that name the line."""
+"""Records and their files: round trips of every kind, keys that are kept, whole-or-nothing writes, and errors that name
+the line.
+"""
 
 import json
 import os
@@ -11,20 +13,39 @@ from hypothesis import strategies as st
 from sso_jax.data.records import PrincipledQuery, Query, SteeredQuery, Triple
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
-from sso_jax.runtime.json_lines import from_json, read_json_lines, read_numbered_lines, read_records, to_json, write_records
+from sso_jax.runtime.json_lines import (
+    from_json,
+    read_json_lines,
+    read_numbered_lines,
+    read_records,
+    to_json,
+    write_records,
+)
 
 TEXT = 'Zeile 1\nZeile 2\r\n\ttab "quoted" \\ \u2028\u2029\x85\x0b\x00 é e\u0301 漢字 👩‍👩‍👧 <|im_end|>'
 RECORDS = {
     "query": Query("1", TEXT),
-    "principled": PrincipledQuery("1", TEXT, ("Safety", "Accuracy"), ("safe", "fine"), ("unsafe", "no"), ("a", "b"), ("c", "d"), TEXT, 1),
+    "principled": PrincipledQuery(
+        "1", TEXT, ("Safety", "Accuracy"), ("safe", "fine"), ("unsafe", "no"), ("a", "b"), ("c", "d"), TEXT, 1
+    ),
     "steered": SteeredQuery("1", TEXT, ("Safety",), "good " + TEXT, "bad " + TEXT, None, 2),
     "texts_only": Triple("1", TEXT, "g", "b", TEXT, "no", "perhaps"),
     "triple": Triple(
-        "1", TEXT, "g", "b", TEXT, "no", "perhaps", ("Safety",), {"chosen": [1, 2], "rejected": [], "original": [3]}, "hash",
-        {"plain": {"chosen": -1.1754943508222875e-38, "rejected": -0.1 - 0.2}}, True,
+        "1",
+        TEXT,
+        "g",
+        "b",
+        TEXT,
+        "no",
+        "perhaps",
+        ("Safety",),
+        {"chosen": [1, 2], "rejected": [], "original": [3]},
+        "hash",
+        {"plain": {"chosen": -1.1754943508222875e-38, "rejected": -0.1 - 0.2}},
+        True,
         extra={"uuid": "u", "origin": [{"von": ["x", None, 1.5]}]},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -32,7 +53,9 @@ def test_a_record_comes_back_from_its_line_as_it_was(tmp_path, name):
     record, path = RECORDS[name], tmp_path / "records.jsonl"
     write_records([record, record], path)
     assert path.read_bytes().count(b"\n") == 2
-    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == [json.loads(json.dumps(to_json(record)))] * 2
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == [
+        json.loads(json.dumps(to_json(record)))
+    ] * 2
     assert read_records(type(record), path) == [record, record]
     assert os.listdir(tmp_path) == ["records.jsonl"]
 
@@ -50,7 +73,9 @@ TRIPLES = st.builds(
     response_ids=st.none()
     | st.dictionaries(st.sampled_from(["chosen", "rejected", "original"]), st.lists(st.integers(0, 2**31), max_size=4)),
     log_probs=st.none()
-    | st.dictionaries(st.text(), st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=2), max_size=2),
+    | st.dictionaries(
+        st.text(), st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=2), max_size=2
+    ),
     swapped=st.booleans(),
     history=st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), max_size=2).map(tuple),
     scores=st.none() | st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=2),
@@ -67,7 +92,15 @@ def test_any_records_come_back_from_their_file_as_they_were(tmp_path_factory, re
     assert path.read_bytes().count(b"\n") == len(records)  # whatever breaks lines in a text is escaped
 
 
-PUBLIC = {"id": "1", "query": "q", "good_system": "g", "bad_system": "b", "chosen": "c", "rejected": "r", "original": "o"}
+PUBLIC = {
+    "id": "1",
+    "query": "q",
+    "good_system": "g",
+    "bad_system": "b",
+    "chosen": "c",
+    "rejected": "r",
+    "original": "o",
+}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +132,13 @@ def refuse(*arguments):
     raise OSError("no space left on device")
 
 
-FAILURES = {"sync": OSError, "rename": OSError, "encode": UnicodeEncodeError, "record": TypeError, "source": ZeroDivisionError}
+FAILURES = {
+    "sync": OSError,
+    "rename": OSError,
+    "encode": UnicodeEncodeError,
+    "record": TypeError,
+    "source": ZeroDivisionError,
+}
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -134,7 +173,10 @@ def test_a_reader_sees_the_old_or_the_new_text_and_never_a_part(tmp_path, monkey
 
 
 BAD_LINES = {
-    "cut": (b'{"a": 1}\n\n{"a": 2\n', r"r\.jsonl, line 3: not valid JSON \(.* at column \d+\); give one JSON object a line"),
+    "cut": (
+        b'{"a": 1}\n\n{"a": 2\n',
+        r"r\.jsonl, line 3: not valid JSON \(.* at column \d+\); give one JSON object a line",
+    ),
     "two_on_a_line": (b'{"a": 1} {"a": 2}\n', r"r\.jsonl, line 1: not valid JSON"),
     "list": (b'{"a": 1}\n[1]\n', r"r\.jsonl, line 2: list instead of a JSON object; give"),
     "number": (b"7\n", r"r\.jsonl, line 1: int instead of a JSON object"),

@@ -1,4 +1,6 @@
-"""Adapters: a fresh one changes nothing, training moves nothing else, and merging gives the decoder that was trained."""
+"""Adapters: a fresh one changes nothing, training moves nothing else, and merging gives the decoder that was
+trained.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,9 @@ def logits(model, params) -> np.ndarray:
 
 def train(model, params, mesh):
     """State after two SGD updates on one example."""
-    batch = supervised_batch([Tree([1, 2, 3], [Branch([4, 5, 6], 0)])], 1, 1, row_shape([[Tree([1, 2, 3], [Branch([4, 5, 6], 0)])]]))
+    batch = supervised_batch(
+        [Tree([1, 2, 3], [Branch([4, 5, 6], 0)])], 1, 1, row_shape([[Tree([1, 2, 3], [Branch([4, 5, 6], 0)])]])
+    )
     optimizer = optax.sgd(1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     update = build_update(supervised_losses(model), optimizer, mesh, shardings, batch, training_layout(model, mesh))
@@ -52,7 +56,9 @@ def train(model, params, mesh):
 
 @pytest.fixture(scope="module")
 def trained(one_device):
-    """The base parameters (on the host, since training takes them over), the decoder with adapters, and its state after training."""
+    """The base parameters (on the host, since training takes them over), the decoder with adapters, and its state after
+    training.
+    """
     params = toy_params(toy_model(), one_device, scale=2.0)
     base = jax.device_get(params)
     model, whole = adapted(params, one_device)
@@ -71,7 +77,11 @@ def test_fresh_adapters_change_nothing_and_are_on_the_named_projections_only(one
 
 def test_fresh_adapters_follow_from_the_seed_on_any_mesh(one_device, eight_devices):
     model = toy_model().clone(adapters=ADAPTERS)
-    one, eight, other = fresh_adapters(model, one_device, 3), fresh_adapters(model, eight_devices, 3), fresh_adapters(model, one_device, 4)
+    one, eight, other = (
+        fresh_adapters(model, one_device, 3),
+        fresh_adapters(model, eight_devices, 3),
+        fresh_adapters(model, one_device, 4),
+    )
     for path in one:
         np.testing.assert_array_equal(one[path], eight[path])
         assert path.endswith("_b") or not np.array_equal(one[path], other[path])
@@ -100,7 +110,9 @@ def test_the_export_merges_adapters_into_the_weights(trained, one_device, tmp_pa
     merged = read_params(tmp_path, plain, one_device)
     np.testing.assert_allclose(logits(plain, merged), logits(model, state.all_params()), atol=1e-5)
     kernel, adapters = state.frozen["layers"]["unit"]["down"]["kernel"], state.params["layers"]["unit"]["down"]
-    by_hand = np.asarray(kernel[1]) + 4.0 * np.asarray(adapters["adapter_a"][1]) @ np.asarray(adapters["adapter_b"][1])  # alpha/rank = 4
+    by_hand = np.asarray(kernel[1]) + 4.0 * np.asarray(adapters["adapter_a"][1]) @ np.asarray(
+        adapters["adapter_b"][1]
+    )  # alpha/rank = 4
     np.testing.assert_allclose(merged["layers"]["unit"]["down"]["kernel"][1], by_hand, atol=1e-6)
 
 

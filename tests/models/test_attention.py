@@ -1,4 +1,6 @@
-"""Who sees whom: the tree mask as drawn, padding that changes nothing, and a cached decode that equals the full forward pass."""
+"""Who sees whom: the tree mask as drawn, padding that changes nothing, and a cached decode that equals the full forward
+pass.
+"""
 
 from functools import partial
 
@@ -9,7 +11,15 @@ import pytest
 from toys import toy_model, toy_params
 
 from sso_jax.models.attention import causal_mask, tree_mask
-from sso_jax.models.kernels import KERNELS, cudnn_attend, default_kernel, few_rows_step_attend, plain_attend, splash_attend, step_attend
+from sso_jax.models.kernels import (
+    KERNELS,
+    cudnn_attend,
+    default_kernel,
+    few_rows_step_attend,
+    plain_attend,
+    splash_attend,
+    step_attend,
+)
 from sso_jax.models.layer_layout import unstack
 from sso_jax.models.layers import at_tokens
 from sso_jax.models.sequences import make_sequences
@@ -37,7 +47,9 @@ def test_tree_mask_is_the_drawing_of_its_docstring():
 
 def test_attend_equals_a_numpy_softmax_over_the_visible_keys():
     draw = np.random.default_rng(0)
-    queries, keys, values = (draw.normal(size=size).astype(np.float32) for size in ((2, 2, 3, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)))
+    queries, keys, values = (
+        draw.normal(size=size).astype(np.float32) for size in ((2, 2, 3, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+    )
     mask = np.tril(np.ones((2, 5, 5), bool))
     mask[1, :, 0] = mask[1, :, 0] & (np.arange(5) < 1)  # row 1: key 0 is seen by token 0 only
     expected = np.zeros_like(queries)
@@ -70,13 +82,17 @@ def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked
     np.testing.assert_allclose(hidden, full[:, :7], atol=2e-5)
     for t in range(7, 12):
         visible = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
-        hidden, cache = model.apply({"params": params}, tokens[:, t : t + 1], positions[:, t : t + 1], visible, cache, t)
+        hidden, cache = model.apply(
+            {"params": params}, tokens[:, t : t + 1], positions[:, t : t + 1], visible, cache, t
+        )
         np.testing.assert_allclose(hidden[:, 0], full[:, t], atol=2e-5)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("before", [0, 4])
-@pytest.mark.parametrize("query_indices", [[[6], [2]], [[1, 6, 3], [0, 0, 5]], [[0, 1, 2, 3, 4, 5, 6, 2], [6, 6, 5, 4, 3, 2, 1, 0]]])
+@pytest.mark.parametrize(
+    "query_indices", [[[6], [2]], [[1, 6, 3], [0, 0, 5]], [[0, 1, 2, 3, 4, 5, 6, 2], [6, 6, 5, 4, 3, 2, 1, 0]]]
+)
 def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, stacked, before, query_indices):
     """In a whole sequence, and in one that goes on from `before` tokens in the cache; the cache comes out the same."""
     model = toy_model(qk_norm=True)
@@ -100,9 +116,13 @@ def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, stacked, be
 
 def test_a_token_of_few_rows_attends_as_one_of_many():
     draw = np.random.default_rng(0)
-    queries, keys, values = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((3, 2, 4, 1, 8), (3, 2, 11, 8), (3, 2, 11, 8)))
+    queries, keys, values = (
+        jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((3, 2, 4, 1, 8), (3, 2, 11, 8), (3, 2, 11, 8))
+    )
     visible = jnp.asarray(np.arange(11)[None, None, :] < np.array([1, 6, 11])[:, None, None])
-    np.testing.assert_allclose(few_rows_step_attend(queries, keys, values, visible), step_attend(queries, keys, values, visible), atol=1e-6)
+    np.testing.assert_allclose(
+        few_rows_step_attend(queries, keys, values, visible), step_attend(queries, keys, values, visible), atol=1e-6
+    )
 
 
 def test_padding_behind_a_row_changes_nothing_before_it(one_device):
@@ -125,14 +145,23 @@ def packed_rows():
     queries = draw.normal(size=(2, 2, 3, 40, 16)).astype(np.float32)
     keys, values = draw.normal(size=(2, 2, 2, 40, 16)).astype(np.float32)
     tree = np.array([[1] * 20 + [2] * 15 + [0] * 5, [1] * 35 + [0] * 5])
-    branch = np.array([[0] * 8 + [1] * 6 + [2] * 6 + [0] * 5 + [1] * 10 + [0] * 5, [0] * 10 + [1] * 20 + [2] * 5 + [0] * 5])
-    return tuple(jnp.asarray(x) for x in (queries, keys, values)), tree_mask(jnp.asarray(tree), jnp.asarray(branch)), tree > 0
+    branch = np.array(
+        [[0] * 8 + [1] * 6 + [2] * 6 + [0] * 5 + [1] * 10 + [0] * 5, [0] * 10 + [1] * 20 + [2] * 5 + [0] * 5]
+    )
+    return (
+        tuple(jnp.asarray(x) for x in (queries, keys, values)),
+        tree_mask(jnp.asarray(tree), jnp.asarray(branch)),
+        tree > 0,
+    )
 
 
 def _value_and_gradients(attend, inputs, mask, real):
     """The attended real tokens, and gradients of a sum over them that weights every number differently."""
     weights = np.random.default_rng(2).normal(size=inputs[0].shape).astype(np.float32) * real[:, None, None, :, None]
-    loss = lambda *inputs: jnp.sum(attend(*inputs, mask) * weights)  # noqa: E731
+
+    def loss(*inputs):
+        return jnp.sum(attend(*inputs, mask) * weights)
+
     return attend(*inputs, mask) * real[:, None, None, :, None], jax.grad(loss, argnums=(0, 1, 2))(*inputs)
 
 
@@ -146,17 +175,28 @@ def test_attention_block_by_block_equals_all_at_once_with_its_gradients(dtype, t
     branch = jnp.asarray([[0] * 50 + [1] * 60 + [2] * 30 + [0] * 100 + [1] * 60, [0] * 130 + [1] * 100 + [2] * 70])
     mask = tree_mask(tree, branch)
     inputs, real = (queries, keys, values), np.asarray(tree) > 0
-    got, expected = (_value_and_gradients(attend, inputs, mask, real) for attend in (jax.jit(plain_attend), step_attend))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), atol=tolerance), got, expected)
+    got, expected = (
+        _value_and_gradients(attend, inputs, mask, real) for attend in (jax.jit(plain_attend), step_attend)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), atol=tolerance), got, expected
+    )
 
 
 def test_attention_of_the_last_tokens_is_that_of_the_whole_sequence_with_its_gradients():
     draw = np.random.default_rng(4)
-    inputs = [jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 300, 8), (2, 2, 300, 8), (2, 2, 300, 8)]]
+    inputs = [
+        jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 300, 8), (2, 2, 300, 8), (2, 2, 300, 8)]
+    ]
     mask, before = causal_mask(300), 70
     weights = draw.normal(size=(2, 2, 2, 300 - before, 8)).astype(np.float32)
-    last = lambda queries, keys, values: plain_attend(queries[..., before:, :], keys, values, mask[:, before:])  # noqa: E731
-    whole = lambda *inputs: step_attend(*inputs, mask)[..., before:, :]  # noqa: E731
+
+    def last(queries, keys, values):
+        return plain_attend(queries[..., before:, :], keys, values, mask[:, before:])
+
+    def whole(*inputs):
+        return step_attend(*inputs, mask)[..., before:, :]
+
     got, expected = (
         (attend(*inputs), jax.grad(lambda *i, attend=attend: jnp.sum(attend(*i) * weights), argnums=(0, 1, 2))(*inputs))
         for attend in (last, whole)
@@ -166,7 +206,9 @@ def test_attention_of_the_last_tokens_is_that_of_the_whole_sequence_with_its_gra
 
 def test_attention_of_tokens_in_any_order_sees_what_the_mask_says_with_its_gradients():
     draw = np.random.default_rng(5)
-    inputs = [jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 150, 8), (2, 2, 90, 8), (2, 2, 90, 8)]]
+    inputs = [
+        jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 150, 8), (2, 2, 90, 8), (2, 2, 90, 8)]
+    ]
     order = draw.integers(0, 90, (2, 150))  # three blocks of queries; tokens come twice, and early ones late
     mask = jnp.asarray(np.tril(np.ones((90, 90), bool))[order])
     got, expected = (
@@ -188,7 +230,10 @@ def test_fast_attention_equals_the_plain_one_with_its_gradients(name, packed_row
 
 def test_splash_attention_is_cut_over_the_mesh(packed_rows, eight_devices):
     (queries, keys, values), mask, real = packed_rows
-    four = lambda x: jnp.concatenate([x, x * 0.5])  # noqa: E731
+
+    def four(x):
+        return jnp.concatenate([x, x * 0.5])
+
     inputs = tuple(four(x) for x in (queries, keys, values))
     mask, real = jnp.concatenate([mask, mask]), np.concatenate([real, real])
     with jax.set_mesh(eight_devices):
@@ -201,14 +246,20 @@ def test_splash_attention_is_cut_over_the_mesh(packed_rows, eight_devices):
 def rows_with_sequences():
     """Rows of trees with one to three responses each, as arrays."""
     draw = np.random.default_rng(6)
-    ids = lambda low, high: [1] * int(draw.integers(low, high))  # noqa: E731
+
+    def ids(low, high):
+        return [1] * int(draw.integers(low, high))
+
     trees = [Tree(ids(1, 15), [Branch(ids(1, 12), 0) for _ in range(1 + i % 3)]) for i in range(9)]
     return jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], 2, by_sequence=True), 1))
 
 
 def _random_heads(rows, num_queries, seed=7):
     draw = np.random.default_rng(seed)
-    normal = lambda *sizes: jnp.asarray(draw.normal(size=(rows.tokens.shape[0], *sizes, 16)), "float32")  # noqa: E731
+
+    def normal(*sizes):
+        return jnp.asarray(draw.normal(size=(rows.tokens.shape[0], *sizes, 16)), "float32")
+
     return normal(2, 3, num_queries), normal(2, rows.tokens.shape[1]), normal(2, rows.tokens.shape[1])
 
 
@@ -217,19 +268,31 @@ def test_attention_by_sequences_equals_that_by_the_mask_with_its_gradients(rows_
     assert rows.sequences.shape[1] > 3  # several trees a row
     inputs, mask = _random_heads(rows, rows.tokens.shape[1]), tree_mask(rows.tree, rows.branch)
     sequences = make_sequences(rows.sequences, rows.positions)
-    by_sequence = lambda *a: cudnn_attend(*a, sequences, implementation="xla")  # noqa: E731
-    got, expected = (_value_and_gradients(attend, inputs, mask, np.asarray(rows.tree) > 0) for attend in (by_sequence, plain_attend))
+
+    def by_sequence(*a):
+        return cudnn_attend(*a, sequences, implementation="xla")
+
+    got, expected = (
+        _value_and_gradients(attend, inputs, mask, np.asarray(rows.tree) > 0) for attend in (by_sequence, plain_attend)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 
 def test_attention_by_sequences_of_some_tokens_equals_that_by_the_mask_with_its_gradients(rows_with_sequences):
-    """The queries are those from which response tokens are predicted; the last of a prompt comes once for each of its responses."""
+    """The queries are those from which response tokens are predicted; the last of a prompt comes once for each of its
+    responses.
+    """
     rows = rows_with_sequences
     inputs, mask = _random_heads(rows, rows.source.shape[1]), at_tokens(tree_mask(rows.tree, rows.branch), rows.source)
     sequences = make_sequences(rows.sequences, rows.positions, rows.place)
-    by_sequence = lambda *a: cudnn_attend(*a, sequences, implementation="xla")  # noqa: E731
+
+    def by_sequence(*a):
+        return cudnn_attend(*a, sequences, implementation="xla")
+
     plain = partial(plain_attend, ordered=False)
-    got, expected = (_value_and_gradients(attend, inputs, mask, np.asarray(rows.cell) == 0) for attend in (by_sequence, plain))
+    got, expected = (
+        _value_and_gradients(attend, inputs, mask, np.asarray(rows.cell) == 0) for attend in (by_sequence, plain)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 
@@ -238,7 +301,10 @@ def test_queries_of_no_sequence_find_nothing_and_leave_no_gradient(rows_with_seq
     inputs, padding = _random_heads(rows, rows.tokens.shape[1]), np.asarray(rows.tree) == 0
     assert padding.any()
     sequences = make_sequences(rows.sequences, rows.positions)
-    attend = lambda *a: cudnn_attend(*a, None, sequences, implementation="xla")  # noqa: E731
+
+    def attend(*a):
+        return cudnn_attend(*a, None, sequences, implementation="xla")
+
     gradients = jax.grad(lambda *a: jnp.sum(attend(*a) ** 2), argnums=(0, 1, 2))(*inputs)
     for x in (attend(*inputs), *gradients):
         entries = np.moveaxis(np.asarray(x), -2, 1)  # [B, T, ...]
@@ -247,8 +313,15 @@ def test_queries_of_no_sequence_find_nothing_and_leave_no_gradient(rows_with_seq
 
 def test_attention_by_sequences_is_cut_over_the_mesh(rows_with_sequences, eight_devices):
     rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows_with_sequences)
-    inputs, mask, real = _random_heads(rows, rows.tokens.shape[1]), tree_mask(rows.tree, rows.branch), np.asarray(rows.tree) > 0
-    attend = lambda *a: cudnn_attend(*a, None, make_sequences(rows.sequences, rows.positions), implementation="xla")  # noqa: E731
+    inputs, mask, real = (
+        _random_heads(rows, rows.tokens.shape[1]),
+        tree_mask(rows.tree, rows.branch),
+        np.asarray(rows.tree) > 0,
+    )
+
+    def attend(*a):
+        return cudnn_attend(*a, None, make_sequences(rows.sequences, rows.positions), implementation="xla")
+
     with jax.set_mesh(eight_devices):
         got = jax.jit(attend)(*inputs)
     keep = real[:, None, None, :, None]
@@ -265,7 +338,10 @@ def test_a_decoder_gives_the_same_hidden_states_with_either_attention(one_device
     params = toy_params(plain, one_device, scale=2.0)
     tokens = jnp.arange(48).reshape(2, 24)
     positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
-    run = lambda model: model.apply({"params": params}, tokens, positions, causal_mask(24))[0]  # noqa: E731
+
+    def run(model):
+        return model.apply({"params": params}, tokens, positions, causal_mask(24))[0]
+
     np.testing.assert_allclose(run(plain.clone(attend="splash_interpreted")), run(plain), atol=1e-5)
 
 

@@ -1,4 +1,6 @@
-"""Hugging Face folders in and out, held to transformers: logits, log-probs, greedy tokens, bytes read and written, and every refusal."""
+"""Hugging Face folders in and out, held to transformers: logits, log-probs, greedy tokens, bytes read and written, and
+every refusal.
+"""
 
 import json
 import subprocess
@@ -44,7 +46,12 @@ SIZES = dict(
     initializer_range=0.08,
 )
 LLAMA3_ROPE = dict(
-    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
 )
 KINDS = {
     "qwen2": (transformers.Qwen2Config, {}),
@@ -53,14 +60,19 @@ KINDS = {
     "llama2": (transformers.LlamaConfig, dict(num_key_value_heads=4)),
     "llama3": (transformers.LlamaConfig, dict(rope_parameters=dict(rope_type="default", rope_theta=5e5))),
     "llama3.1": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE)),
-    "llama3.2_tied": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=24)),
+    "llama3.2_tied": (
+        transformers.LlamaConfig,
+        dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=24),
+    ),
     "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
 }
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A random model of every kind as transformers writes it; the trained stories260k where the data folder is there."""
+    """A random model of every kind as transformers writes it; the trained stories260k where the data folder is
+    there.
+    """
     root = tmp_path_factory.mktemp("models")
     for name, (config_class, changes) in KINDS.items():
         torch.manual_seed(0)
@@ -71,7 +83,9 @@ def folders(tmp_path_factory):
                 torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
         model.save_pretrained(root / name)
     if DATA.is_dir():
-        subprocess.run([sys.executable, DATA / "stories260k" / "to_hf.py", root / "stories260k"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, DATA / "stories260k" / "to_hf.py", root / "stories260k"], check=True, capture_output=True
+        )
     return root
 
 
@@ -110,11 +124,15 @@ def test_logits_equal_transformers(folders, one_device, name):
 
 
 @pytest.mark.parametrize("name", [*KINDS, "stories260k"])
-def test_greedy_tokens_and_their_log_probs_equal_transformers_over_64_steps_with_uneven_prompts(folders, one_device, name):
+def test_greedy_tokens_and_their_log_probs_equal_transformers_over_64_steps_with_uneven_prompts(
+    folders, one_device, name
+):
     folder = existing(folders, name)
     model, params = load(folder, one_device)
     shardings = param_shardings(abstract_params(model), one_device)
-    sampler = Sampler(build_generate(model, one_device, shardings), one_device, make_sampling_params(0.0, 1.0), (), 64, 256, 4)
+    sampler = Sampler(
+        build_generate(model, one_device, shardings), one_device, make_sampling_params(0.0, 1.0), (), 64, 256, 4
+    )
     draw = np.random.default_rng(1)
     prompts = [draw.integers(3, model.architecture.vocab_size, size).tolist() for size in (5, 31, 17)]
     ours = sampler.sample(params, [Request(prompt, (0, i)) for i, prompt in enumerate(prompts)], "test")
@@ -151,7 +169,9 @@ def test_trained_model_has_its_published_loss(folders, one_device):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_is_byte_identical(folders, eight_devices, tmp_path, name, dtype):
-    transformers.AutoModelForCausalLM.from_pretrained(folders / name, dtype=getattr(torch, dtype)).save_pretrained(tmp_path / "in")
+    transformers.AutoModelForCausalLM.from_pretrained(folders / name, dtype=getattr(torch, dtype)).save_pretrained(
+        tmp_path / "in"
+    )
     model, params = load(tmp_path / "in", eight_devices)
     (tmp_path / "out").mkdir()
     write_params(params, model.architecture, tmp_path / "out", dtype, max_shard_bytes=2**16)
@@ -203,7 +223,9 @@ class Counting:
 
 @pytest.mark.parametrize("name", ["qwen2", "llama3.2_tied"])
 def test_every_byte_is_read_once_however_the_mesh_cuts_and_copies(folders, eight_devices, monkeypatch, name):
-    """Eight devices, two copies of four parts: what is read is what one copy holds, so a host reads what its own devices hold."""
+    """Eight devices, two copies of four parts: what is read is what one copy holds, so a host reads what its own
+    devices hold.
+    """
     monkeypatch.setattr(hf_weights, "safe_open", Counting)
     monkeypatch.setattr(Counting, "taken", 0)
     load(folders / name, eight_devices)
@@ -227,11 +249,15 @@ def test_a_part_of_a_tensor_is_read_without_its_neighbours():
 
 
 def test_the_host_holds_about_one_tensor_beside_the_arrays(tmp_path, one_device):
-    """Twenty layers of 1 MiB matrices, bfloat16 on disk and float32 in the arrays, while Python's own memory is watched."""
+    """Twenty layers of 1 MiB matrices, bfloat16 on disk and float32 in the arrays, while Python's own memory is
+    watched.
+    """
     architecture = Architecture("llama", 64, 512, 512, 20, 4, 4, 128, 64)
     model = Transformer(architecture)
     shapes = nn.unbox(abstract_params(model))
-    write_params(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes), architecture, tmp_path, "bfloat16")
+    write_params(
+        jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes), architecture, tmp_path, "bfloat16"
+    )
     read_params(tmp_path, model, one_device)  # what compiling takes is no part of it
     tracemalloc.start()
     params = read_params(tmp_path, model, one_device)
@@ -346,11 +372,27 @@ def test_a_hub_id_is_fetched_without_pickles_code_or_second_copies(monkeypatch, 
         "model-00001-of-00002.safetensors",
         "merges.txt",
     ]
-    others = ["pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "original/params.json", "optimizer.pt", "README.md"]
+    others = [
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "consolidated.safetensors",
+        "original/params.json",
+        "optimizer.pt",
+        "README.md",
+    ]
     asked = []
 
     def snapshot_download(repo, allow_patterns, ignore_patterns):
-        asked.append((repo, list(filter_repo_objects(published + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))))
+        asked.append(
+            (
+                repo,
+                list(
+                    filter_repo_objects(
+                        published + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+                    )
+                ),
+            )
+        )
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

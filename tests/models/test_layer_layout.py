@@ -1,4 +1,6 @@
-"""Layers in stacks and apart: the same parameters, log-probs and gradients; what is shared by all layers is computed once."""
+"""Layers in stacks and apart: the same parameters, log-probs and gradients; what is shared by all layers is computed
+once.
+"""
 
 import re
 from types import SimpleNamespace
@@ -11,7 +13,15 @@ from flax.traverse_util import flatten_dict
 from toys import ARCHITECTURE, toy_model, toy_params
 
 from sso_jax.models.attention import causal_mask
-from sso_jax.models.layer_layout import build_lay_out, laid_out, runs_unrolled, stack, trains_unrolled, unstack, with_layout_of
+from sso_jax.models.layer_layout import (
+    build_lay_out,
+    laid_out,
+    runs_unrolled,
+    stack,
+    trains_unrolled,
+    unstack,
+    with_layout_of,
+)
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import abstract_params
 from sso_jax.runtime.mesh import compiler_options, param_shardings
@@ -39,7 +49,9 @@ def test_taken_apart_and_stacked_again_parameters_are_the_same(one_device):
     params = toy_params(model, one_device)
     apart = unstack(params)
     assert "layers" not in apart and all(f"layers_{i}" in apart for i in range(NUM_LAYERS))
-    np.testing.assert_array_equal(apart["layers_1"]["unit"]["gate"]["kernel"], params["layers"]["unit"]["gate"]["kernel"][1])
+    np.testing.assert_array_equal(
+        apart["layers_1"]["unit"]["gate"]["kernel"], params["layers"]["unit"]["gate"]["kernel"][1]
+    )
     assert jax.tree.structure(stack(apart)) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, stack(apart), params)
 
@@ -56,7 +68,9 @@ def test_parameters_without_layers_stay_as_they_are():
 
 def test_log_probs_and_gradients_are_the_same_with_layers_apart(one_device, rows):
     model = toy_model(qk_norm=True)
-    params = toy_params(model, one_device, scale=3.0)  # at ten times the usual scale gradients are too ill-conditioned for float32
+    params = toy_params(
+        model, one_device, scale=3.0
+    )  # at ten times the usual scale gradients are too ill-conditioned for float32
     weights = np.array([1.0, -2.0, 3.0, 0.5, -1.0], np.float32)
 
     def loss(params):
@@ -89,7 +103,12 @@ def test_layers_lie_apart_where_that_is_faster_or_asked_for(one_device):
     assert trains_unrolled(toy_model(), one_device)
     assert not trains_unrolled(toy_model().clone(remat=True), one_device)
     assert not trains_unrolled(toy_model().clone(laid="stacked"), one_device)
-    cases = {("cpu", 8): (True, True, True), ("gpu", 1): (True, False, True), ("gpu", 8): (True, False, False), ("tpu", 1): (False,) * 3}
+    cases = {
+        ("cpu", 8): (True, True, True),
+        ("gpu", 1): (True, False, True),
+        ("gpu", 8): (True, False, False),
+        ("tpu", 1): (False,) * 3,
+    }
     for (name, size), expected in cases.items():
         mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=name)] * size, object), size=size)
         decoder = as_decoded(toy_model(), mesh)
@@ -100,7 +119,9 @@ def test_layers_lie_apart_where_that_is_faster_or_asked_for(one_device):
 
 
 def test_weights_are_converted_once_and_gradients_are_those_of_the_stored_ones(one_device, rows):
-    """Each projection converts what is float32 and rounds its gradient to bfloat16; converted before, the same numbers come out."""
+    """Each projection converts what is float32 and rounds its gradient to bfloat16; converted before, the same numbers
+    come out.
+    """
     model = toy_model().clone(dtype=jnp.bfloat16)
     params = {**toy_params(model, one_device, scale=3.0), "another": {"weight": jnp.ones(3)}}
     given = laid_out(model, params, apart=False)
@@ -114,7 +135,9 @@ def test_weights_are_converted_once_and_gradients_are_those_of_the_stored_ones(o
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     d_stored, d_given = flatten_dict(d_stored), flatten_dict(d_given)
     for path, leaf in d_stored.items():
-        np.testing.assert_allclose(np.asarray(d_given[path], np.float32), leaf, atol=2**-8 * np.abs(leaf).max(), err_msg=str(path))
+        np.testing.assert_allclose(
+            np.asarray(d_given[path], np.float32), leaf, atol=2**-8 * np.abs(leaf).max(), err_msg=str(path)
+        )
 
 
 def test_laying_out_passes_on_what_stays_as_it_is(one_device):
@@ -131,7 +154,10 @@ def count_sines(model, params) -> int:
     """Sines in the compiled program of a forward pass."""
     tokens = jnp.zeros((2, 8), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(8), tokens.shape) + tokens[:, :1]  # no constant
-    run = lambda params, tokens, positions: model.apply({"params": params}, tokens, positions, causal_mask(8))[0]  # noqa: E731
+
+    def run(params, tokens, positions):
+        return model.apply({"params": params}, tokens, positions, causal_mask(8))[0]
+
     return len(re.findall(r" sine\(", jax.jit(run).lower(params, tokens, positions).compile().as_text()))
 
 

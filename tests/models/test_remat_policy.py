@@ -28,7 +28,9 @@ def kept_entries(model) -> int:
     of_params = {leaf.shape for leaf in jax.tree.leaves(params["layers"])}
     leaves = jax.tree.leaves(jax.eval_shape(backward, params))
     stacked = [leaf for leaf in leaves if leaf.shape[:1] == (a.num_layers,) and leaf.dtype == jnp.float32]
-    assert (a.num_layers, a.embed_dim, a.mlp_dim) in {leaf.shape for leaf in stacked}  # as they lie: what is kept is there to be found
+    assert (a.num_layers, a.embed_dim, a.mlp_dim) in {
+        leaf.shape for leaf in stacked
+    }  # as they lie: what is kept is there to be found
     return sum(leaf.size for leaf in stacked if leaf.shape not in of_params) // a.num_layers
 
 

@@ -1,4 +1,6 @@
-"""An endpoint that fails, stalls, rate-limits and returns nonsense: every question ends answered or counted, and none is asked twice."""
+"""An endpoint that fails, stalls, rate-limits and returns nonsense: every question ends answered or counted, and none
+is asked twice.
+"""
 
 import json
 import socket
@@ -37,7 +39,9 @@ def test_answers_come_in_the_order_of_the_questions_with_the_settings_asked_for(
 
 
 def test_what_may_pass_is_tried_again_until_each_question_is_answered():
-    """In turn: 500, a stall, 429 with Retry-After, a hang-up, a body that is no JSON, one without choices, an empty text."""
+    """In turn: 500, a stall, 429 with Retry-After, a hang-up, a body that is no JSON, one without choices, an empty
+    text.
+    """
     troubles = [
         Misbehave.status(500),
         Misbehave.stall(0.6),
@@ -53,7 +57,9 @@ def test_what_may_pass_is_tried_again_until_each_question_is_answered():
         return troubles[(number + tries - 1) % len(troubles)] if tries <= 2 else None
 
     with serve(shout, plan) as server:
-        answers = Endpoint(server.url(), timeout_seconds=0.3, retries=2, concurrency=4).ask(questions(14), "stage", 7, 0.0)
+        answers = Endpoint(server.url(), timeout_seconds=0.3, retries=2, concurrency=4).ask(
+            questions(14), "stage", 7, 0.0
+        )
     assert answers == [Answer(f"QUESTION {i}") for i in range(14)]
     assert all(count == 3 for count in server.asked.values()) and len(server.asked) == 14
 
@@ -83,7 +89,8 @@ def test_a_server_that_takes_no_question_at_all_stops_the_work():
 
 def test_everybody_waits_as_long_as_a_rate_limit_asks():
     with serve(
-        shout, lambda text, tries: Misbehave.status(429, Retry_After="0.7") if text.endswith(" 0") and tries == 1 else None
+        shout,
+        lambda text, tries: Misbehave.status(429, Retry_After="0.7") if text.endswith(" 0") and tries == 1 else None,
     ) as server:
         endpoint = Endpoint(server.url(), concurrency=1)
         assert all(answer.text for answer in endpoint.ask(questions(3), "stage", 7, 0.0))
@@ -107,13 +114,21 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(header, expected):
 
 def test_an_interrupted_stage_asks_only_for_what_is_missing(tmp_path):
     journal = tmp_path / "endpoint.jsonl"
-    broken = lambda text, tries: Misbehave.status(503) if int(text.split()[1]) >= 4 else None  # noqa: E731
-    with serve(shout, broken) as server, pytest.raises(InputError, match=r"failed \d+ questions in a row \(server_error\).*kept"):
+
+    def broken(text, tries):
+        return Misbehave.status(503) if int(text.split()[1]) >= 4 else None
+
+    with (
+        serve(shout, broken) as server,
+        pytest.raises(InputError, match=r"failed \d+ questions in a row \(server_error\).*kept"),
+    ):
         Endpoint(server.url(), retries=0, concurrency=1).ask(questions(30), "stage", 7, 0.0, journal)
     with open(journal, "a", encoding="utf-8") as file:
         file.write('\n{"key": "cut sho')  # killed while writing
     with serve(shout) as server:
-        assert [a.text for a in Endpoint(server.url()).ask(questions(30), "stage", 7, 0.0, journal)] == [f"QUESTION {i}" for i in range(30)]
+        assert [a.text for a in Endpoint(server.url()).ask(questions(30), "stage", 7, 0.0, journal)] == [
+            f"QUESTION {i}" for i in range(30)
+        ]
         assert set(server.asked) == {f"question {i}" for i in range(4, 30)}
         Endpoint(server.url()).ask(questions(30), "stage", 7, 0.0, journal)
         assert sum(server.asked.values()) == 26

@@ -3,7 +3,14 @@
 import pytest
 
 from sso_jax.data.records import Answer, Triple
-from sso_jax.preferences.judging import ORDERS, draw_pairs, judging_questions, judgments, parse_verdict, summarize_judgments
+from sso_jax.preferences.judging import (
+    ORDERS,
+    draw_pairs,
+    judging_questions,
+    judgments,
+    parse_verdict,
+    summarize_judgments,
+)
 
 
 def triple(number: int, **texts) -> Triple:
@@ -12,7 +19,9 @@ def triple(number: int, **texts) -> Triple:
 
 
 def test_each_pair_is_asked_in_both_orders():
-    first, second = judging_questions([triple(1, query="Why {second}?", chosen="because {first}", rejected="no {query}")])
+    first, second = judging_questions(
+        [triple(1, query="Why {second}?", chosen="because {first}", rejected="no {query}")]
+    )
     assert (first.id, second.id) == ("1/chosen_first", "1/rejected_first")
     for question, answers in ((first, ("because {first}", "no {query}")), (second, ("no {query}", "because {first}"))):
         assert "[query]\nWhy {second}?\n[end of query]" in question.text  # texts are put in as they are, once
@@ -45,7 +54,9 @@ def answers(*verdicts: str | None) -> list[Answer]:
 
 
 def test_accuracy_takes_a_pair_whose_orders_disagree_for_a_tie():
-    """Six pairs: won twice over, lost twice over, always A (a tie), a tie and a win (a tie), one verdict lost, one unread."""
+    """Six pairs: won twice over, lost twice over, always A (a tie), a tie and a win (a tie), one verdict lost, one
+    unread.
+    """
     said = answers("A", "B", "B", "A", "A", "A", "tie", "B", None, "A", "A", "hm")
     rows = judgments([triple(i) for i in range(6)], said)
     assert [row["outcome"] for row in rows] == ["chosen", "rejected", "tie", "tie", None, None]
@@ -64,5 +75,7 @@ def test_nothing_judged_gives_no_numbers():
 def test_the_pairs_are_drawn_by_the_seed():
     triples = [triple(i) for i in range(50)]
     drawn = draw_pairs(triples, 10, "0/1")
-    assert len({t.id for t in drawn}) == 10 and drawn == draw_pairs(triples, 10, "0/1") != draw_pairs(triples, 10, "0/2")
+    assert len({t.id for t in drawn}) == 10 and drawn == draw_pairs(triples, 10, "0/1") != draw_pairs(
+        triples, 10, "0/2"
+    )
     assert draw_pairs(triples, 80, "0/1") == triples

@@ -1,4 +1,6 @@
-"""Pairs: the controls that reorder them, the filter held to METHOD.md by hand and by a plain second writing, and their numbers."""
+"""Pairs: the controls that reorder them, the filter held to METHOD.md by hand and by a plain second writing, and their
+numbers.
+"""
 
 import dataclasses
 import math
@@ -17,7 +19,16 @@ CONTEXT = {"o": "plain", "p": "positive", "n": "negative"}
 
 def triple(name: str, **changes) -> Triple:
     ids = {"chosen": [1, 2, 9], "rejected": [3, 9], "original": [4, 5, 6, 9]}
-    return Triple(name, f"query {name}", "good", "bad", "yes", "no", "perhaps", **{"response_ids": ids, "tokens_hash": "h", **changes})
+    return Triple(
+        name,
+        f"query {name}",
+        "good",
+        "bad",
+        "yes",
+        "no",
+        "perhaps",
+        **{"response_ids": ids, "tokens_hash": "h", **changes},
+    )
 
 
 def scored(name: str, means: dict[str, float], lengths: tuple[int, int] = (4, 2)) -> Triple:
@@ -45,9 +56,13 @@ def test_random_order_is_a_fair_coin_of_seed_and_id():
     mixed = random_order(triples, "0/1")
     assert abs(sum(t.swapped for t in mixed) - 2000) < 160  # five standard deviations of sqrt(4000)/2 = 32
     assert [t.id for t in mixed] == [t.id for t in triples]
-    assert all(after == (swap(before) if after.swapped else before) for before, after in zip(triples, mixed, strict=True))
+    assert all(
+        after == (swap(before) if after.swapped else before) for before, after in zip(triples, mixed, strict=True)
+    )
     assert random_order(triples[::-3], "0/1") == mixed[::-3]  # whatever else is in the list, in whatever order
-    assert abs(sum(a.swapped == b.swapped for a, b in zip(mixed, random_order(triples, "0/2"), strict=True)) - 2000) < 160
+    assert (
+        abs(sum(a.swapped == b.swapped for a, b in zip(mixed, random_order(triples, "0/2"), strict=True)) - 2000) < 160
+    )
 
 
 def test_judge_order_puts_the_better_response_first_and_leaves_ties():
@@ -80,8 +95,9 @@ def test_mean_log_probs_divide_by_all_tokens_of_the_response():
 def test_the_filter_on_a_table_made_by_hand():
     """Two rounds of means by hand: rule 2 over A to F, rule 3 over A to D.
 
-    o_chosen of A..F: -1, -1, -1, -1, -2, 0, mean -1: E falls below it, the others are at or above it; o_rejected: -2, -2, -2, -2, 0, -4,
-    mean -2: F falls. Gaps of A..D: chosen 4, 2, 4, 2 with mean 3, rejected 4, 4, 2, 2 with mean 3: A alone is above both.
+    o_chosen of A..F: -1, -1, -1, -1, -2, 0, mean -1: E falls below it, the others are at or above it; o_rejected: -2,
+    -2, -2, -2, 0, -4, mean -2: F falls. Gaps of A..D: chosen 4, 2, 4, 2 with mean 3, rejected 4, 4, 2, 2 with mean 3: A
+    alone is above both.
     """
     rows = {
         "A": dict(pc=-0.5, oc=-1, nc=-4.5, nr=-1, **{"or": -2}, pr=-5),
@@ -150,12 +166,16 @@ def test_a_filter_that_leaves_nothing_says_so():
 
 
 def test_the_filter_reads_exactly_six_cells():
-    expected = {(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")}
+    expected = {
+        (context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")
+    }
     assert set(FILTER_CELLS) == expected and len(FILTER_CELLS) == 6
 
 
 def test_the_summary_averages_probabilities_under_the_plain_prompt_and_tokens():
-    a = with_log_probs(triple("a"), [("plain", "chosen"), ("plain", "rejected"), ("positive", "chosen")], [-3.0, -4.0, -0.3])
+    a = with_log_probs(
+        triple("a"), [("plain", "chosen"), ("plain", "rejected"), ("positive", "chosen")], [-3.0, -4.0, -0.3]
+    )
     b = with_log_probs(
         triple("b", response_ids={"chosen": [9], "rejected": [9] * 5, "original": [9] * 6}),
         [("plain", "chosen"), ("plain", "rejected")],

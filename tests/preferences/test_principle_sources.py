@@ -1,4 +1,6 @@
-"""Principles from the policy, a file and an endpoint, and a run whose endpoint misbehaves: every query ends accounted for."""
+"""Principles from the policy, a file and an endpoint, and a run whose endpoint misbehaves: every query ends accounted
+for.
+"""
 
 import json
 from types import SimpleNamespace
@@ -7,13 +9,15 @@ import pytest
 from openai_server import Misbehave, serve
 
 import train
-from sso_jax.config import Config, PrinciplesConfig
+from sso_jax.config import PrinciplesConfig
 from sso_jax.data.chat import make_chat
 from sso_jax.data.records import Query
 from sso_jax.data.tokenizer import encode_text
 from sso_jax.preferences import endpoint as endpoint_module
-from sso_jax.preferences.principle_sources import given_principles, steer_queries
+from sso_jax.preferences.principle_sources import PrincipleSource, given_principles
 from sso_jax.preferences.principles import feature_table
+from sso_jax.preferences.responses import SampleKey
+from sso_jax.recipes.stages.sampling import steer_from_source
 from sso_jax.runtime.errors import InputError
 from sso_jax.toy.pretraining import train_tokenizer
 
@@ -43,18 +47,26 @@ def test_the_policy_writes_its_principles_and_what_cannot_be_read_falls_back_and
     def answer(text: str) -> str:
         if "Qualities:" in text:
             return "none of them" if "Spell fox." in text else "Safety, Accuracy"
-        return f'Here: {{"good": "{GOOD}", "bad": "{BAD}"' if "About: Safety" in text.split("Query:")[-1] else "I would rather not."
+        return (
+            f'Here: {{"good": "{GOOD}", "bad": "{BAD}"'
+            if "About: Safety" in text.split("Query:")[-1]
+            else "I would rather not."
+        )
 
-    config = Config(principles=PrinciplesConfig(source="self", concision_probability=0.0))
+    source = PrincipleSource(PrinciplesConfig(source="self", concision_probability=0.0), {})
     long = [*QUERIES, Query("d", "Long? " * 300)]
-    steered, said = steer_queries(config, {}, None, engine_that_says(chat, answer), None, long, 1, tmp_path)
+    steered, counts = steer_from_source(engine_that_says(chat, answer), None, long, source, SampleKey(0, 1), tmp_path)
+    said = counts.as_json()
     by_id = {record.id: record for record in steered}
     assert list(by_id) == ["a", "b", "c", "d"]
     for name in ("a", "c"):
         record = by_id[name]
         assert (record.features, record.num_fallbacks, record.num_random_features) == (("Safety", "Accuracy"), 1, 0)
         assert GOOD in record.good_system and BAD in record.bad_system
-        assert feature_table()["Accuracy"].good in record.good_system and feature_table()["Safety"].good not in record.good_system
+        assert (
+            feature_table()["Accuracy"].good in record.good_system
+            and feature_table()["Safety"].good not in record.good_system
+        )
     assert by_id["b"].num_random_features == by_id["d"].num_random_features == 2
     unsafe = [sum(feature != "Safety" for feature in by_id[name].features) for name in ("b", "d")]
     assert said["fallback_principles"] == 2 + unsafe[0] + 2  # d does not fit, whatever it is asked
@@ -71,9 +83,9 @@ def write(path, rows) -> str:
 
 
 def from_file(path: str):
-    config = Config(principles=PrinciplesConfig(source="file", path=path))
-    given = given_principles(config.principles, QUERIES)
-    return steer_queries(config, given, None, None, None, QUERIES, 1, None)[0]
+    rules = PrinciplesConfig(source="file", path=path)
+    source = PrincipleSource(rules, given_principles(rules, QUERIES))
+    return steer_from_source(None, None, QUERIES, source, SampleKey(0, 1), None)[0]
 
 
 ROWS = [
@@ -105,7 +117,10 @@ BAD_FILES = {
     "no_id": ([{"good_system": "g", "bad_system": "b"}], "line 1: no id"),
     "no_texts": ([{"id": "a"}], "line 1: good_principles is 'None' for 0 features"),
     "lists_of_other_lengths": ([{**ROWS[0], "bad_principles": []}], r"line 1: bad_principles is '\[\]' for 1 features"),
-    "equal_sides": ([{"id": "a", "good_system": "x", "bad_system": "x"}], "line 1: good_system and bad_system are equal"),
+    "equal_sides": (
+        [{"id": "a", "good_system": "x", "bad_system": "x"}],
+        "line 1: good_system and bad_system are equal",
+    ),
     "equal_principles": ([{**ROWS[0], "bad_principles": [GOOD]}], "line 1: the principles of Safety are equal"),
     "unknown_feature": ([{**ROWS[0], "features": ["Zest"]}], "line 1: feature 'Zest' has no adjectives"),
     "text_of_another_type": ([{**ROWS[0], "good_principles": [7]}], "line 1: good_principles holds 7"),
@@ -124,7 +139,9 @@ NUM_QUERIES = 12
 
 
 def strong_model(text: str) -> str:
-    """What a strong generator answers; its principles for query 3 cannot be read, and as a judge it prefers the first answer."""
+    """What a strong generator answers; its principles for query 3 cannot be read, and as a judge it prefers the first
+    answer.
+    """
     if "Qualities:" in text:
         return "Safety, Accuracy"
     if "[answer A]" in text:
@@ -134,13 +151,22 @@ def strong_model(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def endpoint_run(model_folder, tmp_path_factory):
-    """A round with principles and judgments from a server where every seventh first try fails in another way, and query 5 always."""
+    """A round with principles and judgments from a server where every seventh first try fails in another way, and query
+    5 always.
+    """
     patch = pytest.MonkeyPatch()
     patch.setattr(endpoint_module, "FIRST_WAIT_SECONDS", 0.01)
     patch.setenv("LOCAL_KEY", "sk-very-secret")
     folder = tmp_path_factory.mktemp("endpoint")
-    queries = write(folder / "q.jsonl", [{"id": f"q{i}", "query": f"What is query {i} about?"} for i in range(NUM_QUERIES)])
-    troubles = [Misbehave.status(500), Misbehave.status(429, Retry_After="0.05"), Misbehave.body("<html>"), Misbehave.stall(0.6)]
+    queries = write(
+        folder / "q.jsonl", [{"id": f"q{i}", "query": f"What is query {i} about?"} for i in range(NUM_QUERIES)]
+    )
+    troubles = [
+        Misbehave.status(500),
+        Misbehave.status(429, Retry_After="0.05"),
+        Misbehave.body("<html>"),
+        Misbehave.stall(0.6),
+    ]
 
     def plan(text: str, tries: int):
         if "query 5 " in text and "[answer A]" not in text:
@@ -148,9 +174,30 @@ def endpoint_run(model_folder, tmp_path_factory):
         return troubles[len(text) // 7 % 4] if tries == 1 and len(text) % 7 == 0 else None
 
     with serve(strong_model, plan, key="sk-very-secret") as server:
-        arguments = ["--model.path", str(model_folder), "--queries.path", queries, "--run.directory", str(folder / "run")]
-        arguments += ["--run.iterations", "1", "--queries.per_iteration", str(NUM_QUERIES), "--sampling.max_new_tokens", "12"]
-        arguments += ["--principles.source", "endpoint", "--endpoint.url", server.url(), "--endpoint.key_variable", "LOCAL_KEY"]
+        arguments = [
+            "--model.path",
+            str(model_folder),
+            "--queries.path",
+            queries,
+            "--run.directory",
+            str(folder / "run"),
+        ]
+        arguments += [
+            "--run.iterations",
+            "1",
+            "--queries.per_iteration",
+            str(NUM_QUERIES),
+            "--sampling.max_new_tokens",
+            "12",
+        ]
+        arguments += [
+            "--principles.source",
+            "endpoint",
+            "--endpoint.url",
+            server.url(),
+            "--endpoint.key_variable",
+            "LOCAL_KEY",
+        ]
         arguments += ["--endpoint.timeout_seconds", "0.4", "--judging.pairs", "4", "--train.max_tokens", "512"]
         assert train.main(arguments) == 0
     patch.undo()
@@ -176,17 +223,29 @@ def test_every_query_of_a_run_with_a_bad_server_is_accounted_for(endpoint_run):
 def test_a_judge_that_prefers_the_first_answer_is_seen_through(endpoint_run):
     directory, server = endpoint_run
     judged = json.loads((directory / "summary.json").read_text())[1]["endpoint_judge"]
-    assert judged == {"num_judged": 4, "num_unread": 0, "accuracy": 0.5, "ties": 1.0, "consistency": 0.0, "first_position": 1.0}
+    assert judged == {
+        "num_judged": 4,
+        "num_unread": 0,
+        "accuracy": 0.5,
+        "ties": 1.0,
+        "consistency": 0.0,
+        "first_position": 1.0,
+    }
     rows = lines(directory / "iteration_1" / "judgments.jsonl")
     pairs = {row["id"]: row for row in lines(directory / "iteration_1" / "pairs.jsonl")}
     for row in rows:
         pair = pairs[row["id"]]
         asked = [
-            body["messages"][0]["content"] for body in server.bodies if f"[query]\n{pair['query']}\n" in body["messages"][0]["content"]
+            body["messages"][0]["content"]
+            for body in server.bodies
+            if f"[query]\n{pair['query']}\n" in body["messages"][0]["content"]
         ]
         first = {text.split("[answer A]\n")[1].split("\n[end")[0] for text in asked}
         assert first == {pair["chosen"], pair["rejected"]}
-    assert all(body["temperature"] == (0.0 if "[answer A]" in body["messages"][0]["content"] else 0.7) for body in server.bodies)
+    assert all(
+        body["temperature"] == (0.0 if "[answer A]" in body["messages"][0]["content"] else 0.7)
+        for body in server.bodies
+    )
 
 
 def test_the_key_is_in_no_file_of_the_run(endpoint_run):

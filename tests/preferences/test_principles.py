@@ -1,4 +1,6 @@
-"""Features and principles, held to METHOD.md's table: what the policy names, what chance adds, and the prompts x, x+ and x- they make."""
+"""Features and principles, held to METHOD.md's table: what the policy names, what chance adds, and the prompts x, x+
+and x- they make.
+"""
 
 import json
 import random
@@ -11,8 +13,8 @@ import pytest
 from sso_jax.data.chat import make_chat
 from sso_jax.data.records import Answer, Query, Question
 from sso_jax.data.tokenizer import encode_text
+from sso_jax.preferences.principle_sources import policy_asker
 from sso_jax.preferences.principles import (
-    ask_policy,
     choose_features,
     feature_table,
     naming_prompt,
@@ -22,6 +24,7 @@ from sso_jax.preferences.principles import (
     principles_prompt,
     with_written,
 )
+from sso_jax.preferences.responses import SampleKey
 from sso_jax.preferences.steering import steer, steered_prompts
 from sso_jax.sampling.sampler import row_key
 from sso_jax.toy.pretraining import train_tokenizer
@@ -50,7 +53,10 @@ def words_of(text: str) -> set[str]:
 
 def test_the_table_has_the_features_and_adjectives_of_the_method():
     table = feature_table()
-    assert {name: (row.good_adjective, row.bad_adjective) for name, row in table.items()} == {**ADJECTIVES, "Concision": CONCISE}
+    assert {name: (row.good_adjective, row.bad_adjective) for name, row in table.items()} == {
+        **ADJECTIVES,
+        "Concision": CONCISE,
+    }
     principles = [text for row in table.values() for text in (row.good, row.bad)]
     assert len(set(principles)) == 16 and all(text.strip() == text and len(text) > 10 for text in principles)
 
@@ -86,7 +92,9 @@ def test_named_features_come_first_and_missing_ones_are_drawn_evenly_from_the_ot
     assert all((c.features_text, c.num_random_features) == ("accuracy", 2) for c in chosen)
     drawn = Counter(name for c in chosen for name in c.features[1:])
     assert set(drawn) == set(ADJECTIVES) - {"Accuracy"}
-    assert all(abs(count - 1000) < 130 for count in drawn.values())  # a third each: five standard deviations of sqrt(3000 * 2/9) = 26
+    assert all(
+        abs(count - 1000) < 130 for count in drawn.values()
+    )  # a third each: five standard deviations of sqrt(3000 * 2/9) = 26
     both = choose_features(QUERIES[0], "Safety, Accuracy, Logicality", 2, 0.0, "7/1")
     assert (both.features, both.num_random_features) == (("Safety", "Accuracy"), 0)
 
@@ -107,22 +115,31 @@ def test_a_draw_depends_on_seed_and_query_alone():
 def test_concision_joins_by_chance_as_a_third_feature(probability, low, high):
     chosen = [choose_features(query, "Safety, Accuracy", 2, probability, "7/1") for query in QUERIES]
     concise = [c for c in chosen if len(c.features) == 3]
-    assert all(c.features[:2] == ("Safety", "Accuracy") for c in chosen) and all(c.features[2] == "Concision" for c in concise)
+    assert all(c.features[:2] == ("Safety", "Accuracy") for c in chosen) and all(
+        c.features[2] == "Concision" for c in concise
+    )
     assert low <= len(concise) <= high  # 600 expected at 0.2, five standard deviations of 22
     assert all(c.num_random_features == 0 for c in chosen)  # it is an addition, not a filled gap
 
 
 def test_policies_are_asked_once_a_question_and_those_that_do_not_fit_are_left_out(chat):
-    questions = [Question("a/features", "Short?"), Question("b/features", "Long? " * 400), Question("c/x/features", "Brief?")]
+    questions = [
+        Question("a/features", "Short?"),
+        Question("b/features", "Long? " * 400),
+        Question("c/x/features", "Brief?"),
+    ]
     asked = []
 
     def sample(params, requests, stage, max_new_tokens):
         asked.extend(requests)
         answers = [chat.tokenizer.decode(request.prompt_ids).count("Short?") for request in requests]
-        return [[*encode_text(chat.tokenizer, "Safety" if short else "Accuracy"), chat.tokenizer.eos_token_id] for short in answers]
+        return [
+            [*encode_text(chat.tokenizer, "Safety" if short else "Accuracy"), chat.tokenizer.eos_token_id]
+            for short in answers
+        ]
 
     sampler = SimpleNamespace(fits=lambda prompt: len(prompt) < 400, sample=sample)
-    answers = ask_policy(sampler, None, chat, questions, 0, 1, "stage", 32)
+    answers = policy_asker(sampler, None, chat, SampleKey(0, 1))(questions, "stage", 32)
     assert answers == [Answer("Safety"), Answer(None, "question_too_long"), Answer("Accuracy")]
     assert [request.prompt_ids for request in asked] == [chat.prompt_ids("Short?"), chat.prompt_ids("Brief?")]
     assert [request.key for request in asked] == [row_key(0, 1, "a", "features"), row_key(0, 1, "c/x", "features")]
@@ -180,9 +197,13 @@ def test_the_question_for_principles_ends_with_the_query_the_feature_and_its_sid
     question = principles_prompt(Query("1", "Why {feature}? {good} {bad}"), "Engagement")
     own = "Query: Why {feature}? {good} {bad}\nAbout: Engagement (good: engaging, bad: dull)"
     assert question.endswith(own)
-    assert principles_prompt(Query("2", "How?"), "Safety").startswith(question.removesuffix(own))  # which sampling runs once
+    assert principles_prompt(Query("2", "How?"), "Safety").startswith(
+        question.removesuffix(own)
+    )  # which sampling runs once
     examples = re.findall(r"^\{.*\}$", question, re.MULTILINE)
-    assert len(examples) == 2 and all(parse_principles(example) == tuple(json.loads(example).values()) for example in examples)
+    assert len(examples) == 2 and all(
+        parse_principles(example) == tuple(json.loads(example).values()) for example in examples
+    )
 
 
 def test_written_principles_replace_the_tables_where_they_could_be_read():

@@ -1,4 +1,6 @@
-"""Sampled responses: each from its own prompt, labels cut at token boundaries, and what cleaning drops, counted by reason."""
+"""Sampled responses: each from its own prompt, labels cut at token boundaries, and what cleaning drops, counted by
+reason.
+"""
 
 import copy
 from collections import Counter
@@ -9,7 +11,7 @@ from toys import DATA
 
 from sso_jax.data.records import SteeredQuery, Triple
 from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
-from sso_jax.preferences.responses import clean_triples, sample_triples, strip_label
+from sso_jax.preferences.responses import SampleKey, clean_triples, sample_triples, strip_label
 from sso_jax.toy.pretraining import train_tokenizer
 
 
@@ -24,7 +26,7 @@ def ended(tokenizer, text: str) -> list[int]:
 
 def test_each_response_is_sampled_from_its_own_prompt_with_its_own_key(toy):
     records = [SteeredQuery(name, f"query {name}", ("Safety",), "good", "bad") for name in "ab"]
-    prompts = [{"plain": [n, 0], "positive": [n, 1], "negative": [n, 2]} for n in (10, 20)]
+    prompts = {name: {"plain": [n, 0], "positive": [n, 1], "negative": [n, 2]} for name, n in (("a", 10), ("b", 20))}
     seen = []
 
     def sample(params, requests, stage):
@@ -32,38 +34,46 @@ def test_each_response_is_sampled_from_its_own_prompt_with_its_own_key(toy):
         return [ended(toy, str(request.prompt_ids)) for request in requests]  # the answer tells the prompt
 
     sampler = SimpleNamespace(sample=sample)
-    triples = sample_triples(sampler, None, toy, list(zip(records, prompts, strict=True)), seed=0, iteration=1)
+    triples = sample_triples(sampler, [None], toy, records, prompts, SampleKey(seed=0, iteration=1))
     assert [(t.id, t.query, t.good_system, t.bad_system, t.features) for t in triples] == [
         (name, f"query {name}", "good", "bad", ("Safety",)) for name in "ab"
     ]
-    assert [(t.chosen, t.rejected, t.original) for t in triples] == [(f"[{n}, 1]", f"[{n}, 2]", f"[{n}, 0]") for n in (10, 20)]
-    assert triples[1].response_ids == {r: ended(toy, getattr(triples[1], r)) for r in ("chosen", "rejected", "original")}
+    assert [(t.chosen, t.rejected, t.original) for t in triples] == [
+        (f"[{n}, 1]", f"[{n}, 2]", f"[{n}, 0]") for n in (10, 20)
+    ]
+    assert triples[1].response_ids == {
+        r: ended(toy, getattr(triples[1], r)) for r in ("chosen", "rejected", "original")
+    }
     assert {t.tokens_hash for t in triples} == {tokens_hash(toy)}
     keys = {tuple(request.prompt_ids): request.key for request in seen}
     assert len(set(keys.values())) == 6
     seen.clear()
-    sample_triples(sampler, None, toy, [(records[1], prompts[1])], seed=0, iteration=1)
+    sample_triples(sampler, [None], toy, [records[1]], prompts, SampleKey(seed=0, iteration=1))
     assert all(keys[tuple(request.prompt_ids)] == request.key for request in seen)  # whatever else is in the batch
 
 
 def test_responses_of_several_policies_are_told_apart(toy):
-    """Policies "now", "one back", "two back": each answers its share of y+ and y-, y_o is always of now, places are kept."""
+    """Policies "now", "one back", "two back": each answers its share of y+ and y-, y_o is always of now, places are
+    kept.
+    """
     records = [SteeredQuery(str(n), f"query {n}", ("Safety",), "good", "bad") for n in range(300)]
-    prompts = [{"plain": [n, 0], "positive": [n, 1], "negative": [n, 2]} for n in range(300)]
+    prompts = {str(n): {"plain": [n, 0], "positive": [n, 1], "negative": [n, 2]} for n in range(300)}
     calls = []
 
     def sample(params, requests, stage):
         calls.append((params, stage))
         return [ended(toy, f"{params} {request.prompt_ids}") for request in requests]
 
-    earlier = [lambda: "one back", lambda: "two back"]
-    steered = list(zip(records, prompts, strict=True))
-    triples = sample_triples(SimpleNamespace(sample=sample), "now", toy, steered, seed=0, iteration=4, earlier=earlier)
+    policies = ["now", lambda: "one back", lambda: "two back"]
+    triples = sample_triples(SimpleNamespace(sample=sample), policies, toy, records, prompts, SampleKey(0, iteration=4))
     assert [params for params, _ in calls] == ["now", "one back", "two back"] and "2 rounds back" in calls[2][1]
     names = ("now", "one back", "two back")
     for n, triple in enumerate(triples):
         back = triple.extra["policies"]
-        assert triple.chosen == f"{names[back['chosen']]} [{n}, 1]" and triple.rejected == f"{names[back['rejected']]} [{n}, 2]"
+        assert (
+            triple.chosen == f"{names[back['chosen']]} [{n}, 1]"
+            and triple.rejected == f"{names[back['rejected']]} [{n}, 2]"
+        )
         assert triple.original == f"now [{n}, 0]"
     counts = [sum(t.extra["policies"][r] == k for t in triples for r in ("chosen", "rejected")) for k in range(3)]
     assert all(abs(count - 200) < 60 for count in counts)  # five standard deviations of sqrt(600 * 2/9) = 11.5
@@ -110,7 +120,9 @@ def test_labels_are_cut_from_tokens_of_qwen2():
     for text, rest in (("Helpful response: Paris", "Paris"), ("Answer:\n\n巴黎 😀", "巴黎 😀")):
         assert tokenizer.decode(strip_label(tokenizer, ended(tokenizer, text))).strip() == rest + "<|im_end|>"
     ids = ended(tokenizer, 'Answer:"Paris"')
-    assert ':"' in tokenizer.convert_ids_to_tokens(ids)  # one token holds the end of the label and the start of the response
+    assert ':"' in tokenizer.convert_ids_to_tokens(
+        ids
+    )  # one token holds the end of the label and the start of the response
     assert strip_label(tokenizer, ids) is None
 
 
@@ -129,7 +141,14 @@ def test_cleaning_saves_stripped_responses_and_counts_what_it_drops_by_reason(to
     }
     names = ("chosen", "rejected", "original")
     triples = [
-        Triple(case, "q", "g", "b", *texts, response_ids={name: ended(toy, text) for name, text in zip(names, texts, strict=True)})
+        Triple(
+            case,
+            "q",
+            "g",
+            "b",
+            *texts,
+            response_ids={name: ended(toy, text) for name, text in zip(names, texts, strict=True)},
+        )
         for case, texts in cases.items()
     ]
     kept, dropped = clean_triples(toy, triples)
@@ -138,4 +157,9 @@ def test_cleaning_saves_stripped_responses_and_counts_what_it_drops_by_reason(to
     assert toy.decode(kept[0].response_ids["chosen"]).strip() == "one<|im_end|>"
     assert kept[1] == triples[-1]
     assert dropped["empty"] == "empty" and dropped["label_alone"] == "label"
-    assert Counter(dropped.values()) == {"chosen_is_rejected": 3, "original_is_chosen_or_rejected": 2, "empty": 2, "label": 1}
+    assert Counter(dropped.values()) == {
+        "chosen_is_rejected": 3,
+        "original_is_chosen_or_rejected": 2,
+        "empty": 2,
+        "label": 1,
+    }

@@ -1,4 +1,6 @@
-"""Signals, damage, a second run, a full disk and lost numbers: a run goes on to the same end, or says in one line what is wrong."""
+"""Signals, damage, a second run, a full disk and lost numbers: a run goes on to the same end, or says in one line what
+is wrong.
+"""
 
 import functools
 import json
@@ -24,12 +26,11 @@ from toys import toy_model, toy_params
 
 import train
 from sso_jax.commands.report import page as report
+from sso_jax.commands.train import resumed_config
 from sso_jax.config import Config, ToyConfig, to_dict
 from sso_jax.models.export import export_policy
 from sso_jax.recipes import engine as assembly
-from sso_jax.recipes import run as rounds
-from sso_jax.recipes.stages import update as policy_training
-from sso_jax.runtime import run_dir as run_folder
+from sso_jax.recipes.stages import update as update_stage
 from sso_jax.runtime.checksums import checksums
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.files import write_text
@@ -38,7 +39,7 @@ from sso_jax.runtime.signals import Stopped, raise_if_stopped, stop_at_safe_poin
 from sso_jax.sampling import sampler
 from sso_jax.toy.pretraining import train_tokenizer
 from sso_jax.training import loop
-from sso_jax.training.loop import Hooks, is_saved, run_updates
+from sso_jax.training.loop import Hooks, UpdatePlan, is_saved, run_updates
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,21 +58,37 @@ def arguments(tmp_path_factory, one_device):
     """Command line of a small run from a folder, without its directory."""
     folder = tmp_path_factory.mktemp("interrupted")
     tokenizer, model = train_tokenizer(), toy_model(vocab_size=1024, num_layers=1)
-    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "model", "float32")
+    export_policy(
+        toy_params(model, one_device),
+        model.architecture,
+        tokenizer,
+        (tokenizer.eos_token_id,),
+        folder / "model",
+        "float32",
+    )
     (folder / "queries.jsonl").write_text("".join(json.dumps({"query": f"Spell {word}."}) + "\n" for word in WORDS))
     fields = {
-        "model.path": folder / "model", "queries.path": folder / "queries.jsonl", "queries.per_iteration": 6, "run.iterations": 1,
-        "sampling.batch_size": 8, "sampling.max_new_tokens": 8, "train.batch_size": 2, "objective.base": "dpo",
-        "checkpoint.every_steps": 1, "checkpoint.keep": 2, "run.compilation_cache": folder / "xla",
-        "model.remat": "false", "logging.tensorboard": "false",
-    }  # fmt: skip
+        "model.path": folder / "model",
+        "queries.path": folder / "queries.jsonl",
+        "queries.per_iteration": 6,
+        "run.iterations": 1,
+        "sampling.batch_size": 8,
+        "sampling.max_new_tokens": 8,
+        "train.batch_size": 2,
+        "objective.base": "dpo",
+        "checkpoint.every_steps": 1,
+        "checkpoint.keep": 2,
+        "run.compilation_cache": folder / "xla",
+        "model.remat": "false",
+        "logging.tensorboard": "false",
+    }
     return [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """Reports without their figures, which take longer than what these tests do again."""
-    monkeypatch.setattr(report, "_figure", lambda panels, columns: "")
+    monkeypatch.setattr(report, "figure_uri", lambda panels, columns: "")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +101,10 @@ def whole(arguments, tmp_path_factory):
 
 def same_end(directory: Path, whole: Path) -> bool:
     names = ("policy", "pairs.jsonl", "responses.jsonl")
-    kept = lambda run: {path: digest for path, digest in checksums(run / "iteration_1").items() if path.startswith(names)}  # noqa: E731
+
+    def kept(run):
+        return {path: digest for path, digest in checksums(run / "iteration_1").items() if path.startswith(names)}
+
     return kept(directory) == kept(whole) and len(kept(whole)) > 5
 
 
@@ -120,7 +140,11 @@ def test_a_signal_stops_a_run_with_status_75_and_the_same_command_ends_it_alike(
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 75, error
-    assert "stopped by a signal in iteration 1" in error and "run the same command again" in error and "Traceback" not in error
+    assert (
+        "stopped by a signal in iteration 1" in error
+        and "run the same command again" in error
+        and "Traceback" not in error
+    )
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
     assert same_end(tmp_path / "run", whole)
 
@@ -129,12 +153,14 @@ def test_training_that_goes_on_from_a_checkpoint_uses_up_the_parameters_given(ar
     """As the first update of a training does that begins: no second copy of what is trained is held."""
     directory, given = unfinished_copy(whole, tmp_path, "training"), []
 
-    def train_round(engine, losses, plan, config, params, *more, **named):
+    train_policy = update_stage.train
+
+    def train_and_look(this, losses, plan, params, *more, **named):
         given.extend(jax.tree.leaves(params))
         assert not any(leaf.is_deleted() for leaf in given)
-        return policy_training.train_round(engine, losses, plan, config, params, *more, **named)
+        return train_policy(this, losses, plan, params, *more, **named)
 
-    monkeypatch.setattr(rounds, "train_round", train_round)
+    monkeypatch.setattr(update_stage, "train", train_and_look)
     assert train.main([*arguments, "--run.directory", str(directory)]) == 0
     assert given and all(leaf.is_deleted() for leaf in given)
     assert same_end(directory, whole)
@@ -220,14 +246,23 @@ def test_a_number_that_is_not_finite_stops_training_by_name(one_device):
     def update(state, batch, rate):
         return state, {"loss": 1.0 if batch.number < 2 else math.nan, "grad_norm": 2.0}
 
-    hooks = Hooks(written.append, lambda state, step: saved.append(step), 2, lambda step: [f"q{step}", "r"])
-    run = lambda hooks: run_updates(update, {}, lambda i: Batch(np.int32(i)), [5] * 4, [0.1] * 4, 0, one_device, hooks, "updates")  # noqa: E731
-    known = r"updates: update 2 has loss nan \(examples q2, r\); the checkpoints are of before it. Look at these examples, lower opt"
+    hooks = Hooks(written.append, lambda state, step: saved.append(step), 2)
+    plan = UpdatePlan(lambda i: Batch(np.int32(i)), [5] * 4, [0.1] * 4, [[f"q{step}", "r"] for step in range(4)])
+
+    def run(plan):
+        return run_updates(update, {}, plan, 0, one_device, hooks, "updates")
+
+    known = (
+        r"updates: update 2 has loss nan \(examples q2, r\); the checkpoints are of "
+        r"before it. Look at these examples, lower opt"
+    )
     with pytest.raises(RunError, match=known):
-        run(hooks)
+        run(plan)
     assert saved == [1, 2] and [line["step"] for line in written] == [0, 1]
-    with pytest.raises(RunError, match=r"update 2 has loss nan; the checkpoints are of before it. Lower optimizer.learning_rate"):
-        run(hooks._replace(examples=lambda step: []))  # demonstrations have no ids
+    with pytest.raises(
+        RunError, match=r"update 2 has loss nan; the checkpoints are of before it. Lower optimizer.learning_rate"
+    ):
+        run(plan._replace(example_ids=[[]] * 4))  # demonstrations have no ids
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(arguments, whole, tmp_path):
@@ -236,8 +271,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(argument
     limited = ["bash", "-c", 'ulimit -S -f 100; exec "$@"', "bash", *command]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(limited, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
-    told = re.findall(r"train\.py: .*checkpoints: a checkpoint could not be written or read .*run the same command again", done.stderr)
-    assert done.returncode == 1 and len(told) == 1, done.stderr[-3000:]  # TensorStore's threads print tracebacks of their own
+    told = re.findall(
+        r"train\.py: .*checkpoints: a checkpoint could not be written or read .*run the same command again", done.stderr
+    )
+    assert done.returncode == 1 and len(told) == 1, done.stderr[
+        -3000:
+    ]  # TensorStore's threads print tracebacks of their own
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
     assert same_end(tmp_path / "run", whole)
 
@@ -263,7 +302,11 @@ def test_another_config_is_refused_by_field_unless_told_which_to_take(arguments,
     directory = unfinished_copy(whole, tmp_path)
     command = [*arguments, "--run.directory", str(directory), *CHANGE]
     line = refusal(capsys, 2, *command)
-    assert "watch.min_pairs_share (0.1, now 0.25)" in line and "run.on_changed_config" in line and "learning_rate" not in line
+    assert (
+        "watch.min_pairs_share (0.1, now 0.25)" in line
+        and "run.on_changed_config" in line
+        and "learning_rate" not in line
+    )
     kept = {"take_old": 0.1, "take_new": 0.25}
     for choice, expected in kept.items():
         assert train.main([*command, "--run.on_changed_config", choice]) == 0
@@ -281,14 +324,28 @@ def test_a_folder_that_turned_read_only_is_one_line_and_the_run_goes_on_once_it_
     directory = unfinished_copy(whole, tmp_path, "export")
     shutil.rmtree(directory / "iteration_1" / "policy")
     (directory / "iteration_1").chmod(0o555)
-    command = [sys.executable, "-c", HEEDING_RIGHTS, sys.executable, "train.py", *arguments, "--run.directory", str(directory)]
+    command = [
+        sys.executable,
+        "-c",
+        HEEDING_RIGHTS,
+        sys.executable,
+        "train.py",
+        *arguments,
+        "--run.directory",
+        str(directory),
+    ]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     finally:
         (directory / "iteration_1").chmod(0o755)
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
-    assert done.returncode == 1 and "Permission denied" in told and "run the same command again" in told and "iteration_1" in told
+    assert (
+        done.returncode == 1
+        and "Permission denied" in told
+        and "run the same command again" in told
+        and "iteration_1" in told
+    )
     assert "Traceback" not in done.stderr
     assert train.main([*arguments, "--run.directory", str(directory)]) == 0
     assert same_end(directory, whole)
@@ -320,20 +377,28 @@ def test_a_run_goes_on_from_8_devices_on_1_and_on_4(arguments, tmp_path, monkeyp
     assert train.main([*fields, str(moved)]) == 0
     ids = [[row["response_ids"] for row in lines(run / "iteration_1" / "responses.jsonl")] for run in (moved, stayed)]
     ties = sum(a[name] != b[name] for a, b in zip(*ids, strict=True) for name in a)
-    assert ties == 0 and len(ids[0]) == 6  # where a draw falls between two devices' sums, a token may differ; here none does
+    assert (
+        ties == 0 and len(ids[0]) == 6
+    )  # where a draw falls between two devices' sums, a token may differ; here none does
     rows = [lines(run / "metrics.jsonl") for run in (moved, stayed)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [0, 1, 2]
     for field in ("loss", "chosen_log_prob", "rejected_log_prob"):
-        np.testing.assert_allclose([row[field] for row in rows[0]], [row[field] for row in rows[1]], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            [row[field] for row in rows[0]], [row[field] for row in rows[1]], rtol=1e-4, atol=1e-4
+        )
     ours, theirs = (load_file(run / "iteration_1" / "policy" / "model.safetensors") for run in (moved, stayed))
-    far = [np.abs(ours[name] - theirs[name]) > 1e-4 for name in theirs]  # a tenth of one step: AdamW's sign of a gradient of nothing
+    far = [
+        np.abs(ours[name] - theirs[name]) > 1e-4 for name in theirs
+    ]  # a tenth of one step: AdamW's sign of a gradient of nothing
     assert sum(part.sum() for part in far) < 0.02 * sum(part.size for part in far)
 
 
 @settings(max_examples=200, deadline=None)
 @given(num_updates=st.integers(1, 60), every_steps=st.integers(1, 20), killed=st.data())
 def test_a_kill_costs_no_more_updates_than_was_said(num_updates, every_steps, killed):
-    """A save is of use once the next one begins, or at once where every update is saved; whatever is under way at a kill is lost."""
+    """A save is of use once the next one begins, or at once where every update is saved; whatever is under way at a
+    kill is lost.
+    """
     done = killed.draw(st.integers(0, num_updates - 1))
     saves = [0, *(step for step in range(1, done + 1) if is_saved(step, num_updates, every_steps))]
     whole_one = saves[-1] if every_steps == 1 or len(saves) == 1 else saves[-2]
@@ -352,21 +417,28 @@ def test_updates_resumed_anywhere_are_those_of_one_pass(one_device, num_updates,
                 raise KeyboardInterrupt
             return (*state, (int(batch.number), float(rate))), {"loss": 1.0}
 
-        hooks = Hooks(lambda row: written.update({row["step"]: row}), lambda state, step: saved.update({step: state}), every_steps)
+        hooks = Hooks(
+            lambda row: written.update({row["step"]: row}), lambda state, step: saved.update({step: state}), every_steps
+        )
         rates = [step / 8 for step in range(num_updates)]
         try:
-            make_batch = lambda step: Batch(np.int32(step))  # noqa: E731
-            state = run_updates(update, saved[start], make_batch, [1] * num_updates, rates, start, one_device, hooks, "updates")
+            plan = UpdatePlan(lambda step: Batch(np.int32(step)), [1] * num_updates, rates, [[]] * num_updates)
+            state = run_updates(update, saved[start], plan, start, one_device, hooks, "updates")
         except KeyboardInterrupt:
             continue
-    assert state == tuple((step, step / 8) for step in range(num_updates)) and sorted(written) == list(range(num_updates))
+    assert state == tuple((step, step / 8) for step in range(num_updates)) and sorted(written) == list(
+        range(num_updates)
+    )
 
 
 def test_a_stop_between_looks_is_saved_without_one():
-    """A round that looks at the policy every 4 updates and is stopped after one: the line is written, and the state saved."""
+    """A round that looks at the policy every 4 updates and is stopped after one: the line is written, and the state
+    saved.
+    """
     written, saved = [], []
-    hooks = policy_training._hooks(written.append, lambda params: {"seen": 1}, lambda state, step: saved.append(step), 4, 8)
-    hooks.line({"step": 0})
+    plain = Hooks(written.append, lambda state, step: saved.append(step), 4)
+    hooks = update_stage.evaluating_hooks(plain, lambda params: {"seen": 1}, 8)
+    hooks.log_metrics({"step": 0})
     hooks.save(None, 1)
     assert written == [{"step": 0}] and saved == [1]
 
@@ -375,6 +447,17 @@ def test_a_field_that_came_after_the_run_began_is_no_change_at_its_default(tmp_p
     fields = to_dict(Config())
     del fields["toy"]["descriptions"], fields["watch"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(fields))))
-    assert run_folder.settle(tmp_path, Config()) == Config()
+    assert resumed_config(tmp_path, Config()) == Config()
     with pytest.raises(InputError, match=r"started with other values of toy.descriptions \(False, now True\)"):
-        run_folder.settle(tmp_path, Config(toy=ToyConfig(descriptions=True)))
+        resumed_config(tmp_path, Config(toy=ToyConfig(descriptions=True)))
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path, capsys):
+    """Its config has a field that is gone; nothing is converted, and nothing is written."""
+    fields = to_dict(Config())
+    fields["reward"]["centring"] = fields["reward"].pop("center_coefficient")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(fields))))
+    assert train.main(["--config", "configs/tiny.yaml", "--run.directory", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "another version of sso_jax, whose config has reward.centring" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

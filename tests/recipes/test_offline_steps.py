@@ -1,4 +1,6 @@
-"""Five AdamW steps of recipe `offline` against transformers, PyTorch and the formulas of the paper, from the same folder and file."""
+"""Five AdamW steps of recipe `offline` against transformers, PyTorch and the formulas of the paper, from the same
+folder and file.
+"""
 
 import json
 
@@ -8,7 +10,7 @@ import transformers
 from toys import toy_model, toy_params
 
 import train
-from sso_jax.commands.report import page as report
+from sso_jax.commands import train as train_command
 from sso_jax.models.export import export_policy
 from sso_jax.toy.pretraining import train_tokenizer
 
@@ -37,10 +39,17 @@ WORDS = [
     "cup",
 ]
 PAIRS = [
-    {"id": word, "query": f"Spell {word}.", "good_system": "Be right and polite.", "bad_system": f"Be wrong about {word}.",
-     "chosen": f"The letters are {' '.join(word)}.", "rejected": "That is hard to say." + " No." * (i % 3), "original": f"It is {word}."}
+    {
+        "id": word,
+        "query": f"Spell {word}.",
+        "good_system": "Be right and polite.",
+        "bad_system": f"Be wrong about {word}.",
+        "chosen": f"The letters are {' '.join(word)}.",
+        "rejected": "That is hard to say." + " No." * (i % 3),
+        "original": f"It is {word}.",
+    }
     for i, word in enumerate(WORDS)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,14 @@ def folders(tmp_path_factory, one_device):
     for tied in (True, False):
         model = toy_model(vocab_size=1024, num_layers=1, tied_head=tied)
         folder = tmp_path_factory.mktemp("model") / "policy"
-        export_policy(toy_params(model, one_device, scale=3.0), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+        export_policy(
+            toy_params(model, one_device, scale=3.0),
+            model.architecture,
+            tokenizer,
+            (tokenizer.eos_token_id,),
+            folder,
+            "float32",
+        )
         made[tied] = folder
     return made
 
@@ -68,13 +84,23 @@ def log_prob(model, tokenizer, system, query, response):
 def numbers(model, tokenizer, row):
     """(log-prob, count) of winner and loser under x, x+ and x-."""
     good, bad = row["good_system"], row["bad_system"]
-    wanted = [(None, "chosen"), (None, "rejected"), (good, "chosen"), (good, "rejected"), (bad, "original"), (bad, "chosen")]
+    wanted = [
+        (None, "chosen"),
+        (None, "rejected"),
+        (good, "chosen"),
+        (good, "rejected"),
+        (bad, "original"),
+        (bad, "chosen"),
+    ]
     return [log_prob(model, tokenizer, system, row["query"], row[response]) for system, response in wanted]
 
 
 def loss_of(base, form, policy, reference):
     """L of one pair, METHOD.md: version 1's joint objective, or version 2's generator."""
-    (h, n), mlp = zip(*((p - r, n) for (p, n), (r, _) in zip(policy, reference, strict=True)), strict=True), [p / n for p, n in policy]
+    (h, n), mlp = (
+        zip(*((p - r, n) for (p, n), (r, _) in zip(policy, reference, strict=True)), strict=True),
+        [p / n for p, n in policy],
+    )
 
     def pair(w, l):  # noqa: E741
         if base == "dpo":
@@ -88,12 +114,16 @@ def loss_of(base, form, policy, reference):
 
 
 def torch_losses(folder, base, form):
-    """Loss before each of five AdamW steps with a cosine, clipping at 1 and decay of matrices; and y_o's log-prob in the first."""
+    """Loss before each of five AdamW steps with a cosine, clipping at 1 and decay of matrices; and y_o's log-prob in
+    the first.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         first = PAIRS[:BATCH]
-        originals = sum(float(log_prob(model, tokenizer, None, row["query"], row["original"])[0]) for row in first) / BATCH
+        originals = (
+            sum(float(log_prob(model, tokenizer, None, row["query"], row["original"])[0]) for row in first) / BATCH
+        )
         references = [[(p.detach(), n) for p, n in numbers(model, tokenizer, row)] for row in PAIRS]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -119,14 +149,24 @@ CASES = [("online", "dpo", True), ("online", "ipo", False), ("generator", "dpo",
 
 @pytest.mark.parametrize(("form", "base", "tied"), CASES)
 def test_five_steps_follow_pytorch(folders, tmp_path, monkeypatch, form, base, tied):
-    monkeypatch.setattr(report, "write", lambda directory: None)  # its figures take longer than the steps
+    monkeypatch.setattr(train_command, "write_report", lambda directory: None)  # its figures take longer than the steps
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     changes = {
-        "--model.path": folders[tied], "--pairs.path": tmp_path / "pairs.jsonl", "--run.directory": tmp_path / "run",
-        "--objective.form": form, "--objective.base": base, "--train.batch_size": BATCH, "--train.shuffle": "false",
-        "--optimizer.learning_rate": RATE, "--optimizer.warmup_ratio": 0, "--model.remat": "false", "--logging.tensorboard": "false",
-    }  # fmt: skip
-    assert train.main(["--config", "configs/offline.yaml", *(str(part) for pair in changes.items() for part in pair)]) == 0
+        "--model.path": folders[tied],
+        "--pairs.path": tmp_path / "pairs.jsonl",
+        "--run.directory": tmp_path / "run",
+        "--objective.form": form,
+        "--objective.base": base,
+        "--train.batch_size": BATCH,
+        "--train.shuffle": "false",
+        "--optimizer.learning_rate": RATE,
+        "--optimizer.warmup_ratio": 0,
+        "--model.remat": "false",
+        "--logging.tensorboard": "false",
+    }
+    assert (
+        train.main(["--config", "configs/offline.yaml", *(str(part) for pair in changes.items() for part in pair)]) == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     got = [row["loss"] for row in rows]
     expected, originals = torch_losses(folders[tied], base, form)

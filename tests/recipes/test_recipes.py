@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 from toys import toy_model, toy_params
 
 import train
-from sso_jax.commands.report import page as report
+from sso_jax.commands import train as train_command
 from sso_jax.data.chat import make_chat
 from sso_jax.data.tokenizer import encode_text
 from sso_jax.models.export import export_policy
-from sso_jax.recipes import run as rounds
+from sso_jax.recipes import offline
 from sso_jax.recipes.stages import scoring as reference
 from sso_jax.runtime.checksums import checksums
 from sso_jax.runtime.signals import Stopped
@@ -28,10 +28,17 @@ from sso_jax.training.scoring import score_examples
 
 WORDS = ["fox", "fig", "cat", "red", "ten", "oak"]
 STEERED = [
-    {"id": word, "query": f"Spell {word}.", "good_system": "Be right.", "bad_system": "Be wrong.",
-     "chosen": f"The letters are {' '.join(word)}.", "rejected": "That is hard to say.", "original": f"It is {word}."}
+    {
+        "id": word,
+        "query": f"Spell {word}.",
+        "good_system": "Be right.",
+        "bad_system": "Be wrong.",
+        "chosen": f"The letters are {' '.join(word)}.",
+        "rejected": "That is hard to say.",
+        "original": f"It is {word}.",
+    }
     for word in WORDS
-]  # fmt: skip
+]
 DEMONSTRATIONS = [{"prompt": row["query"], "response": row["chosen"]} for row in STEERED]
 
 
@@ -50,7 +57,9 @@ def model_folder(tmp_path_factory, one_device):
     tokenizer = train_tokenizer()
     model = toy_model(vocab_size=1024, num_layers=1)
     folder = tmp_path_factory.mktemp("model") / "policy"
-    export_policy(toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")
+    export_policy(
+        toy_params(model, one_device), model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32"
+    )
     return folder
 
 
@@ -58,7 +67,7 @@ def model_folder(tmp_path_factory, one_device):
 def few_figures(request, monkeypatch):
     """Reports, whose figures take longer than these runs, of two recipes only."""
     if request.node.name not in ("test_offline_trains_on_the_given_pairs", "test_sft_loss_is_that_of_transformers"):
-        monkeypatch.setattr(report, "write", lambda directory: None)
+        monkeypatch.setattr(train_command, "write_report", lambda directory: None)
 
 
 def arguments(model_folder, directory, **fields):
@@ -75,7 +84,9 @@ def refusal(capsys, *argv):
 
 
 def test_offline_trains_on_the_given_pairs(model_folder, tmp_path):
-    """Six pairs make three updates; at the first, policy and reference are one, so IPO is 1/(4 beta^2) in every context."""
+    """Six pairs make three updates; at the first, policy and reference are one, so IPO is 1/(4 beta^2) in every
+    context.
+    """
     same = {**STEERED[0], "id": "same", "rejected": STEERED[0]["chosen"]}
     path = write(tmp_path / "pairs.jsonl", [*STEERED, same])
     argv = ["--config", "configs/offline.yaml", *arguments(model_folder, tmp_path / "run", **{"--pairs.path": path})]
@@ -93,15 +104,20 @@ def test_offline_trains_on_the_given_pairs(model_folder, tmp_path):
 
 
 def test_offline_takes_plain_pairs_with_scores(model_folder, tmp_path):
-    """Two rounds: each refers to the policy at its start, so that the margin starts from 0 again. Close scores are dropped."""
+    """Two rounds: each refers to the policy at its start, so that the margin starts from 0 again. Close scores are
+    dropped.
+    """
     pairs = [
         {"prompt": row["query"], "chosen": row["chosen"], "rejected": "no", "chosen_score": i, "rejected_score": 1}
         for i, row in enumerate(STEERED)
     ]
     changes = {
-        "--pairs.path": write(tmp_path / "pairs.jsonl", pairs), "--objective.form": "pairwise", "--run.iterations": 2,
-        "--filter.min_score_gap": 2, "--optimizer.learning_rate": 1e-3,
-    }  # fmt: skip
+        "--pairs.path": write(tmp_path / "pairs.jsonl", pairs),
+        "--objective.form": "pairwise",
+        "--run.iterations": 2,
+        "--filter.min_score_gap": 2,
+        "--optimizer.learning_rate": 1e-3,
+    }
     assert train.main(["--config", "configs/offline.yaml", *arguments(model_folder, tmp_path / "run", **changes)]) == 0
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert [(row["iteration"], row["step"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
@@ -112,11 +128,19 @@ def test_offline_takes_plain_pairs_with_scores(model_folder, tmp_path):
     assert summary[1]["before_filter"]["num_pairs"] == 6
 
 
-def test_stale_log_probs_of_the_reference_are_computed_anew_and_whole_ones_are_not(model_folder, tmp_path, monkeypatch, capsys, caplog):
-    """A run is stopped behind its scoring; then the reference's weights are others, and later others again behind an update."""
+def test_stale_log_probs_of_the_reference_are_computed_anew_and_whole_ones_are_not(
+    model_folder, tmp_path, monkeypatch, capsys, caplog
+):
+    """A run is stopped behind its scoring; then the reference's weights are others, and later others again behind an
+    update.
+    """
     other, pairs = tmp_path / "reference", tmp_path / "run" / "iteration_1" / "pairs.jsonl"
     shutil.copytree(model_folder, other)
-    changes = {"--pairs.path": write(tmp_path / "pairs.jsonl", STEERED), "--model.reference_path": other, "--checkpoint.every_steps": 1}
+    changes = {
+        "--pairs.path": write(tmp_path / "pairs.jsonl", STEERED),
+        "--model.reference_path": other,
+        "--checkpoint.every_steps": 1,
+    }
     argv = ["--config", "configs/offline.yaml", *arguments(model_folder, tmp_path / "run", **changes)]
     scored, score = [], score_examples
     monkeypatch.setattr(reference, "score_examples", lambda *args: scored.append(1) or score(*args))
@@ -128,7 +152,7 @@ def test_stale_log_probs_of_the_reference_are_computed_anew_and_whole_ones_are_n
         return [row["log_probs"] for row in lines(pairs)]
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(rounds, "train_on_pairs", stop)
+        stopped.setattr(offline, "train_on_pairs", stop)
         assert train.main(argv) == 75 and train.main(argv) == 75
         before = log_probs()
         assert len(scored) == 1
@@ -159,14 +183,21 @@ def scale_weights(path, factor):
 
 def test_sft_loss_is_that_of_transformers(model_folder, tmp_path):
     """The first update's loss: the mean negative log-prob of all response tokens, end of turn included, by PyTorch."""
-    changes = {"--demonstrations.path": write(tmp_path / "d.jsonl", DEMONSTRATIONS), "--train.batch_size": 6, "--recipe": "sft"}
+    changes = {
+        "--demonstrations.path": write(tmp_path / "d.jsonl", DEMONSTRATIONS),
+        "--train.batch_size": 6,
+        "--recipe": "sft",
+    }
     assert train.main(arguments(model_folder, tmp_path / "run", **changes)) == 0
     (row,) = lines(tmp_path / "run" / "metrics.jsonl")
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = train_tokenizer()
     chat, total, count = make_chat(tokenizer), 0.0, 0
     for record in DEMONSTRATIONS:
-        prompt, response = chat.prompt_ids(record["prompt"]), [*encode_text(tokenizer, record["response"]), tokenizer.eos_token_id]
+        prompt, response = (
+            chat.prompt_ids(record["prompt"]),
+            [*encode_text(tokenizer, record["response"]), tokenizer.eos_token_id],
+        )
         ids = torch.tensor([[*prompt, *response]])
         with torch.no_grad():
             log_probs = model(ids).logits[0].log_softmax(-1)
@@ -186,11 +217,18 @@ def generated(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generated")
     queries = write(folder / "q.jsonl", [{"query": f"Spell {word}."} for word in [*WORDS, "sun", "sea"]])
     changes = {
-        "--recipe": "generator", "--queries.path": queries, "--sampling.max_new_tokens": 12, "--sampling.batch_size": 8,
+        "--recipe": "generator",
+        "--queries.path": queries,
+        "--sampling.max_new_tokens": 12,
+        "--sampling.batch_size": 8,
         "--train.batch_size": 4,
-        "--generator.queries": 6, "--generator.batch_size": 3, "--objective.base": "dpo", "--optimizer.learning_rate": 1e-3,
-        "--checkpoint.every_steps": 1, "--run.compilation_cache": folder / "xla",
-    }  # fmt: skip
+        "--generator.queries": 6,
+        "--generator.batch_size": 3,
+        "--objective.base": "dpo",
+        "--optimizer.learning_rate": 1e-3,
+        "--checkpoint.every_steps": 1,
+        "--run.compilation_cache": folder / "xla",
+    }
     argv = arguments(model_folder, folder / "run", **changes)
     assert train.main(argv) == 0
     return folder / "run", argv
@@ -203,16 +241,21 @@ def copied(generated, tmp_path) -> tuple[Path, list[str]]:
 
 
 def test_generator_trains_one_model_and_then_the_policy_as_it_was(generated, tmp_path):
-    """The generator's updates come first; the policy's begin where its reference is, the policy before either. A run that is taken up
-    after its generator ends with the same numbers."""
+    """The generator's updates come first; the policy's begin where its reference is, the policy before either. A run
+    that is taken up after its generator ends with the same numbers.
+    """
     run, argv = copied(generated, tmp_path)
     rows, folder = lines(run / "metrics.jsonl"), run / "iteration_1"
     assert [row["step"] for row in rows] == list(range(len(rows)))
     taught = [row for row in rows if row["base_loss"] is None]
     assert rows[: len(taught)] == taught and len(taught) == -(-len(lines(folder / "generator" / "pairs.jsonl")) // 3)
     policy = rows[len(taught) :]
-    assert len(policy) == -(-len(lines(folder / "pairs.jsonl")) // 4) and all(row["positive_loss"] is None for row in policy)
-    assert taught[0]["positive_loss"] == pytest.approx(np.log(2), rel=1e-5) and policy[0]["base_loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert len(policy) == -(-len(lines(folder / "pairs.jsonl")) // 4) and all(
+        row["positive_loss"] is None for row in policy
+    )
+    assert taught[0]["positive_loss"] == pytest.approx(np.log(2), rel=1e-5) and policy[0]["base_loss"] == pytest.approx(
+        np.log(2), rel=1e-5
+    )
     assert {row["original"] for row in lines(folder / "responses.jsonl")} == {None}
     assert all(row["original"] for row in lines(folder / "generator" / "responses.jsonl"))
     summary = (run / "summary.json").read_bytes()
@@ -263,7 +306,9 @@ def test_a_damaged_checkpoint_of_a_generator_is_left_out_and_its_last_update_don
 
 
 def test_the_readme_s_research_change_runs(model_folder, tmp_path, monkeypatch):
-    """The block as it stands, its run pointed at given pairs and a small model: (1 - 0)^2 = 1 before the first update."""
+    """The block as it stands, its run pointed at given pairs and a small model: (1 - 0)^2 = 1 before the first
+    update.
+    """
     text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "BASE_LOSSES[" in part]
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
@@ -280,10 +325,16 @@ def test_the_readme_s_research_change_runs(model_folder, tmp_path, monkeypatch):
 def test_offline_with_scores_in_the_prompt(model_folder, tmp_path):
     """reward_conditioned: ln 2 at the start, pairs with equal scores dropped; without scores refused by id."""
     pairs = [{**row, "chosen_score": 3, "rejected_score": 3 if row["id"] == "fox" else 1} for row in STEERED]
-    changes = {"--recipe": "offline", "--objective.base": "reward_conditioned", "--pairs.path": write(tmp_path / "p.jsonl", pairs)}
+    changes = {
+        "--recipe": "offline",
+        "--objective.base": "reward_conditioned",
+        "--pairs.path": write(tmp_path / "p.jsonl", pairs),
+    }
     assert train.main(arguments(model_folder, tmp_path / "run", **changes, **{"--train.batch_size": 5})) == 0
     (row,) = lines(tmp_path / "run" / "metrics.jsonl")
-    assert row["base_loss"] == pytest.approx(np.log(2), rel=1e-5) and row["positive_loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert row["base_loss"] == pytest.approx(np.log(2), rel=1e-5) and row["positive_loss"] == pytest.approx(
+        np.log(2), rel=1e-5
+    )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())[1]["dropped"] == {"equal_scores": 1}
 
 
@@ -292,13 +343,22 @@ REFUSED = {
         {"--recipe": "online", "--objective.base": "reward_conditioned", "--queries.path": "q.jsonl"},
         ("objective.base", "reward_conditioned", "scores", "offline"),
     ),
-    "setting_of_another_plain_loss": ({"--objective.base": "selm", "--objective.tau": 1}, ("objective.tau", "1.0", "selm", "alpha")),
+    "setting_of_another_plain_loss": (
+        {"--objective.base": "selm", "--objective.tau": 1},
+        ("objective.tau", "1.0", "selm", "alpha"),
+    ),
     "offline_without_pairs": ({"--recipe": "offline"}, ("pairs.path", "not given", "offline")),
-    "offline_with_queries": ({"--recipe": "offline", "--queries.path": "q.jsonl"}, ("queries.path", "q.jsonl", "offline")),
+    "offline_with_queries": (
+        {"--recipe": "offline", "--queries.path": "q.jsonl"},
+        ("queries.path", "q.jsonl", "offline"),
+    ),
     "sft_without_demonstrations": ({"--recipe": "sft"}, ("demonstrations.path", "not given")),
     "sft_with_pairs": ({"--recipe": "sft", "--pairs.path": "p.jsonl"}, ("pairs.path", "p.jsonl", "sft")),
     "online_with_pairs": ({"--recipe": "online", "--pairs.path": "p.jsonl"}, ("pairs.path", "p.jsonl", "online")),
-    "online_with_a_gap_of_scores": ({"--recipe": "online", "--filter.min_score_gap": 1}, ("filter.min_score_gap", "1.0")),
+    "online_with_a_gap_of_scores": (
+        {"--recipe": "online", "--filter.min_score_gap": 1},
+        ("filter.min_score_gap", "1.0"),
+    ),
     "missing_pairs_file": ({"--recipe": "offline", "--pairs.path": "no.jsonl"}, ("pairs.path", "no.jsonl")),
 }
 
@@ -318,11 +378,17 @@ def test_pairs_that_lack_what_the_objective_needs_are_named(model_folder, tmp_pa
     line = refusal(capsys, *arguments(model_folder, tmp_path / "run", **offline))
     assert all(word in line for word in ("1 of 7 pairs", "'plain-7'", "good_system", "original", "'online'")), line
     line = refusal(
-        capsys, *arguments(model_folder, tmp_path / "run", **offline, **{"--objective.form": "pairwise", "--filter.enabled": "true"})
+        capsys,
+        *arguments(
+            model_folder, tmp_path / "run", **offline, **{"--objective.form": "pairwise", "--filter.enabled": "true"}
+        ),
     )
     assert "'plain-7'" in line and "filter.enabled" in line
     line = refusal(
-        capsys, *arguments(model_folder, tmp_path / "run", **offline, **{"--objective.form": "pairwise", "--filter.min_score_gap": 1})
+        capsys,
+        *arguments(
+            model_folder, tmp_path / "run", **offline, **{"--objective.form": "pairwise", "--filter.min_score_gap": 1}
+        ),
     )
     assert "has scores" in line
     assert not (tmp_path / "run").exists()
@@ -349,6 +415,8 @@ BAD_DEMONSTRATIONS = {
 def test_bad_demonstrations(model_folder, tmp_path, capsys, case):
     rows, words = BAD_DEMONSTRATIONS[case]
     path = write(tmp_path / "d.jsonl", rows)
-    line = refusal(capsys, *arguments(model_folder, tmp_path / "run", **{"--recipe": "sft", "--demonstrations.path": path}))
+    line = refusal(
+        capsys, *arguments(model_folder, tmp_path / "run", **{"--recipe": "sft", "--demonstrations.path": path})
+    )
     assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""`configs/tiny_reward.yaml` by itself, with a policy of few updates; and lm-eval on an exported policy, where it is installed."""
+"""`configs/tiny_reward.yaml` by itself, with a policy of few updates; and lm-eval on an exported policy, where it is
+installed.
+"""
 
 import json
 from pathlib import Path
@@ -21,8 +23,20 @@ def tiny_reward(tmp_path_factory):
     patch.setattr(pretraining, "Curriculum", lambda **_: small)
     patch.setattr(environment, "NUM_HELD_OUT", 16)
     directory = tmp_path_factory.mktemp("tiny_reward") / "run"
-    arguments = ["--config", str(ROOT / "configs" / "tiny_reward.yaml"), "--run.directory", str(directory), "--queries.per_iteration", "24"]
-    assert train.main([*arguments, "--sampling.batch_size", "16", "--sampling.max_new_tokens", "12", "--train.epochs", "1"]) == 0
+    arguments = [
+        "--config",
+        str(ROOT / "configs" / "tiny_reward.yaml"),
+        "--run.directory",
+        str(directory),
+        "--queries.per_iteration",
+        "24",
+    ]
+    assert (
+        train.main(
+            [*arguments, "--sampling.batch_size", "16", "--sampling.max_new_tokens", "12", "--train.epochs", "1"]
+        )
+        == 0
+    )
     patch.undo()
     return directory
 
@@ -40,7 +54,12 @@ def test_the_toy_worlds_policy_makes_the_pairs_and_the_judge_measures_the_reward
 
 def test_held_out_pairs_of_a_run_are_scored_the_same_by_evaluate(tiny_reward, tmp_path):
     held_out = tiny_reward / "iteration_1" / "held_out.jsonl"
-    assert evaluate.main(["--model.path", str(tiny_reward), "--pairs.path", str(held_out), "--out", str(tmp_path / "out.json")]) == 0
+    assert (
+        evaluate.main(
+            ["--model.path", str(tiny_reward), "--pairs.path", str(held_out), "--out", str(tmp_path / "out.json")]
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "out.json").read_text())
     rows = [json.loads(line) for line in held_out.read_text().splitlines()]
     assert [row["id"] for row in result["scores"]] == [row["id"] for row in rows]
@@ -58,6 +77,14 @@ def test_lm_eval_runs_a_small_task_of_its_own_on_an_exported_policy(tiny_reward,
     tasks = manager(include_path="examples/lm_eval", include_defaults=False)
     model = f"pretrained={tiny_reward / 'iteration_0' / 'start'},dtype=float32"
     results = lm_eval.simple_evaluate(
-        "hf", model_args=model, tasks=["toy_kinds"], task_manager=tasks, device="cpu", apply_chat_template=True, limit=12
+        "hf",
+        model_args=model,
+        tasks=["toy_kinds"],
+        task_manager=tasks,
+        device="cpu",
+        apply_chat_template=True,
+        limit=12,
     )
-    assert 0 <= results["results"]["toy_kinds"]["acc,none"] <= 1 and results["n-samples"]["toy_kinds"]["effective"] == 12
+    assert (
+        0 <= results["results"]["toy_kinds"]["acc,none"] <= 1 and results["n-samples"]["toy_kinds"]["effective"] == 12
+    )

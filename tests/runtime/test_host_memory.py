@@ -53,10 +53,16 @@ for gives_back in (False, True):
 @pytest.mark.skipif(not has_huge_pages(), reason="the system gives no huge pages, or this is no CPU")
 @pytest.mark.parametrize(
     ("variables", "starts", "marked"),
-    [({"JAX_PLATFORMS": "cpu"}, 2, True), ({"JAX_PLATFORMS": "cuda"}, 1, False), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, 1, False)],
+    [
+        ({"JAX_PLATFORMS": "cpu"}, 2, True),
+        ({"JAX_PLATFORMS": "cuda"}, 1, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, 1, False),
+    ],
 )
 def test_a_program_on_a_cpu_starts_again_once_with_large_arrays_in_huge_pages(tmp_path, variables, starts, marked):
-    """As /proc/self/smaps says of the address of a large block, at first and after memory was given back; arguments stay."""
+    """As /proc/self/smaps says of the address of a large block, at first and after memory was given back; arguments
+    stay.
+    """
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     given = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "JAX_PLATFORMS")}
@@ -66,7 +72,9 @@ def test_a_program_on_a_cpu_starts_again_once_with_large_arrays_in_huge_pages(tm
     assert ran.stdout.splitlines() == ["started --field a value"] * starts + [str(marked)] * 2
 
 
-@pytest.mark.parametrize(("platforms", "expected"), [("cpu", True), ("cuda", False), ("cpu,cuda", False), ("tpu", False)])
+@pytest.mark.parametrize(
+    ("platforms", "expected"), [("cpu", True), ("cuda", False), ("cpu,cuda", False), ("tpu", False)]
+)
 def test_the_platform_is_told_by_the_environment_where_it_says(monkeypatch, platforms, expected):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     assert on_cpu() is expected
@@ -93,7 +101,11 @@ print(all(squared(start).is_ready() for _ in range(5)))
 
 def test_a_cpu_computes_in_the_thread_that_calls():
     """Its result is there when the call returns: no other call can have begun before this one's memory was free."""
-    given = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # with several devices it always computes elsewhere
+    given = {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }  # with several devices it always computes elsewhere
     command = [sys.executable, "-c", DISPATCH]
-    ran = subprocess.run(command, capture_output=True, text=True, env=given, cwd=Path(__file__).resolve().parents[2], check=True)
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=given, cwd=Path(__file__).resolve().parents[2], check=True
+    )
     assert ran.stdout.split() == ["True"]

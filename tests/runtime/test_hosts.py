@@ -1,4 +1,6 @@
-"""Two real processes of four devices each against one of eight: same responses, same losses, files once, a checkpoint that one reads."""
+"""Two real processes of four devices each against one of eight: same responses, same losses, files once, a checkpoint
+that one reads.
+"""
 
 import json
 import os
@@ -40,7 +42,14 @@ def free_port() -> int:
 
 
 def start_process(arguments: list[str], port: int, number: int, log: Path) -> subprocess.Popen:
-    hosts = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num_processes", "2", "--hosts.process_id", str(number)]
+    hosts = [
+        "--hosts.coordinator",
+        f"127.0.0.1:{port}",
+        "--hosts.num_processes",
+        "2",
+        "--hosts.process_id",
+        str(number),
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     with open(log, "w") as file:
         command = [sys.executable, "train.py", *arguments, *hosts]
@@ -52,15 +61,35 @@ def material(tmp_path_factory, one_device):
     """A folder for the runs, and the command line that they share."""
     folder = tmp_path_factory.mktemp("hosts")
     tokenizer = train_tokenizer()
-    export_policy(toy_params(MODEL, one_device), MODEL.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "model", "float32")
+    export_policy(
+        toy_params(MODEL, one_device),
+        MODEL.architecture,
+        tokenizer,
+        (tokenizer.eos_token_id,),
+        folder / "model",
+        "float32",
+    )
     queries = folder / "queries.jsonl"
-    queries.write_text("".join(json.dumps({"query": f"Spell {word}."}) + "\n" for word in ("fox", "fig", "cat", "red", "ten", "oak")))
+    queries.write_text(
+        "".join(json.dumps({"query": f"Spell {word}."}) + "\n" for word in ("fox", "fig", "cat", "red", "ten", "oak"))
+    )
     fields = {
-        "model.path": folder / "model", "queries.path": queries, "queries.per_iteration": 6, "run.iterations": 1, "sampling.batch_size": 8,
-        "sampling.max_new_tokens": 8, "train.batch_size": 2, "objective.base": "dpo", "optimizer.learning_rate": 1e-3,
-        "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.compilation_cache": folder / "xla",
-        "model.remat": "false", "logging.tensorboard": "false",
-    }  # fmt: skip
+        "model.path": folder / "model",
+        "queries.path": queries,
+        "queries.per_iteration": 6,
+        "run.iterations": 1,
+        "sampling.batch_size": 8,
+        "sampling.max_new_tokens": 8,
+        "train.batch_size": 2,
+        "objective.base": "dpo",
+        "optimizer.learning_rate": 1e-3,
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+        "run.compilation_cache": folder / "xla",
+        "model.remat": "false",
+        "logging.tensorboard": "false",
+    }
     return folder, [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
 
 
@@ -91,11 +120,16 @@ def test_two_processes_have_the_losses_and_log_probs_of_one(runs):
     one, two, _ = runs
     lines = [rows(run / "metrics.jsonl") for run in (one, two)]
     for field in ("loss", "chosen_log_prob", "rejected_log_prob", "margin", "grad_norm"):
-        count = 1 if field == "grad_norm" else 3  # later ones differ where Adam divided a gradient near 0 by its own size
+        count = (
+            1 if field == "grad_norm" else 3
+        )  # later ones differ where Adam divided a gradient near 0 by its own size
         values = [[line[field] for line in of_run][:count] for of_run in lines]
         assert len(values[0]) == count
         np.testing.assert_allclose(values[1], values[0], rtol=1e-5, atol=1e-5, err_msg=field)
-    pairs = [[list(row["log_probs"]["plain"].values()) for row in rows(run / "iteration_1" / "pairs.jsonl")] for run in (one, two)]
+    pairs = [
+        [list(row["log_probs"]["plain"].values()) for row in rows(run / "iteration_1" / "pairs.jsonl")]
+        for run in (one, two)
+    ]
     np.testing.assert_allclose(pairs[1], pairs[0], rtol=1e-5)
 
 
@@ -112,7 +146,9 @@ def test_a_checkpoint_of_two_processes_is_restored_by_one_on_another_mesh(runs, 
     shardings = param_shardings(abstract_params(MODEL), one_device)
     optimizer = build_optimizer(OptimizerConfig())
     with checkpoints.open_checkpoints(two / "iteration_1" / "checkpoints", 1) as manager:
-        state = checkpoints.restore(manager, *abstract_state(nn.unbox(abstract_params(MODEL)), shardings, optimizer, one_device))
+        state = checkpoints.restore(
+            manager, *abstract_state(nn.unbox(abstract_params(MODEL)), shardings, optimizer, one_device)
+        )
     exported = read_params(two / "iteration_1" / "policy", MODEL, one_device)
     jax.tree.map(np.testing.assert_array_equal, state.params, exported)
     assert int(state.step) == 3
@@ -121,7 +157,9 @@ def test_a_checkpoint_of_two_processes_is_restored_by_one_on_another_mesh(runs, 
 def test_where_one_process_is_lost_the_other_ends_within_a_minute_and_says_so(material):
     folder, arguments = material
     port, logs, lost = free_port(), [folder / f"lost_{i}.log" for i in range(2)], folder / "lost"
-    first, second = (start_process([*arguments, "--run.directory", str(lost)], port, i, log) for i, log in enumerate(logs))
+    first, second = (
+        start_process([*arguments, "--run.directory", str(lost)], port, i, log) for i, log in enumerate(logs)
+    )
     while not (lost / "iteration_1" / "done" / "queries.json").exists() and first.poll() is None:
         time.sleep(0.05)
     second.kill()
@@ -129,7 +167,11 @@ def test_where_one_process_is_lost_the_other_ends_within_a_minute_and_says_so(ma
         status = first.wait(timeout=60)
     finally:
         first.kill()
-    told = [line for line in logs[0].read_text().splitlines() if line.startswith("train.py: hosts: another process of the run was lost")]
+    told = [
+        line
+        for line in logs[0].read_text().splitlines()
+        if line.startswith("train.py: hosts: another process of the run was lost")
+    ]
     assert status != 0 and len(told) == 1, logs[0].read_text()[-3000:]
 
 
@@ -150,11 +192,16 @@ except InputError as error:
 def test_processes_that_read_different_things_are_refused_in_all_of_them():
     port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", COMPARE, str(port)]
-    both = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    both = [
+        subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     for process in both:
         told, _ = process.communicate(timeout=120)
         line = told.splitlines()[-1]  # Gloo greets before it
-        assert process.returncode == 0 and line.startswith("hosts: process 1 has other queries than process 0; start all with one command")
+        assert process.returncode == 0 and line.startswith(
+            "hosts: process 1 has other queries than process 0; start all with one command"
+        )
 
 
 SHARING = """
@@ -180,7 +227,10 @@ except InputError as error:
 def test_each_process_works_out_its_own_share_and_all_have_the_whole():
     port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", SHARING, str(port)]
-    both = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    both = [
+        subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
     assert told == ["['fox', 'lynx'] a stork", "['stork'] a stork"]
 
@@ -202,7 +252,9 @@ def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_al
         assert process.wait(timeout=300) == 75, log.read_text()[-3000:]
         assert "run the same command again" in log.read_text()
     rounds = [row["iteration"] for row in json.loads((directory / "summary.json").read_text())]
-    assert rounds == [0] and not (directory / "iteration_1" / "done" / "export.json").exists()  # stopped within the round
+    assert (
+        rounds == [0] and not (directory / "iteration_1" / "done" / "export.json").exists()
+    )  # stopped within the round
     for process, log in zip(start(), logs, strict=True):
         assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
     for name in ("responses.jsonl", "pairs.jsonl", "policy/model.safetensors"):
@@ -230,10 +282,18 @@ with stop_at_safe_points():
 
 @pytest.mark.parametrize("notices", [["SIGTERM"], ["", "SIGINT"]])
 def test_a_notice_of_preemption_stops_all_joined_processes_at_one_point(notices):
-    """JAX takes SIGTERM, by which the notice comes, from Python once processes are joined, even a single one; SIGINT is passed on."""
+    """JAX takes SIGTERM, by which the notice comes, from Python once processes are joined, even a single one; SIGINT is
+    passed on.
+    """
     port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    start = lambda i: [sys.executable, "-c", STOPPING, str(port), str(len(notices)), str(i), notices[i]]  # noqa: E731
-    joined = [subprocess.Popen(start(i), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(len(notices))]
+
+    def start(i):
+        return [sys.executable, "-c", STOPPING, str(port), str(len(notices)), str(i), notices[i]]
+
+    joined = [
+        subprocess.Popen(start(i), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(len(notices))
+    ]
     told = {process.communicate(timeout=120)[0].splitlines()[-1] for process in joined}
     assert len(told) == 1 and told.pop().startswith("stopped at ") and not any(process.returncode for process in joined)
 
@@ -242,7 +302,9 @@ def test_a_stop_is_asked_of_the_cluster_where_processes_are_joined(monkeypatch):
     """What JAX provides, simulated: the cluster says at which point all stop; the points are counted on."""
     asked = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda point: asked.append(point) or len(asked) == 3)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda point: asked.append(point) or len(asked) == 3
+    )
     assert [stop_now() for _ in range(3)] == [False, False, True]
     assert asked == list(range(asked[0], asked[0] + 3))
 

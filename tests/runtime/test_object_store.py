@@ -1,4 +1,5 @@
-"""A run directory in an object store, played by fsspec's file system in memory: stages, metrics, the config and an exported policy.
+"""A run directory in an object store, played by fsspec's file system in memory: stages, metrics, the config and an
+exported policy.
 
 Orbax reaches gs:// by a driver of its own, which needs the real thing; checkpoints are not tried here.
 """
@@ -13,17 +14,18 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from toys import toy_model, toy_params
 
-from sso_jax.config import Config, LoggingConfig, RunConfig
+from sso_jax.commands.train import resumed_config
+from sso_jax.config import Config, LoggingConfig, RunConfig, to_json_dict
 from sso_jax.data.records import Query
 from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.models.export import export_policy, find_policy
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import read_params
-from sso_jax.runtime import run_dir as run_folder
 from sso_jax.runtime import stage_markers as stages
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import is_remote
 from sso_jax.runtime.json_lines import read_json_lines
+from sso_jax.runtime.run_dir import claim
 from sso_jax.toy.pretraining import train_tokenizer
 from sso_jax.training.metrics import open_metrics
 
@@ -66,14 +68,17 @@ def test_a_stage_is_done_once_and_read_from_the_bucket_afterwards(run):
     first, stats = stages.record_stage(run / "iteration_1", "queries", Query, make)
     again, same = stages.record_stage(run / "iteration_1", "queries", Query, make)
     assert first == again == [Query("1", "wörd")] and stats == same and made == [1]
-    assert sorted(name.rsplit("run/", 1)[1] for name in Bucket.store) == ["iteration_1/done/queries.json", "iteration_1/queries.jsonl"]
+    assert sorted(name.rsplit("run/", 1)[1] for name in Bucket.store) == [
+        "iteration_1/done/queries.json",
+        "iteration_1/queries.jsonl",
+    ]
 
 
 def test_another_config_is_refused_by_field(run):
-    with run_folder.claim(run, Config()):
+    with claim(run, to_json_dict(Config())):
         pass
     with pytest.raises(InputError, match=r"gs://bucket/run was started with other values of run.seed \(0, now 1\)"):
-        run_folder.settle(run, Config(run=RunConfig(seed=1)))
+        resumed_config(run, Config(run=RunConfig(seed=1)))
 
 
 def test_metrics_are_appended_and_rewound(run):
@@ -86,14 +91,29 @@ def test_metrics_are_appended_and_rewound(run):
 
 def test_a_policy_goes_out_and_comes_back(run, one_device):
     model, tokenizer = toy_model(vocab_size=1024, num_layers=1), train_tokenizer()
-    templates = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}  # the second one is written to a folder of its own
+    templates = {
+        "default": tokenizer.chat_template,
+        "tool_use": "{{ messages }}",
+    }  # the second one is written to a folder of its own
     tokenizer.chat_template = templates
     params = toy_params(model, one_device)
     folder = run / "iteration_2"
-    export = lambda: export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "policy", "float32") or {}  # noqa: E731
+
+    def export():
+        return (
+            export_policy(
+                params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "policy", "float32"
+            )
+            or {}
+        )
+
     stages.file_stage(folder, "export", export, "policy")
     marked = json.loads((folder / "done" / "export.json").read_text())["files"]
-    assert {"policy/config.json", "policy/model.safetensors", "policy/additional_chat_templates/tool_use.jinja"} <= marked.keys()
+    assert {
+        "policy/config.json",
+        "policy/model.safetensors",
+        "policy/additional_chat_templates/tool_use.jinja",
+    } <= marked.keys()
     assert stages.read_verified(folder, "export") is not None
     found = find_policy("gs://bucket/run")
     assert found == "gs://bucket/run/iteration_2/policy"

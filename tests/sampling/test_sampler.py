@@ -19,12 +19,16 @@ from sso_jax.sampling.sampling_params import make_sampling_params
 
 def make_sampler(model, mesh, stop_ids=(), temperature=0.9, batch_size=4, max_new_tokens=24, max_tokens=128):
     generate = build_generate(model, mesh, param_shardings(abstract_params(model), mesh))
-    return Sampler(generate, mesh, make_sampling_params(temperature, 0.95), stop_ids, max_new_tokens, max_tokens, batch_size)
+    return Sampler(
+        generate, mesh, make_sampling_params(temperature, 0.95), stop_ids, max_new_tokens, max_tokens, batch_size
+    )
 
 
 def requests(count, seed=0):
     draw = np.random.default_rng(seed)
-    return [Request(draw.integers(3, 96, 3 + 7 * (i % 6)).tolist(), row_key(0, 1, str(i), "chosen")) for i in range(count)]
+    return [
+        Request(draw.integers(3, 96, 3 + 7 * (i % 6)).tolist(), row_key(0, 1, str(i), "chosen")) for i in range(count)
+    ]
 
 
 def test_a_response_does_not_depend_on_batch_order_or_company(one_device):
@@ -68,7 +72,9 @@ def test_a_response_ends_with_its_first_stop_token_and_holds_it(one_device):
 
 def test_no_end_of_turn_is_added_where_the_limit_cuts(one_device):
     model = toy_model()
-    response = make_sampler(model, one_device, max_new_tokens=5).sample(toy_params(model, one_device), requests(1), "test")[0]
+    response = make_sampler(model, one_device, max_new_tokens=5).sample(
+        toy_params(model, one_device), requests(1), "test"
+    )[0]
     assert len(response) == 5
 
 
@@ -100,7 +106,9 @@ def test_compilations_are_one_a_bucket_whatever_the_temperature(one_device):
     assert sampler.generate._cache_size() <= 4
 
 
-@pytest.mark.parametrize(("length", "expected"), [(1, 32), (32, 32), (33, 48), (49, 64), (65, 96), (97, 128), (2049, 3072)])
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 32), (32, 32), (33, 48), (49, 64), (65, 96), (97, 128), (2049, 3072)]
+)
 def test_buckets_are_powers_of_two_and_the_halves_between(length, expected):
     assert bucket(length) == expected
 
@@ -144,7 +152,10 @@ def test_a_prefix_leaves_every_prompt_a_token_and_a_single_prompt_has_none():
 @pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
 def test_prompts_that_start_alike_are_answered_as_if_they_did_not(devices, request):
     model, mesh = toy_model(), request.getfixturevalue(devices)
-    params, sampler = toy_params(model, mesh), make_sampler(model, mesh, batch_size=8, max_new_tokens=12, max_tokens=256)
+    params, sampler = (
+        toy_params(model, mesh),
+        make_sampler(model, mesh, batch_size=8, max_new_tokens=12, max_tokens=256),
+    )
     alike = starting_alike(9, 140)
     other = Request([5, 4, 3], row_key(0, 1, "other", "chosen"))
     assert shared_prefix([item.prompt_ids for item in [*alike, other]]) == []
@@ -158,7 +169,10 @@ def test_a_shared_prefix_is_run_once():
 
     def operations(prefix):
         prompts = pad_prompts(alike, 8, bucket(max(len(item.prompt_ids) for item in alike) - len(prefix)), prefix)
-        run = lambda params: prefill(model, prepare_weights(model, params), prompts, make_sampling_params(0.9, 0.95), stops, 4)  # noqa: E731
+
+        def run(params):
+            return prefill(model, prepare_weights(model, params), prompts, make_sampling_params(0.9, 0.95), stops, 4)
+
         return count_flops(jax.make_jaxpr(run)(nn.unbox(params)))
 
     shared, apart = (operations(prefix) for prefix in (alike[0].prompt_ids[:128], []))

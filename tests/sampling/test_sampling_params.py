@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sso_jax.sampling.sampling_params import NUM_LOOKS, WAYS, _narrowed, make_sampling_params, sample_from_logits, top_k_mask, top_p_mask
+from sso_jax.sampling.sampling_params import (
+    NUM_LOOKS,
+    WAYS,
+    _narrowed,
+    make_sampling_params,
+    sample_from_logits,
+    top_k_mask,
+    top_p_mask,
+)
 
 
 def sorted_nucleus(probs, top_p):
@@ -40,8 +48,13 @@ def test_a_threshold_is_found_exactly_by_halves_and_by_several_at_a_look(ways):
     mass = np.cumsum(order, axis=-1)
     wanted = np.float32(0.6) * mass[:, -1]
     expected = np.take_along_axis(order, (mass >= wanted[:, None]).argmax(-1)[:, None], axis=-1)[:, 0]
-    holds = lambda t: jnp.sum(jnp.where(probs >= t[:, None], probs, 0.0), axis=-1) >= wanted  # noqa: E731
-    bounds = tuple(jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32) for x in (np.zeros(40), np.ones(40)))
+
+    def holds(t):
+        return jnp.sum(jnp.where(probs >= t[:, None], probs, 0.0), axis=-1) >= wanted
+
+    bounds = tuple(
+        jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32) for x in (np.zeros(40), np.ones(40))
+    )
     for _ in range(31 if ways == 2 else NUM_LOOKS):
         bounds = jax.jit(partial(_narrowed, holds, ways))(bounds)
     np.testing.assert_array_equal(*bounds)
@@ -52,7 +65,9 @@ def test_a_threshold_is_found_exactly_by_halves_and_by_several_at_a_look(ways):
 
 
 def test_looks_are_enough_for_all_probabilities():
-    """Each leaves an eighth of what bounds the threshold, rounded up: of fewer than 2^30 floats up to 1 one is left after ten."""
+    """Each leaves an eighth of what bounds the threshold, rounded up: of fewer than 2^30 floats up to 1 one is left
+    after ten.
+    """
     most = 0x3F800001  # the float after 1, which a probability may be by rounding
     low, high = jnp.zeros(3, jnp.int32), jnp.full(3, most, jnp.int32)
     target = jnp.array([0, 12345678, most], jnp.int32)
@@ -68,7 +83,9 @@ def test_top_p_of_one_keeps_every_token():
 
 def test_a_nucleus_of_nearly_everything_leaves_out_what_may_be_left_out_alone():
     probs = np.array([[0.5, 0.25, 0.2, 0.05 - 3e-6, 2e-6, 1e-6]], np.float32)
-    masks = [np.asarray(top_p_mask(jnp.asarray(probs), jnp.float32(top_p)))[0].tolist() for top_p in (0.9, 0.9999, 0.999998)]
+    masks = [
+        np.asarray(top_p_mask(jnp.asarray(probs), jnp.float32(top_p)))[0].tolist() for top_p in (0.9, 0.9999, 0.999998)
+    ]
     assert masks == [[True] * 3 + [False] * 3, [True] * 4 + [False] * 2, [True] * 5 + [False]]
 
 
@@ -122,20 +139,32 @@ def test_the_token_drawn_is_that_of_the_running_sum_by_numpy(vocab_size):
     below = np.cumsum(probs / probs.sum())
     uniform = np.random.default_rng(6).random(num).astype(np.float32)
     got = np.asarray(
-        sample_from_logits(jnp.broadcast_to(jnp.asarray(logits), (num, vocab_size)), jnp.asarray(uniform), make_sampling_params(1.0, 1.0))
+        sample_from_logits(
+            jnp.broadcast_to(jnp.asarray(logits), (num, vocab_size)),
+            jnp.asarray(uniform),
+            make_sampling_params(1.0, 1.0),
+        )
     )
-    near = np.abs(below[None, :] - uniform[:, None].astype(np.float64)).min(axis=1) < 1e-6  # float32 may fall on either side there
+    near = (
+        np.abs(below[None, :] - uniform[:, None].astype(np.float64)).min(axis=1) < 1e-6
+    )  # float32 may fall on either side there
     assert near.mean() < 0.05 and len(set(got)) > 50
     np.testing.assert_array_equal(got[~near], np.searchsorted(below, uniform[~near], side="right"))
 
 
 def test_a_token_of_the_vocabulary_is_drawn_of_logits_that_are_not_numbers():
-    assert 0 <= int(sample_from_logits(jnp.full((1, 130), jnp.nan), jnp.array([0.5]), make_sampling_params(1.0, 0.9))[0]) < 130
+    assert (
+        0
+        <= int(sample_from_logits(jnp.full((1, 130), jnp.nan), jnp.array([0.5]), make_sampling_params(1.0, 0.9))[0])
+        < 130
+    )
 
 
 def test_a_dropped_token_is_never_drawn_even_at_the_ends():
     logits = jnp.array([[-9.0, 3.0, -9.0, 2.9, -9.0]] * 2)
-    chosen = sample_from_logits(logits, jnp.array([0.0, np.nextafter(1.0, 0.0, dtype=np.float32)]), make_sampling_params(1.0, 0.9))
+    chosen = sample_from_logits(
+        logits, jnp.array([0.0, np.nextafter(1.0, 0.0, dtype=np.float32)]), make_sampling_params(1.0, 0.9)
+    )
     assert chosen.tolist() == [1, 3]
 
 

@@ -33,5 +33,9 @@ def test_a_saved_folder_keeps_control_tokens_and_template(tokenizers):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 3 plus 14?"}]
     rendered = [one.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for one in tokenizers]
     assert rendered[0] == rendered[1]
-    assert (loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (trained.eos_token_id, trained.pad_token_id, len(trained))
+    assert (loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (
+        trained.eos_token_id,
+        trained.pad_token_id,
+        len(trained),
+    )
     assert encode_text(loaded, "<|im_end|>") != [loaded.eos_token_id]

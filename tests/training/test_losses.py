@@ -24,7 +24,8 @@ def numpy_loss(name, policy, reference, num_tokens, beta):
 def random_pairs(seed=0, size=32):
     """Policy, reference, num_tokens, each [2, B]: 0.5 to 2 nats a token, drift of at most 0.3 nats a token.
 
-    Log-probs are multiples of 1/64, so float32 holds them and their differences exactly, and 1e-6 can be asked of the losses.
+    Log-probs are multiples of 1/64, so float32 holds them and their differences exactly, and 1e-6 can be asked of the
+    losses.
     """
     rng = np.random.default_rng(seed)
     num_tokens = rng.integers(4, 60, (2, size)).astype(float)
@@ -58,7 +59,9 @@ def test_dpo_is_on_sums():
 
 
 def test_ipo_is_on_means():
-    """h = (6, -4) over (2, 4) tokens: gap 3 - (-1) = 4, target 1/(2 * 0.5) = 1, loss 9; on sums it would be (10 - 1)^2 = 81."""
+    """h = (6, -4) over (2, 4) tokens: gap 3 - (-1) = 4, target 1/(2 * 0.5) = 1, loss 9; on sums it would be (10 - 1)^2
+    = 81.
+    """
     loss = ipo_loss(pair(-4, -24), pair(-10, -20), pair(2, 4), beta=0.5)
     np.testing.assert_allclose(loss, [9.0], rtol=1e-6)
 
@@ -83,7 +86,9 @@ def test_loss_equals_numpy(name, beta):
 @names
 @betas
 def test_gradient_equals_finite_differences(name, beta):
-    """Central differences of the NumPy formula: the error of step 1e-3 is below 1e-7 * |f'''| / 6, that of rounding 1e-11."""
+    """Central differences of the NumPy formula: the error of step 1e-3 is below 1e-7 * |f'''| / 6, that of rounding
+    1e-11.
+    """
     policy, reference, num_tokens = random_pairs(seed=1)
     expected = np.zeros_like(policy)
     for row in range(2):
@@ -93,7 +98,8 @@ def test_gradient_equals_finite_differences(name, beta):
         below = numpy_loss(name, policy - step, reference, num_tokens, beta)
         expected[row] = (above - below) / 2e-3
     got = gradient(LOSSES[name], policy, reference, num_tokens, beta)
-    # 1e-5: a small sigmoid carries the rounding of beta * D; 1e-8: the differences' own error where the slope has all but vanished
+    # 1e-5: a small sigmoid carries the rounding of beta * D; 1e-8: the differences' own error where the slope has all
+    # but vanished
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -114,13 +120,21 @@ def test_ipo_pulls_back_beyond_its_target():
 def test_jit_changes_nothing(name):
     policy, reference, num_tokens = (pair(*rows) for rows in random_pairs(seed=3))
     loss, _ = base_loss(name, {"beta": 0.2})
-    np.testing.assert_allclose(jax.jit(loss)(policy, reference, num_tokens), loss(policy, reference, num_tokens), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(loss)(policy, reference, num_tokens), loss(policy, reference, num_tokens), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_dpo_at_a_gap_of_ten_thousand(beta):
-    """-log sigmoid(z) is exp(-z) -> 0 for z = 1e4 beta and -z -> 1e4 beta for the opposite; the slopes in D are 0 and -beta."""
-    policy, reference, num_tokens = ([1e4 - 2, -2.0], [-5.0, 1e4 - 5]), ([-2.0, -2.0], [-5.0, -5.0]), ([9.0, 9.0], [9.0, 9.0])
+    """-log sigmoid(z) is exp(-z) -> 0 for z = 1e4 beta and -z -> 1e4 beta for the opposite; the slopes in D are 0 and
+    -beta.
+    """
+    policy, reference, num_tokens = (
+        ([1e4 - 2, -2.0], [-5.0, 1e4 - 5]),
+        ([-2.0, -2.0], [-5.0, -5.0]),
+        ([9.0, 9.0], [9.0, 9.0]),
+    )
     loss = dpo_loss(pair(*policy), pair(*reference), pair(*num_tokens), beta=beta)
     slope = gradient(dpo_loss, policy, reference, num_tokens, beta)
     np.testing.assert_allclose(loss, [0.0, 1e4 * beta], rtol=1e-6)
@@ -156,7 +170,9 @@ def test_beta_is_a_tenth_unless_given(name):
     policy, reference, num_tokens = random_pairs(seed=4)
     args = pair(*policy), pair(*reference), pair(*num_tokens)
     assert loss_settings(name) == {"beta": 0.1}
-    np.testing.assert_allclose(BASE_LOSSES[name](*args), numpy_loss(name, policy, reference, num_tokens, 0.1), rtol=2e-6)
+    np.testing.assert_allclose(
+        BASE_LOSSES[name](*args), numpy_loss(name, policy, reference, num_tokens, 0.1), rtol=2e-6
+    )
     loss, settings = base_loss(name, {"beta": 0.3})
     assert settings == {"beta": 0.3}
     np.testing.assert_allclose(loss(*args), numpy_loss(name, policy, reference, num_tokens, 0.3), rtol=2e-6)

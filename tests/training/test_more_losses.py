@@ -1,4 +1,6 @@
-"""The pairwise losses besides DPO and IPO: published values, float64 NumPy from the formulas, finite differences, extremes."""
+"""The pairwise losses besides DPO and IPO: published values, float64 NumPy from the formulas, finite differences,
+extremes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +24,27 @@ FORMULAS = {
         -(1 - label_smoothing) * log_sigmoid(beta * (a - b)) - label_smoothing * log_sigmoid(-beta * (a - b))
     ),
     "robust": lambda a, b, mw, ml, beta, label_smoothing: (
-        (-(1 - label_smoothing) * log_sigmoid(beta * (a - b)) + label_smoothing * log_sigmoid(-beta * (a - b))) / (1 - 2 * label_smoothing)
+        (-(1 - label_smoothing) * log_sigmoid(beta * (a - b)) + label_smoothing * log_sigmoid(-beta * (a - b)))
+        / (1 - 2 * label_smoothing)
     ),
     "hinge": lambda a, b, mw, ml, beta: np.maximum(0, 1 - beta * (a - b)),
     "simpo": lambda a, b, mw, ml, beta, margin: -log_sigmoid(beta * (mw - ml) - margin),
-    "orpo": lambda a, b, mw, ml, beta: -mw - beta * log_sigmoid((mw - ml) - (np.log(1 - np.exp(mw)) - np.log(1 - np.exp(ml)))),
+    "orpo": lambda a, b, mw, ml, beta: (
+        -mw - beta * log_sigmoid((mw - ml) - (np.log(1 - np.exp(mw)) - np.log(1 - np.exp(ml))))
+    ),
     "exo": lambda a, b, mw, ml, beta, label_smoothing: (
         sigmoid(beta * (a - b)) * (log_sigmoid(beta * (a - b)) - np.log(1 - label_smoothing))
         + (1 - sigmoid(beta * (a - b))) * (log_sigmoid(-beta * (a - b)) - np.log(label_smoothing))
     ),
-    "nca": lambda a, b, mw, ml, beta: -log_sigmoid(beta * a) - 0.5 * log_sigmoid(-beta * a) - 0.5 * log_sigmoid(-beta * b),
+    "nca": lambda a, b, mw, ml, beta: (
+        -log_sigmoid(beta * a) - 0.5 * log_sigmoid(-beta * a) - 0.5 * log_sigmoid(-beta * b)
+    ),
     "sppo": lambda a, b, mw, ml, beta: (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2,
     "apo_zero": lambda a, b, mw, ml, beta: 1 - sigmoid(beta * a) + sigmoid(beta * b),
     "apo_down": lambda a, b, mw, ml, beta: sigmoid(beta * a) + 1 - sigmoid(beta * (a - b)),
     "discopop": lambda a, b, mw, ml, beta, tau: (
-        (1 - sigmoid(beta * (a - b) / tau)) * np.log1p(np.exp(-beta * (a - b))) + sigmoid(beta * (a - b) / tau) * np.exp(-beta * (a - b))
+        (1 - sigmoid(beta * (a - b) / tau)) * np.log1p(np.exp(-beta * (a - b)))
+        + sigmoid(beta * (a - b) / tau) * np.exp(-beta * (a - b))
     ),
 }
 DEFAULTS = {
@@ -74,7 +82,13 @@ def as_pair(values):
 
 
 def test_the_table_holds_these_losses_and_no_other():
-    assert set(BASE_LOSSES) == {*FORMULAS, "dpo", "ipo", "aps", "clipped"}  # the last two: test_multi_response_losses.py
+    assert set(BASE_LOSSES) == {
+        *FORMULAS,
+        "dpo",
+        "ipo",
+        "aps",
+        "clipped",
+    }  # the last two: test_multi_response_losses.py
 
 
 @names
@@ -91,7 +105,9 @@ def test_values_equal_the_formula(name, changed):
     expected = numpy_value(name, policy, reference, tokens, settings)
     got = loss(as_pair(policy), as_pair(reference), as_pair(tokens))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(loss)(as_pair(policy), as_pair(reference), as_pair(tokens)), got, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(loss)(as_pair(policy), as_pair(reference), as_pair(tokens)), got, rtol=1e-5, atol=1e-6
+    )
 
 
 @names
@@ -140,7 +156,10 @@ def test_discopop_slope_at_no_margin_is_wrong_below_tau_0_11(tau, sign):
 
 def test_robust_is_dpo_on_average_over_flipped_labels():
     policy, reference, tokens = (as_pair(part) for part in random_pairs())
-    flip = lambda pair: Pair(pair.rejected, pair.chosen)  # noqa: E731
+
+    def flip(pair):
+        return Pair(pair.rejected, pair.chosen)
+
     robust, dpo = base_loss("robust", {"label_smoothing": 0.2})[0], base_loss("dpo", {})[0]
     average = 0.8 * robust(policy, reference, tokens) + 0.2 * robust(flip(policy), flip(reference), flip(tokens))
     np.testing.assert_allclose(average, dpo(policy, reference, tokens), rtol=1e-5, atol=1e-6)

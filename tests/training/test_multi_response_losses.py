@@ -14,7 +14,7 @@ from sso_jax.recipes.objective import build_objective
 from sso_jax.runtime.errors import InputError
 from sso_jax.training.losses import ContextValues, Pair, base_loss
 from sso_jax.training.multi_response_losses import MULTI_RESPONSE_LOSSES, multi_response_loss, neural_sort, sinkhorn
-from sso_jax.training.objectives import online_objective
+from sso_jax.training.objectives import OnlineWeights, online_objective
 
 CONTEXTS = ("plain", "score_conditioned_chosen", "score_conditioned_rejected")
 DEFAULTS = {
@@ -50,7 +50,10 @@ def numpy_opo(scores, tau=1.0):
     num, gains = 3, [3.0, 1.0, 0.0]
     matrix = np.zeros((num, num))
     for i in range(num):
-        logits = [((num + 1 - 2 * (i + 1)) * scores[j] - sum(abs(scores[j] - scores[m]) for m in range(num))) / tau for j in range(num)]
+        logits = [
+            ((num + 1 - 2 * (i + 1)) * scores[j] - sum(abs(scores[j] - scores[m]) for m in range(num))) / tau
+            for j in range(num)
+        ]
         weights = [math.exp(x - max(logits)) for x in logits]
         matrix[i] = [w / sum(weights) for w in weights]
     for _ in range(50):
@@ -111,9 +114,9 @@ def test_extreme_log_ratios_give_no_nan(name, rows):
     policy = np.zeros((7, 1)) - 3e4
     policy[[0, 1, 6], 0] += rows
     policy[[2, 3], 0] += rows[:2]
-    value, gradient = jax.value_and_grad(lambda p: loss(p, steered(np.zeros((7, 1)) - 3e4), steered(np.ones((7, 1)))).sum())(
-        steered(policy)
-    )
+    value, gradient = jax.value_and_grad(
+        lambda p: loss(p, steered(np.zeros((7, 1)) - 3e4), steered(np.ones((7, 1)))).sum()
+    )(steered(policy))
     assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -164,17 +167,22 @@ def test_aps_scale_is_where_the_entropy_is(rho, published):
     for z in (1.0, -1.0):
         t = 1.0 / root
         expected = t * softplus(-z / t) + (rho - math.log(2)) * t
-        assert float(loss(Pair(jnp.array([z]), jnp.zeros(1)), *[Pair(jnp.zeros(1), jnp.zeros(1))] * 2)[0]) == pytest.approx(
-            expected, rel=1e-5
-        )
+        assert float(
+            loss(Pair(jnp.array([z]), jnp.zeros(1)), *[Pair(jnp.zeros(1), jnp.zeros(1))] * 2)[0]
+        ) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("z", [-30.0, -3.0, -0.02, 0.05, 0.7, 4.0, 60.0])
 def test_aps_is_the_minimum_over_its_scale(z):
-    """scipy's bounded minimum over t of the paper's formula; and its slope in z is that at the minimum, -sigmoid(-z/t)."""
+    """scipy's bounded minimum over t of the paper's formula; and its slope in z is that at the minimum,
+    -sigmoid(-z/t).
+    """
     rho, t_min, t_max = 0.1, 0.1, 5.0
     found = minimize_scalar(
-        lambda t: t * softplus(-z / t) + (rho - math.log(2)) * t, bounds=(t_min, t_max), method="bounded", options={"xatol": 1e-10}
+        lambda t: t * softplus(-z / t) + (rho - math.log(2)) * t,
+        bounds=(t_min, t_max),
+        method="bounded",
+        options={"xatol": 1e-10},
     )
     loss, settings = base_loss("aps", {"beta": 1.0})
     assert settings == {"beta": 1.0, "rho": 0.1, "t_min": 0.1, "t_max": 5.0}
@@ -200,7 +208,9 @@ def test_clipped_reward_by_hand(a, b, expected, slopes):
     """c = 2: beyond it y+ earns nothing, and below -2 neither does y-; the wrong way round nothing is clipped."""
     loss, _ = base_loss("clipped", {"beta": 0.5, "clip": 2.0})
     zero = Pair(jnp.zeros(1), jnp.zeros(1))
-    value, slope = jax.value_and_grad(lambda p: loss(p, zero, zero).sum())(Pair(jnp.array([a / 0.5]), jnp.array([b / 0.5])))
+    value, slope = jax.value_and_grad(lambda p: loss(p, zero, zero).sum())(
+        Pair(jnp.array([a / 0.5]), jnp.array([b / 0.5]))
+    )
     assert float(value) == pytest.approx(expected, rel=1e-5)
     assert (float(slope.chosen[0]) != 0, float(slope.rejected[0]) != 0) == slopes
 
@@ -214,7 +224,9 @@ def test_inside_sso_it_takes_the_plain_place_and_steering_is_dpo(name):
     objective = build_objective(ObjectiveConfig(base=name, beta=0.05, steering_weight=0.4))
     policy, reference, tokens = random_numbers(seed=3)
     arrays = [
-        steered(a)._replace(positive=Pair(*jnp.asarray(a[2:4], jnp.float32)), negative=Pair(*jnp.asarray(a[4:6], jnp.float32)))
+        steered(a)._replace(
+            positive=Pair(*jnp.asarray(a[2:4], jnp.float32)), negative=Pair(*jnp.asarray(a[4:6], jnp.float32))
+        )
         for a in (policy, reference, tokens)
     ]
     terms = objective.terms(*arrays)
@@ -232,7 +244,9 @@ def test_inside_sso_it_takes_the_plain_place_and_steering_is_dpo(name):
 def test_names_and_settings_of_all_tables_are_checked_alike():
     with pytest.raises(InputError, match=r"objective\.base: no loss is called 'sellm'; nearest: selm"):
         build_objective(ObjectiveConfig(base="sellm"))
-    with pytest.raises(InputError, match=r"objective\.label_smoothing: 0\.1 is not used by base 'selm', which takes beta, alpha"):
+    with pytest.raises(
+        InputError, match=r"objective\.label_smoothing: 0\.1 is not used by base 'selm', which takes beta, alpha"
+    ):
         build_objective(ObjectiveConfig(base="selm", label_smoothing=0.1))
     with pytest.raises(InputError, match=r"objective\.t_min: 6\.0 is above objective\.t_max 5\.0"):
         build_objective(ObjectiveConfig(base="aps", t_min=6.0))
@@ -247,5 +261,7 @@ def test_form_generator_has_dpo_where_the_base_needs_the_plain_prompt(caplog):
 def test_online_is_unchanged_where_no_plain_loss_is_given():
     policy, reference, tokens = (steered(a) for a in random_numbers(seed=4))
     base, _ = base_loss("dpo", {})
-    alone = online_objective(policy, reference, tokens, base=base, use_steering=False, use_weight=False)
+    alone = online_objective(
+        policy, reference, tokens, base=base, weights=OnlineWeights(use_steering=False, use_weight=False)
+    )
     np.testing.assert_allclose(alone.loss, base(policy.plain, reference.plain, tokens.plain))

@@ -10,6 +10,7 @@ import pytest
 from sso_jax.training.losses import Pair, base_loss
 from sso_jax.training.objectives import (
     ContextValues,
+    OnlineWeights,
     SteeringScale,
     Terms,
     generator_objective,
@@ -38,8 +39,9 @@ def steered(array, contexts=(PLAIN, POSITIVE, NEGATIVE)):
 def random_triples(seed=0, size=16):
     """Policy, reference, num_tokens, each [3, 2, B] in float64: (x; y+, y-), (x+; y+, y-), (x-; y_o, y+).
 
-    0.5 to 2 nats a token, drift of at most 0.3 nats a token, so |beta D| stays moderate and IPO below its target of 2.5. Log-probs
-    are multiples of 1/64, so float32 holds them and their differences exactly, and 1e-6 can be asked of the objectives.
+    0.5 to 2 nats a token, drift of at most 0.3 nats a token, so |beta D| stays moderate and IPO below its target of
+    2.5. Log-probs are multiples of 1/64, so float32 holds them and their differences exactly, and 1e-6 can be asked of
+    the objectives.
     """
     rng = np.random.default_rng(seed)
     good, bad, original = rng.integers(4, 60, (3, size)).astype(float)
@@ -50,7 +52,9 @@ def random_triples(seed=0, size=16):
 
 
 def even_triple():
-    """Policy = reference, every mlp = -ln 3, lengths |y+| = 2, |y-| = 5, |y_o| = 3: W is 3/4, every dpo ln 2, every ipo 6.25."""
+    """Policy = reference, every mlp = -ln 3, lengths |y+| = 2, |y-| = 5, |y_o| = 3: W is 3/4, every dpo ln 2, every ipo
+    6.25.
+    """
     num_tokens = np.array([[[2.0], [5.0]], [[2.0], [5.0]], [[3.0], [2.0]]])
     log_probs = -np.log(3) * num_tokens
     return log_probs, log_probs, num_tokens
@@ -83,13 +87,16 @@ def numpy_online(name, policy, reference, num_tokens, *, a=0.66, g=0.1, weight=N
 def numpy_generator(name, policy, reference, num_tokens, *, gamma=0.1, scale=(1, 1)):
     """L+ + L- of METHOD.md, version 2, each with gamma times the NLL of its winner."""
     good, bad = (
-        numpy_base(name, policy, reference, num_tokens, c) + gamma * numpy_nll(policy, num_tokens, c) for c in (POSITIVE, NEGATIVE)
+        numpy_base(name, policy, reference, num_tokens, c) + gamma * numpy_nll(policy, num_tokens, c)
+        for c in (POSITIVE, NEGATIVE)
     )
     return scale[0] * good + scale[1] * bad
 
 
 def differences(formula, policy):
-    """Central differences per example of a per-example NumPy formula: truncation below 1e-7 * |f'''| / 6, rounding near 1e-11."""
+    """Central differences per example of a per-example NumPy formula: truncation below 1e-7 * |f'''| / 6, rounding near
+    1e-11.
+    """
     slope = np.zeros_like(policy)
     for where in np.ndindex(policy.shape[:2]):
         step = np.zeros_like(policy)
@@ -114,15 +121,21 @@ def call(objective, arrays, contexts=(PLAIN, POSITIVE, NEGATIVE), **settings):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.66, 1.0])
 def test_weight_is_three_quarters_where_every_token_has_probability_a_third(alpha):
-    """mlp = -ln 3 for both: sigmoid(ln 3) = 3/4 for each a; the lengths differ, so sums in place of means would show."""
-    weight = policy_weight(Pair(jnp.array([-2 * np.log(3)]), jnp.array([-5 * np.log(3)])), Pair(jnp.array([2.0]), jnp.array([5.0])), alpha)
+    """mlp = -ln 3 for both: sigmoid(ln 3) = 3/4 for each a; the lengths differ, so sums in place of means would
+    show.
+    """
+    weight = policy_weight(
+        Pair(jnp.array([-2 * np.log(3)]), jnp.array([-5 * np.log(3)])), Pair(jnp.array([2.0]), jnp.array([5.0])), alpha
+    )
     np.testing.assert_allclose(weight, [0.75], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("alpha", "odds"), [(1.0, 3.0), (0.0, 9.0), (0.5, 3**1.5), (0.66, 3**1.34)])
 def test_weight_mixes_chosen_by_alpha_and_rejected_by_the_rest(alpha, odds):
     """mlp = (-ln 3, -2 ln 3): W = sigmoid((a + 2(1-a)) ln 3) = odds / (1 + odds), odds = 3^(2-a)."""
-    weight = policy_weight(Pair(jnp.array([-2 * np.log(3)]), jnp.array([-10 * np.log(3)])), Pair(jnp.array([2.0]), jnp.array([5.0])), alpha)
+    weight = policy_weight(
+        Pair(jnp.array([-2 * np.log(3)]), jnp.array([-10 * np.log(3)])), Pair(jnp.array([2.0]), jnp.array([5.0])), alpha
+    )
     np.testing.assert_allclose(weight, [odds / (1 + odds)], rtol=1e-6)
 
 
@@ -145,8 +158,10 @@ def test_weight_mixes_chosen_by_alpha_and_rejected_by_the_rest(alpha, odds):
 )
 @pytest.mark.parametrize(("name", "even"), [("dpo", np.log(2)), ("ipo", 6.25)])
 def test_online_where_every_pair_is_even(name, even, settings, multiple):
-    """Each base term is e (ln 2, or 1/(4 * 0.2^2) = 6.25) and W = 3/4, so L = e (1 + W g (l+ + l-)), and W e without G."""
-    terms = call(online_objective, even_triple(), base=base_of(name), **settings)
+    """Each base term is e (ln 2, or 1/(4 * 0.2^2) = 6.25) and W = 3/4, so L = e (1 + W g (l+ + l-)), and W e without
+    G.
+    """
+    terms = call(online_objective, even_triple(), base=base_of(name), weights=OnlineWeights(**settings))
     np.testing.assert_allclose(terms.loss, [even * multiple], rtol=1e-6)
 
 
@@ -154,15 +169,19 @@ def test_online_where_every_pair_is_even(name, even, settings, multiple):
 @pytest.mark.parametrize(("a", "g"), [(0.66, 0.1), (0.25, 1.5)])
 def test_online_equals_numpy(name, a, g):
     arrays = random_triples()
-    terms = call(online_objective, arrays, base=base_of(name), weight_alpha=a, steering_weight=g)
-    np.testing.assert_allclose(terms.loss, numpy_online(name, *arrays, a=a, g=g), rtol=2e-6)  # 2e-6: beta * D reaches 7 in exp
+    terms = call(online_objective, arrays, base=base_of(name), weights=OnlineWeights(weight_alpha=a, steering_weight=g))
+    np.testing.assert_allclose(
+        terms.loss, numpy_online(name, *arrays, a=a, g=g), rtol=2e-6
+    )  # 2e-6: beta * D reaches 7 in exp
 
 
 @bases
 def test_online_defaults_are_the_papers(name):
     """a = 0.66, g = 0.1, W and G on, no supervised term."""
     arrays = random_triples(seed=1)
-    np.testing.assert_allclose(call(online_objective, arrays, base=base_of(name)).loss, numpy_online(name, *arrays), rtol=2e-6)
+    np.testing.assert_allclose(
+        call(online_objective, arrays, base=base_of(name)).loss, numpy_online(name, *arrays), rtol=2e-6
+    )
 
 
 @bases
@@ -180,7 +199,7 @@ def test_online_defaults_are_the_papers(name):
 def test_ablations_equal_numpy(name, settings, formula):
     """g = 1 gives the steering terms the weight of the base loss, so that a wrong one shows plainly."""
     arrays = random_triples(seed=2)
-    terms = call(online_objective, arrays, base=base_of(name), steering_weight=1.0, **settings)
+    terms = call(online_objective, arrays, base=base_of(name), weights=OnlineWeights(steering_weight=1.0, **settings))
     np.testing.assert_allclose(terms.loss, numpy_online(name, *arrays, g=1.0, **formula), rtol=2e-6)
 
 
@@ -188,7 +207,13 @@ def test_ablations_equal_numpy(name, settings, formula):
 def test_without_both_it_is_pairwise(name):
     """Without W and G what is left is L_base(x, y+, y-), which needs the plain context only."""
     arrays = random_triples(seed=3)
-    online = call(online_objective, arrays, [PLAIN], base=base_of(name), use_weight=False, use_steering=False)
+    online = call(
+        online_objective,
+        arrays,
+        [PLAIN],
+        base=base_of(name),
+        weights=OnlineWeights(use_weight=False, use_steering=False),
+    )
     pairwise = call(pairwise_objective, arrays, [PLAIN], base=base_of(name))
     expected = numpy_base(name, *arrays, PLAIN)
     np.testing.assert_allclose(online.loss, expected, rtol=2e-6)
@@ -198,11 +223,14 @@ def test_without_both_it_is_pairwise(name):
 @pytest.mark.parametrize(("kept", "scale"), [(POSITIVE, (1.0, 0.0)), (NEGATIVE, (0.0, 1.0))])
 def test_a_context_of_scale_zero_need_not_be_there(kept, scale):
     arrays = random_triples(seed=4)
-    terms = call(online_objective, arrays, [PLAIN, kept], base=base_of("ipo"), scale=SteeringScale(*scale))
+    terms = call(
+        online_objective, arrays, [PLAIN, kept], base=base_of("ipo"), weights=OnlineWeights(scale=SteeringScale(*scale))
+    )
     np.testing.assert_allclose(terms.loss, numpy_online("ipo", *arrays, scale=scale), rtol=1e-6)
 
 
-# 1e-5 below: float32 rounding of a small sigmoid, and base and W pull the rejected response opposite ways; 1e-7 for what they cancel
+# 1e-5 below: float32 rounding of a small sigmoid, and base and W pull the rejected response opposite ways; 1e-7 for
+# what they cancel
 
 
 @bases
@@ -211,32 +239,48 @@ def test_gradient_flows_through_the_weight(name, with_g):
     """As in the authors' code: the slope of the whole formula, W's own dependence on the policy included."""
     policy, reference, num_tokens = random_triples(seed=5)
     expected = differences(lambda p: numpy_online(name, p, reference, num_tokens, g=1.0, with_g=with_g), policy)
-    objective = functools.partial(online_objective, base=base_of(name), steering_weight=1.0, use_steering=with_g)
+    objective = functools.partial(
+        online_objective, base=base_of(name), weights=OnlineWeights(steering_weight=1.0, use_steering=with_g)
+    )
     np.testing.assert_allclose(gradient(objective, policy, reference, num_tokens), expected, rtol=1e-5, atol=1e-7)
 
 
 @bases
 @pytest.mark.parametrize("with_g", [True, False])
 def test_gradient_stops_at_a_detached_weight(name, with_g):
-    """The same formula with W held at its value for the unmoved policy; the two slopes differ clearly, or neither test says much."""
+    """The same formula with W held at its value for the unmoved policy; the two slopes differ clearly, or neither test
+    says much.
+    """
     policy, reference, num_tokens = random_triples(seed=5)
     frozen = numpy_weight(policy, num_tokens, 0.66)
-    expected = differences(lambda p: numpy_online(name, p, reference, num_tokens, g=1.0, with_g=with_g, weight=frozen), policy)
+    expected = differences(
+        lambda p: numpy_online(name, p, reference, num_tokens, g=1.0, with_g=with_g, weight=frozen), policy
+    )
     attached = differences(lambda p: numpy_online(name, p, reference, num_tokens, g=1.0, with_g=with_g), policy)
     assert abs(expected - attached)[PLAIN].min() > 1e-5
-    objective = functools.partial(online_objective, base=base_of(name), steering_weight=1.0, use_steering=with_g, detach_weight=True)
+    objective = functools.partial(
+        online_objective,
+        base=base_of(name),
+        weights=OnlineWeights(steering_weight=1.0, use_steering=with_g, detach_weight=True),
+    )
     np.testing.assert_allclose(gradient(objective, policy, reference, num_tokens), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_supervised_term_by_hand():
     """gamma * -(mlp(y+|x) + g mlp(y+|x+) + g mlp(y_o|x-)), lengths y+ 3, y- 7, y_o 2.
 
-    Log-probs -6, -12 and -10 of the three winners: 2 + 0.1 * 4 + 0.1 * 5 = 2.9, times gamma 0.5 is 1.45. Policy = reference and no W
-    make the rest 1.2 ln 2.
+    Log-probs -6, -12 and -10 of the three winners: 2 + 0.1 * 4 + 0.1 * 5 = 2.9, times gamma 0.5 is 1.45. Policy =
+    reference and no W make the rest 1.2 ln 2.
     """
     log_probs = np.array([[[-6.0], [-8.0]], [[-12.0], [-9.0]], [[-10.0], [-11.0]]])
     num_tokens = np.array([[[3.0], [7.0]], [[3.0], [7.0]], [[2.0], [3.0]]])
-    terms = call(online_objective, (log_probs, log_probs, num_tokens), base=base_of("dpo"), use_weight=False, sft_weight=0.5)
+    terms = call(
+        online_objective,
+        (log_probs, log_probs, num_tokens),
+        base=base_of("dpo"),
+        sft_weight=0.5,
+        weights=OnlineWeights(use_weight=False),
+    )
     np.testing.assert_allclose(terms.sft_loss, [2.9], rtol=1e-6)
     np.testing.assert_allclose(terms.loss, [1.2 * np.log(2) + 1.45], rtol=1e-6)
 
@@ -246,7 +290,9 @@ def test_supervised_term_equals_numpy_and_is_not_weighed_by_w(name):
     arrays = policy, _, num_tokens = random_triples(seed=6)
     plain, positive, negative = (numpy_nll(policy, num_tokens, context) for context in range(3))
     expected = numpy_online(name, *arrays, g=0.3) + 0.7 * (plain + 0.3 * positive + 0.3 * negative)
-    terms = call(online_objective, arrays, base=base_of(name), steering_weight=0.3, sft_weight=0.7)
+    terms = call(
+        online_objective, arrays, base=base_of(name), sft_weight=0.7, weights=OnlineWeights(steering_weight=0.3)
+    )
     np.testing.assert_allclose(terms.loss, expected, rtol=2e-6)
 
 
@@ -255,7 +301,14 @@ def test_supervised_term_of_the_plain_pair_alone():
     arrays = policy, _, num_tokens = random_triples(seed=7)
     expected = numpy_base("ipo", *arrays, PLAIN) + 0.7 * numpy_nll(policy, num_tokens, PLAIN)
     pairwise = call(pairwise_objective, arrays, [PLAIN], base=base_of("ipo"), sft_weight=0.7)
-    online = call(online_objective, arrays, [PLAIN], base=base_of("ipo"), sft_weight=0.7, use_weight=False, use_steering=False)
+    online = call(
+        online_objective,
+        arrays,
+        [PLAIN],
+        base=base_of("ipo"),
+        sft_weight=0.7,
+        weights=OnlineWeights(use_weight=False, use_steering=False),
+    )
     np.testing.assert_allclose(pairwise.loss, expected, rtol=1e-6)
     np.testing.assert_allclose(online.loss, expected, rtol=1e-6)
 
@@ -329,7 +382,12 @@ def test_the_original_response_wins_under_the_bad_principle(name, objective):
 @bases
 def test_terms_of_online_are_before_w_and_g_and_scale(name):
     arrays = policy, _, num_tokens = random_triples(seed=13)
-    terms = call(online_objective, arrays, base=base_of(name), scale=SteeringScale(2.0, 3.0), weight_alpha=0.3)
+    terms = call(
+        online_objective,
+        arrays,
+        base=base_of(name),
+        weights=OnlineWeights(scale=SteeringScale(2.0, 3.0), weight_alpha=0.3),
+    )
     np.testing.assert_allclose(terms.base_loss, numpy_base(name, *arrays, PLAIN), rtol=2e-6)
     np.testing.assert_allclose(terms.positive_loss, numpy_base(name, *arrays, POSITIVE), rtol=2e-6)
     np.testing.assert_allclose(terms.negative_loss, numpy_base(name, *arrays, NEGATIVE), rtol=2e-6)
@@ -341,7 +399,9 @@ def test_terms_of_the_generator_are_before_gamma():
     terms = call(generator_objective, arrays, base=base_of("ipo"), sft_weight=0.6)
     np.testing.assert_allclose(terms.positive_loss, numpy_base("ipo", *arrays, POSITIVE), rtol=1e-6)
     np.testing.assert_allclose(terms.negative_loss, numpy_base("ipo", *arrays, NEGATIVE), rtol=1e-6)
-    np.testing.assert_allclose(terms.sft_loss, numpy_nll(policy, num_tokens, POSITIVE) + numpy_nll(policy, num_tokens, NEGATIVE), rtol=1e-6)
+    np.testing.assert_allclose(
+        terms.sft_loss, numpy_nll(policy, num_tokens, POSITIVE) + numpy_nll(policy, num_tokens, NEGATIVE), rtol=1e-6
+    )
 
 
 def test_terms_that_an_objective_lacks_are_none():
@@ -356,7 +416,9 @@ def test_pair_metrics_by_hand():
     """beta 0.2. h(y+) = (3, -1, 2), h(y-) = (-2, 1, 2): margins 0.2 * (5, -2, 0), and an even pair is not accurate."""
     policy = Pair(jnp.array([-7.0, -6.0, -3.0]), jnp.array([-9.0, -4.0, -1.0]))
     reference = Pair(jnp.array([-10.0, -5.0, -5.0]), jnp.array([-7.0, -5.0, -3.0]))
-    metrics = pair_metrics(Terms(loss=jnp.array([4.0, 5.0, 6.0])), ContextValues(plain=policy), ContextValues(plain=reference), beta=0.2)
+    metrics = pair_metrics(
+        Terms(loss=jnp.array([4.0, 5.0, 6.0])), ContextValues(plain=policy), ContextValues(plain=reference), beta=0.2
+    )
     np.testing.assert_allclose(metrics["margin"], [1.0, -0.4, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(metrics["accuracy"], [1.0, 0.0, 0.0])
     np.testing.assert_array_equal(metrics["chosen_log_prob"], [-7.0, -6.0, -3.0])
@@ -376,5 +438,7 @@ def test_pair_metrics_hold_nothing_that_is_not_there():
 def test_jit_changes_nothing(name, objective):
     arrays = [steered(array) for array in random_triples(seed=17)]
     compose = functools.partial(objective, base=base_of(name), sft_weight=0.5)
-    for jitted, plain in zip(jax.tree.leaves(jax.jit(compose)(*arrays)), jax.tree.leaves(compose(*arrays)), strict=True):
+    for jitted, plain in zip(
+        jax.tree.leaves(jax.jit(compose)(*arrays)), jax.tree.leaves(compose(*arrays)), strict=True
+    ):
         np.testing.assert_allclose(jitted, plain, rtol=2e-6)  # the compiler may fuse and reorder a float32 sum

@@ -1,4 +1,6 @@
-"""Packed rows with shared prompts against plain rows, one response each: same log-probs, same gradients, no token lost."""
+"""Packed rows with shared prompts against plain rows, one response each: same log-probs, same gradients, no token
+lost.
+"""
 
 import random
 from functools import partial
@@ -26,7 +28,10 @@ from sso_jax.training.trees import Branch, Tree, first_fit, steered_trees
 
 def random_trees(seed=0, num_trees=9):
     draw = np.random.default_rng(seed)
-    ids = lambda low, high: draw.integers(3, 96, draw.integers(low, high)).tolist()  # noqa: E731
+
+    def ids(low, high):
+        return draw.integers(3, 96, draw.integers(low, high)).tolist()
+
     cells = iter(range(1000))
     return [Tree(ids(1, 15), [Branch(ids(1, 12), next(cells)) for _ in range(1 + i % 3)]) for i in range(num_trees)]
 
@@ -44,7 +49,9 @@ def plain_log_prob(model, params, prompt, response):
 @pytest.mark.parametrize("changes", [{}, dict(tied_head=True)])
 def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_device, changes):
     model = toy_model(num_layers=2, **changes)
-    params = toy_params(model, one_device, scale=2.0)  # at ten times the usual scale gradients are too ill-conditioned for float32
+    params = toy_params(
+        model, one_device, scale=2.0
+    )  # at ten times the usual scale gradients are too ill-conditioned for float32
     trees = random_trees(num_trees=4)
     num_cells = sum(len(tree.branches) for tree in trees)
     rows = pack(trees, row_shape([trees]), num_cells)
@@ -55,7 +62,9 @@ def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_
         return cell_log_probs(model, params, jax.tree.map(jnp.asarray, rows), num_cells)
 
     def plain(params):
-        return jnp.stack([plain_log_prob(model, params, t.prompt_ids, b.response_ids) for t in trees for b in t.branches])
+        return jnp.stack(
+            [plain_log_prob(model, params, t.prompt_ids, b.response_ids) for t in trees for b in t.branches]
+        )
 
     np.testing.assert_allclose(jax.jit(packed)(params), jax.jit(plain)(params), rtol=1e-6, atol=1e-5)
     ours, theirs = (jax.jit(jax.grad(lambda p, f=f: jnp.sum(weights * f(p))))(params) for f in (packed, plain))
@@ -65,7 +74,9 @@ def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one_device, stacked, monkeypatch):
-    """Layers apart run their last one for some tokens alone; cuDNN itself needs a GPU, the same call without it stands in."""
+    """Layers apart run their last one for some tokens alone; cuDNN itself needs a GPU, the same call without it stands
+    in.
+    """
     monkeypatch.setitem(KERNELS, "cudnn", partial(cudnn_attend, implementation="xla"))
     model = toy_model(num_layers=2)
     params = toy_params(model, one_device, scale=2.0)
@@ -77,7 +88,9 @@ def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one
     weights = jnp.asarray(np.random.default_rng(1).normal(size=40), jnp.float32)
 
     def found(model, rows):
-        loss = lambda params: jnp.sum(weights * cell_log_probs(model, params, rows, 40))  # noqa: E731
+        def loss(params):
+            return jnp.sum(weights * cell_log_probs(model, params, rows, 40))
+
         return cell_log_probs(model, params, rows, 40), jax.jit(jax.grad(loss))(params)
 
     fused = model.clone(attend="cudnn")
@@ -89,7 +102,9 @@ def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_the_log_sum_exp_in_one_pass_is_numpys_in_two(scale):
-    """Exponentials of 300 overflow; entries of minus infinity, which a slice has where another one has them, count for nothing."""
+    """Exponentials of 300 overflow; entries of minus infinity, which a slice has where another one has them, count for
+    nothing.
+    """
     logits = (np.random.default_rng(8).normal(size=(2, 3, 1000)) * scale).astype(np.float32)
     logits[..., ::7] = -np.inf
     top = logits.astype(np.float64).max(-1, keepdims=True)
@@ -106,7 +121,9 @@ def test_rematerialised_layers_give_the_same_gradients(one_device):
         jax.jit(jax.grad(lambda p, m=m: cell_log_probs(m, p, rows, 40).sum()))(params)
         for m in (model, Transformer(model.architecture, remat=True))
     ]
-    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):  # entries of up to 500 are sums of many: float32 against the largest
+    for a, b in zip(
+        *map(jax.tree.leaves, gradients), strict=True
+    ):  # entries of up to 500 are sums of many: float32 against the largest
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
@@ -114,7 +131,9 @@ def log_probs_by_numpy(head, hidden, target, weights):
     """Log-probs in float64, and the gradients of `sum(weights * log_probs)` by head and hidden states."""
     logits = np.einsum("rmd,dv->rmv", hidden.astype(np.float64), head.astype(np.float64))
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    d_logits = weights[..., None] * (np.eye(head.shape[1])[target] - probs)  # of w log p by a logit: w (onehot(target) - p)
+    d_logits = weights[..., None] * (
+        np.eye(head.shape[1])[target] - probs
+    )  # of w log p by a logit: w (onehot(target) - p)
     log_probs = np.log(np.take_along_axis(probs, target[..., None], -1)[..., 0])
     return log_probs, np.einsum("rmd,rmv->dv", hidden, d_logits), d_logits @ head.T
 
@@ -163,10 +182,16 @@ def test_no_array_of_all_tokens_times_the_vocabulary_is_made():
 
 
 def test_logits_that_are_all_in_memory_at_once_are_not_computed_anew():
-    """Three products of 128 tokens with a head of [4, 1000], though slices are multiples of 128; two slices of 512 would have four."""
+    """Three products of 128 tokens with a head of [4, 1000], though slices are multiples of 128; two slices of 512
+    would have four.
+    """
     hidden, head, target = jnp.zeros((2, 64, 4)), jnp.zeros((4, 1000)), jnp.zeros((2, 64), jnp.int32)
     operations = [
-        count_flops(jax.make_jaxpr(jax.grad(lambda *x, n=columns: token_log_probs(*x, target, n).sum(), argnums=(0, 1)))(head, hidden))
+        count_flops(
+            jax.make_jaxpr(jax.grad(lambda *x, n=columns: token_log_probs(*x, target, n).sum(), argnums=(0, 1)))(
+                head, hidden
+            )
+        )
         for columns in (1000, 999)
     ]
     assert operations == [3 * 2 * 128 * 4 * 1000, 4 * 2 * 128 * 4 * 2 * 512]
@@ -215,7 +240,12 @@ def test_sequences_are_each_response_behind_its_prompt(seed, num_trees):
     if not shape.num_sequences:  # they would be most of them padding
         shape = shape._replace(num_sequences=num_cells, sequence_tokens=32)
     rows = pack(trees, shape, num_cells)
-    found = [rows.tokens[row][own[own >= 0]].tolist() for row, of_row in enumerate(rows.sequences) for own in of_row if own[0] >= 0]
+    found = [
+        rows.tokens[row][own[own >= 0]].tolist()
+        for row, of_row in enumerate(rows.sequences)
+        for own in of_row
+        if own[0] >= 0
+    ]
     assert sorted(found) == sorted(tree.prompt_ids + branch.response_ids for tree in trees for branch in tree.branches)
     for row, (places, sources, cells) in enumerate(zip(rows.place, rows.source, rows.cell, strict=True)):
         used = cells < num_cells
@@ -226,23 +256,33 @@ def test_sequences_are_each_response_behind_its_prompt(seed, num_trees):
 
 
 def test_a_shape_has_sequences_where_they_would_not_be_most_of_them_padding():
-    tree = lambda prompt, *lengths: Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])  # noqa: E731
+    def tree(prompt, *lengths):
+        return Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])
+
     even = [tree(64, 32, 32) for _ in range(4)]  # a row of 128 tokens each, with two sequences of 96
     assert row_shape([even], by_sequence=True) == RowShape(4, 128, 64, 2, 96)
     assert row_shape([even]) == RowShape(4, 128, 64)
-    uneven = [tree(100, 28), *(tree(2, 1, 1, 1, 1) for _ in range(20))]  # 81 sequences in a row, one of them of 128 tokens
+    uneven = [
+        tree(100, 28),
+        *(tree(2, 1, 1, 1, 1) for _ in range(20)),
+    ]  # 81 sequences in a row, one of them of 128 tokens
     assert row_shape([uneven], by_sequence=True).num_sequences == 0
 
 
 def test_a_later_round_takes_another_shape_where_its_sequences_do_not_fit():
-    tree = lambda prompt, *lengths: Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])  # noqa: E731
+    def tree(prompt, *lengths):
+        return Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])
+
     first = [[tree(64, 32, 32)] * 4]
     shape = stable_row_shape(first, 1, None, is_last=True, by_sequence=True)
     assert stable_row_shape([[tree(60, 30, 30)] * 4], 1, shape, is_last=True, by_sequence=True) == shape
     for later in ([tree(96, 32)] * 4, [tree(32, 32, 32, 32)] * 4):  # a longer one, and more of them
         found = stable_row_shape([later], 1, shape, is_last=True, by_sequence=True)
         assert found != shape and found.num_sequences and pack(later, found, 1)
-        assert stable_row_shape([later], 1, shape._replace(num_sequences=0, sequence_tokens=0), is_last=True).num_sequences == 0
+        assert (
+            stable_row_shape([later], 1, shape._replace(num_sequences=0, sequence_tokens=0), is_last=True).num_sequences
+            == 0
+        )
 
 
 def test_trees_of_a_steered_example_share_each_prompt_once():
@@ -267,7 +307,10 @@ def test_rows_that_do_not_hold_their_trees_are_refused():
 
 def stretched(batch: list[Tree], factor: float) -> list[Tree]:
     """Trees whose responses are so many times as long."""
-    return [Tree(t.prompt_ids, [Branch([1] * int(len(b.response_ids) * factor + 0.5), b.cell) for b in t.branches]) for t in batch]
+    return [
+        Tree(t.prompt_ids, [Branch([1] * int(len(b.response_ids) * factor + 0.5), b.cell) for b in t.branches])
+        for t in batch
+    ]
 
 
 def test_a_later_round_keeps_the_shape_while_its_batches_fit_and_it_is_not_too_dear():
@@ -284,11 +327,15 @@ def test_a_later_round_keeps_the_shape_while_its_batches_fit_and_it_is_not_too_d
     assert grown != shape and all(pack(batch, grown, 100) for batch in longer)
     few = [batch[:4] for batch in first]
     assert stable_row_shape(few, 2, shape, is_last=True) == row_shape(few, 2)  # it would be padding, most of it
-    assert stable_row_shape(first, 8, shape._replace(num_rows=shape.num_rows + 1), is_last=True) == row_shape(first, 8)  # another mesh
+    assert stable_row_shape(first, 8, shape._replace(num_rows=shape.num_rows + 1), is_last=True) == row_shape(
+        first, 8
+    )  # another mesh
 
 
 def test_batches_pack_into_a_shape_with_room_to_spare_though_its_rows_hold_more_of_the_shorter_trees():
-    """Of trees of 562 tokens one goes into 1,152 once they are lengthened by a sixteenth, two as they are, with 1,024 targets."""
+    """Of trees of 562 tokens one goes into 1,152 once they are lengthened by a sixteenth, two as they are, with 1,024
+    targets.
+    """
     long, short = (Tree([1] * prompt, [Branch([2] * length, 0)] * 2) for prompt, length in ((900, 91), (50, 256)))
     batches = [[long] * 3, [short] * 3]
     for by_sequence in (False, True):
@@ -301,7 +348,13 @@ def test_batches_pack_into_a_shape_with_room_to_spare_though_its_rows_hold_more_
 def test_every_batch_packs_into_the_shape_of_its_round(seed, num_batches, num_trees, by_sequence):
     """Prompts and responses of very different lengths, as a limit of new tokens gives them."""
     draw = random.Random(seed)
-    tree = lambda: Tree([1] * draw.choice((2, 40, 300)), [Branch([2] * draw.choice((1, 30, 90)), 0) for _ in range(draw.choice((1, 2, 3)))])  # noqa: E731
+
+    def tree():
+        return Tree(
+            [1] * draw.choice((2, 40, 300)),
+            [Branch([2] * draw.choice((1, 30, 90)), 0) for _ in range(draw.choice((1, 2, 3)))],
+        )
+
     batches = [[tree() for _ in range(num_trees)] for _ in range(num_batches)]
     shape = stable_row_shape(batches, 1, None, is_last=False, by_sequence=by_sequence)
     assert all((pack(batch, shape, 1).tree > 0).sum() == sum(t.num_tokens() for t in batch) for batch in batches)
@@ -316,8 +369,13 @@ def test_a_round_of_many_batches_takes_the_cheapest_shape_for_it_pays_for_its_co
 
 
 def test_rows_are_longer_than_the_longest_tree_where_that_leaves_less_of_them_empty():
-    tree = lambda length: Tree([1] * (length - 2), [Branch([2, 3], 0)])  # noqa: E731
-    uneven = [tree(128), *(tree(66) for _ in range(12))]  # in rows of 128 each of these has one to itself: 13 * 128 = 1664 tokens
+    def tree(length):
+        return Tree([1] * (length - 2), [Branch([2, 3], 0)])
+
+    uneven = [
+        tree(128),
+        *(tree(66) for _ in range(12)),
+    ]  # in rows of 128 each of these has one to itself: 13 * 128 = 1664 tokens
     shape = row_shape([uneven])
     assert shape.num_tokens > 128 and shape.num_rows * shape.num_tokens <= 1200  # there are 920
     assert int((pack(uneven, shape, 1).tree > 0).sum()) == 128 + 12 * 66

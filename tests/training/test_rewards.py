@@ -1,4 +1,6 @@
-"""Reward models: the loss against hand-made numbers, rewards against transformers, the places where they are read, and mixing."""
+"""Reward models: the loss against hand-made numbers, rewards against transformers, the places where they are read, and
+mixing.
+"""
 
 import dataclasses
 import json
@@ -45,19 +47,29 @@ from sso_jax.training.trees import Branch, Tree
 
 def loss_of(chosen: float, rejected: float, **settings) -> float:
     pair = Pair(jnp.array([chosen]), jnp.array([rejected]))
-    plain, jitted = (f(pair) for f in (lambda p: bradley_terry_loss(p, **settings), jax.jit(lambda p: bradley_terry_loss(p, **settings))))
+    plain, jitted = (
+        f(pair)
+        for f in (lambda p: bradley_terry_loss(p, **settings), jax.jit(lambda p: bradley_terry_loss(p, **settings)))
+    )
     assert plain[0] == pytest.approx(float(jitted[0]), rel=1e-6)
     return float(plain[0])
 
 
 def test_the_loss_by_hand():
     """With log sigmoid(x) = -log(1 + exp(-x)), each value worked out from the formula with `math`."""
-    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+
+    def softplus(x):
+        return math.log1p(math.exp(x))
+
     assert loss_of(0.0, 0.0) == pytest.approx(math.log(2), rel=1e-6)
     assert loss_of(1.5, -0.5) == pytest.approx(softplus(-2.0), rel=1e-6)
     assert loss_of(1.5, -0.5, margin=1.0) == pytest.approx(softplus(-1.0), rel=1e-6)
-    assert loss_of(1.5, -0.5, label_smoothing=0.1) == pytest.approx(0.9 * softplus(-2.0) + 0.1 * softplus(2.0), rel=1e-6)
-    assert loss_of(1.5, -0.5, label_smoothing=0.1, margin=1.0) == pytest.approx(0.9 * softplus(-1.0) + 0.1 * softplus(3.0), rel=1e-6)
+    assert loss_of(1.5, -0.5, label_smoothing=0.1) == pytest.approx(
+        0.9 * softplus(-2.0) + 0.1 * softplus(2.0), rel=1e-6
+    )
+    assert loss_of(1.5, -0.5, label_smoothing=0.1, margin=1.0) == pytest.approx(
+        0.9 * softplus(-1.0) + 0.1 * softplus(3.0), rel=1e-6
+    )
     assert loss_of(1.5, -0.5, center_coefficient=0.01) == pytest.approx(softplus(-2.0) + 0.01 * 1.0, rel=1e-6)
     assert loss_of(200.0, -200.0) == 0.0 and math.isfinite(loss_of(-200.0, 200.0))
 
@@ -71,7 +83,9 @@ def test_smoothing_is_least_where_the_odds_are_those_of_the_labels():
 
 SMALL = dataclasses.replace(ARCHITECTURE, num_layers=2)
 FAMILIES = {
-    "llama": dataclasses.replace(SMALL, model_type="llama", qkv_bias=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
+    "llama": dataclasses.replace(
+        SMALL, model_type="llama", qkv_bias=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)
+    ),
     "qwen2": dataclasses.replace(SMALL, tied_head=True),
     "qwen3": dataclasses.replace(SMALL, model_type="qwen3", qkv_bias=False, qk_norm=True),
     "mistral": dataclasses.replace(SMALL, model_type="mistral", qkv_bias=False),
@@ -79,9 +93,13 @@ FAMILIES = {
 
 
 def random_reward_model(architecture, mesh):
-    """A reward model whose weights are three times the usual: rewards differ clearly, and float32 still holds five digits."""
+    """A reward model whose weights are three times the usual: rewards differ clearly, and float32 still holds five
+    digits.
+    """
     model = reward_model(dataclasses.replace(architecture, vocab_size=1024, max_positions=512))
-    params = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 1 else leaf, nn.unbox(init_params(model, jax.random.key(1))))
+    params = jax.tree.map(
+        lambda leaf: leaf * 3 if leaf.ndim > 1 else leaf, nn.unbox(init_params(model, jax.random.key(1)))
+    )
     params["score"] = jax.random.normal(jax.random.key(2), params["score"].shape)
     return model, jax.device_put(params, param_shardings(abstract_params(model), mesh))
 
@@ -112,7 +130,8 @@ PAIRS = [
 def test_rewards_are_those_of_transformers(family, tokenizer, one_device, tmp_path):
     model, params = random_reward_model(FAMILIES[family], one_device)
     export_reward_model(params, model.architecture, tokenizer, tmp_path / "rm", "float32")
-    ours = open_reward_scorer(str(tmp_path / "rm"), ModelConfig(), one_device).rewards(PAIRS, "stage")
+    scorer = open_reward_scorer(str(tmp_path / "rm"), ModelConfig(), one_device)
+    ours = scorer.rewards([tokenize_pair(scorer.chat, pair) for pair in PAIRS], "stage")
 
     theirs, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "rm", dtype=torch.float32, output_loading_info=True
@@ -140,7 +159,10 @@ def take(batch, micro: int):
 
 def test_a_reward_does_not_depend_on_packing_or_on_the_mesh(one_device, eight_devices):
     draw = np.random.default_rng(0)
-    ids = lambda low, high: draw.integers(3, 1024, draw.integers(low, high)).tolist()  # noqa: E731
+
+    def ids(low, high):
+        return draw.integers(3, 1024, draw.integers(low, high)).tolist()
+
     pairs = [TokenizedPair(ids(2, 9), ids(1, 30), ids(1, 150)) for _ in range(7)]
     architecture = dataclasses.replace(FAMILIES["qwen2"], mlp_dim=64)
     model, params = random_reward_model(architecture, one_device)
@@ -169,7 +191,10 @@ def test_rewards_by_sequences_are_those_by_the_mask(one_device, monkeypatch):
 
     monkeypatch.setitem(KERNELS, "cudnn", attend)
     draw = np.random.default_rng(1)
-    pairs = [TokenizedPair(*(draw.integers(3, 1024, size).tolist() for size in sizes)) for sizes in [(5, 9, 30), (3, 200, 1), (40, 20, 60)]]
+    pairs = [
+        TokenizedPair(*(draw.integers(3, 1024, size).tolist() for size in sizes))
+        for sizes in [(5, 9, 30), (3, 200, 1), (40, 20, 60)]
+    ]
     model, params = random_reward_model(FAMILIES["qwen2"], one_device)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     expected, found = (
@@ -181,8 +206,10 @@ def test_rewards_by_sequences_are_those_by_the_mask(one_device, monkeypatch):
 
 
 def test_ends_are_where_pack_writes_the_last_tokens():
-    trees = [Tree([1] * p, [Branch([2] * (a - 1) + [90 + 2 * e], 2 * e), Branch([3] * (b - 1) + [91 + 2 * e], 2 * e + 1)])
-             for e, (p, a, b) in enumerate([(3, 1, 1), (5, 9, 2), (2, 1, 7), (4, 4, 4)])]  # fmt: skip
+    trees = [
+        Tree([1] * p, [Branch([2] * (a - 1) + [90 + 2 * e], 2 * e), Branch([3] * (b - 1) + [91 + 2 * e], 2 * e + 1)])
+        for e, (p, a, b) in enumerate([(3, 1, 1), (5, 9, 2), (2, 1, 7), (4, 4, 4)])
+    ]
     shape = RowShape(3, 20, 20)
     rows, ends = pack(trees, shape, 10), branch_ends(trees, shape, 10)
     assert [int(rows.tokens[row, column]) for row, column in ends[:8]] == list(range(90, 98))
@@ -203,16 +230,28 @@ def test_ids_of_a_pair_end_with_the_end_of_turn(tokenizer):
     chat, end = make_chat(tokenizer), tokenizer.eos_token_id
     cut = encode_text(tokenizer, "It is 2 and then")
     pair = Triple(
-        "1", "q", "g", "b", "x", "y", "z", response_ids={"chosen": [5, 6, end], "rejected": cut}, tokens_hash=tokens_hash(tokenizer)
+        "1",
+        "q",
+        "g",
+        "b",
+        "x",
+        "y",
+        "z",
+        response_ids={"chosen": [5, 6, end], "rejected": cut},
+        tokens_hash=tokens_hash(tokenizer),
     )
-    assert tokenize_pair(chat, pair) == TokenizedPair(chat.prompt_ids("q"), [5, 6, end], [*cut, end])  # no system message: the plain prompt
+    assert tokenize_pair(chat, pair) == TokenizedPair(
+        chat.prompt_ids("q"), [5, 6, end], [*cut, end]
+    )  # no system message: the plain prompt
     foreign = dataclasses.replace(pair, tokens_hash="other")
     assert tokenize_pair(chat, foreign).chosen_ids == [*encode_text(tokenizer, "x"), end]
 
 
 @pytest.mark.parametrize("pad", [None, "<|im_end|>", "<|endoftext|>"])
 def test_padding_is_never_the_end_of_turn(tokenizer, pad):
-    given = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token=pad)
+    given = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token=pad
+    )
     made = padding_for_rewards(given)
     assert made.pad_token_id not in (None, made.eos_token_id) and given.pad_token == pad
     assert len(made) == len(given) and (pad != "<|endoftext|>" or made.pad_token == pad)
@@ -239,8 +278,12 @@ def test_annotated_pairs_have_their_share(own, annotated, share, expected):
     rules = RewardConfig(annotated_path="x", annotated_share=share)
     mixed = mix(triples(own), triples(annotated, "given"), rules, "0/1")
     assert (sum(t.id.startswith("own") for t in mixed), sum(t.id.startswith("given") for t in mixed)) == expected
-    assert len({t.id for t in mixed}) == len(mixed) and mixed == mix(triples(own), triples(annotated, "given"), rules, "0/1")
-    assert len(mix(triples(own), triples(annotated, "given"), RewardConfig(annotated_path="x"), "0/1")) == own + annotated
+    assert len({t.id for t in mixed}) == len(mixed) and mixed == mix(
+        triples(own), triples(annotated, "given"), rules, "0/1"
+    )
+    assert (
+        len(mix(triples(own), triples(annotated, "given"), RewardConfig(annotated_path="x"), "0/1")) == own + annotated
+    )
     with pytest.raises(InputError, match=r"annotated_share"):
         mix(triples(1), triples(1, "given"), RewardConfig(annotated_path="x", annotated_share=0.01), "0/1")
 
@@ -256,8 +299,14 @@ def test_rewards_rank_pairs_and_count_ties_as_half():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, r"config.json: architectures \['Qwen2ForCausalLM'\] is no reward model"),
-        ({"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, r"config.json: 2 labels"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"]},
+            r"config.json: architectures \['Qwen2ForCausalLM'\] is no reward model",
+        ),
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},
+            r"config.json: 2 labels",
+        ),
     ],
 )
 def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, config, message):

@@ -1,4 +1,6 @@
-"""Base `spo`: key phrases by hand, hidden means against unpacked rows, the head against PyTorch, and a run that learns the degrees."""
+"""Base `spo`: key phrases by hand, hidden means against unpacked rows, the head against PyTorch, and a run that learns
+the degrees.
+"""
 
 import json
 
@@ -11,7 +13,7 @@ import transformers
 from toys import toy_model, toy_params
 
 import train
-from sso_jax.commands.report import page as report
+from sso_jax.commands import train as train_command
 from sso_jax.config import ObjectiveConfig
 from sso_jax.models.export import export_policy
 from sso_jax.preferences.keywords import graded_variants, phrases, random_variants, ranked_phrases
@@ -33,7 +35,9 @@ def test_phrases_are_parted_by_stop_words_and_punctuation():
 
 
 def test_phrases_are_ranked_by_degree_over_frequency():
-    """fox: degree 2 + 2, frequency 2, so 2; red, sleeps, blue, sky 2 each; quick 1: three phrases score 4 and keep their order."""
+    """fox: degree 2 + 2, frequency 2, so 2; red, sleeps, blue, sky 2 each; quick 1: three phrases score 4 and keep
+    their order.
+    """
     assert ranked_phrases(TEXT) == [("red", "fox"), ("fox", "sleeps"), ("blue", "sky"), ("quick",)]
     assert ranked_phrases("red fox. fox") == [("red", "fox"), ("fox",)]
 
@@ -55,7 +59,9 @@ def test_the_control_lacks_as_many_words():
 
 
 def test_means_are_those_of_rows_of_their_own(one_device):
-    """Packed trees with several responses against one unpacked row a response: final hidden states of all its tokens but the last."""
+    """Packed trees with several responses against one unpacked row a response: final hidden states of all its tokens
+    but the last.
+    """
     model = toy_model(num_layers=1)
     params = toy_params(model, one_device)
     trees = [Tree([5, 6, 7], [Branch([8, 9, 10], 0), Branch([11], 1)]), Tree([5, 4], [Branch([12, 13], 2)])]
@@ -98,20 +104,37 @@ def test_a_head_of_zeros_knows_nothing():
 def spo_run(tmp_path_factory, one_device):
     """Two rounds of `spo` on given pairs, with a learning rate at which the head learns."""
     patch, root = pytest.MonkeyPatch(), tmp_path_factory.mktemp("spo")
-    patch.setattr(report, "write", lambda directory: None)
+    patch.setattr(train_command, "write_report", lambda directory: None)
     model, tokenizer = toy_model(vocab_size=1024, num_layers=1), train_tokenizer()
-    export_policy(toy_params(model, one_device, 3.0), model.architecture, tokenizer, (tokenizer.eos_token_id,), root / "model", "float32")
+    export_policy(
+        toy_params(model, one_device, 3.0),
+        model.architecture,
+        tokenizer,
+        (tokenizer.eos_token_id,),
+        root / "model",
+        "float32",
+    )
     words = ["fox", "fig", "cat", "red", "ten", "oak"]
     pairs = [
-        {"prompt": f"Spell {w}.", "chosen": f"The letters are {' '.join(w)}, it is the kind animal.", "rejected": "No."} for w in words
+        {"prompt": f"Spell {w}.", "chosen": f"The letters are {' '.join(w)}, it is the kind animal.", "rejected": "No."}
+        for w in words
     ]
     (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     changes = {
-        "--recipe": "offline", "--objective.base": "spo", "--objective.form": "pairwise", "--objective.degree_weight": 0.5,
+        "--recipe": "offline",
+        "--objective.base": "spo",
+        "--objective.form": "pairwise",
+        "--objective.degree_weight": 0.5,
         "--run.iterations": 2,
-        "--model.path": root / "model", "--pairs.path": root / "pairs.jsonl", "--run.directory": root / "run", "--train.batch_size": 6,
-        "--train.epochs": 12, "--optimizer.learning_rate": 1e-2, "--model.remat": "false", "--logging.tensorboard": "false",
-    }  # fmt: skip
+        "--model.path": root / "model",
+        "--pairs.path": root / "pairs.jsonl",
+        "--run.directory": root / "run",
+        "--train.batch_size": 6,
+        "--train.epochs": 12,
+        "--optimizer.learning_rate": 1e-2,
+        "--model.remat": "false",
+        "--logging.tensorboard": "false",
+    }
     argv = [str(part) for pair in changes.items() for part in pair]
     assert train.main(argv) == 0
     patch.undo()

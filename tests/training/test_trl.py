@@ -13,16 +13,30 @@ from sso_jax.training.losses import Pair, base_loss
 
 trl = pytest.importorskip("trl", reason="needs trl, of requirements-test.txt")
 
-SAME = lambda x: x  # noqa: E731
+
+def SAME(x):
+    return x
+
+
 NAMES = {
-    "dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo", "exo": "exo_pair", "nca": "nca_pair", "robust": "robust", "sppo": "sppo_hard",
-    "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop",
-}  # fmt: skip
+    "dpo": "sigmoid",
+    "hinge": "hinge",
+    "ipo": "ipo",
+    "exo": "exo_pair",
+    "nca": "nca_pair",
+    "robust": "robust",
+    "sppo": "sppo_hard",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+    "discopop": "discopop",
+}
 NUM, TOKENS = 6, 9
 
 
 def token_log_probs(seed):
-    """Policy log-probs of each token [2 NUM, TOKENS], of the responses chosen first, the masks that count them, reference sums."""
+    """Policy log-probs of each token [2 NUM, TOKENS], of the responses chosen first, the masks that count them,
+    reference sums.
+    """
     draw = np.random.default_rng(seed)
     lengths = draw.integers(3, TOKENS + 1, 2 * NUM)
     mask = np.arange(TOKENS) < lengths[:, None]
@@ -31,7 +45,9 @@ def token_log_probs(seed):
 
 
 def trl_loss(name, settings, log_probs, mask, references):
-    """Mean loss of the pairs and its slopes, by `DPOTrainer._compute_loss` on a model that answers with these log-probs."""
+    """Mean loss of the pairs and its slopes, by `DPOTrainer._compute_loss` on a model that answers with these
+    log-probs.
+    """
     values = torch.tensor(log_probs, requires_grad=True)
     nothing = torch.zeros_like(values)
     outputs = SimpleNamespace(log_probs=values, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
@@ -39,10 +55,19 @@ def trl_loss(name, settings, log_probs, mask, references):
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=SAME, gather=SAME),
         args=SimpleNamespace(discopop_tau=settings.get("tau")),
-        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", use_weighting=False,
-        loss_types=[NAMES[name]], loss_weights=[1.0], beta=settings["beta"], label_smoothing=settings.get("label_smoothing", 0.0),
-        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        use_weighting=False,
+        loss_types=[NAMES[name]],
+        loss_weights=[1.0],
+        beta=settings["beta"],
+        label_smoothing=settings.get("label_smoothing", 0.0),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     completion = torch.tensor(np.concatenate([np.zeros((2 * NUM, 1), bool), mask], axis=1)).long()
     chosen, rejected = torch.tensor(references).chunk(2)
     inputs = {name: completion for name in ("input_ids", "attention_mask", "completion_mask")}
@@ -54,8 +79,13 @@ def trl_loss(name, settings, log_probs, mask, references):
 
 def our_loss(name, settings, log_probs, mask, references):
     loss, _ = base_loss(name, settings)
-    halves = lambda values: Pair(*jnp.split(jnp.asarray(values, jnp.float32), 2))  # noqa: E731
-    mean = lambda tokens: loss(halves(tokens.sum(1)), halves(references), halves(mask.sum(1))).mean()  # noqa: E731
+
+    def halves(values):
+        return Pair(*jnp.split(jnp.asarray(values, jnp.float32), 2))
+
+    def mean(tokens):
+        return loss(halves(tokens.sum(1)), halves(references), halves(mask.sum(1))).mean()
+
     value, slope = jax.value_and_grad(mean)(jnp.asarray(log_probs, jnp.float32))
     return float(value), np.asarray(slope)
 
@@ -98,18 +128,26 @@ CPO = dict(alpha=0.0, accelerator=SimpleNamespace(device=torch.device("cpu")))
 def test_simpo_equals_trl():
     cpo = pytest.importorskip("trl.experimental.cpo")
     trainer = SimpleNamespace(**CPO, loss_type="simpo", beta=2.0, simpo_gamma=0.5, label_smoothing=0.0)
-    check_without_reference("simpo", {"beta": 2.0, "margin": 0.5}, trainer, lambda *args: cpo.CPOTrainer.cpo_loss(*args)[0])
+    check_without_reference(
+        "simpo", {"beta": 2.0, "margin": 0.5}, trainer, lambda *args: cpo.CPOTrainer.cpo_loss(*args)[0]
+    )
 
 
 def test_cdpo_equals_trl():
-    """TRL's smoothed sigmoid is in its trainer without a reference: with log-ratios in place of log-probs it is cdpo."""
+    """TRL's smoothed sigmoid is in its trainer without a reference: with log-ratios in place of log-probs it is
+    cdpo.
+    """
     cpo = pytest.importorskip("trl.experimental.cpo")
     trainer = SimpleNamespace(**CPO, loss_type="sigmoid", beta=0.3, label_smoothing=0.2)
-    check_without_reference("cdpo", {"beta": 0.3, "label_smoothing": 0.2}, trainer, lambda *args: cpo.CPOTrainer.cpo_loss(*args)[0])
+    check_without_reference(
+        "cdpo", {"beta": 0.3, "label_smoothing": 0.2}, trainer, lambda *args: cpo.CPOTrainer.cpo_loss(*args)[0]
+    )
 
 
 def test_orpo_equals_trl():
-    """TRL has the odds ratio apart, with the other sign: the loss is the chosen response's mean negative log-prob less it."""
+    """TRL has the odds ratio apart, with the other sign: the loss is the chosen response's mean negative log-prob less
+    it.
+    """
     orpo = pytest.importorskip("trl.experimental.orpo")
     trainer = SimpleNamespace(beta=0.1, accelerator=CPO["accelerator"])
 

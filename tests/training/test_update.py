@@ -1,4 +1,6 @@
-"""One update held to several routes: sharded and not, microbatches and not, PyTorch's AdamW, and what step 0 must be."""
+"""One update held to several routes: sharded and not, microbatches and not, PyTorch's AdamW, and what step 0 must
+be.
+"""
 
 import math
 
@@ -26,7 +28,10 @@ from sso_jax.training.update import batch_shardings, build_update, compile_ahead
 
 def random_examples(count, seed=0):
     draw = np.random.default_rng(seed)
-    ids = lambda low, high: draw.integers(3, 96, draw.integers(low, high)).tolist()  # noqa: E731
+
+    def ids(low, high):
+        return draw.integers(3, 96, draw.integers(low, high)).tolist()
+
     return [
         Example(
             str(i),
@@ -42,24 +47,35 @@ def scored(model, params, mesh, examples, cells, noise):
     """The examples with the model itself, plus noise of this deviation, as their reference."""
     score = build_score(model, mesh, param_shardings(abstract_params(model), mesh))
     items = [Scorable(example.prompts, example.responses) for example in examples]
-    shape = row_shape(scoring_batches(items, cells, 3), 4)  # on any mesh the same: gradients here blow up a rounding of these sums
+    shape = row_shape(
+        scoring_batches(items, cells, 3), 4
+    )  # on any mesh the same: gradients here blow up a rounding of these sums
     sums = score_examples(score, mesh, params, items, cells, 3, "test", shape)
     off = np.random.default_rng(1).normal(0, noise, (len(examples), len(cells)))
-    return [e._replace(reference_log_probs=(np.array(row) + o).tolist()) for e, row, o in zip(examples, sums, off, strict=True)]
+    return [
+        e._replace(reference_log_probs=(np.array(row) + o).tolist())
+        for e, row, o in zip(examples, sums, off, strict=True)
+    ]
 
 
-def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0, laid="stacked"):
+def run_steps(
+    mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0, laid="stacked"
+):
     """Metrics of each of `num_steps` updates on one batch, and the parameters after them.
 
     The reference is the model itself plus `noise` nats, so that margins differ from 0 by more than rounding.
     """
     model = toy_model().clone(laid=laid)
-    params = toy_params(model, mesh, scale=3.0)  # at ten times the usual scale gradients are too ill-conditioned for float32
+    params = toy_params(
+        model, mesh, scale=3.0
+    )  # at ten times the usual scale gradients are too ill-conditioned for float32
     objective = build_objective(objective_config)
     examples = scored(model, params, mesh, random_examples(num_examples), objective.cells, noise)
     num_micro = -(-num_examples // micro)
     trees = [micro_trees(part, objective.cells) for part in cut_microbatches(examples, micro, num_micro)]
-    batch = preference_batch(examples, objective.cells, micro, num_micro, row_shape(trees, 4))  # the same rows on any mesh
+    batch = preference_batch(
+        examples, objective.cells, micro, num_micro, row_shape(trees, 4)
+    )  # the same rows on any mesh
     optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
@@ -77,8 +93,9 @@ ONLINE_IPO = ObjectiveConfig(base="ipo", beta=0.2, form="online")
 
 
 def assert_same_metrics(ours, theirs):
-    """Equal to 1e-5. After the first update the gradient's norm (100 here) may differ more: Adam turns the rounding of a gradient near 0
-    into a step of 1e-4 either way."""
+    """Equal to 1e-5. After the first update the gradient's norm (100 here) may differ more: Adam turns the rounding of
+    a gradient near 0 into a step of 1e-4 either way.
+    """
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.keys() == b.keys()
         for name in a:
@@ -87,10 +104,13 @@ def assert_same_metrics(ours, theirs):
 
 
 def test_eight_devices_train_as_one_does(one_device, eight_devices):
-    (one, params_one), (eight, params_eight) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4) for mesh in (one_device, eight_devices))
+    (one, params_one), (eight, params_eight) = (
+        run_steps(mesh, ONLINE_IPO, learning_rate=1e-4) for mesh in (one_device, eight_devices)
+    )
     assert_same_metrics(one, eight)
     for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_eight), strict=True):
-        # Adam divides by the root of the second moment: where a gradient is near 0, its rounding decides the sign of a step of 1e-4
+        # Adam divides by the root of the second moment: where a gradient is near 0, its rounding decides the sign of a
+        # step of 1e-4
         np.testing.assert_allclose(a, b, atol=3.1e-4)
         assert np.mean(np.abs(a - b) > 1e-6) < 0.02
 
@@ -98,7 +118,9 @@ def test_eight_devices_train_as_one_does(one_device, eight_devices):
 @pytest.mark.parametrize("micro", [8, 3])
 def test_layers_apart_train_as_stacked_ones_do(one_device, micro):
     settings = dict(micro=micro, num_steps=2, learning_rate=1e-4)
-    (stacked, params), (apart, params_apart) = (run_steps(one_device, ONLINE_IPO, **settings, laid=laid) for laid in ("stacked", "apart"))
+    (stacked, params), (apart, params_apart) = (
+        run_steps(one_device, ONLINE_IPO, **settings, laid=laid) for laid in ("stacked", "apart")
+    )
     assert_same_metrics(stacked, apart)
     assert jax.tree.structure(params) == jax.tree.structure(params_apart)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_apart), strict=True):
@@ -107,22 +129,30 @@ def test_layers_apart_train_as_stacked_ones_do(one_device, micro):
 
 
 def test_layers_apart_train_on_eight_devices_as_on_one(one_device, eight_devices):
-    (one, _), (eight, _) = (run_steps(mesh, ONLINE_IPO, learning_rate=1e-4, laid="apart") for mesh in (one_device, eight_devices))
+    (one, _), (eight, _) = (
+        run_steps(mesh, ONLINE_IPO, learning_rate=1e-4, laid="apart") for mesh in (one_device, eight_devices)
+    )
     assert_same_metrics(one, eight)
 
 
 def test_microbatches_sum_to_the_whole_batch(one_device):
     settings = dict(num_examples=7, learning_rate=1e-4)
     whole, _ = run_steps(one_device, ONLINE_IPO, micro=7, **settings)
-    parts, _ = run_steps(one_device, ONLINE_IPO, micro=2, **settings)  # the last microbatch holds one example and one filler
+    parts, _ = run_steps(
+        one_device, ONLINE_IPO, micro=2, **settings
+    )  # the last microbatch holds one example and one filler
     assert_same_metrics(whole, parts)
 
 
-@pytest.mark.parametrize(("base", "beta", "expected"), [("dpo", 0.2, math.log(2)), ("ipo", 0.2, 6.25), ("ipo", 0.1, 25.0)])
+@pytest.mark.parametrize(
+    ("base", "beta", "expected"), [("dpo", 0.2, math.log(2)), ("ipo", 0.2, 6.25), ("ipo", 0.1, 25.0)]
+)
 @pytest.mark.parametrize("form", ["online", "generator", "pairwise"])
 def test_where_the_reference_is_the_policy_each_term_has_its_step_0_value(one_device, base, beta, expected, form):
     metrics, _ = run_steps(one_device, ObjectiveConfig(base=base, beta=beta, form=form), num_steps=1, noise=0.0)
-    terms = {"online": ("base", "positive", "negative"), "generator": ("positive", "negative"), "pairwise": ("base",)}[form]
+    terms = {"online": ("base", "positive", "negative"), "generator": ("positive", "negative"), "pairwise": ("base",)}[
+        form
+    ]
     for term in terms:
         assert metrics[0][f"{term}_loss"] == pytest.approx(expected, rel=1e-5)
     if form != "generator":
@@ -145,7 +175,10 @@ def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
     leaves, mask = [jax.tree.leaves(tree) for tree in (params, decayed(params))]
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in leaves]
     groups = [
-        {"params": [t for t, d in zip(tensors, mask, strict=True) if d == wanted], "weight_decay": 0.1 if wanted else 0.0}
+        {
+            "params": [t for t, d in zip(tensors, mask, strict=True) if d == wanted],
+            "weight_decay": 0.1 if wanted else 0.0,
+        }
         for wanted in (True, False)
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
@@ -167,7 +200,9 @@ def test_steps_equal_pytorch_adamw_on_the_same_gradients(one_device):
 
 
 def test_moments_of_bfloat16_weights_are_float32(one_device):
-    """After a gradient of 1 and n of 0: m = (1 - b1) b1^n, v = (1 - b2) b2^n, which bfloat16 would round back to where it was."""
+    """After a gradient of 1 and n of 0: m = (1 - b1) b1^n, v = (1 - b2) b2^n, which bfloat16 would round back to where
+    it was.
+    """
     weights = {"kernel": jnp.ones((2, 3), jnp.bfloat16)}
     optimizer = make_optimizer(0.9, 0.999, 1e-8, 0.0, 0.0)
     state = optimizer.init(weights)
@@ -208,7 +243,9 @@ def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_d
 
 @pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
 def test_an_update_compiled_ahead_is_not_compiled_again_when_it_is_called(devices, request):
-    """Neither for the first state nor for the one that an update gave; a batch of another length is compiled for when it comes."""
+    """Neither for the first state nor for the one that an update gave; a batch of another length is compiled for when
+    it comes.
+    """
     mesh, model = request.getfixturevalue(devices), toy_model()
     params, optimizer = toy_params(model, mesh), make_optimizer(0.9, 0.95, 1e-8, 0.0, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)

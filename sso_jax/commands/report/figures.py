@@ -9,7 +9,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 INK, MUTED = "#1f2933", "#7b8794"
-STYLE = {"font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "svg.hashsalt": "sso_jax"}
+STYLE = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "svg.hashsalt": "sso_jax",
+}
 """Of every figure; the salt makes equal runs write equal files."""
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed")
 
@@ -18,12 +25,16 @@ def figure_uri(panels: list[tuple[str, str, list[tuple[str, list, list]]]], colu
     """An SVG of panels (title, x label, curves as (name, xs, ys)), as a data URI."""
     rows = -(-len(panels) // columns)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 2.5 * rows), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3.5 * columns, 2.5 * rows), squeeze=False, layout="constrained"
+        )
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         for axis, (title, label, curves) in zip(axes.flat, panels, strict=False):
             for color, (name, xs, ys) in zip(COLORS, curves, strict=False):
-                axis.plot(xs, ys, color=color, label=name, linewidth=1.6, marker="o" if len(xs) < 30 else None, markersize=3)
+                axis.plot(
+                    xs, ys, color=color, label=name, linewidth=1.6, marker="o" if len(xs) < 30 else None, markersize=3
+                )
             axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
             axis.set_xlabel(label)
             axis.spines[["top", "right"]].set_visible(False)
@@ -50,11 +61,20 @@ def panels_of_rounds(summary: list[dict]) -> list:
     panels = [
         ("Policy quality, unsteered, held out", [_curve(summary, "quality", "policy_quality", "iteration")]),
         ("Its parts", [_curve(parts, name, name, "iteration") for name in names]),
-        ("Pair accuracy and ties", [_curve(summary, n, f, "iteration") for n, f in (("accuracy", "pair_accuracy"), ("ties", "pair_ties"))]),
-        ("On-policy probability", [_curve(summary, n, f"{n}_probability", "iteration") for n in ("chosen", "rejected")]),
+        (
+            "Pair accuracy and ties",
+            [_curve(summary, n, f, "iteration") for n, f in (("accuracy", "pair_accuracy"), ("ties", "pair_ties"))],
+        ),
+        (
+            "On-policy probability",
+            [_curve(summary, n, f"{n}_probability", "iteration") for n in ("chosen", "rejected")],
+        ),
         (
             "Tokens a response",
-            [_curve(summary, n, f, "iteration") for n, f in (("sampled", "response_tokens"), ("held out", "held_out_tokens"))],
+            [
+                _curve(summary, n, f, "iteration")
+                for n, f in (("sampled", "response_tokens"), ("held out", "held_out_tokens"))
+            ],
         ),
         ("Pairs kept", [_curve(summary, "pairs", "num_pairs", "iteration")]),
     ]
@@ -66,7 +86,10 @@ def panels_of_updates(metrics: list[dict]) -> list:
     panels = [
         ("Loss", [_curve(metrics, name, field) for name, field in losses]),
         ("Margin of the plain pair", [_curve(metrics, "margin", "margin")]),
-        ("Accuracy of the pair", [_curve(metrics, "of the batch", "accuracy"), _curve(metrics, "held out", "held_out_accuracy")]),
+        (
+            "Accuracy of the pair",
+            [_curve(metrics, "of the batch", "accuracy"), _curve(metrics, "held out", "held_out_accuracy")],
+        ),
         ("Rewards", [_curve(metrics, name, f"{name}_reward") for name in ("chosen", "rejected")]),
         ("Log-prob sums, nats", [_curve(metrics, n, f"{n}_log_prob") for n in ("chosen", "rejected", "original")]),
         ("Weight W", [_curve(metrics, "W", "weight")]),

@@ -33,14 +33,23 @@ def table(row: dict) -> str:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in row["quality_parts"].items())
         lines.append(("policy quality, unsteered, held out", f"{row['policy_quality']:.3f} ({parts})"))
     for group, means in (row.get("held_out_groups") or {}).items():
-        lines.append((f"  {group}", f"{means['quality']:.3f}, {means['tokens']:.1f} tokens, {means['at_limit']:.3f} cut at the limit"))
+        lines.append(
+            (
+                f"  {group}",
+                f"{means['quality']:.3f}, {means['tokens']:.1f} tokens, {means['at_limit']:.3f} cut at the limit",
+            )
+        )
     if row.get("held_out_log_prob") is not None:
-        lines.append(("log-prob a token of the first policy's answers", f"{row['held_out_log_prob']:.3f} (they are in no pair)"))
+        lines.append(
+            ("log-prob a token of the first policy's answers", f"{row['held_out_log_prob']:.3f} (they are in no pair)")
+        )
     if row["seconds"] is not None:
         lines.append(("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in row["seconds"].items())))
     if row["tokens_per_second"] is not None:
         rates = row["tokens_per_second"]
-        lines.append(("tokens a second", ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate is not None)))
+        lines.append(
+            ("tokens a second", ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if rate is not None))
+        )
     width = max((len(name) for name, _ in lines), default=0)
     body = [f"  {name:<{width}}  {value}" for name, value in lines] or ["  nothing to measure without a judge"]
     return "\n".join([f"== {title} ".ljust(width + 30, "="), *body])
@@ -51,11 +60,19 @@ def judged_lines(row: dict) -> list[tuple[str, str]]:
     lines = []
     judged, reward = row.get("endpoint_judge"), row.get("reward")
     if judged:
-        numbers = f"{format_number(judged['accuracy'])} of {judged['num_judged']} (ties {format_number(judged['ties'])}, as half)"
-        lines.append(("pair accuracy by the endpoint", f"{numbers}; both orders agree {format_number(judged['consistency'])}"))
+        numbers = (
+            f"{format_number(judged['accuracy'])} of {judged['num_judged']} (ties "
+            f"{format_number(judged['ties'])}, as half)"
+        )
+        lines.append(
+            ("pair accuracy by the endpoint", f"{numbers}; both orders agree {format_number(judged['consistency'])}")
+        )
     if reward:
         lines.append(
-            ("reward model, held-out accuracy", f"{format_number(reward.get('held_out_accuracy'))} of {reward['num_held_out']} pairs")
+            (
+                "reward model, held-out accuracy",
+                f"{format_number(reward.get('held_out_accuracy'))} of {reward['num_held_out']} pairs",
+            )
         )
         if reward.get("judge_accuracy") is not None:
             lines.append(("reward model, in the judge's order", f"{format_number(reward['judge_accuracy'])}"))

@@ -1,4 +1,6 @@
-"""A run directory in, the triples of its report's page out: kept and dropped ones, with principles, log-probs and what judged them."""
+"""A run directory in, the triples of its report's page out: kept and dropped ones, with principles, log-probs and what
+judged them.
+"""
 
 import json
 from pathlib import Path
@@ -13,7 +15,11 @@ MAX_ROWS, MAX_CHARACTERS = 2000, 3000
 
 def page_rows(directory: Path, iterations: list[int]) -> list[dict]:
     """Rows of the page, newest round first, at most `MAX_ROWS`, an even selection where there are more."""
-    rows = [row for iteration in sorted(iterations, reverse=True) for row in _round_rows(directory / f"iteration_{iteration}", iteration)]
+    rows = [
+        row
+        for iteration in sorted(iterations, reverse=True)
+        for row in _round_rows(directory / f"iteration_{iteration}", iteration)
+    ]
     step = max(1, -(-len(rows) // MAX_ROWS))
     return rows[::step]
 
@@ -36,7 +42,9 @@ def _round_rows(folder: Path, iteration: int) -> list[dict]:
         return []
     kept = read_records(Triple, folder / "pairs.jsonl")
     reasons = {row["id"]: row["reason"] for row in _read(folder / DROPPED_FILE)}
-    sampled = read_records(Triple, folder / "responses.jsonl") if reasons and (folder / "responses.jsonl").is_file() else []
+    sampled = (
+        read_records(Triple, folder / "responses.jsonl") if reasons and (folder / "responses.jsonl").is_file() else []
+    )
     judged = {row["id"]: row["outcome"] for row in _read(folder / "judgments.jsonl")}
     rows = [_row(triple, iteration, "kept", judged.get(triple.id)) for triple in kept]
     return rows + [_row(triple, iteration, reasons[triple.id], None) for triple in sampled if triple.id in reasons]
@@ -46,11 +54,21 @@ def _row(triple: Triple, iteration: int, status: str, judged: str | None) -> dic
     texts = {name: _cut(getattr(triple, name)) for name in ("query", "good_system", "bad_system", *RESPONSES)}
     lengths = {name: len(ids) for name, ids in (triple.response_ids or {}).items()}
     means = {
-        name: {context: round(row[name] / lengths[name], 3) for context, row in (triple.log_probs or {}).items() if name in row}
+        name: {
+            context: round(row[name] / lengths[name], 3)
+            for context, row in (triple.log_probs or {}).items()
+            if name in row
+        }
         for name in lengths
         if lengths[name]
     }
-    said = {"iteration": iteration, "id": triple.id, "status": status, "features": list(triple.features), "tokens": lengths}
+    said = {
+        "iteration": iteration,
+        "id": triple.id,
+        "status": status,
+        "features": list(triple.features),
+        "tokens": lengths,
+    }
     extra = {"swapped": triple.swapped or None, "judged": judged, "scores": triple.scores, "log_probs": means}
     return {**said, **texts, **{name: value for name, value in extra.items() if value}}
 

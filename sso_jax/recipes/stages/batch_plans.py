@@ -47,7 +47,8 @@ class BatchPlan:
 def plan_preferences(this: Round, objective: Objective, pairs: list[Triple], prompts: dict[str, Prompts]) -> BatchPlan:
     """Order and shape of the batches of pairs.
 
-    They follow from the pairs, the seed and the previous round's row shape alone, so that a resumed round makes the same.
+    They follow from the pairs, the seed and the previous round's row shape alone, so that a resumed round makes the
+    same.
     """
     config, cells = this.run.config, trained_cells(objective)
     examples = [make_example(triple, prompts[triple.id], triple.response_ids, objective.cells) for triple in pairs]
@@ -93,7 +94,9 @@ def plan_rewards(this: Round, pairs: list[TokenizedPair]) -> BatchPlan:
 
 
 def trained_cells(objective: Objective) -> list[Cell]:
-    """The (context, response) log-probs of an update: the objective's, and those of the graded variants of base `spo`."""
+    """The (context, response) log-probs of an update: the objective's, and those of the graded variants of base
+    `spo`.
+    """
     return objective.cells if objective.degree_weight is None else [*objective.cells, *DEGREE_CELLS]
 
 
@@ -106,7 +109,11 @@ def losses_of(model: Transformer, objective: Objective) -> ExampleLosses:
 
 def degree_ids(engine: Engine, triple: Triple, removal: str, seed: int) -> dict[str, list[int]]:
     """Token ids of the graded variants of y+, end of turn included, by the response's name in DEGREE_CELLS."""
-    texts = graded_variants(triple.chosen) if removal == "keywords" else random_variants(triple.chosen, f"{seed}/{triple.id}")
+    texts = (
+        graded_variants(triple.chosen)
+        if removal == "keywords"
+        else random_variants(triple.chosen, f"{seed}/{triple.id}")
+    )
     tokenizer = engine.chat.tokenizer
     ids = [[*encode_text(tokenizer, text), tokenizer.eos_token_id] for text in texts]
     return {response: own for (_, response), own in zip(DEGREE_CELLS, ids, strict=True)}

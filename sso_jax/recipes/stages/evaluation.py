@@ -1,4 +1,6 @@
-"""Measurements: the policy on held-out queries, and an endpoint's judgment of a sample of the pairs. Nothing trains on them."""
+"""Measurements: the policy on held-out queries, and an endpoint's judgment of a sample of the pairs. Nothing trains on
+them.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -73,7 +75,9 @@ def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> fl
 
 
 def judge_by_endpoint(this: Round, pairs: list[Triple]) -> dict[str, Any] | None:
-    """Stage `judgments`: what the endpoint says about a sample of the pairs, in `judgments.jsonl`; None if it is not asked."""
+    """Stage `judgments`: what the endpoint says about a sample of the pairs, in `judgments.jsonl`; None if it is not
+    asked.
+    """
     run = this.run
     if not run.config.judging.pairs or not pairs:
         return None

@@ -1,4 +1,6 @@
-"""Policies on disk: the one that a round starts from, those that earlier rounds exported, and the export of this round."""
+"""Policies on disk: the one that a round starts from, those that earlier rounds exported, and the export of this
+round.
+"""
 
 from pathlib import Path
 

@@ -66,7 +66,9 @@ def read_queries(config: Config) -> QueryRounds:
     """
     toy, path = config.model.path == "toy", config.queries.path
     if toy and path is not None:
-        raise InputError(f"queries.path: {path!r} does not go with model.path toy, which has queries of its own; leave it out")
+        raise InputError(
+            f"queries.path: {path!r} does not go with model.path toy, which has queries of its own; leave it out"
+        )
     if not toy and path is None:
         raise InputError("queries.path: not given; a model from a folder needs a file or data set of queries")
     queries = toy_queries(config.toy.descriptions) if toy else load_queries(path, config.queries.split)
@@ -90,7 +92,9 @@ def round_queries(this: Round[QueryRounds]) -> list[Query]:
 def principles(this: Round[QueryRounds], policy: Params, queries: list[Query]) -> PrinciplesResult:
     """Stage `principles`: each query with a good and a bad system message, in `principles.jsonl`."""
     run = this.run
-    source = PrincipleSource(run.config.principles, run.dataset.principles, run.endpoint, run.config.endpoint.temperature)
+    source = PrincipleSource(
+        run.config.principles, run.dataset.principles, run.endpoint, run.config.endpoint.temperature
+    )
     key = SampleKey(run.config.run.seed, this.iteration)
 
     def make() -> tuple[list[SteeredQuery], dict]:
@@ -126,10 +130,12 @@ def sample_fitting(
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
 ) -> tuple[list[Triple], Dropped]:
-    """Triples of the queries whose prompts all leave room for a response; the others are dropped. See `sample_triples`."""
+    """Triples of the queries whose prompts all leave room for a response; the others are dropped. See
+    `sample_triples`.
+    """
     fits = engine.sampler.fits
     fitting = [query for query in queries if all(fits(prompt) for prompt in prompts[query.id].values())]
-    triples = sample_triples(engine.sampler, policies, engine.chat, fitting, prompts, key, wanted)
+    triples = sample_triples(engine.sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted)
     kept = {query.id for query in fitting}
     return triples, {query.id: "prompt_too_long" for query in queries if query.id not in kept}
 
@@ -147,7 +153,9 @@ def responses(
     With more than one policy, y+ and y- come from those of the last `num_policies` rounds, this one's included.
     """
     run = this.run
-    earlier = [partial(exported_policy, run, this.iteration - 1 - back) for back in range(1, min(num_policies, this.iteration))]
+    earlier = [
+        partial(exported_policy, run, this.iteration - 1 - back) for back in range(1, min(num_policies, this.iteration))
+    ]
 
     def make() -> tuple[list[Triple], dict]:
         key = SampleKey(run.config.run.seed, this.iteration)

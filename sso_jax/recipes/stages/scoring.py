@@ -1,7 +1,8 @@
 """Stage `pairs`: orders triples, scores them with the reference, filters them, and keeps the pairs that are left.
 
-The reference scores every pair once, right after sampling. The marker of the finished stage holds a key of the reference's weights, the
-tokenizer and the token ids; if they have changed since, the log-probs are stale and are computed again.
+The reference scores every pair once, right after sampling. The marker of the finished stage holds a key of the
+reference's weights, the tokenizer and the token ids; if they have changed since, the log-probs are stale and are
+computed again.
 """
 
 import dataclasses
@@ -73,7 +74,11 @@ class PairsResult:
 
 def reference_cells(objective: Objective | None, filter_enabled: bool) -> list[Cell]:
     """The log-probs that the reference computes of every pair."""
-    cells = {*pair_rules.SCORED_CELLS, *(objective.cells if objective else ()), *(FILTER_CELLS if filter_enabled else ())}
+    cells = {
+        *pair_rules.SCORED_CELLS,
+        *(objective.cells if objective else ()),
+        *(FILTER_CELLS if filter_enabled else ()),
+    }
     return sorted(cells)
 
 
@@ -109,7 +114,8 @@ def score_and_filter(
       candidates: called only if the stage is not done yet.
 
     Raises:
-      RunError: if no candidate is kept, or the stored log-probs are of another reference and updates were made with them.
+      RunError: if no candidate is kept, or the stored log-probs are of another reference and updates were made with
+        them.
     """
     cells = reference_cells(objective, this.run.config.filter.enabled)
     stored, trained = read_verified(this.folder, "pairs"), finished(this.folder, "training") is not None
@@ -123,7 +129,11 @@ def score_and_filter(
         triples, dropped = candidates()
         scored, shape = _score(this, reference, triples, cells, prompts, dropped)
         kept, stats = apply_filters(this, scored, dropped)
-        return kept, {**stats, "row_shape": shape, "reference_key": _reference_key(this, reference, cells, kept, prompts)}
+        return kept, {
+            **stats,
+            "row_shape": shape,
+            "reference_key": _reference_key(this, reference, cells, kept, prompts),
+        }
 
     return PairsResult.of_stage(*record_stage(this.folder, "pairs", Triple, make))
 
@@ -134,21 +144,26 @@ def _reference(this: Round, policy: Params) -> Params:
     return policy if path is None else load_params(fetch(path), this.run.engine)
 
 
-def _discard_stale_pairs(this: Round, reference: Params, cells: list[Cell], prompts: dict[str, Prompts], stored: dict) -> None:
+def _discard_stale_pairs(
+    this: Round, reference: Params, cells: list[Cell], prompts: dict[str, Prompts], stored: dict
+) -> None:
     """Reopens the finished stage if its log-probs are not those of this reference, tokenizer and token ids."""
     path = this.folder / PAIRS_FILE
     if _reference_key(this, reference, cells, read_records(Triple, path), prompts) == stored.get("reference_key"):
         return
     if on_first_process(lambda: (this.folder / "checkpoints").exists()):
         raise RunError(
-            f"{path}: its log-probs are not of this reference, tokenizer and pairs, and updates were made with them; put back what was "
+            f"{path}: its log-probs are not of this reference, tokenizer and pairs, and updates were made with them; "
+            "put back what was "
             f"changed, or delete {this.folder / 'checkpoints'} to do them again"
         )
     log.warning("%s: its log-probs are not of this reference, tokenizer and pairs; they are computed anew", path)
     reopen(this.folder, "pairs")
 
 
-def _reference_key(this: Round, reference: Params, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]) -> str:
+def _reference_key(
+    this: Round, reference: Params, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]
+) -> str:
     """Hash of everything that the reference's log-probs depend on: weights, tokenizer, cells and token ids."""
     rows = [[prompts.get(triple.id), triple.response_ids] for triple in pairs]
     content = json.dumps([fingerprint(reference), tokens_hash(this.run.engine.chat.tokenizer), cells, rows])
@@ -163,7 +178,9 @@ def _score(
     prompts: dict[str, Prompts],
     dropped: Dropped,
 ) -> tuple[list[Triple], RowShape | None]:
-    """The triples that fit the token limit with the reference's log-probs, and the row shape; the others are added to `dropped`."""
+    """The triples that fit the token limit with the reference's log-probs, and the row shape; the others are added to
+    `dropped`.
+    """
     engine, train = this.run.engine, this.run.config.train
     fitting = [t for t in triples if pair_rules.fits(prompts[t.id], t.response_ids, cells, engine.max_tokens)]
     kept = {triple.id for triple in fitting}
@@ -190,11 +207,16 @@ def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[
         if not math.isfinite(value)
     ]
     if broken:
-        raise RunError(f"reference log-probs that are not finite, of {', '.join(broken[:5])}: the policy is broken; take an earlier one")
+        raise RunError(
+            f"reference log-probs that are not finite, of {', '.join(broken[:5])}: the policy is broken; take an "
+            "earlier one"
+        )
 
 
 def apply_filters(this: Round, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
-    """The pairs that pass the filters, and the statistics of the stage; with a filter on, also the numbers before it."""
+    """The pairs that pass the filters, and the statistics of the stage; with a filter on, also the numbers before
+    it.
+    """
     rules, kept, least = this.run.config.filter, scored, this.run.config.filter.min_score_gap
     if rules.reward_path is not None and kept:
         scorer = open_reward_scorer(rules.reward_path, this.run.config.model, this.run.engine.mesh)
@@ -225,7 +247,8 @@ def require_pairs(result: PairsResult, count: int, path: Path) -> PairsResult:
     """The result itself; raises `RunError` with the reasons if none of `count` candidates was kept."""
     if not result.pairs:
         raise RunError(
-            f"{path.parent}: none of {count} triples was kept ({result.dropped}); look at {path}, and start anew with other settings or "
+            f"{path.parent}: none of {count} triples was kept ({result.dropped}); look at {path}, and start anew with "
+            "other settings or "
             "queries"
         )
     return result

@@ -71,7 +71,9 @@ def abstract_state(
 ) -> tuple[TrainState, TrainState]:
     """Shapes and shardings of the state, from those of the parameters."""
     trainable, frozen = split_trainable(params)
-    shapes = TrainState(trainable, jax.eval_shape(optimizer.init, trainable), jax.ShapeDtypeStruct((), np.int32), frozen)
+    shapes = TrainState(
+        trainable, jax.eval_shape(optimizer.init, trainable), jax.ShapeDtypeStruct((), np.int32), frozen
+    )
     return shapes, state_shardings(params, param_shardings, optimizer, mesh)
 
 
@@ -79,7 +81,9 @@ def _shapes_with(parts: dict, engine: Engine, optimizer: optax.GradientTransform
     """Shapes and shardings of the state of the decoder's parameters and these parts, which lie on every device."""
     whole = jax.tree.map(lambda _: replicated(engine.mesh), parts)
     abstract = jax.eval_shape(lambda: parts)
-    return abstract_state({**engine.abstract_params(), **abstract}, {**engine.shardings, **whole}, optimizer, engine.mesh)
+    return abstract_state(
+        {**engine.abstract_params(), **abstract}, {**engine.shardings, **whole}, optimizer, engine.mesh
+    )
 
 
 def without_parts(params: Params, parts: Params) -> Params:
@@ -115,8 +119,8 @@ def train(
     Args:
       first_step: number of the first update in metrics.jsonl; the second training of a round continues the first one's.
       engine: the run's engine, unless another model than the policy is trained.
-      eval_fn: called with the parameters after every `checkpoint.every_steps` updates; what it returns joins the metrics
-        line of that update.
+      eval_fn: called with the parameters after every `checkpoint.every_steps` updates; what it returns joins the
+        metrics line of that update.
     """
     run, engine = this.run, engine or this.run.engine
     stage = "updates of the generator" if this.part else "updates"
@@ -130,7 +134,9 @@ def train(
         run.programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, layout)
     update, title = run.programs[stage], this.title(stage)
     padding = 1.0 - sum(plan.num_tokens) / (len(plan.num_tokens) * first.rows.tokens.size)
-    log.info("%s: rows of %s (microbatches, rows, tokens), %.0f%% padding", title, first.rows.tokens.shape, 100 * padding)
+    log.info(
+        "%s: rows of %s (microbatches, rows, tokens), %.0f%% padding", title, first.rows.tokens.shape, 100 * padding
+    )
     with checkpoints.open_checkpoints(this.folder / "checkpoints", run.config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
         if state is None:
@@ -213,7 +219,8 @@ def _check_first_loss(loss: float, expected: float, dtype: str, stage: str) -> N
     """Raises `RunError` if the first loss is not that of a policy that is its own reference."""
     if abs(loss - expected) > FIRST_LOSS_TOLERANCE[dtype] * max(1.0, abs(expected)):
         raise RunError(
-            f"{stage}: the first loss is {loss:.6f}, and {expected:.6f} for a policy that is its own reference: the stored log-probs are "
+            f"{stage}: the first loss is {loss:.6f}, and {expected:.6f} for a policy that is its own reference: the "
+            "stored log-probs are "
             "not this policy's. Delete the round's folder to compute them again; if it happens again, report it"
         )
 
@@ -225,7 +232,8 @@ def _num_updates(folder: Path) -> int:
 
 
 def restore_params(engine: Engine, config: Config, folder: Path, base: Callable[[], Params]) -> Params:
-    """Parameters of the newest checkpoint of a finished round; `base` loads those of its start, for what training left frozen.
+    """Parameters of the newest checkpoint of a finished round; `base` loads those of its start, for what training left
+    frozen.
 
     Raises:
       InputError: if the folder holds none.
@@ -236,6 +244,8 @@ def restore_params(engine: Engine, config: Config, folder: Path, base: Callable[
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
     if state is None:
-        raise InputError(f"{folder}: no checkpoint, though the round is marked as done; delete {folder.parent} to do it again")
+        raise InputError(
+            f"{folder}: no checkpoint, though the round is marked as done; delete {folder.parent} to do it again"
+        )
     frozen = split_trainable(base())[1] if shapes.frozen else {}
     return without_parts(state._replace(frozen=frozen).all_params(), parts)
