@@ -20,66 +20,39 @@ SHARE = 1.15
 """A path stays where without it a run takes this many times as long, or a third more memory."""
 
 
+def _nothing(*_) -> None:
+    """Stands for a step that is left out."""
+
+
+def _never(*_) -> bool:
+    """Stands for a condition that chooses a path."""
+    return False
+
+
 def _without_release_memory() -> None:
-    from sso_jax.runtime import host_memory
+    from sso_jax.commands import train
     from sso_jax.training import update
 
-    host_memory.release_memory = update.release_memory = lambda: None
+    train.release_memory = update.release_memory = _nothing
 
 
 def _without_few_arenas() -> None:
     from sso_jax.commands import cli
 
-    cli.keep_few_arenas = lambda: None
+    cli.keep_few_arenas = _nothing
 
 
 def _without_compile_ahead() -> None:
     from sso_jax.recipes.stages import update
     from sso_jax.toy import pretraining
 
-    update.compile_ahead = pretraining.compile_ahead = lambda *_: None
-
-
-def _without_few_rows_product() -> None:
-    from sso_jax.sampling import decode
-
-    decode.on_cpu = lambda _: False
+    update.compile_ahead = pretraining.compile_ahead = _nothing
 
 
 def _without_unrolled_decoding() -> None:
-    from sso_jax.sampling import decode
+    from sso_jax.sampling import sampler
 
-    decode.decodes_unrolled = lambda *_: False
-
-
-def _without_unrolled_scoring() -> None:
-    from sso_jax.training import log_probs
-
-    log_probs.runs_unrolled = lambda *_: False
-
-
-def _without_unrolled_training() -> None:
-    from sso_jax.models import layer_layout
-
-    layer_layout.trains_unrolled = lambda *_: False
-
-
-def _without_turned_product() -> None:
-    import jax.numpy as jnp
-
-    from sso_jax.models import kernels
-    from sso_jax.training import log_probs
-
-    def plain(x, right):
-        return jnp.einsum("...nm,...ne->...me", x, right, preferred_element_type=jnp.float32)
-
-    kernels.turned_product = log_probs.turned_product = plain
-
-
-def _without_computed_once() -> None:
-    from sso_jax.models import transformer
-
-    transformer.computed_once = lambda tree, positions: tree
+    sampler.unrolls_layers = _never
 
 
 def _without_flat_product() -> None:
@@ -87,7 +60,10 @@ def _without_flat_product() -> None:
 
     from sso_jax.models import layers
 
-    layers.flat_product = lambda x, kernel: jnp.tensordot(x, kernel, x.ndim - 2)
+    def product(x, kernel):
+        return jnp.tensordot(x, kernel, x.ndim - 2)
+
+    layers.flat_product = product
 
 
 def _without_synchronous_dispatch() -> None:
@@ -108,32 +84,31 @@ def _without_gated() -> None:
 
     from sso_jax.models import layers
 
-    layers.gated = lambda gate, up: nn.silu(gate) * up
+    def gated(gate, up):
+        return nn.silu(gate) * up
+
+    layers.gated = gated
 
 
 def _without_shared_prefix() -> None:
     from sso_jax.sampling import sampler
 
-    sampler.shared_prefix = lambda _: []
+    def nothing_shared(prompts):
+        return []
+
+    sampler.shared_prefix = nothing_shared
 
 
 PATHS: dict[str, Callable[[], None]] = {
-    "nothing": lambda: None,
-    "huge_pages": lambda: None,  # by the environment, see `_run`
+    "nothing": _nothing,
+    "unrolled_decoding": _without_unrolled_decoding,
+    "shared_prefix": _without_shared_prefix,
+    "flat_product": _without_flat_product,
+    "gated": _without_gated,
+    "compile_ahead": _without_compile_ahead,
     "release_memory": _without_release_memory,
     "few_arenas": _without_few_arenas,
-    "compile_ahead": _without_compile_ahead,
-    "few_rows_product": _without_few_rows_product,
-    "unrolled_decoding": _without_unrolled_decoding,
-    "unrolled_scoring": _without_unrolled_scoring,
-    "turned_product": _without_turned_product,
-    "computed_once": _without_computed_once,
-    "flat_product": _without_flat_product,
     "synchronous_dispatch": _without_synchronous_dispatch,
-    "gated": _without_gated,
-    "shared_prefix": _without_shared_prefix,
-    "nothing_no_remat": lambda: None,
-    "unrolled_training_no_remat": _without_unrolled_training,
 }
 """What takes a path away, by its name."""
 
@@ -160,12 +135,9 @@ def _run(path: str, case: str, model: str, queries: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         arguments = _arguments(case, model, queries, directory)
-        if path.endswith("no_remat"):
-            arguments += ["--model.remat", "false"]
-        environment = {**os.environ, **({"GLIBC_TUNABLES": ""} if path == "huge_pages" else {})}
         start = time.perf_counter()
         command = [sys.executable, "-m", "benchmarks.special_paths", "--only", path, *arguments]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         errors = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
         if status:
@@ -204,9 +176,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 2 and sys.argv[1] == "--only":
         from sso_jax.commands.cli import run_command
         from sso_jax.config import Config
-        from sso_jax.runtime.host_memory import use_huge_pages
 
-        use_huge_pages()
         PATHS[sys.argv[2]]()
         sys.exit(run_command("special_paths", "", Config, "sso_jax.commands.train", sys.argv[3:]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,4 +1,4 @@
-"""Dry runs of 7B and 8B updates on TPU topologies in, the README's tables of bytes a chip out. Needs
+"""Dry runs of 7B and 8B updates on TPU topologies in, the tables of docs/hardware.md of bytes a chip out. Needs
 requirements-dry-run.txt, no TPU.
 
     JAX_PLATFORMS=cpu python -m benchmarks.topologies --out docs/topologies.json

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from benchmarks.speed import shapes
 from benchmarks.speed.timing import READY, TURNS_VARIABLE
-from sso_jax.runtime.host_memory import use_huge_pages
 
 PEERS = ("transformers", "tunix")
 WORK = ["sample", "update"]
@@ -61,7 +60,6 @@ def run_cell(cell: str, device: str, shape: shapes.Shape, repeats: int, profile:
     """One measurement, in this process."""
     who, _, what = cell.partition("/")
     if who in ("machine", "ours"):
-        use_huge_pages()  # as train.py and sample.py begin
         from benchmarks.speed import machine, ours
         from sso_jax.runtime.jax_setup import prepare_jax
 

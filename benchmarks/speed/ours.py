@@ -1,5 +1,6 @@
 """A shape in, seconds and bytes of this project's sampling and of its update out."""
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from sso_jax.commands.flops import count_flops
 from sso_jax.config import LoraConfig, ObjectiveConfig
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.kernels import default_kernel
-from sso_jax.models.layer_layout import training_layout
+from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.recipes.objective import build_objective
@@ -88,7 +89,7 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     requests = [
         Request(ids, (SEED, row)) for row, ids in enumerate(prompt_ids(shape, shape.sample_rows, shape.sample_prompt))
     ]
-    parts = build_parts(model, mesh, shardings)
+    parts = build_parts(model, mesh, shardings, unrolled=True)
 
     def work():
         answers = sampler.sample(params, requests, "sampling")
@@ -158,7 +159,12 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
 
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
     update = build_update(
-        losses, optimizer, mesh, placed, batch_of(no_log_probs(items, objective.cells)), training_layout(model, mesh)
+        losses,
+        optimizer,
+        mesh,
+        placed,
+        batch_of(no_log_probs(items, objective.cells)),
+        functools.partial(cast_to_compute, model),
     )
     score = build_score(model, mesh, shardings)
     return Updating(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
@@ -179,7 +185,7 @@ def traced(parts: Updating) -> dict:
     rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh), by_sequence=parts.model.by_sequence), num_cells)
     with jax.set_mesh(parts.mesh):
         updated = parts.update.trace(parts.shapes, batch, RATE).jaxpr
-        params = jax.eval_shape(parts.score.lay_out, parts.shapes.all_params())
+        params = jax.eval_shape(parts.score.prepare, parts.shapes.all_params())
         scored = parts.score.log_probs.trace(params, rows, num_cells).jaxpr
     return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
 

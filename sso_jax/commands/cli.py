@@ -1,44 +1,64 @@
-"""A command line in, an exit status out: what train.py and sample.py share."""
+"""The command line: parses arguments, runs a command, and turns what went wrong into one line and an exit status."""
 
 import importlib
 import logging
 import os
 import sys
 
-from sso_jax.config import parse
+from sso_jax.config import Config, EvaluateConfig, SampleConfig, parse
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.host_memory import keep_few_arenas
 from sso_jax.runtime.signals import EXIT_STATUS, Stopped, stop_at_safe_points
 
 
-def run_command(program: str, description: str, config_class: type, module: str, argv: list[str]) -> int:
-    """Parses `argv` into `config_class` and gives it to `module.run`.
+def train(argv: list[str] | None = None) -> int:
+    """Runs train.py or `sso-train`; returns its exit status. `argv` are the arguments, by default the process's own."""
+    description = "Self-steering optimization: sample, pair, train, repeat."
+    return run_command("train.py", description, Config, "sso_jax.commands.train", argv)
 
-    The module is loaded after parsing: --help and mistakes in a config answer without loading JAX.
 
-    Returns: 0 for done, 75 for stopped on request; with one line on standard error 2 for input that cannot be used, and
-      1 for a run that cannot go on.
+def sample(argv: list[str] | None = None) -> int:
+    """Runs sample.py or `sso-sample`; see `train`."""
+    description = "Samples from a policy: plain answers, or triples under good and bad principles."
+    return run_command("sample.py", description, SampleConfig, "sso_jax.commands.sample", argv)
+
+
+def evaluate(argv: list[str] | None = None) -> int:
+    """Runs evaluate.py or `sso-evaluate`; see `train`."""
+    description = "Scores preference pairs with a reward model: accuracy overall, by section and by domain."
+    return run_command("evaluate.py", description, EvaluateConfig, "sso_jax.commands.evaluate", argv)
+
+
+def run_command(program: str, description: str, config_class: type, module: str, argv: list[str] | None = None) -> int:
+    """Parses arguments into `config_class` and passes the config to `module.run`.
+
+    The module is imported after parsing, so that --help and mistakes in a config answer without loading JAX.
+
+    Returns:
+      0 if the job was done, 75 if it stopped on request, and with one line on standard error 2 for input that cannot be
+      used and 1 for a run that cannot continue.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
     keep_few_arenas()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sso_jax").setLevel(logging.INFO)
     try:
-        config = parse(config_class, argv, program, description)
+        config = parse(config_class, sys.argv[1:] if argv is None else argv, program, description)
         with stop_at_safe_points():
             importlib.import_module(module).run(config)
     except InputError as error:
-        return _say(program, str(error), 2)
+        return _fail(program, str(error), 2)
     except Stopped as stop:
-        return _say(program, f"stopped by {stop}; what is done is saved, run the same command again", EXIT_STATUS)
+        return _fail(program, f"stopped by {stop}; everything done is saved, run the same command again", EXIT_STATUS)
     except RunError as error:
-        return _say(program, str(error), 1)
+        return _fail(program, str(error), 1)
     except OSError as error:
         place = error.filename or "a file"
-        return _say(program, f"{place}: {error.strerror or error}; mend that, then run the same command again", 1)
+        reason = error.strerror or error
+        return _fail(program, f"{place}: {reason}; fix that, then run the same command again", 1)
     return 0
 
 
-def _say(program: str, line: str, status: int) -> int:
+def _fail(program: str, line: str, status: int) -> int:
     print(f"{program}: {line}", file=sys.stderr)
     return status

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from sso_jax.data.records import Cell
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_config import CONFIG_FILE, read_architecture
 from sso_jax.models.hf_folder import fetch
-from sso_jax.models.layer_layout import training_layout
+from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
@@ -36,7 +37,7 @@ from sso_jax.recipes.stages.update import abstract_state, build_optimizer, new_p
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
 from sso_jax.runtime.mesh import make_mesh, num_batch_shards, param_shardings, replicated
-from sso_jax.sampling.decode import as_decoded, build_parts, state_shardings
+from sso_jax.sampling.decode import build_parts, state_shardings
 from sso_jax.sampling.prefill import DecodeState, Prompts
 from sso_jax.sampling.prompt_padding import with_headroom
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -226,7 +227,7 @@ def _sampling_bytes(plan: Plan, start: Callable, inputs: tuple, new_tokens: int)
     copy.
     """
     state = jax.eval_shape(lambda *args: start(*args, new_tokens), *inputs)
-    sharding = state_shardings(as_decoded(plan.model, plan.sampling.mesh), plan.sampling.mesh).cache
+    sharding = state_shardings(plan.model, plan.sampling.mesh).cache
     cache_bytes = _bytes(state.cache, jax.tree.map(lambda _: sharding, state.cache))
     beside = 0 if plan.sampling is plan.training else _bytes(plan.params, plan.training.shardings)
     return state, {"cache_bytes": cache_bytes, "beside_bytes": beside}
@@ -280,7 +281,7 @@ def trace_scoring(plan: Plan) -> Traced:
     num_cells = count * len(cells)
     rows = pack(trees, _row_shape(plan, trees), num_cells)
     score = build_score(plan.model, plan.training.mesh, plan.training.shardings)
-    params = jax.eval_shape(score.lay_out, plan.params)
+    params = jax.eval_shape(score.prepare, plan.params)
     return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells))
 
 
@@ -333,7 +334,7 @@ def _trace_update(plan: Plan, batch, losses: ExampleLosses) -> Traced:
     plan = dataclasses.replace(plan, params={**plan.params, **parts})
     optimizer, rate = build_optimizer(config.optimizer), jax.ShapeDtypeStruct((), jnp.float32)
     shapes, shardings = abstract_state(plan.params, place.shardings, optimizer, mesh)
-    update = build_update(losses, optimizer, mesh, shardings, batch, training_layout(plan.model, mesh))
+    update = build_update(losses, optimizer, mesh, shardings, batch, partial(cast_to_compute, plan.model))
     moments = _bytes(shapes.optimizer, shardings.optimizer)
     return _trace(plan, place, update, (shapes, _shapes(batch), rate), optimizer_bytes=moments)
 

@@ -1,4 +1,4 @@
-"""Command line and YAML in, one frozen `Config` out. Every field of every section is declared here and nowhere else."""
+"""Declares every config field, by section, and parses command lines and YAML files into a frozen `Config`."""
 
 from sso_jax.config.commands import Config, EvaluateConfig, SampleConfig
 from sso_jax.config.inputs import (

@@ -1,4 +1,4 @@
-"""All fields of each command: `Config` of train.py, `SampleConfig` of sample.py, `EvaluateConfig` of evaluate.py."""
+"""The config of each command: `Config` of train.py, `SampleConfig` of sample.py, `EvaluateConfig` of evaluate.py."""
 
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -19,12 +19,14 @@ from sso_jax.config.training import GeneratorConfig, ObjectiveConfig, OptimizerC
 
 @dataclass(frozen=True)
 class Config:
+    """Config of train.py: all fields of a training run, by section."""
+
     recipe: Literal["online", "generator", "offline", "sft", "reward"] = "online"
-    """`online`, the paper's version 1: sample, pair, train, repeat; `generator`, its version 2: train a generator, then
-    the policy on its pairs; `offline` trains on given pairs; `sft` on demonstrations; `reward` trains a reward
+    """`online` (version 1 of the paper): sample, pair, train, repeat; `generator` (its version 2): train a generator,
+    then the policy on its pairs; `offline` trains on given pairs; `sft` on demonstrations; `reward` trains a reward
     model."""
     dry_run: Optional[str] = None
-    """A TPU topology such as v5e:4x4: compile every program for it, print bytes and operations, and do nothing else."""
+    """TPU topology such as v5e:4x4: only compile every program for it and print its memory (bytes) and operations."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     toy: ToyConfig = ToyConfig()
@@ -51,16 +53,18 @@ class Config:
 
 @dataclass(frozen=True)
 class SampleConfig:
+    """Config of sample.py: answers to queries, or steered triples."""
+
     out: Optional[str] = None
-    """JSON Lines file to write; needed with queries.path."""
+    """JSON Lines file to write; required with queries.path."""
     steered: bool = False
-    """Write steered triples (chosen, rejected, original) in place of plain answers."""
+    """Write steered triples (chosen, rejected, original) instead of plain answers."""
     form: Literal["records", "alpaca_eval", "mt_bench", "arena_hard"] = "records"
-    """`records` is this project's own; the others are what the tools of that benchmark read."""
+    """Format of the answers: this project's own `records`, or the format that the benchmark's tools read."""
     generator: Optional[str] = None
-    """Name of the policy in a benchmark's file; null takes the last part of model.path."""
+    """Name of the policy in a benchmark's file; null uses the last part of model.path."""
     query: Optional[str] = None
-    """One query to answer on standard output, in place of a file of queries."""
+    """A single query to answer on standard output, instead of a file of queries."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -73,6 +77,8 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Config of evaluate.py: accuracy of a reward model on pairs."""
+
     out: Optional[str] = None
     """JSON file to write."""
     run: RunConfig = RunConfig()

@@ -1,6 +1,4 @@
-"""Sections of a config that say what is read or asked for: queries, principles, endpoint, judging, pairs,
-demonstrations.
-"""
+"""Config sections for the inputs of a run: queries, principles, endpoint, judging, pairs, demonstrations."""
 
 import re
 import urllib.parse
@@ -13,10 +11,12 @@ from sso_jax.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class QueriesConfig:
+    """Queries to sample responses for."""
+
     path: Optional[str] = None
-    """JSON, JSON Lines, Parquet or a hub data set; the toy world brings its own queries."""
+    """JSON, JSON Lines, Parquet or a hub data set of queries; the toy world has its own."""
     per_iteration: int = 512
-    """Queries of one round; rounds do not overlap."""
+    """Number of queries per round; no query is used in two rounds."""
     split: str = "train"
     """Split of a hub data set."""
 
@@ -26,16 +26,17 @@ class QueriesConfig:
 
 @dataclass(frozen=True)
 class PrinciplesConfig:
+    """Features and principles that steer queries."""
+
     source: Literal["predefined", "self", "file", "endpoint"] = "predefined"
-    """Where principles come from: the project's own table, the policy itself, a file, or an OpenAI-compatible
-    server."""
+    """Source of the principles: the project's own table, the policy itself, a file, or an OpenAI-compatible server."""
     path: Optional[str] = None
-    """Principles made elsewhere, for source `file`: by query id, `features` with both lists of principles, or both
-    system messages."""
+    """File of principles for source `file`: for each query id, `features` with good and bad principles, or both system
+    messages."""
     features_per_query: int = 2
-    """Features that the policy names for a query; missing ones are drawn at random."""
+    """Number of features that the policy names per query; missing ones are drawn at random."""
     concision_probability: float = 0.2
-    """Probability that Concision joins the features of a query."""
+    """Probability that Concision is added to the features of a query."""
 
     def __post_init__(self):
         count = self.features_per_query
@@ -44,30 +45,31 @@ class PrinciplesConfig:
         require(0 <= share <= 1, "principles.concision_probability", share, "a probability in [0, 1]")
         if (self.source == "file") != (self.path is not None):
             raise InputError(
-                f"principles.path: {self.path!r} with principles.source {self.source!r}; path and source `file` need "
-                "each other"
+                f"principles.path: {self.path!r} with principles.source {self.source!r}; give a path with source "
+                "`file`, and with no other source"
             )
 
 
 @dataclass(frozen=True)
 class EndpointConfig:
+    """OpenAI-compatible server that writes principles or judges pairs."""
+
     url: Optional[str] = None
-    """Base address of an OpenAI-compatible server, such as http://localhost:8000/v1 (vLLM)."""
+    """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1 (vLLM)."""
     model: Optional[str] = None
-    """Name of the model there; null takes the one that the server lists, if it lists one only."""
+    """Name of the model on the server; null uses the server's model if it lists exactly one."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key, if the server wants one; the key itself never stands in a config."""
+    """Environment variable with the API key, if the server needs one; the key itself never belongs in a config."""
     timeout_seconds: float = 120.0
-    """Longest wait for the server to answer or to go on with its answer."""
+    """Maximum time to wait for the server to answer, or to continue an answer."""
     retries: int = 5
-    """Further tries of a question after a failure that may pass: no connection, no answer, 429, 5xx, an answer without
-    a text."""
+    """Retries of a question after a transient failure: no connection, a timeout, 429, 5xx, an answer without text."""
     requests_per_minute: Optional[float] = None
-    """Most requests a minute; null sends as fast as `concurrency` allows."""
+    """Maximum requests per minute; null is limited by `concurrency` only."""
     concurrency: int = 8
-    """Requests under way at once."""
+    """Maximum number of concurrent requests."""
     temperature: float = 0.7
-    """Temperature for principles; judgments are asked for at 0."""
+    """Sampling temperature for principles; judgments use 0."""
 
     def __post_init__(self):
         if self.url is not None:
@@ -79,7 +81,10 @@ class EndpointConfig:
                 "http(s)://HOST[:PORT]/v1",
             )
             if parts.username or parts.password or parts.query:
-                raise InputError(f"endpoint.url: holds more than an address ({parts.hostname}); {KEY_REMEDY}")
+                raise InputError(
+                    f"endpoint.url: contains a user name, password or query besides the address ({parts.hostname}); "
+                    f"{KEY_REMEDY}"
+                )
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             raise InputError(f"endpoint.key_variable: not the name of an environment variable; {KEY_REMEDY}")
         require(self.timeout_seconds > 0, "endpoint.timeout_seconds", self.timeout_seconds, "a number above 0")
@@ -92,9 +97,11 @@ class EndpointConfig:
 
 @dataclass(frozen=True)
 class JudgingConfig:
+    """Measurement of pairs by the endpoint."""
+
     pairs: int = 0
-    """Pairs of each round that the endpoint is asked to judge, twice each with positions swapped; it measures, nothing
-    trains on it."""
+    """Number of pairs per round that the endpoint judges, each twice with positions swapped. The verdicts are only
+    reported, never trained on."""
 
     def __post_init__(self):
         require(self.pairs >= 0, "judging.pairs", self.pairs, "0 or more")
@@ -102,18 +109,21 @@ class JudgingConfig:
 
 @dataclass(frozen=True)
 class PairsConfig:
+    """Given preference pairs."""
+
     path: Optional[str] = None
-    """Pairs of recipes `offline` and `reward`: JSON, JSON Lines, Parquet or a hub data set; steered or plain
-    preferences."""
+    """Pairs for recipes `offline` and `reward`, steered or plain: JSON, JSON Lines, Parquet or a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
     control: Literal["none", "random_order", "judge_order"] = "none"
-    """Controls: chosen and rejected swapped by a coin, or (toy only) put in the judge's order."""
+    """Control experiment: swap chosen and rejected at random, or (toy only) put them in the judge's order."""
 
 
 @dataclass(frozen=True)
 class DemonstrationsConfig:
+    """Given demonstrations."""
+
     path: Optional[str] = None
-    """Prompts with responses for recipe `sft`: JSON, JSON Lines, Parquet or a hub data set."""
+    """Prompts and responses for recipe `sft`: JSON, JSON Lines, Parquet or a hub data set."""
     split: str = "train"
     """Split of a hub data set."""

@@ -1,4 +1,4 @@
-"""Sections of a config that say where a run runs and what it leaves: run, mesh, hosts, checkpoint, watch, logging."""
+"""Config sections for where a run executes and what it writes: run, mesh, hosts, checkpoint, watch, logging."""
 
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -8,17 +8,19 @@ from sso_jax.config.values import require
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Directory, seed and length of a run."""
+
     directory: str = "runs/sso"
-    """Folder for everything that the run writes; the same folder continues an interrupted run."""
+    """Folder for everything that the run writes; giving the same folder again resumes an interrupted run."""
     seed: int = 0
-    """The one seed of all randomness."""
+    """Seed of all randomness."""
     iterations: int = 3
     """Rounds of sampling and training."""
     compilation_cache: str = "~/.cache/sso_jax/xla"
-    """Folder where compiled programs are kept between runs; an empty string keeps none."""
+    """Folder that keeps compiled programs between runs; an empty string disables it."""
     on_changed_config: Literal["refuse", "take_new", "take_old"] = "refuse"
-    """Where run.directory was started with other values: `refuse` names them, `take_new` goes on with the ones given
-    now (what is done stays as it is), `take_old` with those it was started with."""
+    """What to do if run.directory was started with other values: `refuse` fails and names them, `take_new` resumes with
+    the present ones (finished stages stay as they are), `take_old` with the original ones."""
 
     def __post_init__(self):
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "an integer from 0 to 2147483647")
@@ -28,31 +30,35 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """Sizes of the device mesh's axes; their product is the number of devices."""
+
     data: int = 1
-    """Copies of the model that share a batch."""
+    """Number of model replicas among which a batch is split."""
     fsdp: int = -1
-    """Parts into which weights, optimizer state and batch are cut; -1 takes the devices that are left."""
+    """Number of shards of weights, optimizer state and batch; -1 uses the remaining devices."""
     tensor: int = 1
-    """Parts into which heads, hidden units and vocabulary are cut."""
+    """Number of shards of attention heads, hidden units and vocabulary."""
 
     def __post_init__(self):
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
-            require(value >= 1 or value == -1, f"mesh.{name}", value, "1 or more, or -1 for what is left")
+            require(value >= 1 or value == -1, f"mesh.{name}", value, "1 or more, or -1 for the remaining devices")
         sizes = (self.data, self.fsdp, self.tensor)
         require(sizes.count(-1) <= 1, "mesh", sizes, "-1 to one axis at most")
 
 
 @dataclass(frozen=True)
 class HostsConfig:
+    """Processes of a multi-host run."""
+
     initialize: bool = False
-    """Join the other processes of a TPU pod, SLURM, Open MPI or Kubernetes job; JAX finds them by itself."""
+    """Connect to the other processes of a TPU pod, SLURM, Open MPI or Kubernetes job, which JAX detects itself."""
     coordinator: Optional[str] = None
-    """HOST:PORT of the first process, where JAX cannot find it by itself."""
+    """HOST:PORT of the first process, where JAX cannot detect it."""
     num_processes: Optional[int] = None
-    """Processes of the run, with hosts.coordinator."""
+    """Number of processes of the run; required with hosts.coordinator."""
     process_id: Optional[int] = None
-    """Number of this process from 0, with hosts.coordinator."""
+    """Index of this process, from 0; required with hosts.coordinator."""
 
     def __post_init__(self):
         given = (self.coordinator, self.num_processes, self.process_id)
@@ -62,11 +68,13 @@ class HostsConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """Checkpoints during training."""
+
     every_steps: int = 100
-    """Most updates that a kill makes be done again: a checkpoint is begun every half as many, and written while
-    training goes on."""
+    """Maximum number of updates repeated after a kill: a checkpoint starts every half as many updates and is written
+    while training continues."""
     keep: int = 1
-    """Newest checkpoints kept in a round."""
+    """Number of checkpoints kept per round, newest first."""
 
     def __post_init__(self):
         require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "1 or more")
@@ -75,14 +83,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Signs of a collapse, each told in the log and in the report; none stops a run."""
+    """Thresholds of collapse warnings, which appear in the log and in the report; none stops a run."""
 
     length_growth: float = 2.0
-    """Responses that have grown to this many times those of the first round are told."""
+    """Warn if responses are this many times as long as in the first round."""
     min_chosen_probability: float = 0.05
-    """On-policy probability of the chosen responses (mean exp of mean log-prob) below which a round is told."""
+    """Warn if the on-policy probability of the chosen responses (mean exp of mean log-prob) falls below this."""
     min_pairs_share: float = 0.1
-    """Share of a round's queries that must end as pairs."""
+    """Warn if less than this share of a round's queries yields pairs."""
 
     def __post_init__(self):
         require(self.length_growth > 1, "watch.length_growth", self.length_growth, "a factor above 1")
@@ -92,7 +100,9 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
+    """Where metrics are written besides `RUN/metrics.jsonl`."""
+
     tensorboard: bool = True
-    """Write the scalars of metrics.jsonl for TensorBoard too, under `RUN/tensorboard`."""
+    """Also write the scalars of metrics.jsonl for TensorBoard, to `RUN/tensorboard`."""
     wandb_project: Optional[str] = None
-    """Weights & Biases project that gets the same scalars; needs the `wandb` package."""
+    """Weights & Biases project that receives the same scalars; needs the `wandb` package."""

@@ -1,4 +1,4 @@
-"""Sections of a config that describe the policy: model, toy, lora."""
+"""Config sections that describe the policy: model, toy, lora."""
 
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -8,31 +8,29 @@ from sso_jax.config.values import require
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The policy: its weights, dtypes and memory use."""
+
     path: str = "toy"
-    """A Hugging Face folder, a hub id, or `toy` for the embedded toy world."""
+    """Hugging Face folder, hub id, or `toy` for the embedded toy world."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights that the optimizer updates."""
+    """Dtype of the weights that the optimizer updates."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the arithmetic in the decoder; log-prob sums are float32 whatever this is."""
+    """Dtype of the decoder's arithmetic; log-prob sums are always float32."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the tensors in the exported `policy/` folders."""
+    """Dtype of the tensors in the exported `policy/` folders."""
     reference_path: Optional[str] = None
-    """Hugging Face folder of another reference than the policy at the start of the round."""
+    """Hugging Face folder of the reference model; null uses the policy at the start of the round."""
     remat: bool = True
-    """Recompute all of each layer in the backward pass, in least memory; false keeps what its products and attention
-    give."""
-    layers: Literal["auto", "stacked", "apart"] = "auto"
-    """How programs read the layers: `apart` is faster and holds a copy of the weights in that order while it samples,
-    scores and, without `remat`, trains; `stacked` holds none but what another `compute_dtype` needs; `auto` is
-    `stacked` on TPUs, and on several GPUs but for sampling, and `apart` elsewhere."""
+    """Recompute each whole layer in the backward pass, which needs the least memory; false saves the outputs of its
+    matrix products and attention."""
     attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"
-    """Attention of whole sequences: `plain` runs anywhere, `cudnn` is for NVIDIA, `splash` for TPU; `auto` takes the
+    """Attention kernel for whole sequences: `plain` runs anywhere, `cudnn` on NVIDIA, `splash` on TPU; `auto` picks the
     platform's."""
     max_logits: int = 2**25
-    """Logits that a device holds at once, 4 bytes each: response tokens meet the vocabulary in slices of about that
-    many. Where all fit the backward pass does not compute them anew."""
+    """Maximum logits that a device holds at once, 4 bytes each: those of response tokens are computed in slices of
+    about this size. If all fit into one slice, the backward pass does not recompute them."""
     matmul_precision: Optional[Literal["default", "high", "highest"]] = None
-    """Exactness of matrix products; null is `highest` for float32 arithmetic and the platform's own for bfloat16."""
+    """Precision of matrix products; null means `highest` for float32 and the platform's default for bfloat16."""
 
     def __post_init__(self):
         require(self.max_logits >= 1, "model.max_logits", self.max_logits, "1 or more")
@@ -40,21 +38,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """The world and the supervised start of `model.path toy`; smaller starts are for trials of the machinery, they know
-    nothing.
-    """
+    """The world and the supervised start of `model.path toy`; with fewer updates the policy learns nothing useful."""
 
     fact_updates: int = 700
-    """Updates on bare right answers: what the policy knows."""
+    """Updates on bare correct answers, which teach the policy facts."""
     style_updates: int = 600
-    """Updates on answers of every quality, with and without principles: what the policy does with it; 0 leaves them
-    out."""
+    """Updates on answers of every quality, with and without principles, which teach it to follow them; 0 skips them."""
     width: int = 64
     """Width of the decoder."""
     num_layers: int = 3
-    """Layers of the decoder."""
+    """Number of decoder layers."""
     descriptions: bool = False
-    """Adds a family of queries ("Describe fox.") in which longer answers look better to the judge, so that lengths can
+    """Add a family of queries ("Describe fox.") in which the judge prefers longer answers, so that lengths can
     drift."""
 
     def __post_init__(self):
@@ -65,10 +60,12 @@ class ToyConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """LoRA adapters."""
+
     rank: int = 0
-    """Rank of the adapters that are trained in place of the weights; 0 trains the weights themselves."""
+    """Rank of the adapters that are trained instead of the weights; 0 trains the weights themselves."""
     alpha: float = 32.0
-    """Adapters are multiplied by alpha/rank."""
+    """Adapters are scaled by alpha/rank."""
     targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = (
         "query",
         "key",

@@ -1,4 +1,4 @@
-"""A command line and YAML files in, the command's frozen config out."""
+"""Parses a command line and YAML files into the command's frozen config."""
 
 import dataclasses
 import difflib
@@ -16,11 +16,11 @@ from sso_jax.runtime.errors import InputError
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _KEY_FIELD = re.compile(r"(?:^|[._-])(?:key|token|secret|password|authorization|bearer)$|apikey$", re.IGNORECASE)
-"""Names under which people put a key into a config."""
+"""Field names under which people put an API key into a config."""
 
 
 def _nearest(message: str, known: list[str]) -> str:
-    """`; did you mean ...?` for the unknown field that an error message of the parser names, or nothing."""
+    """Returns `; did you mean ...?` for the unknown field that the parser's error message names, or an empty string."""
     unknown = re.search(r"(?:unrecognized arguments: --|Option ')([\w.]+)|does not accept option '([\w.]+)'", message)
     if not unknown:
         return ""
@@ -31,7 +31,7 @@ def _nearest(message: str, known: list[str]) -> str:
 
 
 def _fields_of_file(rows, prefix: str = "") -> dict[str, object]:
-    """Values of all fields of a YAML file's contents, by dotted name."""
+    """Flattens the contents of a YAML file into values by dotted name."""
     if not isinstance(rows, dict):
         return {prefix.rstrip("."): rows}
     return {
@@ -40,11 +40,10 @@ def _fields_of_file(rows, prefix: str = "") -> dict[str, object]:
 
 
 def _read_config_file(file: str) -> dict[str, object]:
-    """Values of the fields of a config file, by dotted name; nothing of one that is not there, of which the parser
-    tells.
+    """Reads the values of a config file by dotted name; a missing file, which the parser reports, gives none.
 
     Raises:
-      InputError: for a file that is no table of fields.
+      InputError: for a file that is not YAML with fields.
     """
     if not Path(file).is_file():
         return {}
@@ -52,45 +51,40 @@ def _read_config_file(file: str) -> dict[str, object]:
         rows = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         fields = _fields_of_file(rows) if isinstance(rows, dict) else None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(
-            f"{file}: not YAML that can be read ({' '.join(str(error).split())[:200]}); mend the file"
-        ) from error
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]}); fix the file") from error
     if not fields:
         raise InputError(
-            f"{file}: {str(rows)[:60]!r} is no table of fields; give sections with fields, as configs/tiny.yaml has "
-            "them"
+            f"{file}: {str(rows)[:60]!r} is not a table of fields; give sections with fields, as in configs/tiny.yaml"
         )
     return fields
 
 
 def _check_files(config_class: type, files: list[str]) -> None:
-    """Raises `InputError` for a config file that cannot be read, a section without fields, or a field without a
-    value.
-    """
+    """Raises `InputError` for a config file that cannot be read, a section without fields, or a field without value."""
     declared = {field.name: field for field in dataclasses.fields(config_class)}
     for file in files:
         for name, value in _read_config_file(file).items():
             section, _, field = name.partition(".")
             default = declared[section].default if section in declared else None
             if dataclasses.is_dataclass(default) and not field:
-                raise InputError(f"{file}: {section} is {value!r}; it is a section, give its fields below it")
+                raise InputError(f"{file}: {section} is {value!r}; it is a section: give its fields below it")
             if value is None and getattr(default, field, default if not field else None) is not None:
-                raise InputError(f"{file}: {name} has no value; give one, or take the line out")
+                raise InputError(f"{file}: {name} has no value; give one, or remove the line")
 
 
 def _refuse_keys(argv: list[str], files: list[str]) -> None:
-    """Raises `InputError` for a key on the command line or in a config file; its value is not repeated."""
+    """Raises `InputError` for an API key on the command line or in a config file, without repeating its value."""
     given = [(part.lstrip("-").split("=")[0], "the command line") for part in argv if part.startswith("--")]
     given += [(name, file) for file in files for name in _read_config_file(file)]
     for name, place in given:
         if _KEY_FIELD.search(name):
             raise InputError(
-                f"{name}: a key does not belong on the command line or in a config ({place}); {KEY_REMEDY}"
+                f"{name}: an API key does not belong on the command line or in a config ({place}); {KEY_REMEDY}"
             )
 
 
 def _config_files(argv: list[str]) -> list[str]:
-    """What `--config` names."""
+    """Returns the files that `--config` names."""
     pairs = zip(argv, [*argv[1:], ""], strict=True)
     return [part.partition("=")[2] or following for part, following in pairs if part.split("=")[0] == "--config"]
 
@@ -99,7 +93,7 @@ def parse(config_class: type, argv: list[str], program: str, description: str):
     """Parses `--config FILE` and dotted overrides into `config_class`.
 
     Raises:
-      InputError: one line that names the field, the value and what it may be.
+      InputError: one line that names the field, its value and the allowed values.
     """
     parser = jsonargparse.ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of fields; later arguments override it.")
@@ -115,7 +109,7 @@ def parse(config_class: type, argv: list[str], program: str, description: str):
         raise InputError(message + _nearest(message, known)) from error
     except RecursionError as error:
         raise InputError(
-            f"{', '.join(files) or 'the command line'}: a value holds itself without end; mend it"
+            f"{', '.join(files) or 'the command line'}: a value contains itself; fix the reference"
         ) from error
     fields = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class)}
     parsed = config_class(**fields)
@@ -133,17 +127,17 @@ def _refuse_infinite(fields: dict, prefix: str = "") -> None:
 
 
 def to_dict(config) -> dict:
-    """The config as plain nested dictionaries, for YAML and for comparison."""
+    """Converts a config to plain nested dictionaries, for YAML and for comparison."""
     return dataclasses.asdict(config)
 
 
 def to_json_dict(config) -> dict:
-    """`to_dict` in JSON's types: tuples are lists."""
+    """Converts a config like `to_dict`, with JSON types: tuples become lists."""
     return json.loads(json.dumps(to_dict(config)))
 
 
 def with_value(config, path: list[str], value):
-    """The config with the field at `path` set; lists become tuples."""
+    """Returns a copy of the config with the field at `path` set; lists become tuples."""
     name, *rest = path
     if rest:
         return dataclasses.replace(config, **{name: with_value(getattr(config, name), rest, value)})

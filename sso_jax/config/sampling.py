@@ -1,7 +1,7 @@
-"""Sections of a config from responses to pairs: sampling, filter."""
+"""Config sections for sampling responses and filtering pairs: sampling, filter."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
 from sso_jax.config.machine import MeshConfig
 from sso_jax.config.values import require
@@ -10,22 +10,27 @@ from sso_jax.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class SamplingConfig:
+    """How responses are sampled."""
+
     temperature: float = 0.7
-    """Logits are divided by it; 0 is greedy."""
+    """Divisor of the logits; 0 is greedy."""
     top_p: float = 0.8
-    """Smallest set of likeliest tokens with at least this mass is kept; 1 keeps all."""
+    """Keep the smallest set of most likely tokens with at least this probability mass; 1 keeps all."""
     top_k: Optional[int] = None
-    """At most this many likeliest tokens are kept; none keeps all."""
+    """Keep at most this many of the most likely tokens; null keeps all."""
     max_new_tokens: int = 2048
-    """Longest response, end of turn included."""
+    """Maximum tokens of a response, end of turn included."""
     batch_size: int = 64
     """Responses sampled together; the last batch of a stage is padded to it."""
     mesh: Optional[MeshConfig] = None
-    """Another mesh to sample on, for a second copy of the weights meanwhile; with `data` the number of hosts, hosts
-    decode apart."""
+    """Separate mesh to sample on, at the cost of a second copy of the weights while sampling. If its `data` is the
+    number of hosts, each host decodes on its own."""
+    layers: Literal["auto", "scanned", "unrolled"] = "auto"
+    """How decoding runs the layers: `unrolled` is faster per token, but its compile time grows with depth, and it needs
+    a second copy of the weights; `auto` is `scanned` on TPUs and in stages of few tokens."""
     policies: int = 1
-    """Policies that y+ and y- are drawn from: the present one and so many less one of earlier rounds (TSO's model
-    matrix)."""
+    """Number of policies that y+ and y- are sampled from: the present one and those of the latest earlier rounds (TSO's
+    model matrix)."""
 
     def __post_init__(self):
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
@@ -38,20 +43,23 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
+    """Which scored pairs are kept for training."""
+
     enabled: bool = False
-    """Keep only the pairs that the log-probability filter lets through."""
+    """Keep only pairs that pass the log-probability filter."""
     min_score_gap: Optional[float] = None
-    """Keep only pairs whose chosen response was scored at least this much above the rejected one, by the file or the
-    reward model."""
+    """Keep only pairs whose chosen response scores at least this much higher than the rejected one, by the scores of
+    the file or of the reward model."""
     reward_path: Optional[str] = None
-    """Folder of a reward model that scores the pairs; alone it drops those whose rejected response it prefers."""
+    """Folder of a reward model that scores the pairs; without min_score_gap, pairs whose rejected response it prefers
+    are dropped."""
     reward_share: float = 1.0
-    """Share of the pairs that is kept after that: those whose chosen response leads by most."""
+    """Share of the remaining pairs to keep: those with the largest lead of the chosen response."""
 
     def __post_init__(self):
         require(0 < self.reward_share <= 1, "filter.reward_share", self.reward_share, "a share in (0, 1]")
         if self.reward_share < 1 and self.reward_path is None:
             raise InputError(
-                f"filter.reward_share: {self.reward_share} needs a reward model; give filter.reward_path, or leave it "
-                "out"
+                f"filter.reward_share: {self.reward_share} needs a reward model; give filter.reward_path, or omit "
+                "filter.reward_share"
             )

@@ -1,4 +1,4 @@
-"""Sections of a config that say what training does: objective, optimizer, train, generator, reward."""
+"""Config sections for training: objective, optimizer, train, generator, reward."""
 
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -9,33 +9,35 @@ from sso_jax.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    """Loss on preference pairs."""
+
     base: str = "ipo"
-    """Loss that the objective is built from: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero,
-    apo_down, discopop, aps, clipped in every context; rpo, selm, opo, reward_conditioned, spo on the plain prompt."""
+    """Base loss of the objective: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero, apo_down,
+    discopop, aps, clipped in every context; rpo, selm, opo, reward_conditioned, spo on the plain prompt only."""
     beta: Optional[float] = None
-    """Strength of the base loss; null takes the base's own default."""
+    """Strength of the base loss; null uses the base's own default."""
     label_smoothing: Optional[float] = None
-    """Share of labels taken to be wrong, for the bases that have it."""
+    """Share of labels assumed to be wrong, for base losses that have it."""
     tau: Optional[float] = None
-    """Temperature of the bases that have one."""
+    """Temperature, for base losses that have one."""
     eta: Optional[float] = None
-    """Weight of the supervised part of the bases that have one."""
+    """Weight of the supervised part, for base losses that have one."""
     margin: Optional[float] = None
-    """Target margin of the bases that have one."""
+    """Target margin, for base losses that have one."""
     alpha: Optional[float] = None
     """Weight of the exploration term of base `selm`."""
     rho: Optional[float] = None
     """Base `aps`: how far the entropy of a pair's preference is kept below ln 2, in nats."""
     t_min: Optional[float] = None
-    """Base `aps`: least scale of a pair."""
+    """Base `aps`: minimum scale of a pair."""
     t_max: Optional[float] = None
-    """Base `aps`: largest scale of a pair."""
+    """Base `aps`: maximum scale of a pair."""
     clip: Optional[float] = None
-    """Base `clipped`: reward beyond which nothing more is earned."""
+    """Base `clipped`: bound on the rewards, from above for the chosen and from below for the rejected response."""
     degree_weight: Optional[float] = None
     """gamma of base `spo`: weight of the cross-entropy of its degree head."""
     degree_removal: Literal["keywords", "random"] = "keywords"
-    """What the variants of base `spo` lack: key phrases, or as many words drawn at random (a control)."""
+    """What is removed from the variants of base `spo`: key phrases, or as many random words (a control)."""
     form: Literal["online", "generator", "pairwise"] = "online"
     """`online`: base + W*g*G (version 1); `generator`: L+ + L- (version 2); `pairwise`: the plain pair alone (PBAA)."""
     steering_weight: float = 0.1
@@ -43,19 +45,19 @@ class ObjectiveConfig:
     weight_alpha: float = 0.66
     """a, the share of the chosen response in W."""
     use_weight: bool = True
-    """Whether W multiplies the steering terms (the base loss where there are none)."""
+    """Whether W multiplies the steering terms (or the base loss, if there are none)."""
     use_steering: bool = True
     """Whether G = L+ + L- is added to the base loss in form `online`."""
     detach_weight: bool = False
-    """Stop the gradient through W, as WPO does; the authors' code lets it flow."""
+    """Stop the gradient through W, as in WPO; the authors' code does not."""
     positive_weight: float = 1.0
     """Factor of L+; 0 drops it."""
     negative_weight: float = 1.0
     """Factor of L-; 0 drops it."""
     negative_winner: Literal["original", "rejected"] = "original"
-    """Winner of L- over y+: y_o as in the paper, or y-, the naive form of its ablation."""
+    """Winner over y+ in L-: y_o as in the paper, or y-, the naive form in its ablation."""
     sft_weight: Optional[float] = None
-    """gamma, the weight of the supervised terms; null is 0 in form `online` and 0.1 in form `generator`."""
+    """gamma, the weight of the supervised terms; null means 0 in form `online` and 0.1 in form `generator`."""
 
     def __post_init__(self):
         require(self.beta is None or self.beta > 0, "objective.beta", self.beta, "a number above 0")
@@ -70,37 +72,32 @@ class ObjectiveConfig:
         for name in ("t_min", "t_max", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"objective.{name}", value, "a number above 0")
-        for name in (
-            "steering_weight",
-            "positive_weight",
-            "negative_weight",
-            "sft_weight",
-            "eta",
-            "alpha",
-            "degree_weight",
-        ):
+        weights = ("steering_weight", "positive_weight", "negative_weight", "sft_weight", "eta", "alpha")
+        for name in (*weights, "degree_weight"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"objective.{name}", value, "0 or more")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
     learning_rate: float = 5e-7
-    """Peak of the schedule."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: a cosine to 0, or the peak kept."""
+    """Schedule after the warm-up: cosine decay to 0, or constant at the peak."""
     warmup_ratio: float = 0.1
-    """Share of the updates over which the rate rises from 0."""
+    """Share of the updates over which the learning rate rises from 0."""
     b1: float = 0.9
     """Decay of AdamW's first moment."""
     b2: float = 0.95
     """Decay of AdamW's second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Term added to the square root of AdamW's second moment."""
     weight_decay: float = 0.1
-    """Decay of matrices; norms and biases have none."""
+    """Weight decay of matrices; norms and biases have none."""
     clip_norm: float = 1.0
-    """Largest global norm of a gradient; 0 is none."""
+    """Maximum global gradient norm; 0 disables clipping."""
 
     def __post_init__(self):
         require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
@@ -115,19 +112,21 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Training updates: batch sizes, epochs and length limit."""
+
     batch_size: int = 64
-    """Examples an update."""
+    """Examples per update."""
     microbatch_size: Optional[int] = None
-    """Examples a device step; gradients of an update are summed over its steps. Null takes the whole batch."""
+    """Examples per device step; gradients are summed over the steps of an update. Null uses the whole batch."""
     epochs: int = 1
     """Passes over the pairs of a round."""
     max_tokens: int = 2048
-    """Limit of prompt plus response; longer examples are dropped and counted."""
+    """Maximum tokens of prompt plus response; longer examples are dropped and counted."""
     shuffle: bool = True
-    """Draw the order of the examples anew each epoch, by the seed."""
+    """Reshuffle the examples in each epoch, by the seed."""
     log_original: bool = True
-    """Run y_o under the plain prompt too, so that metrics.jsonl shows the log-probs of chosen, rejected and other
-    responses apart."""
+    """Also compute y_o under the plain prompt, so that metrics.jsonl reports log-probs of chosen, rejected and original
+    responses separately."""
 
     def __post_init__(self):
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
@@ -140,14 +139,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
+    """Training of the generator in recipe `generator`; its other settings are those of the policy."""
+
     queries: Optional[int] = None
-    """Queries of a round whose triples train the generator of recipe `generator`; null takes all."""
+    """Number of a round's queries whose triples train the generator of recipe `generator`; null uses all."""
     batch_size: Optional[int] = None
-    """Examples an update of the generator; null is train.batch_size."""
+    """Examples per update of the generator; null uses train.batch_size."""
     epochs: Optional[int] = None
-    """Passes over the generator's pairs; null is train.epochs."""
+    """Passes over the generator's pairs; null uses train.epochs."""
     learning_rate: Optional[float] = None
-    """Peak of the generator's schedule; null is optimizer.learning_rate."""
+    """Peak learning rate of the generator; null uses optimizer.learning_rate."""
 
     def __post_init__(self):
         for name in ("queries", "batch_size", "epochs"):
@@ -159,21 +160,23 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
+    """Loss and pairs of recipe `reward`."""
+
     label_smoothing: float = 0.0
-    """Share of pairs taken to be in the wrong order."""
+    """Share of pairs assumed to be in the wrong order."""
     margin: float = 0.0
-    """Lead of the chosen response that the loss asks for."""
+    """Reward margin by which the loss wants the chosen response to lead."""
     center_coefficient: float = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps them near 0; 0.01 is usual."""
     held_out: float = 0.1
-    """Share of the pairs, by query, that is not trained on: accuracy is measured on them every
+    """Share of the pairs, split by query, that is held out; accuracy is measured on them every
     checkpoint.every_steps."""
     annotated_path: Optional[str] = None
-    """Annotated pairs that are mixed in: any file or data set that pairs.path takes."""
+    """Annotated pairs to mix in: any file or data set that pairs.path accepts."""
     annotated_split: str = "train"
     """Split of a hub data set."""
     annotated_share: Optional[float] = None
-    """Share of the training pairs that is annotated; what is too many of either is left out. Null takes all of both."""
+    """Share of annotated pairs among the training pairs; surplus pairs of either kind are left out. Null uses all."""
 
     def __post_init__(self):
         require(0 <= self.label_smoothing < 0.5, "reward.label_smoothing", self.label_smoothing, "a share in [0, 0.5)")
@@ -184,5 +187,6 @@ class RewardConfig:
         require(share is None or 0 < share < 1, "reward.annotated_share", share, "a share in (0, 1), or null")
         if share is not None and self.annotated_path is None:
             raise InputError(
-                f"reward.annotated_share: {share} of no annotated pairs; give reward.annotated_path, or leave it out"
+                f"reward.annotated_share: {share} without annotated pairs; give reward.annotated_path, or omit "
+                "reward.annotated_share"
             )

@@ -1,4 +1,4 @@
-"""Values of config fields in, `InputError` out where one is out of range, and what a config may not hold."""
+"""Checks of the values of config fields."""
 
 from sso_jax.runtime.errors import InputError
 

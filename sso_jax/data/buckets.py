@@ -1,11 +1,12 @@
-"""A number of tokens in, the length of row that is made for it out."""
+"""Rounds sequence lengths up to a few bucket sizes, so that few shapes are compiled."""
 
 SHORTEST_BUCKET = 32
 
 
 def bucket(length: int, shortest: int = SHORTEST_BUCKET) -> int:
-    """Smallest of `shortest`, a power of two, times 1, 1.5, 2, 3, 4, 6, ... that holds `length`: few shapes, at most
-    half of one wasted.
+    """Returns the smallest bucket, `shortest` (a power of two) times 1, 1.5, 2, 3, 4, 6, ..., that fits `length`.
+
+    Lengths above `shortest` leave less than a third of their bucket as padding.
     """
     size = shortest
     while size < length:

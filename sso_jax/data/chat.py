@@ -1,4 +1,4 @@
-"""A query and a system message in, the token ids of the prompt out, by the tokenizer's own chat template."""
+"""Renders queries and system messages with the tokenizer's chat template and tokenizes them into prompts."""
 
 import json
 import logging
@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from sso_jax.runtime.errors import InputError
 
 HIDING = "\ue000"
-"""A private character; the new names of control tokens start with it."""
+"""A private-use character; temporary names of control tokens start with it."""
 TEMPLATE_DATE = "26 Jul 2024"
-"""Given to every template, so that those that print the date print the same one every day (Llama 3.1's own default)."""
+"""Passed to every template, so that those that print a date always print the same one (Llama 3.1's own default)."""
 FIXED_CLOCK = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
-"""Heads the templates that ask transformers' clock, and answers in its place."""
+"""Prepended to templates that call transformers' clock, which it replaces."""
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -28,25 +28,30 @@ TEMPLATE_ERRORS = (
     AttributeError,
     RecursionError,
 )
-"""What a template raises: its own errors, and those of the expressions in it."""
+"""Exceptions that rendering a template can raise: Jinja's own, and those of the expressions in it."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer's chat template. Where it refuses system messages, they head the user turn."""
+    """A tokenizer's chat template. If it does not support system messages, they are prepended to the user turn."""
 
     tokenizer: PreTrainedTokenizerBase
     system_role: bool
     """Whether the template renders system messages."""
 
     def prompt_ids(self, query: str, system: str | None = None, history: tuple[dict[str, str], ...] = ()) -> list[int]:
-        """Ids of the prompt up to where the response starts. Control tokens written in the texts stay characters.
+        """Returns the token ids of the prompt up to the start of the response.
 
-        `history` holds the messages before the query; `system` takes the place of a system message there.
+        Control tokens that occur in the texts are encoded as plain characters.
+
+        Args:
+          query: the last user turn.
+          system: system message; replaces one in `history`.
+          history: messages before the query.
 
         Raises:
-          InputError: for a history that the template does not render.
+          InputError: for turns that the template does not accept.
         """
         messages = [*history, {"role": "user", "content": query}]
         if messages[0]["role"] == "system" and (system is not None or not self.system_role):
@@ -61,8 +66,8 @@ class Chat:
         except TEMPLATE_ERRORS as error:
             turns = ", ".join(message["role"] for message in messages)
             raise InputError(
-                f"query {query[:60]!r}: the chat template refuses its turns ({turns}): {error}; give turns that "
-                "alternate"
+                f"query {query[:60]!r}: the chat template does not accept its turns ({turns}): {error}; give turns "
+                "that alternate"
             ) from error
 
     def _ids(self, messages: list[dict]) -> list[int]:
@@ -71,16 +76,14 @@ class Chat:
         return self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False).input_ids
 
     def _controls(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return sorted(
-            {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens),
-            key=len,
-            reverse=True,
-        )
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
     def _guarded_ids(self, messages: list[dict]) -> list[int]:
-        """Ids where the texts hold control tokens: the template's own are renamed, and a twin that knows the new names
-        only encodes all.
+        """Tokenizes messages whose texts contain control tokens.
+
+        The control tokens of the template are renamed, and a copy of the tokenizer that knows only the new names
+        encodes the result, so that the ones in the texts are plain characters to it.
         """
         controls = self._controls()
         texts = "".join(message["content"] for message in messages)
@@ -106,9 +109,7 @@ def _new_name(prefix: str, number: int) -> str:
 
 @lru_cache(maxsize=4)
 def _twin(tokenizer: PreTrainedTokenizerBase, controls: tuple[str, ...], prefix: str) -> Tokenizer:
-    """The tokenizer with its control tokens under new names, all else the same: the old names are plain characters to
-    it.
-    """
+    """Copies the tokenizer with its control tokens renamed; the old names are plain characters to the copy."""
     described = tokenizer.backend_tokenizer.to_str()
     for number, control in enumerate(controls):
         new = _new_name(prefix, number)
@@ -117,9 +118,7 @@ def _twin(tokenizer: PreTrainedTokenizerBase, controls: tuple[str, ...], prefix:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
-    """Text of the messages with the head of the response, by the template in transformers' sandbox; dates are the fixed
-    one.
-    """
+    """Renders messages and the response's header by the chat template, in transformers' sandbox, with a fixed date."""
     template = tokenizer.get_chat_template()
     template = FIXED_CLOCK + template if "strftime_now" in template else template
     options = dict(tokenize=False, add_generation_prompt=True, chat_template=template, date_string=TEMPLATE_DATE)
@@ -127,7 +126,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
 
 
 def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """Chat of a tokenizer, found out by trying whether its template takes a system message.
+    """Creates the `Chat` of a tokenizer, after testing whether its template supports system messages.
 
     Raises:
       InputError: if the template does not render a user turn.
@@ -139,11 +138,12 @@ def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
     except TEMPLATE_ERRORS as error:
         raise InputError(
             f"the chat template of {tokenizer.name_or_path} fails on a user turn ({error}); give the tokenizer another "
-            "one"
+            "template"
         ) from error
     if query not in shown:
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another one"
+            f"the chat template of {tokenizer.name_or_path} leaves out the user turn; give the tokenizer another "
+            "template"
         )
     try:
         takes_system = system in render(tokenizer, [{"role": "system", "content": system}, user_turn])
@@ -151,6 +151,7 @@ def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
         takes_system = False
     if not takes_system:
         log.warning(
-            "%s: the chat template takes no system message; principles head the user turn", tokenizer.name_or_path
+            "%s: the chat template does not support system messages; principles are prepended to the user turn",
+            tokenizer.name_or_path,
         )
     return Chat(tokenizer, takes_system)

@@ -1,6 +1,4 @@
-"""A row of somebody's file in, its conversation as messages out: `role`/`content` or `from`/`value`, texts or lists of
-turns.
-"""
+"""Converts rows of third-party files to messages: texts, or turns with `role`/`content` or `from`/`value`."""
 
 from typing import Any
 
@@ -21,10 +19,15 @@ Messages = tuple[dict[str, str], ...]
 
 
 def read_turns(value: Any, key: str, place: str) -> Messages:
-    """Messages of a list of turns, or of a single turn.
+    """Converts a turn or a list of turns to messages.
+
+    Args:
+      value: the turn or turns.
+      key: name of the field, for errors.
+      place: file and line, for errors.
 
     Raises:
-      InputError: names the place and the key whose value is no list of turns, or has one by nobody known.
+      InputError: names the place and the key whose value is not a list of turns, or has a turn of an unknown role.
     """
     listed = [value] if isinstance(value, dict) else value
     if not isinstance(listed, list) or not all(isinstance(turn, dict) for turn in listed):
@@ -34,7 +37,7 @@ def read_turns(value: Any, key: str, place: str) -> Messages:
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES or not isinstance(text, str):
             raise InputError(
-                f"{place}: {key} has a turn by {role!r} with {type(text).__name__}; give text by one of "
+                f"{place}: {key} has a turn of role {role!r} with {type(text).__name__}; give text of one of the roles "
                 f"{', '.join(ROLES)}"
             )
         turns.append({"role": ROLES[role], "content": check_characters(text, place)})
@@ -42,25 +45,23 @@ def read_turns(value: Any, key: str, place: str) -> Messages:
 
 
 def read_prompt(row: dict, key: str | None, place: str) -> Messages:
-    """Messages of the prompt under `key`: a text with the turns of `history` before it, or turns; `system` heads
-    them.
+    """Reads the prompt under `key`: either turns, or a text preceded by the turns of `history`.
+
+    Raises:
+      InputError: if there is no prompt, or it is neither a text nor turns.
     """
     if key is None:
         raise InputError(
             f"{place}: no prompt; put it under one of {', '.join(PROMPT_FIELDS)}, or give whole conversations"
         )
-    if isinstance(row[key], str):
-        turns = (
-            *_earlier_turns(row.get("history"), place),
-            {"role": "user", "content": check_characters(row[key], place)},
-        )
-    else:
-        turns = read_turns(row[key], key, place)
-    return turns
+    if not isinstance(row[key], str):
+        return read_turns(row[key], key, place)
+    earlier = _earlier_turns(row.get("history"), place)
+    return (*earlier, {"role": "user", "content": check_characters(row[key], place)})
 
 
 def with_system(turns: Messages, row: dict, place: str) -> Messages:
-    """The turns headed by the row's `system` message, where it has one and they do not."""
+    """Prepends the row's `system` message, if it has one and the turns do not."""
     system = row.get("system")
     if not isinstance(system, str) or not system.strip() or any(turn["role"] == "system" for turn in turns):
         return turns
@@ -68,16 +69,14 @@ def with_system(turns: Messages, row: dict, place: str) -> Messages:
 
 
 def check_query(turns: Messages, place: str) -> Messages:
-    """The turns themselves, which must end with a user's text."""
+    """Returns the turns unchanged; raises `InputError` if they do not end with a non-empty user turn."""
     if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
-        raise InputError(
-            f"{place}: the prompt does not end with a user's text; give the turn that the responses answer"
-        )
+        raise InputError(f"{place}: the prompt does not end with a user turn; give the turn that the responses answer")
     return turns
 
 
 def _earlier_turns(history: Any, place: str) -> Messages:
-    """Turns before the query: messages, or lists of a question and its answer."""
+    """Returns the turns before the query, given as messages or as lists of a question and its answer."""
     if not history:
         return ()
     if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):

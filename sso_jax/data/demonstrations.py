@@ -1,4 +1,4 @@
-"""A file of prompts with responses in, `Demonstration` records out: one for each turn of the assistant."""
+"""Reads files of prompts with responses as `Demonstration` records, one for each assistant turn."""
 
 from collections.abc import Iterator
 
@@ -14,12 +14,12 @@ CONVERSATION_FIELDS = ("messages", "conversations")
 
 
 def load_demonstrations(path: str, split: str = "train") -> list[Demonstration]:
-    """Demonstrations of a JSON, JSON Lines or Parquet file, or of a data set: conversations, or prompts with responses.
+    """Reads conversations, or prompts with responses, from a JSON, JSON Lines or Parquet file or a data set.
 
-    An `instruction` with an `input` is one prompt of both, a blank line between them.
+    An `instruction` and an `input` form one prompt, separated by a blank line.
 
     Raises:
-      InputError: names the file and line (or row) without a prompt or a response.
+      InputError: names the file and line (or row) that has no prompt or no response.
     """
     rows = read_rows(path, split, "demonstrations.path")
     found = [
@@ -30,12 +30,12 @@ def load_demonstrations(path: str, split: str = "train") -> list[Demonstration]:
         for turn, (prompt, response) in enumerate(_exchanges(row, place))
     ]
     if not found:
-        raise InputError(f"demonstrations.path: {path!r} holds no demonstrations; give a file with at least one")
+        raise InputError(f"demonstrations.path: {path!r} contains no demonstrations; give a file with at least one")
     return found
 
 
 def _exchanges(row: dict, place: str) -> Iterator[tuple[Messages, str]]:
-    """(prompt, response) of every turn of the assistant."""
+    """Yields the (prompt, response) of every assistant turn."""
     key = next((key for key in CONVERSATION_FIELDS if isinstance(row.get(key), list)), None)
     if key is not None:
         turns = with_system(read_turns(row[key], key, place), row, place)
@@ -44,12 +44,12 @@ def _exchanges(row: dict, place: str) -> Iterator[tuple[Messages, str]]:
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     first = 0 if key is not None else len(turns) - 1
     if not answers:
-        raise InputError(f"{place}: {key} has no turn of the assistant; give a conversation with a response to learn")
+        raise InputError(f"{place}: {key} has no assistant turn; give a conversation with a response to learn")
     for i in answers:
         if i >= first:
             check_query(turns[:i], place)
             if not turns[i]["content"].strip():
-                raise InputError(f"{place}: an empty response; give one to learn")
+                raise InputError(f"{place}: empty response; give a response to learn")
             yield turns[:i], turns[i]["content"]
 
 
@@ -73,6 +73,6 @@ def _response(row: dict, place: str) -> Messages:
 
 
 def demonstration_ids(chat: Chat, record: Demonstration) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the response, end of turn included."""
+    """Returns the token ids of the prompt and of the response, end of turn included."""
     response = [*encode_text(chat.tokenizer, record.response), chat.tokenizer.eos_token_id]
     return chat.prompt_ids(record.query, None, record.history), response

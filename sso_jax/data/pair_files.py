@@ -1,10 +1,9 @@
-"""A file of preference pairs in, whoever made it, `Triple` records out: steered ones with p+, p- and y_o where the file
-has them.
+"""Reads files of preference pairs in common formats as `Triple` records, with p+, p- and y_o where the file has them.
 
-Read are this project's own records, the SSO releases' (`p_system, n_system, raw`), and plain preferences: `prompt,
-chosen, rejected`, `question, response_j, response_k` (j is the better one) and `input, output_1, output_2, label` (1 or
-2, the better one). Responses are texts, single turns or whole conversations; what a conversation holds before its last
-turn is the prompt.
+Supports this project's own records, those of the SSO releases (`p_system, n_system, raw`), and plain preferences:
+`prompt, chosen, rejected`; `question, response_j, response_k` (j is the better one); and `input, output_1, output_2,
+label` (1 or 2, the better one). Responses are texts, single turns or whole conversations; the turns of a conversation
+before its last one are the prompt.
 """
 
 from collections import Counter
@@ -20,21 +19,26 @@ SCORE_FIELDS = ("{}_score", "score_{}", "{}_rating", "{}-rating", "{}-score", "r
 SYSTEMS = {"good_system": ("good_system", "p_system"), "bad_system": ("bad_system", "n_system")}
 ORIGINALS = ("original", "raw")
 OWN_FIELDS = ("features", "response_ids", "tokens_hash", "log_probs", "swapped", "history", "scores")
-"""Fields of our records beside texts; those of another file that are called so are kept as `source_NAME`."""
+"""Fields of our own records besides texts; a field of another file with such a name is kept as `source_NAME`."""
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    """Turns as messages (`role`, `content`); of a response, all before it."""
+    """The turns before a response, as messages (`role`, `content`), and the response."""
 
     turns: Messages
     response: str = ""
 
 
 def load_pairs(path: str, split: str = "train", field: str = "pairs.path") -> list[Triple]:
-    """Pairs of a JSON, JSON Lines or Parquet file, or of a data set that `datasets` loads, in their order.
+    """Reads pairs from a JSON, JSON Lines or Parquet file, or from a data set that `datasets` loads, in order.
 
-    An id that comes again is told apart by a number behind it (`7`, `7#2`): one prompt may have several pairs.
+    A repeated id gets a number (`7`, `7#2`), because one prompt may have several pairs.
+
+    Args:
+      path: file or data set.
+      split: split of a data set.
+      field: config field that gave the path, for errors.
 
     Raises:
       InputError: names the file and line (or row) that has no prompt, lacks a response, or whose responses answer
@@ -42,7 +46,7 @@ def load_pairs(path: str, split: str = "train", field: str = "pairs.path") -> li
     """
     rows = read_rows(path, split, field)
     if not rows:
-        raise InputError(f"{field}: {path!r} holds no pairs; give a file with at least one")
+        raise InputError(f"{field}: {path!r} contains no pairs; give a file with at least one")
     seen: Counter = Counter()
     pairs = []
     for number, (place, row) in enumerate(rows):
@@ -71,7 +75,7 @@ def _read_pair(row: dict, place: str, name: str) -> Triple:
 
 
 def _responses(row: dict, place: str) -> tuple[dict[str, _Conversation], set[str]]:
-    """The responses that the row has, by our names, and the keys that they were under."""
+    """Returns the row's responses by our names, and the keys under which they were found."""
     if "output_1" in row and "output_2" in row:
         label = row.get("label")
         if str(label) not in ("1", "2"):
@@ -89,9 +93,8 @@ def _responses(row: dict, place: str) -> tuple[dict[str, _Conversation], set[str
     missing = [keys[response] for response in ("chosen", "rejected") if row.get(keys[response]) is None]
     if missing:
         raise InputError(f"{place}: no {' and no '.join(missing)}; give both responses of the pair")
-    return {
-        response: _response(row[key], key, place) for response, key in keys.items() if row.get(key) is not None
-    }, used
+    found = {response: _response(row[key], key, place) for response, key in keys.items() if row.get(key) is not None}
+    return found, used
 
 
 def _response(value: Any, key: str, place: str) -> _Conversation:
@@ -100,15 +103,13 @@ def _response(value: Any, key: str, place: str) -> _Conversation:
     turns = read_turns(value, key, place)
     if not turns or turns[-1]["role"] != "assistant":
         raise InputError(
-            f"{place}: {key} does not end with a turn of the assistant; give the response as its last turn, or as text"
+            f"{place}: {key} does not end with an assistant turn; give the response as its last turn, or as text"
         )
     return _Conversation(turns[:-1], turns[-1]["content"])
 
 
 def _prompt(row: dict, responses: dict[str, _Conversation], used: set[str], place: str) -> Messages:
-    """Messages up to the query, which is the last: those of the conversations, else those under the prompt's own
-    key.
-    """
+    """Returns the messages up to the query, included: those of the conversations, else those under the prompt's key."""
     spoken = {conversation.turns for conversation in map(_hashable, responses.values())} - {()}
     key = next((key for key in PROMPT_FIELDS if row.get(key)), None)
     used |= {key, "system", "history"}
@@ -125,7 +126,7 @@ def _hashable(conversation: _Conversation) -> _Conversation:
 
 
 def _text_under(row: dict, keys: tuple[str, ...], used: set[str], place: str) -> str | None:
-    """The text under the first of these keys that has one; an empty one counts as none."""
+    """Returns the first non-empty text under these keys, or None."""
     key = next((key for key in keys if row.get(key)), None)
     used |= set(keys)
     if key is not None and not isinstance(row[key], str):
@@ -134,7 +135,7 @@ def _text_under(row: dict, keys: tuple[str, ...], used: set[str], place: str) ->
 
 
 def _scores(row: dict, place: str) -> dict[str, float] | None:
-    """Scores of chosen and rejected, where the row has both under one of the usual names."""
+    """Returns the scores of chosen and rejected if the row has both under one of the usual names, else None."""
     given = row.get("scores")
     if isinstance(given, dict) and {"chosen", "rejected"} <= given.keys():
         found = {response: given[response] for response in RESPONSES if given.get(response) is not None}
@@ -150,12 +151,12 @@ def _scores(row: dict, place: str) -> dict[str, float] | None:
 
 
 def _own_parts(row: dict, place: str) -> dict[str, Any]:
-    """What our own records hold beside texts. Log-probs are left out: they are another policy's."""
+    """Reads the fields of our own records besides texts. Log-probs are skipped, as they belong to another policy."""
     ids, features = row.get("response_ids"), row.get("features") or []
     if ids is not None and not (isinstance(ids, dict) and all(map(_is_ids, ids.values()))):
-        raise InputError(f"{place}: response_ids is no table of lists of ids by response; give that, or leave it out")
+        raise InputError(f"{place}: response_ids does not map responses to lists of token ids; give that, or omit it")
     if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
-        raise InputError(f"{place}: features is {features!r}; give a list of names, or leave it out")
+        raise InputError(f"{place}: features is {features!r}; give a list of names, or omit it")
     return {
         "features": tuple(features),
         "response_ids": ids,
@@ -166,14 +167,22 @@ def _own_parts(row: dict, place: str) -> dict[str, Any]:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value
-    )
+    return isinstance(value, list) and all(map(_is_id, value))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_parts(pairs: list[Triple], cells: list[Cell], path: str, needed_by: str, field: str = "pairs.path") -> None:
-    """Raises `InputError` with ids if pairs lack a system message or response that the (context, response) `cells` are
-    made of.
+    """Raises `InputError` with ids if pairs lack a system message, response or scores that the `cells` need.
+
+    Args:
+      pairs: pairs of a file.
+      cells: (context, response) log-probs that the objective uses.
+      path: the file, for errors.
+      needed_by: name of what needs the cells, for errors.
+      field: config field that gave the path, for errors.
     """
     parts = {
         "positive": "good_system",
@@ -189,7 +198,6 @@ def check_parts(pairs: list[Triple], cells: list[Cell], path: str, needed_by: st
         shown = ", ".join(map(repr, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
         raise InputError(
             f"{field}: {len(ids)} of {len(pairs)} pairs of {path} lack {', '.join(lacking)}, which {needed_by} needs: "
-            f"ids {shown}; "
-            "give pairs that have it, or an objective on the plain pair alone (objective.form pairwise with a pairwise "
-            "base)"
+            f"ids {shown}; give pairs that have it, or an objective on the plain pair alone (objective.form pairwise "
+            "with a pairwise base)"
         )

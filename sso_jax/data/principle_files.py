@@ -1,4 +1,4 @@
-"""A file of principles made elsewhere in, by query id, the steering records of those queries out."""
+"""Reads a file of given principles, by query id, as the steering records of the queries."""
 
 import difflib
 
@@ -12,11 +12,11 @@ SIDES = ("good", "bad")
 def load_principles(
     path: str, queries: list[Query], adjectives: dict[str, tuple[str, str]]
 ) -> dict[str, PrincipledQuery | SteeredQuery]:
-    """Principles of every query, by its id, from JSON, JSON Lines, a table or a data set with a row a query.
+    """Reads the principles of every query, by query id, from a file or data set with one row per query.
 
-    A row has `id` and either `features, good_principles, bad_principles` (lists of one length; the adjectives come from
-    `adjectives` by feature, or from `good_adjectives, bad_adjectives`), or `good_system, bad_system`, the whole system
-    messages, as in the `principles.jsonl` of a run.
+    A row has `id` and either `features, good_principles, bad_principles` (lists of the same length; the adjectives come
+    from `adjectives` by feature, or from `good_adjectives, bad_adjectives`), or the whole system messages
+    `good_system, bad_system`, as in the `principles.jsonl` of a run.
 
     Raises:
       InputError: names the file, the row and the id that is used twice or belongs to no query, and the queries without
@@ -31,8 +31,8 @@ def load_principles(
         if name not in by_id:
             near = difflib.get_close_matches(name, by_id, n=1)
             raise InputError(
-                f"{place}: no query has the id {name!r}{f' (near it is {near[0]!r})' if near else ''}; take the row "
-                "out, or mend the id"
+                f"{place}: no query has the id {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; remove the "
+                "row, or fix the id"
             )
         if name in found:
             raise InputError(f"{place}: id {name!r} was used before; give each query one row")
@@ -41,8 +41,7 @@ def load_principles(
     if missing:
         raise InputError(
             f"principles.path: {path} has no principles for {len(missing)} of {len(queries)} queries, the first is id "
-            f"{missing[0]!r}; "
-            "add them, or take the queries out"
+            f"{missing[0]!r}; add them, or remove the queries"
         )
     return found
 
@@ -79,15 +78,14 @@ def _texts(row: dict, name: str, count: int, place: str) -> tuple[str, ...]:
     if not isinstance(texts, list) or len(texts) != count or not count:
         raise InputError(
             f"{place}: {name} is {str(texts)[:60]!r} for {count} features; give features, good_principles and "
-            "bad_principles as lists "
-            "of one length, or good_system and bad_system"
+            "bad_principles as lists of the same length, or good_system and bad_system"
         )
     return tuple(_text(text, name, place) for text in texts)
 
 
 def _text(text, name: str, place: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{place}: {name} holds {text!r}; give a text")
+        raise InputError(f"{place}: {name} contains {text!r}; give a text")
     return text.strip()
 
 

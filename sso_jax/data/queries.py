@@ -1,4 +1,4 @@
-"""A file or a data set of prompts in, distinct `Query` records out, dealt to the rounds without overlap."""
+"""Reads prompts from a file or data set as distinct `Query` records, and splits them over the rounds."""
 
 import logging
 import random
@@ -13,15 +13,14 @@ log = logging.getLogger(__name__)
 
 
 def load_queries(path: str, split: str = "train") -> list[Query]:
-    """Queries of a JSON, JSON Lines or Parquet file, or of a data set that `datasets` loads; later copies of a text are
-    left out.
+    """Reads queries from a JSON, JSON Lines or Parquet file, or a data set of `datasets`; skips duplicate texts.
 
     Raises:
-      InputError: names the file and line (or row) without a text, with an id used twice, or which is not JSON.
+      InputError: names the file and line (or row) that has no text, repeats an id, or is not JSON.
     """
     rows = read_rows(path, split, "queries.path")
     if not rows:
-        raise InputError(f"queries.path: {path!r} holds no queries; give a file with at least one")
+        raise InputError(f"queries.path: {path!r} contains no queries; give a file with at least one")
     given = {given_id(row) for _, row in rows}
     numbered = "{}" if given == {None} else "row-{}"
     queries: dict[str, Query] = {}
@@ -35,12 +34,12 @@ def load_queries(path: str, split: str = "train") -> list[Query]:
         used.add(query.id)
         queries[query.query] = query
     if len(queries) < len(rows):
-        log.info("%s: %d of %d queries are copies of others and left out", path, len(rows) - len(queries), len(rows))
+        log.info("%s: skipped %d of %d queries, which duplicate others", path, len(rows) - len(queries), len(rows))
     return list(queries.values())
 
 
 def _first_user_turn(turns) -> str | None:
-    """First turn of a list of texts, or first user turn of a list of messages (`role`/`content` or `from`/`value`)."""
+    """Returns the first of a list of texts, or the first user turn of messages (`role`/`content` or `from`/`value`)."""
     for turn in turns if isinstance(turns, list) else []:
         if isinstance(turn, str):
             return turn
@@ -59,11 +58,12 @@ def _text(row: dict, place: str) -> str:
 
 
 def deal(queries: list[Query], per_iteration: int, num_iterations: int, seed: int) -> list[list[Query]]:
-    """Queries of each round: shuffled by the seed, no query in two rounds. Too few are spread evenly, which the log
-    says.
+    """Shuffles the queries by the seed and assigns them to rounds, no query to two rounds.
+
+    If there are fewer than `per_iteration` per round, every round gets the same lower number, with a warning.
 
     Raises:
-      InputError: if there is not one query for each round.
+      InputError: if there are fewer queries than rounds.
     """
     if len(queries) < num_iterations:
         raise InputError(
@@ -73,7 +73,7 @@ def deal(queries: list[Query], per_iteration: int, num_iterations: int, seed: in
     share = min(per_iteration, len(queries) // num_iterations)
     if share < per_iteration:
         log.warning(
-            "%d usable queries give %d a round, not queries.per_iteration %d", len(queries), share, per_iteration
+            "%d usable queries give %d per round, not queries.per_iteration %d", len(queries), share, per_iteration
         )
     order = list(queries)
     random.Random(f"{seed}/queries").shuffle(order)

@@ -1,4 +1,4 @@
-"""Record types of a run: what flows from queries to pairs."""
+"""Record types that the stages of a run pass on, from queries to pairs."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ RESPONSES = ("chosen", "rejected", "original")
 
 
 Dropped = dict[str, str]
-"""Records that are left out: the reason by id."""
+"""Reason for each dropped record, by id."""
 Prompts = dict[str, list[int]]
 """Token ids of the prompts of one query, by context."""
 
 
 class Cell(NamedTuple):
-    """One log-prob of an example: that of `response` under the prompt of `context`.
+    """Identifies one log-prob of an example: that of `response` under the prompt of `context`.
 
     `Cell("positive", "chosen")` is log pi(y+ | x+).
     """
@@ -35,7 +35,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Question:
-    """Something to ask a model, and the id that its answer is kept under."""
+    """A question to a model, and the id under which its answer is kept."""
 
     id: str
     text: str
@@ -43,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said: a text, or None with the reason why there is none."""
+    """A model's answer: its text, or None and, in `lost`, the reason."""
 
     text: str | None
     lost: str | None = None
@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class PrincipledQuery:
-    """A query with the features that steer it, and for each feature the adjective and the principle of both sides."""
+    """A query, the features that steer it, and for each feature the good and the bad adjective and principle."""
 
     id: str
     query: str
@@ -61,16 +61,16 @@ class PrincipledQuery:
     good_principles: tuple[str, ...]
     bad_principles: tuple[str, ...]
     features_text: str | None = None
-    """What was written when features were asked for; None where nothing was asked or came back."""
+    """The model's answer to the question for features; None if it was not asked or did not answer."""
     num_random_features: int = 0
-    """How many of the features were drawn at random because not enough were named."""
+    """Number of features drawn at random because the model named too few."""
     num_fallbacks: int = 0
-    """How many of the features have the table's principles because none could be read from what was written."""
+    """Number of features with the table's principles because the model's could not be parsed."""
 
 
 @dataclass(frozen=True)
 class SteeredQuery:
-    """A query with what steers it: features, and the system messages p+ and p-."""
+    """A query, the features that steer it, and the system messages p+ and p-."""
 
     id: str
     query: str
@@ -78,16 +78,16 @@ class SteeredQuery:
     good_system: str
     bad_system: str
     features_text: str | None = None
-    """What was written when features were asked for; None where nothing was asked or came back."""
+    """The model's answer to the question for features; None if it was not asked or did not answer."""
     num_random_features: int = 0
-    """How many of the features were drawn at random because not enough were named."""
+    """Number of features drawn at random because the model named too few."""
     num_fallbacks: int = 0
-    """How many of the features have the table's principles because none could be read from what was written."""
+    """Number of features with the table's principles because the model's could not be parsed."""
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """The prompts of one query as token ids, rendered once a round: a line of `prompts.jsonl`."""
+    """The prompts of one query as token ids, rendered once per round: a line of `prompts.jsonl`."""
 
     id: str
     prompts: Prompts
@@ -95,9 +95,9 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Triple:
-    """A query with its two system messages and its responses y+, y- and y_o: a line of `pairs.jsonl`.
+    """A query, its two system messages and its responses y+, y- and y_o: a line of `pairs.jsonl`.
 
-    A plain preference pair is a triple without system messages and without y_o.
+    A plain preference pair is a triple without system messages and y_o.
     """
 
     id: str
@@ -109,24 +109,24 @@ class Triple:
     original: str | None
     features: tuple[str, ...] = ()
     response_ids: dict[str, list[int]] | None = None
-    """Sampled token ids by response, end of turn included; None where only texts are known."""
+    """Sampled token ids by response, end of turn included; None if only the texts are known."""
     tokens_hash: str | None = None
     """Hash of the tokenizer and template that `response_ids` belong to."""
     log_probs: dict[str, dict[str, float]] | None = None
-    """Reference log-probs, sums in nats, by context and response."""
+    """Reference log-probs by context and response: sums over the response's tokens, in nats."""
     swapped: bool = False
-    """Whether a control put chosen and rejected in the other order."""
+    """Whether a control experiment swapped chosen and rejected."""
     history: tuple[dict[str, str], ...] = ()
-    """Messages (`role`, `content`) before the query, a system message of the plain prompt first where there is one."""
+    """Messages (`role`, `content`) before the query; starts with the system message of the plain prompt, if any."""
     scores: dict[str, float] | None = None
-    """What somebody gave the responses, by response, where the source has it."""
+    """Scores by response, from the source file or a reward model, if any."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Keys of the source file that the chain does not use; they are written back."""
+    """Fields of the source file that no stage uses; they are written back."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with a response to learn."""
+    """A prompt and a response to learn."""
 
     id: str
     query: str

@@ -1,6 +1,4 @@
-"""A path in, rows out: JSON, JSON Lines, tables and data sets of the hub, each row with the place that an error
-names.
-"""
+"""Reads rows of JSON, JSON Lines, tables and hub data sets, each with the place that errors about it name."""
 
 import json
 from pathlib import Path
@@ -10,30 +8,34 @@ from sso_jax.runtime.json_lines import read_numbered_lines
 
 ID_FIELDS = ("id", "uuid", "idx", "question_id", "key")
 TABLES = {".parquet": "parquet", ".csv": "csv"}
-"""Files that `datasets` reads, by the name of its reader."""
+"""File suffixes that `datasets` reads -> name of its reader."""
 
 
 def read_rows(path: str, split: str, field: str) -> list[tuple[str, dict]]:
-    """(place, row) of every row of a file, or of a data set that `datasets` loads; errors name the config's `field`.
+    """Returns the (place, row) of every row of a file, or of a data set that `datasets` loads.
+
+    Args:
+      path: file or data set.
+      split: split of a data set.
+      field: config field that gave the path, for errors.
 
     Raises:
-      InputError: for what is not there, not UTF-8 or not JSON; names the file and the line.
+      InputError: for a path that does not exist, or is not UTF-8 or not JSON; names the file and the line.
     """
     file = Path(path)
     if file.is_file() and file.suffix == ".jsonl":
         return [(f"{path}, line {number}", row) for number, row in read_numbered_lines(file)]
     if file.is_file() and file.suffix == ".json":
         return _read_json(file)
-    if not file.exists() and (
-        file.suffix in (".json", ".jsonl", *TABLES) or file.is_absolute() or path.startswith(".")
-    ):
+    names_a_file = file.suffix in (".json", ".jsonl", *TABLES) or file.is_absolute() or path.startswith(".")
+    if not file.exists() and names_a_file:
         raise InputError(f"{field}: no file {path!r}; give JSON, JSON Lines, Parquet or the id of a data set")
     if file.is_file() and file.suffix not in TABLES:
         raise InputError(
-            f"{field}: {path!r} is of no kind that can be read; give .json, .jsonl, {', '.join(TABLES)} or the id of a "
-            "data set"
+            f"{field}: {path!r} has no supported format; give .json, .jsonl, {', '.join(TABLES)} or the id of a data "
+            "set"
         )
-    import datasets  # slow to load, and most runs need none of it
+    import datasets  # here, because it is slow to import and most runs do not need it
 
     try:
         if file.is_file():
@@ -43,7 +45,7 @@ def read_rows(path: str, split: str, field: str) -> list[tuple[str, dict]]:
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{field}: {path!r} is no data set that can be read ({reason}); check the name, the split or the network"
+            f"{field}: {path!r} cannot be read as a data set ({reason}); check the name, the split or the network"
         ) from error
     return [(f"{path}, row {i}", row) for i, row in enumerate(table)]
 
@@ -65,12 +67,12 @@ def _read_json(file: Path) -> list[tuple[str, dict]]:
 
 
 def given_id(row: dict) -> str | None:
-    """The row's own id, if it has one."""
+    """Returns the row's own id, or None if it has none."""
     return next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), None)
 
 
 def check_characters(text: str, place: str) -> str:
-    """The text itself, which is refused if it holds half of a surrogate pair."""
+    """Returns the text unchanged; raises `InputError` if it contains half of a surrogate pair."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"{place}: half of a surrogate pair, which is no character; mend the text")
+        raise InputError(f"{place}: contains half of a surrogate pair, which is not a valid character; fix the text")
     return text

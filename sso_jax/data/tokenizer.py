@@ -1,4 +1,4 @@
-"""A model folder in, its tokenizer out; plain text in, token ids out, and back."""
+"""Loads a model folder's tokenizer, and converts between plain text and token ids."""
 
 import hashlib
 import json
@@ -16,22 +16,22 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Tokenizer of a Hugging Face folder; one without a chat template gets a plain one, said in the log.
+    """Loads the tokenizer of a Hugging Face folder; if it has no chat template, sets a plain one with a warning.
 
     Raises:
-      InputError: if the folder has no tokenizer, or its tokenizer no end of turn.
+      InputError: if the folder has no tokenizer, or its tokenizer has no end-of-turn token.
     """
-    if not any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):  # transformers would make up an empty one
+    # without these files transformers would create an empty tokenizer
+    if not any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):
         raise InputError(
             f"{folder}: no tokenizer, none of {', '.join(VOCABULARY_FILES)}; add the model's tokenizer files"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises no narrower class
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{folder}: no tokenizer that transformers can read ({reason}); add tokenizer.json and "
-            "tokenizer_config.json"
+            f"{folder}: transformers cannot read the tokenizer ({reason}); add tokenizer.json and tokenizer_config.json"
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -39,27 +39,27 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         )
     if not tokenizer.chat_template:
         log.warning(
-            "%s: the tokenizer has no chat template; using a plain one: messages, each followed by a blank line", folder
+            "%s: the tokenizer has no chat template; using a plain one: each message followed by a blank line", folder
         )
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of plain text: nothing is added, and control tokens written in it stay characters."""
+    """Returns the ids of plain text; adds no tokens, and encodes control tokens in the text as plain characters."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Text of ids, control tokens left out."""
+    """Returns the text of ids, without control tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end of turn, then those of the folder's generation config.
+    """Returns the tokens that end a response: the tokenizer's end of turn, then those of the generation config.
 
     Raises:
-      InputError: if that config cannot be read, or names what is no token.
+      InputError: if the generation config cannot be read, or names an invalid token.
     """
     path = Path(folder) / "generation_config.json"
     try:
@@ -71,14 +71,14 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> tuple[in
     strange = [token for token in listed if not isinstance(token, int) or not 0 <= token < len(tokenizer)]
     if strange:
         raise InputError(
-            f"{path}: eos_token_id {strange[0]!r} is no token of the {len(tokenizer)}; fetch the file again, or delete "
-            "it"
+            f"{path}: eos_token_id {strange[0]!r} is not one of the {len(tokenizer)} tokens; fetch the file again, or "
+            "delete it"
         )
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
 
 
 @lru_cache(maxsize=8)
 def tokens_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides how text becomes ids: vocabulary, merges, rules, template and end of turn."""
+    """Hashes everything that determines how text becomes ids: vocabulary, merges, rules, template and end of turn."""
     parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.eos_token_id))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,5 +1,6 @@
 """Activations and a mask in, attended activations and an updated key/value cache out."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -9,8 +10,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.kernels import KERNELS, few_rows_step_attend, plain_attend, step_attend
-from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, apply_rope, at_tokens, projection_options
+from sso_jax.models.kernels import KERNELS, plain_attend, step_attend
+from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, apply_rope, projection_options
 from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.sequences import Sequences
 from sso_jax.runtime.mesh import constrain
@@ -49,6 +50,11 @@ def _written(cache: Cache, keys: Float[Array, "B K T H"], values: Float[Array, "
     return Cache(write(cache.keys, keys), write(cache.values, values))
 
 
+def _layer_of(cache: Cache, layer: Int[Array, ""]) -> Cache:
+    """Keys and values of one layer out of the cache of all."""
+    return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
+
+
 def tree_mask(tree: Int[Array, "B T"], branch: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Which token (second axis) sees which (third): earlier ones of its tree, on the trunk or on its own branch.
 
@@ -77,28 +83,16 @@ def causal_mask(num_tokens: int) -> Bool[Array, "1 T T"]:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; with a cache it writes its keys and values at `slot`.
 
-    The cache is that of all layers, of which this is number `layer`; or this layer's own, and `layer` is None.
+    The cache is either that of all layers, of which this one is number `layer`, or this layer's own (`layer` is None).
     """
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     attend: str = "plain"
-    """Name in `KERNELS` of what attends where whole sequences are run; what looks back at the cache is always plain."""
+    """Name in `KERNELS` of the attention of whole sequences; tokens that look back at the cache always use the plain
+    one."""
     adapters: Adapters = Adapters()
-    outputs_first: bool = False
-    """See `Projection`."""
-
-    def _projection(self, name: str, num_heads: int, axis: str) -> Projection:
-        width, head_size = self.architecture.embed_dim, self.architecture.head_size
-        bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
-        return Projection(
-            (width, num_heads, head_size),
-            ("embed", axis, "head_size"),
-            bias_axes,
-            **projection_options(self),
-            name=name,
-        )
 
     @nn.compact
     def __call__(
@@ -109,55 +103,42 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: Int[Array, ""] | None,
         slot: Int[Array, ""],
-        query_indices: Int[Array, "B W"] | None = None,
         sequences: Sequences | None = None,
-    ) -> tuple[Float[Array, "B W D"], Cache | None]:
-        """Attended activations of the `query_indices` tokens of each row, of all T where None; `sequences` have the
-        queries of the same ones.
-        """
-        a = self.architecture
-
-        def by_head(name, num_heads, axis, x):
-            return self._projection(name, num_heads, axis)(x).transpose(0, 2, 1, 3)
-
-        queries = by_head("query", a.num_heads, "heads", at_tokens(x, query_indices))  # [B, N, W, H]
-        keys = by_head("key", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
-        values = by_head("value", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Attended activations, and the cache with these tokens' keys and values."""
+        a, (batch, length) = self.architecture, x.shape[:2]
+        queries = self._heads("query", a.num_heads, "heads", x)  # [B, N, T, H]
+        keys = self._heads("key", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
+        values = save_for_backward(self._heads("value", a.num_kv_heads, "kv_heads", x))  # [B, K, T, H]
         if a.qk_norm:
             queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(save_for_backward(queries))
             keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(save_for_backward(keys))
-        query_turn = Rotation(*(at_tokens(part, query_indices) for part in turn))
-        queries, keys, values = (
-            save_for_backward(apply_rope(queries, query_turn)),
-            save_for_backward(apply_rope(keys, turn)),
-            save_for_backward(values),
-        )
-
-        (batch, length), num_queries = x.shape[:2], queries.shape[2]
-        grouped = queries.reshape(batch, a.num_kv_heads, -1, num_queries, a.head_size)  # [B, K, G, W, H]
+        queries, keys = (save_for_backward(apply_rope(part, turn)) for part in (queries, keys))
+        grouped = queries.reshape(batch, a.num_kv_heads, -1, length, a.head_size)  # [B, K, G, T, H]
         grouped = constrain(grouped, "batch", "kv_heads", None, None, None)
         if cache is not None:
             cache = _written(cache, keys, values, layer, slot)
         num_seen = mask.shape[-1]
-        looks_back = num_seen > length
-        if looks_back:  # a prefill that starts the cache sees its own tokens only, all else looks back at the cache
-            own = (
-                cache
-                if layer is None
-                else jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
-            )
+        if num_seen > length:  # a prefill that starts the cache sees its own tokens only
+            own = cache if layer is None else _layer_of(cache, layer)
             keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
-        if num_queries == 1 and self.outputs_first:
-            attend = few_rows_step_attend
-        elif num_queries == 1:
-            attend = step_attend
-        elif sequences is not None:
-            attend = partial(KERNELS[self.attend], sequences=sequences)
-        elif query_indices is not None:
-            attend = partial(plain_attend, ordered=False)
-        else:
-            attend = plain_attend if looks_back else KERNELS[self.attend]
-        out = attend(grouped, keys, values, at_tokens(mask, query_indices))  # [B, K, G, W, H]
-        out = out.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, a.num_heads, a.head_size)  # [B, W, N, H]
+        kernel = self._kernel(length, looks_back=num_seen > length, sequences=sequences)
+        out = kernel(grouped, keys, values, mask)  # [B, K, G, T, H]
+        out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.embed_dim), ("heads", "head_size", "embed")
         return Projection(shape, axes, **projection_options(self), name="out")(out), cache
+
+    def _heads(self, name: str, num_heads: int, axis: str, x: Float[Array, "B T D"]) -> Float[Array, "B M T H"]:
+        """The projection of this name, heads before tokens."""
+        shape = (self.architecture.embed_dim, num_heads, self.architecture.head_size)
+        bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
+        projection = Projection(shape, ("embed", axis, "head_size"), bias_axes, **projection_options(self), name=name)
+        return projection(x).transpose(0, 2, 1, 3)
+
+    def _kernel(self, num_tokens: int, looks_back: bool, sequences: Sequences | None) -> Callable:
+        """What attends: (queries, keys, values, mask) -> attended values."""
+        if num_tokens == 1:
+            return step_attend
+        if sequences is not None:
+            return partial(KERNELS[self.attend], sequences=sequences)
+        return plain_attend if looks_back else KERNELS[self.attend]

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sso_jax.models.layers import few_rows_product, turned_product
 from sso_jax.models.remat_policy import NAME, save_for_backward
 from sso_jax.models.sequences import Sequences, copied, moved
 from sso_jax.runtime.mesh import over_mesh
@@ -41,20 +40,6 @@ def step_attend(
     return _attend_block(queries, keys, values, mask)[0]
 
 
-def few_rows_step_attend(
-    queries: Float[Array, "B K G 1 H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B 1 S"],
-) -> Float[Array, "B K G 1 H"]:
-    """As `step_attend` for a single token on a CPU: keys are read as they lie, as weights are, by
-    `few_rows_product`.
-    """
-    scale = 1.0 / math.sqrt(queries.shape[-1])
-    scores = few_rows_product(queries[..., 0, :] * scale, keys)  # [B, K, G, S]
-    return _mixed(scores[..., None, :] + _hidden(mask), values)[0]
-
-
 def _hidden(mask: Bool[Array, "#B T S"]) -> Float[Array, "#B 1 1 T S"]:
     """What is added to scores: nothing where a key is seen."""
     return jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
@@ -79,63 +64,49 @@ def _mixed(scores: Float[Array, "B K G T S"], values: Float[Array, "B K S H"]):
     return (mixed / total).astype(values.dtype), top + jnp.log(total)
 
 
-def _blocks(num_queries: int, num_keys: int, ordered: bool) -> list[tuple[int, int, int]]:
-    """First query of each block, the one behind its last, and the key behind the last that it may see."""
+def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
+    """Of each block the first query, the end of its queries, and the end of the keys that they may see."""
     size = max(SMALLEST_BLOCK, -(-num_queries // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
     ends = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
-    return [(start, end, num_keys - num_queries + end if ordered else num_keys) for start, end in ends]
+    return [(start, end, num_keys - num_queries + end) for start, end in ends]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def plain_attend(queries, keys, values, mask, ordered: bool = True):
+@jax.custom_vjp
+def plain_attend(queries, keys, values, mask):
     """As `step_attend` for a whole sequence, or the last T of its S tokens, in which no token sees a later one.
 
-    Queries are taken a block at a time with the keys up to the block's end: what lies above the diagonal's blocks is
-    not computed, and only one block's scores are in memory. Where queries are not `ordered`, as some tokens of a
-    sequence, every block meets all keys, and the mask alone says what is seen. Nothing of size [T, S] is kept for the
-    backward pass: it has each query's log-sum-exp and computes the weights anew from it (Dao 2023, alg. 2).
+    Queries are taken a block at a time with the keys up to the block's end: blocks above the diagonal are not computed,
+    and only one block's scores are in memory. Nothing of size [T, S] is kept for the backward pass, which computes the
+    weights again from each query's log-sum-exp (Dao 2023, alg. 2).
     """
-    return _attend_forward(queries, keys, values, mask, ordered)[0]
+    return _attend_forward(queries, keys, values, mask)[0]
 
 
-def _attend_forward(queries, keys, values, mask, ordered):
-    blocks = _blocks(queries.shape[3], keys.shape[2], ordered)
+def _attend_forward(queries, keys, values, mask):
     parts = [
         _attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end])
-        for a, b, end in blocks
+        for a, b, end in _blocks(queries.shape[3], keys.shape[2])
     ]
     out, log_totals = (save_for_backward(jnp.concatenate(pieces, axis=3)) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
 
 
-def _attend_backward(ordered, residuals, d_out):
-    """With P the weights, dV' = dO' P, dS = P * (dO V' - sum(dO * O)), dQ = dS K / sqrt(H), dK' = Q' dS / sqrt(H).
-
-    The last ones are had turned, as products that take P and dS, the large ones, as they lie.
-    """
+def _attend_backward(residuals, d_out):
+    """With P the weights, dV = P' dO, dS = P * (dO V' - sum(dO * O)), dQ = dS K / sqrt(H), dK = dS' Q / sqrt(H)."""
     queries, keys, values, mask, out, log_totals = residuals
     scale = 1.0 / math.sqrt(queries.shape[-1])
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
-    d_queries, d_keys, d_values = (
-        [],
-        *(jnp.zeros(x.swapaxes(-1, -2).shape, jnp.float32) for x in (keys, values)),
-    )  # [B, K, H, S]
-
-    def dot(equation, a, b):
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-    def flat(x):
-        return x.reshape(*x.shape[:2], -1, x.shape[-1])  # [B, K, G*T, ...]
-
-    for a, b, end in _blocks(queries.shape[3], keys.shape[2], ordered):
+    d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    for a, b, end in _blocks(queries.shape[3], keys.shape[2]):
         q, k, v, do = queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], d_out[..., a:b, :]
-        weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])
-        d_scores = (weights * (dot("bkgth,bksh->bkgts", do, v) - inner[..., a:b, :]) * scale).astype(q.dtype)
+        weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])  # [B, K, G, T, S]
+        d_weights = dot("bkgth,bksh->bkgts", do, v)
+        d_scores = (weights * (d_weights - inner[..., a:b, :]) * scale).astype(q.dtype)
         d_queries.append(dot("bkgts,bksh->bkgth", d_scores, k).astype(q.dtype))
-        d_keys = d_keys.at[..., :end].add(turned_product(flat(q), flat(d_scores)))
-        d_values = d_values.at[..., :end].add(turned_product(flat(do), flat(weights.astype(v.dtype))))
-    d_keys, d_values = d_keys.swapaxes(-1, -2).astype(keys.dtype), d_values.swapaxes(-1, -2).astype(values.dtype)
-    return jnp.concatenate(d_queries, axis=3), d_keys, d_values, None
+        d_keys = d_keys.at[:, :, :end].add(dot("bkgts,bkgth->bksh", d_scores, q))
+        d_values = d_values.at[:, :, :end].add(dot("bkgts,bkgth->bksh", weights.astype(v.dtype), do))
+    return jnp.concatenate(d_queries, axis=3), d_keys.astype(keys.dtype), d_values.astype(values.dtype), None
 
 
 plain_attend.defvjp(_attend_forward, _attend_backward)
@@ -151,7 +122,7 @@ def cudnn_attend(queries, keys, values, mask, sequences: Sequences | None = None
     num_tokens, head_size = keys.shape[2:]
     fused = queries.dtype in (jnp.bfloat16, jnp.float16) and head_size <= LARGEST_CUDNN_HEAD
     if implementation == "cudnn" and not fused:
-        return plain_attend(queries, keys, values, mask, ordered=queries.shape[3] == num_tokens)
+        return plain_attend(queries, keys, values, mask)
     if sequences is not None:
         return _attend_sequences(queries, keys, values, sequences, implementation)
     whole = jnp.broadcast_to(mask[:, None], (queries.shape[0], 1, *mask.shape[1:]))  # [B, 1, T, S]

@@ -57,28 +57,6 @@ def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Flo
     return out.reshape(*x.shape[:2], *kernel.shape[num_inputs:])
 
 
-def few_rows_product(
-    x: Float[Array, "... B inputs"], rows: Float[Array, "... outputs inputs"]
-) -> Float[Array, "... B outputs"]:
-    """`x rows^T`, in float32, as `(rows x^T)^T`, for an x of few rows.
-
-    XLA on a CPU copies the right operand of a product into another order first, which for few rows of x takes as long
-    as the product. So the right one is x, and the large one is read as it lies. Without the barriers XLA would turn the
-    product round again.
-    """
-    turned = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-    return jax.lax.optimization_barrier(jnp.matmul(rows, turned, preferred_element_type=jnp.float32)).swapaxes(-1, -2)
-
-
-def turned_product(x: Float[Array, "... N M"], right: Float[Array, "... N E"]) -> Float[Array, "... M E"]:
-    """`x^T right`, in float32, for an x much smaller than `right`.
-
-    XLA on a CPU would copy the large one where it contracts the axis that lies outermost; here x alone is copied,
-    turned, before.
-    """
-    return jnp.matmul(jax.lax.optimization_barrier(x.swapaxes(-1, -2)), right, preferred_element_type=jnp.float32)
-
-
 def at_tokens(x: Array, query_indices: Int[Array, "B W"] | None) -> Array:
     """Of `x` [B or 1, T, ...] what belongs to the `query_indices` tokens of each row, [B, W, ...]; all of it where that
     is None.
@@ -92,17 +70,14 @@ def at_tokens(x: Array, query_indices: Int[Array, "B W"] | None) -> Array:
 
 def projection_options(module: nn.Module) -> dict:
     """What a module passes on to the projections in it, by field."""
-    return {name: getattr(module, name) for name in ("dtype", "param_dtype", "adapters", "outputs_first")}
+    return {name: getattr(module, name) for name in ("dtype", "param_dtype", "adapters")}
 
 
 class Projection(nn.Module):
     """`x kernel + bias` over all axes of x behind B and T, with a logical name for each axis of the kernel.
 
-    With `outputs_first` the kernel's output axes are its first ones, as `few_rows_product` takes it.
-
-    With adapters on this projection, `scale * (x A) B` is added, A normal and B zero at the start, both float32
-    whatever the weights
-    are: a fresh adapter changes nothing.
+    With adapters on this projection `scale * (x A) B` is added. A starts normal and B zero, so that a fresh adapter
+    changes nothing; both are float32 whatever the weights are.
     """
 
     shape: tuple[int, ...]
@@ -112,37 +87,21 @@ class Projection(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     adapters: Adapters = Adapters()
-    outputs_first: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        def turned(entries):
-            return (*entries[x.ndim - 2 :], *entries[: x.ndim - 2]) if self.outputs_first else entries
-
-        axes = turned(self.axes)
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(_kernel_init, axes), turned(self.shape), self.param_dtype
-        )
-        kernel = kernel.astype(self.dtype)
-        if (
-            x.shape[1] > 1
-        ):  # of a single token, as in decoding, parts of the product are less to send round than the weights
-            kernel = gathered(kernel, *axes)
-        out = self._product(x, kernel)
+        """The projected activations."""
+        init = nn.with_logical_partitioning(_kernel_init, self.axes)
+        kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        if x.shape[1] > 1:  # for a single token, as in decoding, partial products are cheaper to exchange than weights
+            kernel = gathered(kernel, *self.axes)
+        out = flat_product(x, kernel)
         if self.bias_axes:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes)
             shape = self.shape[-len(self.bias_axes) :]
             bias = self.param("bias", init, shape, self.param_dtype).astype(self.dtype)
             out = out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
         return out + self._low_rank(x) if self.name in self.adapters.targets else out
-
-    def _product(self, x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Float[Array, "B T ..."]:
-        if not self.outputs_first:
-            return flat_product(x, kernel)
-        flat = x.reshape(-1, math.prod(x.shape[2:]))  # [B*T, inputs]
-        rows = kernel.reshape(-1, flat.shape[1])  # [outputs, inputs]
-        out = few_rows_product(flat, rows).astype(x.dtype) if x.shape[1] == 1 else flat @ rows.T
-        return out.reshape(*x.shape[:2], *self.shape[x.ndim - 2 :])
 
     def _low_rank(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """`scale * (x A) B` for A [inputs..., R] and B [R, outputs...]."""
@@ -182,7 +141,6 @@ class SwiGLU(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     adapters: Adapters = Adapters()
-    outputs_first: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

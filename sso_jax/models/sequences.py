@@ -15,44 +15,40 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Sequences(NamedTuple):
-    """Z sequences of U places a row, and which of the row's T tokens and W queries stand where; P counts all Z*U places
-    of a row.
+    """Z sequences of U places in each row, and which of its T tokens stand where; P counts all Z*U places of a row.
+
+    A prompt stands in the sequences of all its responses. Each token asks in the first of its sequences.
     """
 
     column: Int[Array, "B P"]
-    """Of the token at each place; anything behind a sequence's last."""
+    """Column of the token at each place; anything behind a sequence's last."""
     lengths: Int[Array, "B Z"]
     position: Int[Array, "B T"]
     inside: Bool[Array, "B Z T"]
-    """Whether a sequence has the token, then at the token's position."""
+    """Whether a sequence holds the token, which then stands at its position."""
     query: Int[Array, "B P"]
-    """Number of the query that is asked at each place, W for none."""
-    place: Int[Array, "B W"]
-    """Where each query is asked, P for nowhere."""
+    """Token that asks at each place, T for none."""
+    place: Int[Array, "B T"]
+    """Place where each token asks, P for a token of no sequence."""
 
 
-def make_sequences(
-    columns: Int[Array, "B Z U"], positions: Int[Array, "B T"], place: Int[Array, "B W"] | None = None
-) -> Sequences:
-    """Sequences of these columns, -1 behind the end of each, with the queries of all tokens, or those that stand at
-    `place`.
-    """
+def make_sequences(columns: Int[Array, "B Z U"], positions: Int[Array, "B T"]) -> Sequences:
+    """Sequences of these columns, -1 behind the end of each."""
     batch, num_sequences, length = columns.shape
-    num_places = num_sequences * length
+    num_places, num_tokens = num_sequences * length, positions.shape[1]
     position = jnp.minimum(positions, length - 1)  # only a token of no sequence can be beyond
-    there = jnp.take_along_axis(
-        columns, jnp.broadcast_to(position[:, None], (batch, num_sequences, position.shape[1])), axis=2
-    )
-    inside = there == jnp.arange(position.shape[1])[None, None, :]  # [B, Z, T]
-    if place is None:
-        place = jnp.where(jnp.any(inside, axis=1), jnp.argmax(inside, axis=1) * length + position, num_places)
-    num_queries = place.shape[1]
-    numbers = jnp.broadcast_to(jnp.arange(num_queries), place.shape)
-    query = jax.vmap(lambda at, number: jnp.full((num_places,), num_queries).at[at].set(number, mode="drop"))(
-        place, numbers
-    )
+    at = jnp.broadcast_to(position[:, None], (batch, num_sequences, num_tokens))
+    inside = jnp.take_along_axis(columns, at, axis=2) == jnp.arange(num_tokens)[None, None, :]  # [B, Z, T]
+    first = jnp.argmax(inside, axis=1) * length + position
+    place = jnp.where(jnp.any(inside, axis=1), first, num_places)
+    numbers = jnp.broadcast_to(jnp.arange(num_tokens), place.shape)
+
+    def invert(place: Int[Array, "T"], number: Int[Array, "T"]) -> Int[Array, "P"]:
+        return jnp.full((num_places,), num_tokens).at[place].set(number, mode="drop")
+
     lengths = jnp.maximum(1, jnp.sum(columns >= 0, axis=2))  # an empty sequence gives nothing to anyone
-    return Sequences(jnp.maximum(columns, 0).reshape(batch, -1), lengths, position, inside, query, place)
+    column = jnp.maximum(columns, 0).reshape(batch, -1)
+    return Sequences(column, lengths, position, inside, jax.vmap(invert)(place, numbers), place)
 
 
 @jax.custom_vjp

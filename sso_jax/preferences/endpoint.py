@@ -1,6 +1,4 @@
-"""Questions in, the answers of an OpenAI-compatible server out: paced, retried, kept as they come; no question ends
-unaccounted for.
-"""
+"""Client of an OpenAI-compatible server that limits its rate, retries, journals answers and reports every failure."""
 
 import difflib
 import email.utils
@@ -24,16 +22,16 @@ from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.progress import progress_bar
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
-"""Waits before further tries: doubled from the first to the longest, each times a number drawn from [1/2, 1]."""
+"""Waits before retries: doubled from the first up to the longest, each times a random factor in [1/2, 1]."""
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""Statuses after which the same question may be answered."""
+"""HTTP statuses of transient failures, which are retried."""
 JOURNAL_FILE = "endpoint.jsonl"
-"""Where the answers of a folder are kept as they come."""
+"""File of a folder to which answers are appended as they arrive."""
 log = logging.getLogger(__name__)
 
 
 class _Failure(Exception):
-    """A try that gave no text; `wait_seconds` is what the server asked for."""
+    """An attempt without a text; `passing` is whether to retry, `wait_seconds` the wait that the server requested."""
 
     def __init__(self, reason: str, passing: bool, wait_seconds: float | None = None):
         super().__init__(reason)
@@ -41,8 +39,11 @@ class _Failure(Exception):
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:
-    """Seconds that a Retry-After header asks for, given as a number or as a date (RFC 9110, 10.2.3); None where it says
-    nothing.
+    """Returns the wait that a Retry-After header requests, as a number or a date (RFC 9110, 10.2.3), or None.
+
+    Args:
+      header: value of the header; None if it is missing.
+      now: present time, in seconds since the epoch.
     """
     if header is None:
         return None
@@ -58,29 +59,27 @@ def retry_after_seconds(header: str | None, now: float) -> float | None:
 
 @dataclass
 class _Pace:
-    """Spreads requests over time: `per_minute` at most, and none before the moment that the server asked for."""
+    """Rate limiter: at most `per_minute` requests, and none before the time that the server requested."""
 
     per_minute: float | None
     free_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def turn(self) -> float:
-        """Takes the next free moment; returns how many seconds away it is."""
+        """Reserves the next free slot; returns the seconds until it starts."""
         with self.lock:
             moment = max(time.monotonic(), self.free_at)
             self.free_at = moment + (60.0 / self.per_minute if self.per_minute else 0.0)
             return moment - time.monotonic()
 
     def hold(self, seconds: float) -> None:
-        """Lets nobody ask for so long."""
+        """Blocks all requests for this long."""
         with self.lock:
             self.free_at = max(self.free_at, time.monotonic() + seconds)
 
 
 class Endpoint:
-    """An OpenAI-compatible server, checked and ready to be asked. The key is read from the environment and kept in the
-    client only.
-    """
+    """Client of an OpenAI-compatible server; its API key is read from the environment and kept in the client only."""
 
     def __init__(
         self,
@@ -92,17 +91,22 @@ class Endpoint:
         requests_per_minute: float | None = None,
         concurrency: int = 8,
     ):
-        """Asks the server for its models.
+        """Connects to the server and checks that it has the model.
+
+        Args:
+          url: base URL, such as http://localhost:8000/v1.
+          model: name of the model; None uses the server's model if it lists exactly one.
+          key_variable: environment variable that holds the API key.
+          timeout_seconds: maximum time to wait for the server to answer, or to continue an answer.
+          retries: retries of a question after a transient failure.
+          requests_per_minute: maximum rate; None for no limit.
+          concurrency: maximum number of concurrent requests.
 
         Raises:
-          InputError: if it does not answer, wants another key, is no such server, or has no such model.
+          InputError: if the server does not answer, rejects the key, is not OpenAI-compatible, or lacks the model.
         """
-        self.url, self.key_variable, self.retries, self.concurrency = (
-            url.rstrip("/"),
-            key_variable,
-            retries,
-            concurrency,
-        )
+        self.url, self.key_variable = url.rstrip("/"), key_variable
+        self.retries, self.concurrency = retries, concurrency
         key = os.environ.get(key_variable, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=concurrency)
@@ -115,57 +119,64 @@ class Endpoint:
             response = self._client.get(f"{self.url}/models")
         except httpx2.TimeoutException as error:
             raise InputError(
-                f"endpoint.url: {self.url} does not answer in time; start the server or raise endpoint.timeout_seconds"
+                f"endpoint.url: {self.url} timed out; start the server or raise endpoint.timeout_seconds"
             ) from error
         except httpx2.HTTPError as error:
             raise InputError(
-                f"endpoint.url: {self.url} cannot be reached ({error}); start the server or mend the address"
+                f"endpoint.url: {self.url} cannot be reached ({error}); start the server or fix the address"
             ) from error
         self._refuse_status(response)
         try:
             listed = [row["id"] for row in response.json()["data"]]
         except (ValueError, KeyError, TypeError) as error:
             if wanted is not None and response.status_code == 404:
-                return wanted  # some servers answer questions and list nothing
+                return wanted  # some servers answer questions but do not list models
             raise InputError(
-                f"endpoint.url: {self.url}/models answers {response.status_code} and lists no models; "
-                "give the base address of an OpenAI-compatible server, which often ends with /v1"
+                f"endpoint.url: {self.url}/models returned {response.status_code} and lists no models; "
+                "give the base URL of an OpenAI-compatible server, which often ends with /v1"
             ) from error
         if wanted is None and len(listed) == 1:
             return listed[0]
         if wanted not in listed:
             near = difflib.get_close_matches(wanted or "", listed, n=3) or listed[:5]
             raise InputError(
-                f"endpoint.model: {wanted!r} is not a model of {self.url}; give one of its {len(listed)}, such as "
-                f"{near}"
+                f"endpoint.model: {wanted!r} is not a model of {self.url}; give one of its {len(listed)} models, such "
+                f"as {near}"
             )
         return wanted
 
     def _refuse_status(self, response: httpx2.Response) -> None:
-        """Raises for what no further try will mend."""
+        """Raises `InputError` for statuses that no retry will fix: a rejected key, a wrong URL."""
         if response.status_code in (401, 403):
             raise InputError(
-                f"endpoint.key_variable: {self.url} answers {response.status_code} to the key in {self.key_variable}; "
-                "set that "
-                "environment variable to a key of the server"
+                f"endpoint.key_variable: {self.url} returned {response.status_code} for the key in "
+                f"{self.key_variable}; set that environment variable to a key of the server"
             )
         if response.status_code == 404 and not response.url.path.endswith("/models"):
             raise InputError(
-                f"endpoint.url: {response.url} answers 404; give the base address, which often ends with /v1, and a "
-                "model of it"
+                f"endpoint.url: {response.url} returned 404; give the base URL, which often ends with /v1, and a model "
+                "of that server"
             )
 
     def ask(
         self, questions: list[Question], stage: str, max_tokens: int, temperature: float, journal: Path | None = None
     ) -> list[Answer]:
-        """One answer a question, in the order of the questions.
+        """Returns one answer per question, in the order of the questions.
 
-        Answers are written to `journal` (JSON Lines) as they come, and those that it holds from before are not asked
-        for again. A question that fails for good comes back without a text and with the reason; so many in a row that
-        the server must be gone stop the work.
+        Args:
+          questions: questions to ask.
+          stage: title of the progress bar.
+          max_tokens: maximum tokens of an answer.
+          temperature: sampling temperature.
+          journal: JSON Lines file to which answers are appended as they arrive. Questions that it already answers are
+            not asked again.
+
+        Returns:
+          The answers; those of questions that failed permanently have the reason instead of a text.
 
         Raises:
-          InputError: if the server is gone or refuses the key; what was answered is in the journal.
+          InputError: if the server rejects the key, or so many questions in a row fail that it must be unavailable.
+            Earlier answers are in the journal.
         """
         asked = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
         keys = [
@@ -175,7 +186,7 @@ class Endpoint:
         known = _read_journal(journal)
         answers = {i: Answer(known[key]) for i, key in enumerate(keys) if key in known}
         if answers:
-            log.info("%s: %d of %d answers are there from before", stage, len(answers), len(questions))
+            log.info("%s: %d of %d answers are already in the journal", stage, len(answers), len(questions))
         missing = {i: question.text for i, question in enumerate(questions) if i not in answers}
         failures_in_row = 0
         with (
@@ -194,16 +205,16 @@ class Endpoint:
     def _refuse_silence(
         self, failures_in_row: int, last: Answer, answers: dict[int, Answer], num_questions: int
     ) -> None:
-        """Raises where so many questions failed in a row that the server must be gone, or takes none of them."""
+        """Raises `InputError` if so many questions failed in a row that the server must be down or refuse them all."""
         if failures_in_row >= min(max(8, 2 * self.concurrency), num_questions):
             kept = f"{sum(answer.text is not None for answer in answers.values())} of {num_questions} answers"
             raise InputError(
-                f"endpoint.url: {self.url} failed {failures_in_row} questions in a row ({last.lost}); {kept} are kept, "
-                "the same command goes on from there"
+                f"endpoint.url: {self.url} failed {failures_in_row} questions in a row ({last.lost}); {kept} are kept; "
+                "run the same command again to resume from there"
             )
 
     def _stream(self, texts: dict[int, str], asked: dict) -> Iterator[tuple[int, Answer]]:
-        """Answers as they come, `concurrency` at a time; closing it stops what is under way."""
+        """Yields answers as they arrive, with `concurrency` concurrent requests; closing it cancels pending ones."""
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
         futures = {pool.submit(self._answer, text, asked): i for i, text in texts.items()}
@@ -215,7 +226,7 @@ class Endpoint:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, text: str, asked: dict) -> Answer:
-        """Tries until there is an answer, a failure that will not pass, or no try left."""
+        """Retries until there is an answer, a permanent failure, or no retry left."""
         wait = FIRST_WAIT_SECONDS
         for attempt in range(self.retries + 1):
             self._stop.wait(self._pace.turn())
@@ -234,7 +245,7 @@ class Endpoint:
         raise AssertionError("unreachable")
 
     def _try(self, text: str, asked: dict) -> str:
-        """The text of one answer; raises `_Failure`."""
+        """Sends one request and returns the answer's text; raises `_Failure`."""
         body = {**asked, "messages": [{"role": "user", "content": text}]}
         try:
             response = self._client.post(f"{self.url}/chat/completions", json=body)
@@ -244,13 +255,8 @@ class Endpoint:
             raise _Failure("unreachable", passing=True) from error
         self._refuse_status(response)
         if response.status_code != 200:
-            reason = (
-                "rate_limited"
-                if response.status_code == 429
-                else "server_error"
-                if response.status_code >= 500
-                else "refused"
-            )
+            other = "server_error" if response.status_code >= 500 else "refused"
+            reason = "rate_limited" if response.status_code == 429 else other
             wait = retry_after_seconds(response.headers.get("Retry-After"), time.time())
             raise _Failure(reason, response.status_code in PASSING, wait)
         try:
@@ -263,7 +269,7 @@ class Endpoint:
 
 
 def _read_journal(path: Path | None) -> dict[str, str]:
-    """Texts by key; a last line that was cut short is left out."""
+    """Returns the texts by key; skips truncated lines."""
     if path is None or not path.is_file():
         return {}
     texts = {}
@@ -277,7 +283,7 @@ def _read_journal(path: Path | None) -> dict[str, str]:
 
 
 def _append(path: Path | None, row: dict) -> None:
-    """Writes a row as a line of its own; the newline comes first, so that a line cut short before it stays alone."""
+    """Appends a row as a line; the newline comes first, so that a truncated line before it does not spoil this one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Filters of scored pairs; every dropped pair is counted by reason."""
+"""Filters of scored pairs, which return the reason of every dropped pair."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,16 +10,14 @@ from sso_jax.preferences.pairs import mean_log_probs
 
 
 def with_rewards(triples: list[Triple], rewards: list[tuple[float, float]]) -> list[Triple]:
-    """Triples scored by their rewards."""
+    """Sets the rewards (chosen, rejected) of each triple as its scores."""
     return [
         dataclasses.replace(t, scores={"chosen": a, "rejected": b}) for t, (a, b) in zip(triples, rewards, strict=True)
     ]
 
 
 def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Dropped]:
-    """The share of the scored triples whose chosen response leads by most, at least one, in their order; the rest is
-    dropped.
-    """
+    """Keeps the share of triples with the widest score gap, at least one, in order; the rest is dropped."""
     lead = [triple.scores["chosen"] - triple.scores["rejected"] for triple in triples]
     best = set(sorted(range(len(triples)), key=lambda i: (-lead[i], i))[: max(1, round(share * len(triples)))])
     kept = [triple for i, triple in enumerate(triples) if i in best]
@@ -29,15 +27,17 @@ def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Drop
 FILTER_CELLS = [
     Cell(context, response) for context in ("plain", "positive", "negative") for response in ("chosen", "rejected")
 ]
-"""The six log-probs that the filter reads."""
+"""The six log-probs that the filter uses."""
 
 
 def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
-    """The log-probability filter of SSO's release, on mean log-probs; `p`, `o`, `n` are the contexts x+, x, x-.
+    """Applies the log-probability filter of SSO's release to mean log-probs.
 
-    1. order: keep p_chosen > o_chosen > n_chosen and n_rejected > o_rejected > p_rejected;
-    2. near on-policy: keep o_chosen and o_rejected at or above their means over what is left;
-    3. clear gap: keep p_chosen - n_chosen and n_rejected - p_rejected above their means over what is left.
+    With `p`, `o`, `n` for the contexts x+, x, x-, it keeps pairs in three steps:
+
+    1. order: p_chosen > o_chosen > n_chosen and n_rejected > o_rejected > p_rejected;
+    2. near on-policy: o_chosen and o_rejected are at or above their means over the pairs left by step 1;
+    3. clear gap: p_chosen - n_chosen and n_rejected - p_rejected are above their means over the pairs left by step 2.
     """
     dropped: Dropped = {}
 
@@ -45,9 +45,8 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
         if not rows:
             return rows
         tables = [mean_log_probs(t) for t in rows]
-        values = np.array(
-            [[table[c][r] for c, r in FILTER_CELLS] for table in tables]
-        )  # columns: oc, or, pc, pr, nc, nr
+        # columns: o_chosen, o_rejected, p_chosen, p_rejected, n_chosen, n_rejected
+        values = np.array([[table[c][r] for c, r in FILTER_CELLS] for table in tables])
         mask = test(values)
         dropped.update({row.id: reason for row, kept in zip(rows, mask, strict=True) if not kept})
         return [row for row, kept in zip(rows, mask, strict=True) if kept]
@@ -68,9 +67,7 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
 
 
 def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Dropped]:
-    """Triples whose chosen response was scored at least `least` above the rejected one; those without scores are
-    dropped too.
-    """
+    """Keeps triples whose chosen response leads in score by `least` or more; drops those without scores too."""
     kept: list[Triple] = []
     dropped: Dropped = {}
     for triple in triples:

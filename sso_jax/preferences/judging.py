@@ -1,7 +1,6 @@
-"""Pairs in, questions to a judge out, each pair asked twice with positions swapped; then the answers in, what they say
-of the pairs out.
+"""Measures pairs with an external judge, which is asked about each pair twice with positions swapped.
 
-It measures. Nothing that trains sees it.
+The verdicts are only reported; nothing is trained on them.
 """
 
 import random
@@ -14,33 +13,30 @@ from sso_jax.data.records import Answer, Question, Triple
 
 ORDERS = ("chosen_first", "rejected_first")
 VERDICT_TOKENS = 64
-"""Longest answer to a question of judgment."""
+"""Maximum tokens of a judge's answer."""
 
 
 def draw_pairs(triples: list[Triple], count: int, seed: str) -> list[Triple]:
-    """`count` of the pairs, all where there are fewer, by the seed, in their order."""
+    """Draws `count` pairs by the seed, or all if there are fewer, in their order."""
     chosen = random.Random(f"{seed}/judging").sample(range(len(triples)), min(count, len(triples)))
     return [triples[i] for i in sorted(chosen)]
 
 
 def judging_questions(triples: list[Triple]) -> list[Question]:
-    """Two questions a pair: the chosen response as answer A, then as answer B."""
+    """Returns two questions per pair: with the chosen response as answer A, then as answer B."""
     template = resources.files(__package__).joinpath("judging_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
 
     def question(triple: Triple, order: str) -> Question:
         answers = (triple.chosen, triple.rejected) if order == ORDERS[0] else (triple.rejected, triple.chosen)
         texts = {"query": triple.query, "first": answers[0], "second": answers[1]}
-        return Question(
-            f"{triple.id}/{order}", re.sub(r"\{(query|first|second)\}", lambda found: texts[found.group(1)], template)
-        )
+        text = re.sub(r"\{(query|first|second)\}", lambda found: texts[found.group(1)], template)
+        return Question(f"{triple.id}/{order}", text)
 
     return [question(triple, order) for triple in triples for order in ORDERS]
 
 
 def parse_verdict(text: str) -> str | None:
-    """`A`, `B` or `tie` from what a judge wrote, as JSON or in a few words; None where it says none of them, or
-    several.
-    """
+    """Parses a judge's answer, JSON or a few words, as `A`, `B` or `tie`; None if it says none or several of them."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     start = text.find("{")
     read = json_repair.loads(re.match(r"[^}]*\}?", text[start:]).group()) if start >= 0 else None
@@ -51,11 +47,13 @@ def parse_verdict(text: str) -> str | None:
 
 
 def judgments(triples: list[Triple], answers: list[Answer]) -> list[dict]:
-    """A row a pair: what each order preferred, and `outcome`: chosen, rejected, tie (orders that differ are one), or
-    none unread.
+    """Returns one row per pair: the preference in each order, and the `outcome` of both.
+
+    The outcome is chosen, rejected, tie (also if the two orders disagree), or None if a verdict could not be read.
 
     Args:
-      answers: to `judging_questions(triples)`, in its order.
+      triples: the judged pairs.
+      answers: answers to `judging_questions(triples)`, in the same order.
     """
     sides = {ORDERS[0]: {"A": "chosen", "B": "rejected"}, ORDERS[1]: {"A": "rejected", "B": "chosen"}}
     rows = []
@@ -72,8 +70,9 @@ def judgments(triples: list[Triple], answers: list[Answer]) -> list[dict]:
 
 
 def summarize_judgments(rows: list[dict]) -> dict:
-    """Accuracy (ties as half), ties and consistency over the pairs with two verdicts; how often a verdict was for the
-    first answer.
+    """Summarizes judgments: accuracy (ties count half), ties, consistency, and the share of verdicts for answer A.
+
+    All are over pairs with two readable verdicts, the last one over verdicts other than ties.
     """
     outcomes = [row["outcome"] for row in rows if row["outcome"] is not None]
     both = [(row[ORDERS[0]], row[ORDERS[1]]) for row in rows if row["outcome"] is not None]

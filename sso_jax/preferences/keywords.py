@@ -1,4 +1,4 @@
-"""A response in, graded variants of it out: its key phrases, found by RAKE, removed step by step. For base `spo`."""
+"""Graded variants of a response for base `spo`: its key phrases, found by RAKE, are removed step by step."""
 
 import math
 import random
@@ -7,20 +7,21 @@ from functools import lru_cache
 from importlib import resources
 
 SHARES = (1 / 3, 2 / 3, 1.0)
-"""Shares of the key phrases that the variants lack; the response itself lacks none."""
+"""Share of the key phrases removed from each variant."""
 _WORD = re.compile(r"[\w'\u2019-]+")
 Span = tuple[int, int]
 
 
 @lru_cache
 def stopwords() -> frozenset[str]:
-    """Words that part key phrases."""
+    """Returns the stop words, which separate key phrases."""
     return frozenset(resources.files(__package__).joinpath("stopwords.txt").read_text(encoding="utf-8").split())
 
 
 def phrases(text: str) -> dict[tuple[str, ...], list[Span]]:
-    """Candidate phrases of RAKE (Rose et al. 2010): runs of words without a stop word or punctuation between, and where
-    they stand.
+    """Finds RAKE's candidate phrases (Rose et al. 2010) with their spans.
+
+    A phrase is a run of words without a stop word or punctuation in between.
     """
     found: dict[tuple[str, ...], list[Span]] = {}
     run: list[re.Match] = []
@@ -42,9 +43,9 @@ def phrases(text: str) -> dict[tuple[str, ...], list[Span]]:
 
 
 def ranked_phrases(text: str) -> list[tuple[str, ...]]:
-    """Phrases by falling score, the sum over words of degree / frequency; of equal ones the earlier first.
+    """Ranks phrases by score, the sum over words of degree / frequency; ties are in order of appearance.
 
-    `red fox . fox` has fox with degree 2 + 1 and frequency 2, red with 2 and 1: `red fox` scores 3.5, `fox` 1.5.
+    In `red fox . fox`, fox has degree 2 + 1 and frequency 2, red 2 and 1: `red fox` scores 3.5, `fox` 1.5.
     """
     found = phrases(text)
     degree: dict[str, int] = {}
@@ -57,7 +58,7 @@ def ranked_phrases(text: str) -> list[tuple[str, ...]]:
 
 
 def _without(text: str, spans: list[Span]) -> str:
-    """The text less these spans, blanks put in order."""
+    """Removes spans from the text and normalizes its whitespace."""
     kept, at = [], 0
     for start, end in sorted(spans):
         kept.append(text[at:start])
@@ -66,15 +67,16 @@ def _without(text: str, spans: list[Span]) -> str:
 
 
 def graded_variants(text: str) -> list[str]:
-    """The text less its top `ceil(q n)` of n key phrases, for each share q: less and less of what it says."""
+    """Returns the text without the top `ceil(q n)` of its n key phrases, for each q of `SHARES`."""
     found, ranked = phrases(text), ranked_phrases(text)
     removed = [ranked[: math.ceil(share * len(ranked))] for share in SHARES]
     return [_without(text, [span for words in gone for span in found[words]]) for gone in removed]
 
 
 def random_variants(text: str, seed: str) -> list[str]:
-    """Control: as many words as each graded variant lacks, drawn at random; a classifier that does as well here counts
-    words only.
+    """Control: removes as many words as each graded variant lacks, drawn at random.
+
+    A classifier that does as well on these only counts words.
     """
     words = [match.span() for match in _WORD.finditer(text)]
     order = random.Random(f"{seed}/degree").sample(words, len(words))

@@ -1,6 +1,4 @@
-"""Triples in, the pairs to train on out: given ones made tokens, all reordered by a control, scored by the reference,
-filtered.
-"""
+"""Prepares triples for training: tokenizes given ones, reorders them for controls, drops those without a contrast."""
 
 import dataclasses
 import random
@@ -19,36 +17,36 @@ _OTHER = {"chosen": "rejected", "rejected": "chosen", "original": "original"}
 
 
 def swap(triple: Triple) -> Triple:
-    """The triple with chosen and rejected exchanged, in texts, ids and log-probs."""
+    """Swaps chosen and rejected in a triple's texts, ids, scores and log-probs."""
 
     def exchanged(row: dict) -> dict:
         return {response: row[_OTHER[response]] for response in row}
 
     ids, scores = (None if row is None else exchanged(row) for row in (triple.response_ids, triple.scores))
-    log_probs = (
-        None if triple.log_probs is None else {context: exchanged(row) for context, row in triple.log_probs.items()}
-    )
+    log_probs = triple.log_probs
+    if log_probs is not None:
+        log_probs = {context: exchanged(row) for context, row in log_probs.items()}
     changes = dict(chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, log_probs=log_probs, scores=scores)
     return dataclasses.replace(triple, **changes, swapped=not triple.swapped)
 
 
 def random_order(triples: list[Triple], seed: str) -> list[Triple]:
-    """Control: each pair swapped by a coin."""
+    """Control: swaps each pair with probability 1/2."""
     return [swap(t) if random.Random(f"{seed}/{t.id}/order").random() < 0.5 else t for t in triples]
 
 
 def judge_order(triples: list[Triple], score: Callable[[Triple, str], float]) -> list[Triple]:
-    """Control, the one place where a judge reaches training: each pair in the order of `score(triple, response)`."""
+    """Control: orders each pair by `score(triple, response)`; the only place where a judge influences training."""
     return [swap(t) if score(t, "rejected") > score(t, "chosen") else t for t in triples]
 
 
 def fits(prompts: dict[str, list[int]], response_ids: dict[str, list[int]], cells: list[Cell], limit: int) -> bool:
-    """Whether prompt and response of every cell stay within `limit` tokens."""
+    """Returns whether the prompt and response of every cell have at most `limit` tokens together."""
     return all(len(prompts[context]) + len(response_ids[response]) <= limit for context, response in cells)
 
 
 def with_log_probs(triple: Triple, cells: list[Cell], sums: list[float]) -> Triple:
-    """The triple with the reference's log-prob sums, by context and response."""
+    """Adds the reference's log-prob sums to a triple; `sums` has one value per cell."""
     table: dict[str, dict[str, float]] = {}
     for (context, response), value in zip(cells, sums, strict=True):
         table.setdefault(context, {})[response] = value
@@ -56,8 +54,9 @@ def with_log_probs(triple: Triple, cells: list[Cell], sums: list[float]) -> Trip
 
 
 def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
-    """Log-probs a token, in nats, by context and response: sums over the number of response tokens, end of turn
-    included.
+    """Returns log-probs per token, in nats, by context and response.
+
+    These are the sums divided by the number of response tokens, end of turn included.
     """
     return {
         context: {response: value / len(triple.response_ids[response]) for response, value in row.items()}
@@ -66,8 +65,9 @@ def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
 
 
 def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> list[Triple]:
-    """Triples of a file with token ids: the sampled ones where they are this tokenizer's, else the texts' with an end
-    of turn.
+    """Adds token ids to the triples of a file.
+
+    These are the sampled ids if this tokenizer made them, else those of the text and an end of turn.
     """
     hashed = tokens_hash(tokenizer)
 
@@ -86,9 +86,9 @@ def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
 
 
 def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list[Triple], Dropped]:
-    """Triples in which the responses that `cells` compare differ in text and none is empty; what is dropped, by reason.
+    """Drops triples in which responses that `cells` compare are empty or equal; returns the rest and the reasons.
 
-    Where the prompts tell scores, pairs whose scores are equal have no contrast either.
+    If the prompts state scores, pairs with equal scores are dropped too.
     """
     compared = {response for _, response in cells}
     told = any(context.startswith("score_conditioned_") for context, _ in cells)
@@ -110,17 +110,16 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list
 
 
 def to_preference(triple: Triple) -> dict:
-    """A row of a preference dataset as TRL and others read it: `prompt, chosen, rejected`, each a list of messages."""
+    """Converts a triple to a preference dataset row as in TRL: `prompt, chosen, rejected`, each a list of messages."""
     prompt = [*triple.history, {"role": "user", "content": triple.query}]
     answers = {side: [{"role": "assistant", "content": getattr(triple, side)}] for side in ("chosen", "rejected")}
     return {"prompt": prompt, **answers}
 
 
 def summarize(triples: list[Triple]) -> dict[str, float | None]:
-    """On-policy probabilities of the pairs and their length: `exp(mean log-prob)` under x, averaged, and tokens a
-    response.
+    """Summarizes pairs: average on-policy probabilities, `exp(mean log-prob)` under x, and tokens per response.
 
-    Pairs that were not scored have no probabilities.
+    The probabilities are None for pairs without log-probs.
     """
     if not triples:
         return {"chosen_probability": None, "rejected_probability": None, "response_tokens": None}

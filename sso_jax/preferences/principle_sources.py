@@ -1,6 +1,4 @@
-"""Steers queries: features named and principles written by a policy or a server, or principles from the table or a
-file.
-"""
+"""Steers queries with features and principles from a policy, a server, the project's table or a file."""
 
 import dataclasses
 import logging
@@ -34,14 +32,14 @@ from sso_jax.runtime.json_lines import from_json, to_json, write_records
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 
 Ask = Callable[[list[Question], str, int], list[Answer]]
-"""(questions, stage, longest answer in tokens) -> answers: what the policy and an endpoint have in common."""
+"""(questions, stage, maximum answer tokens) -> answers: the common interface of the policy and an endpoint."""
 UNPARSED_FILE = "unparsed.jsonl"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SteeringCounts:
-    """How much of the steering was drawn at random, fell back to the table, could not be read or was not answered."""
+    """How many features were drawn at random, principles fell back to the table, answers were unparsed or missing."""
 
     random_features: int = 0
     fallback_principles: int | None = None
@@ -49,12 +47,12 @@ class SteeringCounts:
     unanswered: dict[str, int] | None = field(default=None)
 
     def as_json(self) -> dict:
-        """The counts that there are."""
+        """Returns the counts that are not None."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     @classmethod
     def of_json(cls, stats: dict) -> "SteeringCounts":
-        """The counts among the statistics of a stage."""
+        """Restores the counts from the statistics of a stage."""
         return cls(**{f.name: stats[f.name] for f in dataclasses.fields(cls) if f.name in stats})
 
 
@@ -68,32 +66,30 @@ class PrincipleSource:
     endpoint: Endpoint | None = None
     """Server, for source `endpoint`."""
     temperature: float = 0.7
-    """Temperature that the server is asked at."""
+    """Sampling temperature of the server's answers."""
 
 
 def open_endpoint(config: EndpointConfig, source: str, judged_pairs: int = 0) -> Endpoint | None:
-    """The server of section `endpoint`, if principles come from it (`source`) or pairs are to be judged.
+    """Connects to the server of section `endpoint` if principles come from it (`source`) or it judges pairs, else None.
 
     Raises:
-      InputError: if it is not named, does not answer, or is no OpenAI-compatible server.
+      InputError: if the URL is not given, or the server does not answer or is not OpenAI-compatible.
     """
     if source != "endpoint" and not judged_pairs:
         if config.url is not None:
-            log.warning("endpoint.url is not used: principles.source is %r, and no pairs are to be judged", source)
+            log.warning("endpoint.url is not used: principles.source is %r, and judging.pairs is 0", source)
         return None
     if config.url is None:
-        raise InputError(
-            "endpoint.url: not given; name the server that principles.source `endpoint` and judging.pairs ask"
-        )
+        raise InputError("endpoint.url: not given; give the server for principles.source `endpoint` and judging.pairs")
     fields = [f.name for f in dataclasses.fields(config) if f.name != "temperature"]
     return Endpoint(**{name: getattr(config, name) for name in fields})
 
 
 def given_principles(config: PrinciplesConfig, queries: list[Query]) -> dict[str, SteeredQuery]:
-    """Principles by query id where they come from a file; nothing otherwise.
+    """Returns the principles by query id for source `file`; empty for other sources.
 
     Raises:
-      InputError: for a file that does not go with the queries.
+      InputError: if the file does not match the queries.
     """
     if config.source != "file":
         return {}
@@ -103,7 +99,7 @@ def given_principles(config: PrinciplesConfig, queries: list[Query]) -> dict[str
 
 
 def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey) -> Ask:
-    """Asks the policy; questions that do not fit the model are not asked."""
+    """Returns an `Ask` that samples from the policy; questions that do not fit the model are not asked."""
 
     def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
         prompts = map_across_processes(lambda question: chat.prompt_ids(question.text), questions)
@@ -121,7 +117,7 @@ def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey) -> 
 
 
 def endpoint_asker(endpoint: Endpoint, temperature: float, iteration: int, folder: Path | None) -> Ask:
-    """Asks the server, from the first process; answers are kept in `folder/endpoint.jsonl` as they come."""
+    """Returns an `Ask` that queries the server from the first process, with a journal in `folder/endpoint.jsonl`."""
     journal = None if folder is None else folder / JOURNAL_FILE
 
     def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
@@ -138,10 +134,10 @@ def endpoint_asker(endpoint: Endpoint, temperature: float, iteration: int, folde
 def steer_queries(
     queries: list[Query], ask: Ask, rules: PrinciplesConfig, seed: str, folder: Path | None
 ) -> tuple[list[SteeredQuery], SteeringCounts]:
-    """Queries with both system messages, by features that `ask` names.
+    """Steers queries by the features that `ask` names, with both system messages.
 
-    Principles are the table's for source `predefined`, and otherwise written by whoever named the features. Answers
-    that could not be read are kept in `folder/unparsed.jsonl`.
+    Principles are the table's for source `predefined`, and otherwise also written by `ask`. Answers that could not be
+    parsed are written to `folder/unparsed.jsonl`.
     """
     named = _name_features(queries, ask, rules, seed)
     if rules.source != "predefined":
@@ -160,7 +156,7 @@ def steer_queries(
 
 @dataclass(frozen=True)
 class _Principled:
-    """Queries with features and principles, the answers that could not be read, and the missing ones by reason."""
+    """Queries with features and principles, answers that could not be parsed, and counts of missing ones by reason."""
 
     records: list[PrincipledQuery]
     unparsed: list[dict]
@@ -168,7 +164,7 @@ class _Principled:
 
 
 def _name_features(queries: list[Query], ask: Ask, rules: PrinciplesConfig, seed: str) -> _Principled:
-    """Asks which features matter for each query; the principles are the table's."""
+    """Asks which features matter for each query; takes the principles from the table."""
     count = rules.features_per_query
     questions = [Question(f"{query.id}/features", naming_prompt(query, count)) for query in queries]
     answers = ask(questions, "features", NAMING_TOKENS)
@@ -181,7 +177,7 @@ def _name_features(queries: list[Query], ask: Ask, rules: PrinciplesConfig, seed
 
 
 def _write_principles(named: _Principled, ask: Ask) -> _Principled:
-    """Asks for a good and a bad principle of each feature of each query."""
+    """Asks for a good and a bad principle for each feature of each query."""
     asked = [(i, feature) for i, record in enumerate(named.records) for feature in record.features]
     questions = []
     for i, feature in asked:

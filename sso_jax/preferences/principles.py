@@ -1,6 +1,4 @@
-"""Queries in, what steers each of them out: features named by a model and filled up at random, principles of the table
-or written.
-"""
+"""Features and principles of queries: prompts that ask a model for them, parsers of its answers, and the table."""
 
 import dataclasses
 import random
@@ -16,13 +14,13 @@ from sso_jax.data.records import PrincipledQuery, Query
 
 CONCISION = "Concision"
 NAMING_TOKENS, WRITING_TOKENS = 32, 160
-"""Longest answers to the questions for features and for principles."""
+"""Maximum tokens of answers to the questions for features and for principles."""
 MIN_PRINCIPLE, MAX_PRINCIPLE = 8, 600
-"""Characters of a principle that can be one."""
+"""Minimum and maximum characters of a valid principle."""
 
 
 class Feature(NamedTuple):
-    """A feature with its good and its bad side."""
+    """The good and the bad adjective and principle of a feature."""
 
     good_adjective: str
     bad_adjective: str
@@ -32,28 +30,27 @@ class Feature(NamedTuple):
 
 @lru_cache
 def feature_table() -> dict[str, Feature]:
-    """The project's own principles, from `principles.yaml` beside this file."""
+    """Returns the project's own principles by feature, from `principles.yaml` beside this file."""
     rows = yaml.safe_load(resources.files(__package__).joinpath("principles.yaml").read_text(encoding="utf-8"))
     return {name: Feature(*row["adjectives"], row["good"], row["bad"]) for name, row in rows.items()}
 
 
 def nameable_features() -> list[str]:
-    """The features that the policy may name: all but Concision."""
+    """Returns the features that the policy may name: all except Concision."""
     return [name for name in feature_table() if name != CONCISION]
 
 
 def naming_prompt(query: Query, count: int) -> str:
-    """Few-shot user turn that asks which features matter for the query."""
+    """Returns the few-shot user turn that asks which features matter for the query."""
     template = resources.files(__package__).joinpath("features_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
     filled = template.replace("{count}", str(count)).replace("{features}", ", ".join(nameable_features()))
     return filled.replace("{query}", query.query)
 
 
 def parse_features(text: str, count: int) -> list[str]:
-    """Up to `count` distinct features in the order in which the text names them, in whatever case and among whatever
-    else.
+    """Parses up to `count` distinct features from a model's answer, in order, ignoring case and other words.
 
-    Only the first paragraph that names any counts: what a model writes after it is no longer the answer.
+    Only the first paragraph that names any is used: what a model writes after it is no longer the answer.
     """
     by_lower = {name.lower(): name for name in nameable_features()}
     any_name = re.compile(rf"\b({'|'.join(by_lower)})\b", re.IGNORECASE)
@@ -64,9 +61,7 @@ def parse_features(text: str, count: int) -> list[str]:
 def choose_features(
     query: Query, text: str | None, count: int, concision_probability: float, seed: str
 ) -> PrincipledQuery:
-    """The query with the features that the policy named in `text`, filled up to `count` at random, and Concision by
-    chance.
-    """
+    """Selects the features named in `text`, fills up to `count` at random, and adds Concision with its probability."""
     draw = random.Random(f"{seed}/{query.id}/features")
     named = parse_features(text or "", count)
     missing = count - len(named)
@@ -78,7 +73,7 @@ def choose_features(
 def predefined(
     query: Query, features: tuple[str, ...], text: str | None = None, num_random: int = 0
 ) -> PrincipledQuery:
-    """The query with the table's principles for these features."""
+    """Returns the query with the table's principles for these features."""
     rows = [feature_table()[name] for name in features]
     return PrincipledQuery(
         id=query.id,
@@ -94,31 +89,29 @@ def predefined(
 
 
 def principles_prompt(query: Query, feature: str) -> str:
-    """Few-shot user turn that asks for a good and a bad principle of one feature, for this query, as JSON.
+    """Returns the few-shot user turn that asks for a good and a bad principle of a feature for this query, as JSON.
 
-    What is asked of the query stands at its end: what stands before it is the same in every question, and is run once.
+    The query is at the end, so that all questions share a prefix, which is prefilled once.
     """
     template = resources.files(__package__).joinpath("principles_prompt.txt").read_text(encoding="utf-8").rstrip("\n")
     row = feature_table()[feature]
-    filled = (
-        template.replace("{feature}", feature).replace("{good}", row.good_adjective).replace("{bad}", row.bad_adjective)
-    )
-    return filled.replace("{query}", query.query)
+    filled = template.replace("{feature}", feature).replace("{good}", row.good_adjective)
+    return filled.replace("{bad}", row.bad_adjective).replace("{query}", query.query)
 
 
 def parse_principles(text: str) -> tuple[str, str] | None:
-    """The good and the bad principle that a model wrote as JSON; None where they cannot be made out.
+    """Parses the good and the bad principle that a model wrote as JSON; None if they cannot be recovered.
 
-    What small models write around and into it is forgiven: prose, code fences, a think block, single quotes, a missing
-    brace or comma, `good_principle` or `Good` for a name. What counts is two different sentences, each one line of at
-    most 600 characters.
+    Tolerates what small models get wrong: prose around it, code fences, a think block, single quotes, a missing brace
+    or comma, `good_principle` or `Good` as a key. The two principles must differ; each becomes one line and must have
+    8 to 600 characters.
     """
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     start = text.find("{")
     if start < 0:
         return None
     rest = text[start:]
-    for piece in (rest.split("\n\n")[0], rest):  # what follows a blank line is mostly no answer any more
+    for piece in (rest.split("\n\n")[0], rest):  # text after a blank line is usually no longer the answer
         sides = _find_sides(json_repair.loads(re.match(r"[^}]*\}?", piece).group()))
         if sides is not None:
             return sides
@@ -126,7 +119,7 @@ def parse_principles(text: str) -> tuple[str, str] | None:
 
 
 def _find_sides(read) -> tuple[str, str] | None:
-    """The two principles in what was read, at whatever depth."""
+    """Finds the two principles in parsed JSON, at any depth."""
     if isinstance(read, list):
         return next(filter(None, map(_find_sides, read)), None)
     if not isinstance(read, dict):
@@ -145,7 +138,7 @@ def _letters(name: str) -> str:
 
 
 def with_written(record: PrincipledQuery, written: list[tuple[str, str] | None]) -> PrincipledQuery:
-    """The query with these principles, one pair for each of its features; None keeps the table's and is counted."""
+    """Replaces the principles, one pair per feature; None keeps the table's and is counted as a fallback."""
     pairs = zip(record.good_principles, record.bad_principles, written, strict=True)
     sides = [(good, bad) if own is None else own for good, bad, own in pairs]
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Samples the responses of steered queries as triples, and cleans them."""
+"""Samples responses to steered queries as triples, and cleans them."""
 
 import dataclasses
 import random
@@ -16,11 +16,11 @@ from sso_jax.sampling.sampler import Request, Sampler, row_key
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
 """The context that each response is sampled from."""
 _LABEL = re.compile(r"\s*\**(?:[A-Z][a-z]+(?:(?:,| and) [A-Za-z]+)*\s+)?(?:[Rr]esponse|[Aa]nswer|[Rr]eply)\s*:\**\s*")
-"""`Helpful response:`, `Helpful and accurate answer:`, bold or not."""
+"""Matches `Helpful response:`, `Helpful and accurate answer:` and the like, in bold or not."""
 
 
 class SampleKey(NamedTuple):
-    """What the random keys of a round's samples are derived from, beside the query and the response."""
+    """What the random keys of a round's samples are derived from, besides the query and the response."""
 
     seed: int
     iteration: int
@@ -33,7 +33,7 @@ class _Draw(NamedTuple):
     response: str
     request: Request
     back: int
-    """How many rounds back the policy lies that gives it."""
+    """Age in rounds of the policy that is sampled; 0 is the present one."""
 
 
 def sample_triples(
@@ -45,13 +45,18 @@ def sample_triples(
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
 ) -> list[Triple]:
-    """y+ from x+, y- from x- and y_o from x for every query, as far as `wanted`.
+    """Samples y+ from x+, y- from x- and y_o from x for every query.
 
     Args:
+      sampler: samples the responses.
       policies: the present policy's parameters, then functions that load those of earlier ones, newest first. With
-        several, y+ and y- are each sampled from one of them, by a draw of its own, and the triple's extra key
-        `policies` says how many rounds back it lies. y_o always comes from the present policy.
+        several, y+ and y- are each sampled from one of them, drawn independently, and the triple's extra key `policies`
+        holds its age in rounds. y_o is always sampled from the present policy.
+      tokenizer: tokenizer of the policy.
+      queries: queries to answer.
       prompts: prompts by query id and context.
+      key: seed and iteration, from which the random keys derive.
+      wanted: the responses to sample, of `chosen` (y+), `rejected` (y-) and `original` (y_o).
     """
     present, *earlier = policies
     draws = [
@@ -99,15 +104,14 @@ def _triple(
 
 
 def rounds_back(seed: str, response: str, num_earlier: int) -> int:
-    """How many rounds back the policy lies that gives this response: 0 to `num_earlier` alike, 0 for y_o."""
+    """Draws the age in rounds of the policy for a response: uniform from 0 to `num_earlier`, always 0 for y_o."""
     return 0 if response == "original" else random.Random(f"{seed}/policy").randrange(num_earlier + 1)
 
 
 def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:
-    """Ids without a leading label such as "Helpful response:", cut at a token boundary.
+    """Removes a leading label such as "Helpful response:" from token ids, at a token boundary.
 
-    `Helpful response: 7 .` becomes `7 .`. None where the label ends in the middle of a token, or nothing is left of the
-    response.
+    `Helpful response: 7 .` becomes `7 .`. Returns None if the label ends inside a token, or if nothing follows it.
     """
     text = decode_text(tokenizer, ids)
     label = _LABEL.match(text)
@@ -121,10 +125,9 @@ def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
 
 
 def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
-    """Triples without labels before their responses; what is dropped, by reason.
+    """Strips labels from the responses of triples; returns the triples kept, and the reason of each one dropped.
 
-    Dropped are triples with a label that cannot be cut, with an empty response, or with two responses that are the
-    same.
+    Drops triples with a label that cannot be stripped, with an empty response, or with two equal responses.
     """
     unlabelled: list[Triple] = []
     dropped: Dropped = {}

@@ -1,6 +1,4 @@
-"""A query with its principles in, the query with its two system messages out, and the three prompts x, x+, x- as token
-ids.
-"""
+"""Turns the principles of a query into its two system messages, and renders the prompts x, x+ and x- as token ids."""
 
 from importlib import resources
 
@@ -13,13 +11,13 @@ def _join(words: tuple[str, ...]) -> str:
 
 
 def system_message(adjectives: tuple[str, ...], principles: tuple[str, ...]) -> str:
-    """System message that names the adjectives, lists the principles and asks to keep silent about them."""
+    """Returns a system message that names the adjectives, lists the principles and asks not to mention them."""
     template = resources.files(__package__).joinpath("system_message.txt").read_text(encoding="utf-8").rstrip("\n")
     return template.replace("{adjectives}", _join(adjectives)).replace("{principles}", " ".join(principles))
 
 
 def steer(record: PrincipledQuery) -> SteeredQuery:
-    """The query with the good and the bad side of its features as system messages."""
+    """Adds the good and the bad system message, made from the adjectives and principles of the features."""
     return SteeredQuery(
         id=record.id,
         query=record.query,
@@ -33,16 +31,16 @@ def steer(record: PrincipledQuery) -> SteeredQuery:
 
 
 def target_score(score: float) -> str:
-    """System message that tells which score the response is to deserve."""
+    """Returns a system message that states the score that the response should deserve."""
     template = resources.files(__package__).joinpath("target_score.txt").read_text(encoding="utf-8").rstrip("\n")
     return template.replace("{score}", f"{score:g}")
 
 
 def steered_prompts(chat: Chat, record: SteeredQuery | Triple) -> dict[str, list[int]]:
-    """Token ids of the prompts x, x+ and x- by context; those without a system message (plain pairs) are not there.
+    """Returns the token ids of the prompts x, x+ and x- by context; plain pairs have no x+ and x-.
 
-    A pair with scores has two more: x told the score of y+ (`score_conditioned_chosen`) and that of y-
-    (`score_conditioned_rejected`).
+    A pair with scores has two more prompts: x with the score of y+ (`score_conditioned_chosen`) and x with that of y-
+    (`score_conditioned_rejected`) in the system message.
     """
     systems = {"plain": None, "positive": record.good_system, "negative": record.bad_system}
     history, scores = (record.history, record.scores) if isinstance(record, Triple) else ((), None)

@@ -80,7 +80,6 @@ def build_decoder(
         attend=default_kernel(platform) if model.attention == "auto" else model.attention,
         adapters=Adapters(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else Adapters(),
         max_logits=model.max_logits,
-        laid=model.layers,
     )
     return decoder, param_shardings(abstract_params(decoder), mesh)
 
@@ -129,6 +128,7 @@ def build_sampler(
         max_tokens=max_tokens,
         batch_size=sampling.batch_size,
         shardings=None if own is None else shardings,
+        layers=sampling.layers,
     )
 
 

@@ -1,4 +1,4 @@
-"""Files in, their checksums out, and back: whether the files are still those that were written."""
+"""SHA-256 checksums that show whether the files of a finished stage are still as they were written."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from sso_jax.runtime.files import files_below, is_remote
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         if is_remote(path):
             return hashlib.sha256(file.read()).hexdigest()
@@ -15,16 +15,16 @@ def checksum(path: Path) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path in it."""
+    """Returns the SHA-256 of every file below a folder, keyed by its path relative to the folder."""
     return {name: checksum(folder / name) for name in files_below(folder)}
 
 
 def damage(folder: Path, expected: dict[str, str]) -> str | None:
-    """What is wrong with a folder that had these checksums, or None: the first file that is gone or not what it was."""
+    """Describes the first file that is missing or differs from its expected checksum; None if all match."""
     for name, known in expected.items():
         path = folder / name
         if not path.exists():
-            return f"{path} is gone"
+            return f"{path} is missing"
         if checksum(path) != known:
-            return f"{path} is not what was written"
+            return f"{path} was modified"
     return None

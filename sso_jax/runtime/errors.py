@@ -1,13 +1,15 @@
-"""What a user is told in one line: wrong input, and a run that cannot go on."""
+"""Errors that the commands report in one line: invalid input, and a run that cannot continue."""
 
 
 class InputError(ValueError):
-    """Input that cannot be used: names the file, line or field, the value and the remedy. Nothing was done; exit status
-    2.
+    """Invalid input. The message names the file, line or field, the value and the remedy.
+
+    Raised before anything is done with the input; the command exits with status 2.
     """
 
 
 class RunError(Exception):
-    """A run that cannot go on though its input could be used: names what happened and the remedy. What was done is
-    kept; exit status 1.
+    """A run with valid input cannot continue. The message names the cause and the remedy.
+
+    Finished work is kept; the command exits with status 1.
     """

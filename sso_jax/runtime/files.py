@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, local or in an object store."""
+"""Atomic writes of a run's files, on a local disk or in an object store."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from etils import epath
 
 @dataclass
 class _Writer:
-    """Whether this process writes what a run writes once."""
+    """Whether this process writes the files that all processes of a run share."""
 
     here: bool = True
 
@@ -22,20 +22,20 @@ _WRITER = _Writer()
 
 
 def leave_writing_to_another() -> None:
-    """From now on this process writes no text: of the processes of a run only the first does."""
+    """Disables writing in this process; of the processes of a run only the first writes text files."""
     _WRITER.here = False
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path lies in an object store (`gs://...`), which has neither renaming in one step nor appending."""
+    """Returns whether a path is in an object store (`gs://...`), which supports neither atomic rename nor append."""
     return "://" in os.fspath(path)
 
 
 def files_below(folder: str | Path) -> list[str]:
-    """Paths, from the folder on, of all files in it and in the folders in it, sorted.
+    """Returns the paths of all files below a folder, relative to it and sorted.
 
-    Not by `walk`, which names an object store's folders without the store (etils 1.15); nor is the empty object that
-    some stores keep in place of a folder a file in it.
+    Avoids `walk`, which drops the store from the names of an object store's folders (etils 1.15). Skips the empty
+    object that some stores keep as a placeholder for a folder.
     """
     folder, found = epath.Path(folder), []
     for path in folder.iterdir():
@@ -45,10 +45,9 @@ def files_below(folder: str | Path) -> list[str]:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Writes a text file whole or not at all: a temporary file is synced, then renamed; an object store writes whole
-    objects anyway.
+    """Writes a text file atomically: a temporary file is synced, then renamed.
 
-    Only the process that writes for a run does anything (`leave_writing_to_another`).
+    An object store writes whole objects anyway. Does nothing where writing is disabled (`leave_writing_to_another`).
     """
     path = epath.Path(path)
     if not _WRITER.here:
@@ -65,7 +64,10 @@ def write_text(text: str, path: str | Path) -> None:
 
 
 def append_line(text: str, path: str | Path) -> None:
-    """Adds a line to a text file; where nothing can be appended the file is written anew. As `write_text` otherwise."""
+    """Appends a line to a text file; in an object store, which cannot append, rewrites the whole file.
+
+    Does nothing where writing is disabled (`leave_writing_to_another`).
+    """
     path = epath.Path(path)
     if is_remote(path):
         write_text((path.read_text() if path.exists() else "") + text + "\n", path)
@@ -76,10 +78,10 @@ def append_line(text: str, path: str | Path) -> None:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` once the `with` is left without an error.
+    """Yields an empty folder that replaces `folder` once the `with` block exits without an error.
 
-    In an object store, which renames nothing in one step, its files are copied there one by one. Of several processes
-    only the first one's folder is kept.
+    In an object store, which has no atomic rename, the files are copied one by one. With several processes only the
+    first one's folder is kept.
     """
     if _WRITER.here and not is_remote(folder):
         partial_folder = folder.with_name(folder.name + ".partial")

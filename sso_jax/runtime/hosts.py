@@ -1,6 +1,4 @@
-"""What one process of a run has in, what all of them have out. With a single process every function here does next to
-nothing.
-"""
+"""Communication between the processes of a multi-host run; with a single process every function is nearly free."""
 
 import hashlib
 import itertools
@@ -21,11 +19,11 @@ from sso_jax.runtime.signals import stop_requested
 Item, Made = TypeVar("Item"), TypeVar("Made")
 _SAFE_POINTS = itertools.count()
 _PASSED_ON: list[bool] = []
-"""Not empty once this process told the others of a SIGINT."""
+"""Not empty once this process has passed a stop request on to the others."""
 HEARTBEAT_SECONDS = 30
-"""After this long without a sign of life of one process the others end."""
+"""The other processes exit when one has sent no heartbeat for this long."""
 SHUTDOWN_SECONDS = 10
-"""How long a process that ends waits for the others to end too."""
+"""How long a process that exits waits for the others to exit too."""
 
 
 def join_hosts(
@@ -34,20 +32,20 @@ def join_hosts(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the processes of a run; call it before anything else asks JAX for a device.
+    """Connects the processes of a run; call it before anything queries JAX for devices.
 
     Args:
-      initialize: whether JAX finds the cluster itself (TPU pod, SLURM, Open MPI, Kubernetes).
-      coordinator: HOST:PORT of the first process, where JAX cannot find the cluster; the next two go with it.
+      initialize: whether JAX detects the cluster itself (TPU pod, SLURM, Open MPI, Kubernetes).
+      coordinator: HOST:PORT of the first process, where JAX cannot detect the cluster; requires the next two.
       num_processes: number of processes in the run.
-      process_id: number of this process, from 0.
+      process_id: index of this process, from 0.
 
     Raises:
       InputError: if the cluster cannot be found or joined.
     """
     if not initialize and coordinator is None:
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # used where the devices are CPUs, as in tests
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only used on CPU devices, as in tests
     try:
         jax.distributed.initialize(
             coordinator,
@@ -59,9 +57,8 @@ def join_hosts(
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"hosts: the processes cannot be joined ({reason}); start one on each host, or give hosts.coordinator "
-            "HOST:PORT, "
-            "hosts.num_processes and hosts.process_id"
+            f"hosts: cannot connect the processes ({reason}); start one on each host, or set hosts.coordinator to "
+            "HOST:PORT, hosts.num_processes and hosts.process_id"
         ) from error
     if not is_first():
         leave_writing_to_another()
@@ -69,9 +66,7 @@ def join_hosts(
 
 @contextmanager
 def report_lost_process() -> Iterator[None]:
-    """Within it what JAX raises where another process of the run is gone becomes a `RunError`; with one process nothing
-    changes.
-    """
+    """Turns JAX's error about a lost process of the run into a `RunError`; has no effect with a single process."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -79,19 +74,19 @@ def report_lost_process() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise RunError(
-            f"hosts: another process of the run was lost ({reason}); start all of them again, they go on where they "
-            "stopped"
+            f"hosts: another process of the run was lost ({reason}); restart all of them to resume where they stopped"
         ) from error
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Returns whether this process is the first one, which writes the files that all share."""
     return jax.process_index() == 0
 
 
 def broadcast_from_first(value):
-    """The first process's `value`, anything that JSON holds, in every process. All of them must call it, in the same
-    order.
+    """Returns the first process's `value`, which must be JSON-serializable, in every process.
+
+    All processes must call it, in the same order.
     """
     if jax.process_count() == 1:
         return value
@@ -101,7 +96,7 @@ def broadcast_from_first(value):
 
 
 def _to_bytes(value) -> np.ndarray:
-    """JSON of a value as bytes, which collectives can exchange."""
+    """Encodes a value as JSON in a byte array, which collectives can exchange."""
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
@@ -116,8 +111,10 @@ def _from_bytes(content, size: int):
 
 
 def on_first_process(make: Callable[[], object]):
-    """What `make` returns (anything that JSON holds), called by the first process alone and shared, or the `InputError`
-    that it raises.
+    """Calls `make` on the first process only and returns its JSON-serializable result in every process.
+
+    Raises:
+      InputError: in every process, if `make` raises one.
     """
     if jax.process_count() == 1:
         return make()
@@ -125,7 +122,7 @@ def on_first_process(make: Callable[[], object]):
 
 
 def _attempt(make: Callable[[], object]) -> dict:
-    """What `make` returns, or the `InputError` that it raises, as other processes can be told."""
+    """Returns the result or the `InputError` of `make` as a dictionary that can be sent to other processes."""
     try:
         return {"value": make()}
     except InputError as error:
@@ -133,17 +130,19 @@ def _attempt(make: Callable[[], object]) -> dict:
 
 
 def _result(outcome: dict):
-    """What an `_attempt` came to, in any process."""
+    """Returns the value of an `_attempt`, or raises its error."""
     if "error" in outcome:
         raise InputError(outcome["error"])
     return outcome["value"]
 
 
 def map_across_processes(function: Callable[[Item], Made], items: list[Item]) -> list[Made]:
-    """`function` of every item of a list that all processes have, each of which works out its own share alone; what it
-    makes JSON holds.
+    """Applies `function` to every item of a list that all processes have, each process computing its own share.
 
-    All processes must call it, in the same order. An `InputError` in one is raised in all.
+    All processes must call it, in the same order. Results must be JSON-serializable.
+
+    Raises:
+      InputError: in every process, if `function` raises one in any.
     """
     num_processes = jax.process_count()
     if num_processes == 1:
@@ -154,7 +153,7 @@ def map_across_processes(function: Callable[[Item], Made], items: list[Item]) ->
 
 
 def _gather(value) -> list:
-    """Each process's own `value`, anything that JSON holds, in the order of the processes."""
+    """Returns the JSON-serializable `value` of every process, in process order."""
     own = _to_bytes(value)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(own.size))).reshape(-1)
     gathered = np.asarray(multihost_utils.process_allgather(_padded(own, sizes.max()))).reshape(sizes.size, -1)
@@ -162,10 +161,10 @@ def _gather(value) -> list:
 
 
 def require_same(value, what: str) -> None:
-    """Raises `InputError` in every process if one of them has another `value` (compared by its `repr`) than the first.
+    """Raises `InputError` in every process if `value` (compared by its `repr`) is not the same in all of them.
 
-    What each process reads for itself is checked by this: on a difference they would wait for each other for ever, or
-    train on nonsense.
+    Checks what each process reads for itself: if it differed, the processes would wait for each other forever, or train
+    on inconsistent data.
     """
     if jax.process_count() == 1:
         return
@@ -174,17 +173,17 @@ def require_same(value, what: str) -> None:
     others = [str(number) for number, own in enumerate(of_all) if (own != of_all[0]).any()]
     if others:
         raise InputError(
-            f"hosts: process {', '.join(others)} has other {what} than process 0; start all with one command on files "
-            "that all of them see"
+            f"hosts: process {', '.join(others)} has different {what} than process 0; start all processes with the "
+            "same command, on files that all of them can read"
         )
 
 
 def stop_now() -> bool:
-    """Whether all processes stop at this point, because one of them got a signal or a notice of pre-emption.
+    """Returns whether all processes stop at this point, because one received a signal or a pre-emption notice.
 
-    All of them must call it at the same points; where they were joined the cluster's service finds the point that all
-    will reach. It takes SIGTERM, by which a notice of pre-emption comes, for itself, in a single process too (no
-    handler of Python's sees it any more), and knows nothing of SIGINT, which is therefore passed on to it.
+    All processes must call it at the same points; once they are connected, JAX's coordination service picks a point
+    that all of them will reach. The service takes over SIGTERM, which announces a pre-emption, even with a single
+    process (Python's handlers no longer see it). It does not handle SIGINT, which is therefore passed on to it.
     """
     if not jax.distributed.is_initialized():
         return stop_requested()
@@ -195,14 +194,12 @@ def stop_now() -> bool:
 
 
 def own_share(items: list) -> list:
-    """The share of a list, the same on all processes, that falls to this one: what it reads or writes where each has
-    its own.
-    """
+    """Returns this process's share of a list that is the same on all processes."""
     return items[jax.process_index() :: jax.process_count()]
 
 
 def fetch_global(array: jax.Array) -> np.ndarray:
-    """An array that lies over all hosts, on each of them. All processes must call it, in the same order."""
+    """Gathers an array that is sharded over all hosts onto each; all processes must call it, in the same order."""
     if not array.is_fully_addressable and not array.is_fully_replicated:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(jax.device_get(array))

@@ -6,14 +6,13 @@ import jax
 
 
 def set_matmul_precision(precision: str | None, compute_dtype: str) -> None:
-    """Sets how exactly matrices are multiplied: float32 products are exact to float32 unless `precision` says
-    otherwise.
+    """Sets the precision of matrix products; float32 products have full float32 precision unless `precision` is given.
 
-    By default a TPU multiplies float32 in one bfloat16 pass and recent NVIDIA GPUs use TF32, which is wrong in the
+    By default a TPU multiplies float32 in a single bfloat16 pass and recent NVIDIA GPUs use TF32, which is off in the
     third digit.
 
     Args:
-      precision: "default", "high" or "highest"; None is "highest" for float32 arithmetic and the platform's own
+      precision: "default", "high" or "highest"; None means "highest" for float32 arithmetic and the platform's default
         otherwise.
       compute_dtype: type of the decoder's arithmetic.
     """
@@ -22,10 +21,10 @@ def set_matmul_precision(precision: str | None, compute_dtype: str) -> None:
 
 
 def prepare_jax(compilation_cache: str = "") -> None:
-    """Applies settings that must be in place before anything asks JAX for a device.
+    """Applies settings that must be in place before anything queries JAX for devices.
 
-    On a CPU computations run in the calling thread. With asynchronous dispatch a call's results are ready before its
-    working memory is freed, and the next call allocates as much again.
+    Disables asynchronous dispatch on the CPU: with it, a call's results are ready before its working memory is freed,
+    so that the next call allocates the same amount again.
 
     Args:
       compilation_cache: folder that keeps compiled programs between runs; empty for none.

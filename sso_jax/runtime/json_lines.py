@@ -1,4 +1,4 @@
-"""JSON Lines files and the dataclass records in them."""
+"""Reads and writes JSON Lines files and the dataclass records in them."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ from sso_jax.runtime.files import write_text
 
 
 def to_json(record) -> dict:
-    """The record as a JSON object; `extra` keys stand beside the record's own."""
+    """Converts a record to a JSON object; the keys of `extra` are placed beside the record's own fields."""
     fields = dataclasses.asdict(record)
     extra = fields.pop("extra", {})
     return {**fields, **extra}
 
 
 def from_json(kind: type, fields: dict):
-    """The record of class `kind` that `to_json` wrote."""
+    """Restores a record of class `kind` from the result of `to_json`."""
     known = {f.name: f for f in dataclasses.fields(kind) if f.name != "extra"}
     own = {name: tuple(value) if _is_tuple(known[name]) else value for name, value in fields.items() if name in known}
     if not any(f.name == "extra" for f in dataclasses.fields(kind)):
@@ -32,12 +32,16 @@ def _is_tuple(declared: dataclasses.Field) -> bool:
 
 
 def read_json_lines(path: str | Path) -> list[dict]:
-    """Objects of a JSON Lines file, empty lines skipped."""
+    """Returns the objects of a JSON Lines file, skipping empty lines.
+
+    Raises:
+      InputError: names the file and the line that is not a JSON object.
+    """
     return [row for _, row in read_numbered_lines(path)]
 
 
 def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
-    """(line number, object) of a JSON Lines file, empty lines skipped.
+    """Returns the (line number, object) pairs of a JSON Lines file, skipping empty lines.
 
     Raises:
       InputError: names the file and the line that is not a JSON object.
@@ -57,23 +61,21 @@ def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
 def _parse_object(text: str, place: str) -> dict:
     try:
         row = json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # beside malformed JSON, numbers of thousands of digits and endless nesting
+    # also raised for numbers with thousands of digits, and for nesting that is too deep
+    except (ValueError, RecursionError) as error:
         why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InputError(f"{place}: not valid JSON ({why}); give one JSON object a line") from error
+        raise InputError(f"{place}: not valid JSON ({why}); give one JSON object per line") from error
     if not isinstance(row, dict):
-        raise InputError(f"{place}: {type(row).__name__} instead of a JSON object; give one JSON object a line")
+        raise InputError(f"{place}: {type(row).__name__} instead of a JSON object; give one JSON object per line")
     return row
 
 
 def read_records(kind: type, path: str | Path) -> list:
-    """Records of class `kind` from a stage file that `write_records` wrote."""
+    """Reads the records of class `kind` in a file that `write_records` wrote."""
     return [from_json(kind, row) for row in read_json_lines(path)]
 
 
 def write_records(records: Iterable, path: str | Path) -> None:
-    """Writes records or dictionaries as JSON Lines, whole or not at all."""
+    """Writes records or dictionaries atomically as JSON Lines."""
     rows = (record if isinstance(record, dict) else to_json(record) for record in records)
     write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)

@@ -1,4 +1,4 @@
-"""Sizes of the mesh in, the device mesh and the shardings of everything out. The only file that names mesh axes."""
+"""The device mesh and the shardings of parameters and batches. The only file that names mesh axes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,21 +22,21 @@ RULES = {
     "layers": None,
     "norm": None,
 }
-"""Logical axis -> mesh axes; None is a copy on every device."""
+"""Logical axis -> mesh axes; None replicates the axis on every device."""
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
-    """XLA's options for programs of large products.
+    """Returns the XLA options for programs dominated by large matrix products.
 
-    On a GPU cuBLAS multiplies and adds to what is there, such as the sum of gradients; where XLA may take its own
-    products in their place it first fuses into them what stands before them, and computes that anew for each product
-    when cuBLAS proves faster after all.
+    On a GPU this turns off XLA's own (Triton) matrix products. cuBLAS multiplies and accumulates in place, for example
+    into the sum of gradients. Where XLA may use its own products instead, it first fuses their inputs into them, and
+    recomputes those inputs for each product if cuBLAS turns out to be faster.
     """
     return {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform in ("gpu", "cuda") else {}
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> jax.sharding.Mesh:
-    """Device mesh of the given sizes; one of them may be -1 and takes what is left.
+    """Builds a device mesh of the given sizes; one of them may be -1, which takes the remaining devices.
 
     Raises:
       InputError: if the sizes do not multiply to the number of devices.
@@ -53,7 +53,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
 
 
 def check_divides(mesh: jax.sharding.Mesh, logical: str, name: str, size: int) -> None:
-    """Raises `InputError` if the mesh axis of a logical axis does not divide its size, which users know as `name`."""
+    """Raises `InputError` if the mesh axis of a logical axis does not divide its `size`; users know it as `name`."""
     axis = RULES[logical]
     if size % mesh.shape[axis]:
         raise InputError(
@@ -62,24 +62,23 @@ def check_divides(mesh: jax.sharding.Mesh, logical: str, name: str, size: int) -
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-    """Partition spec of an array whose axes have these logical names."""
+    """Returns the partition spec of an array whose axes have these logical names."""
     return PartitionSpec(*(RULES[name] if name else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins the sharding of an intermediate array; without a mesh in context (`jax.set_mesh`) it is `x`."""
+    """Constrains the sharding of an intermediate array; returns `x` if no mesh is in context (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
 def gathered(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x`, whose axes have these logical names, with all of its width on every device; its gradient is cut over the
-    width again.
+    """All-gathers the embed axis of `x`, whose axes have these logical names; its gradient is sharded again.
 
-    Said outright, because the partitioner otherwise picks between this and passing parts of `x` round among the
-    devices, which up to 32 TPU chips it prefers, and which holds twice as many activations of a layer. Without a mesh
-    in context it is `x`.
+    Explicit, because the partitioner otherwise chooses between this and passing shards of `x` around the devices, which
+    it prefers on up to 32 TPU chips and which holds twice as many activations per layer. Returns `x` if no mesh is in
+    context.
     """
     return x if jax.sharding.get_abstract_mesh().empty else _gathered(x, logical)
 
@@ -98,9 +97,14 @@ _gathered.defvjp(
 def over_mesh(
     function: Callable, inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]
 ) -> Callable:
-    """`function` of the part of each array that a device holds, for kernels that the partitioner cannot cut.
+    """Maps `function` over the shards that each device holds, for kernels that the partitioner cannot split.
 
-    `inputs` and `output` are the logical names of the arrays' axes. Without a mesh in context it is `function`.
+    Returns `function` itself if no mesh is in context.
+
+    Args:
+      function: takes and returns arrays.
+      inputs: logical axis names of each argument.
+      output: logical axis names of the result.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
@@ -110,7 +114,7 @@ def over_mesh(
 
 
 def param_shardings(boxed_params, mesh: jax.sharding.Mesh):
-    """Sharding of each parameter from the logical axis names that Linen boxes carry."""
+    """Returns the sharding of each parameter, from the logical axis names in its Linen box."""
 
     def is_box(leaf):
         return isinstance(leaf, nn.LogicallyPartitioned)
@@ -119,21 +123,20 @@ def param_shardings(boxed_params, mesh: jax.sharding.Mesh):
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """First axis over all copies and shards of the model, the rest whole."""
+    """Returns the sharding of a batch: its first axis over `data` and `fsdp`, the other axes replicated."""
     return NamedSharding(mesh, spec("batch"))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def place(tree, shardings):
-    """Arrays of the host on the mesh, where it spans several hosts: each one hands over what its devices hold of arrays
-    that all have.
+    """Places host arrays on a mesh that spans several hosts; each host transfers the shards of its own devices.
 
-    On a mesh of one host they are left for the compiled function to take. `shardings` is one sharding, or a tree like
-    `tree`.
+    All hosts must have the same arrays. On a single-host mesh the arrays are returned unchanged, for the compiled
+    function to transfer. `shardings` is one sharding, or a tree with the structure of `tree`.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -148,17 +151,17 @@ def place(tree, shardings):
 
 
 def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """Number of parts into which the first axis of a batch is cut."""
+    """Returns the number of shards of a batch's first axis."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_shards_in_context() -> int:
-    """As `num_batch_shards` of the mesh in context (`jax.set_mesh`); 1 without one."""
+    """Returns `num_batch_shards` of the mesh in context (`jax.set_mesh`); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else num_batch_shards(mesh)
 
 
 def vocab_shards_in_context() -> int:
-    """Number of parts into which the mesh in context cuts the vocabulary; 1 without one."""
+    """Returns the number of vocabulary shards on the mesh in context (`jax.set_mesh`); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[RULES["vocab"]]

@@ -1,4 +1,4 @@
-"""A long stage in, its progress out: a tqdm bar on a terminal, one line every ten seconds elsewhere."""
+"""Progress of long stages: a tqdm bar on a terminal, a line every ten seconds elsewhere."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class _LineBar(tqdm):
-    """tqdm for logs: each report is a line of its own."""
+    """tqdm for logs: prints each update on its own line."""
 
     @staticmethod
     def status_printer(file):
@@ -19,7 +19,7 @@ class _LineBar(tqdm):
 
 
 def progress_bar(description: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """Bar over `total` units with rate and estimate of what is left; use it in a `with` and call `update(n)`."""
+    """Creates a progress bar over `total` units with rate and time left; use it in a `with` and call `update(n)`."""
     if sys.stderr.isatty():
         return tqdm(desc=description, total=total, unit=unit, initial=initial, dynamic_ncols=True)
     return _LineBar(

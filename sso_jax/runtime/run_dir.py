@@ -1,4 +1,4 @@
-"""The run directory: which config it was started with, and a lock that keeps other runs out."""
+"""The run directory: the config that it was started with, and a lock that keeps other runs out."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,21 +14,21 @@ from sso_jax.runtime.files import is_remote, write_text
 from sso_jax.runtime.hosts import is_first
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
-FILE_REMEDY = "restore it, or delete it if the values given now are those of the run"
-REMEDY = "give those, or another folder, or say which to take with run.on_changed_config"
+FILE_REMEDY = "restore it, or delete it if the present values are those of the run"
+REMEDY = "give those, or another folder, or choose between the two with run.on_changed_config"
 log = logging.getLogger(__name__)
 
 
 def changed_fields(directory: Path, fields: dict, defaults: dict, may_change: Sequence[str]) -> dict[str, tuple]:
-    """(value at the start, value now) of each dotted field that differs from the config of the run in `directory`.
+    """Compares a config with that of the run in `directory`: (stored value, present value) by dotted field name.
 
     Args:
-      fields: the config given now, as nested dictionaries of JSON values.
-      defaults: the default config in the same form; a field that the stored config lacks is taken to be at its default.
-      may_change: dotted names of fields and sections that a continued run may change.
+      fields: the present config, as nested dictionaries of JSON values.
+      defaults: the default config in the same form; fields missing from the stored config are taken to have these.
+      may_change: dotted names of fields and sections that may differ when a run is resumed.
 
     Raises:
-      InputError: if the stored config cannot be read, or has fields that are not known: another version wrote it.
+      InputError: if the stored config cannot be read, or has unknown fields, because another version wrote it.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
@@ -38,21 +38,20 @@ def changed_fields(directory: Path, fields: dict, defaults: dict, may_change: Se
     if unknown:
         raise InputError(
             f"run.directory: {directory} was started by another version of sso_jax, whose config has "
-            f"{', '.join(unknown[:3])}; "
-            "give another folder, or go on with that version"
+            f"{', '.join(unknown[:3])}; give another folder, or resume the run with that version"
         )
     return _differences(_with_defaults(stored, defaults), fields, may_change)
 
 
 def refuse_changes(directory: Path, changed: dict[str, tuple]) -> None:
-    """Raises `InputError` that names the changed fields with both values."""
+    """Raises an `InputError` that names the changed fields with both values."""
     raise InputError(
         f"run.directory: {directory} was started with other values of {describe_changes(changed)}; {REMEDY}"
     )
 
 
 def describe_changes(changed: dict[str, tuple]) -> str:
-    """`field (old, now new)` for each changed field."""
+    """Formats each changed field as `field (old, now new)`."""
     return ", ".join(f"{field} ({old!r}, now {new!r})" for field, (old, new) in changed.items())
 
 
@@ -62,12 +61,12 @@ def _read_config(path: Path) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())[:100]}); {FILE_REMEDY}") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: holds no fields; {FILE_REMEDY}")
+        raise InputError(f"{path}: contains no fields; {FILE_REMEDY}")
     return fields
 
 
 def _names(fields: dict, prefix: str = "") -> set[str]:
-    """Dotted names of all sections and fields, to the depth of a section's fields."""
+    """Returns the dotted names of all sections and their fields, two levels deep."""
     names = set()
     for name, value in fields.items():
         names.add(prefix + name)
@@ -77,7 +76,7 @@ def _names(fields: dict, prefix: str = "") -> set[str]:
 
 
 def _with_defaults(fields: dict, defaults: dict) -> dict:
-    """The fields, and the default of each one that they do not name."""
+    """Fills missing fields in with their defaults."""
     filled = dict(defaults)
     for name, value in fields.items():
         nested = isinstance(value, dict) and isinstance(defaults.get(name), dict)
@@ -100,15 +99,16 @@ def _differences(old: dict, new: dict, may_change: Sequence[str], prefix: str = 
 
 @contextmanager
 def claim(directory: Path, fields: dict) -> Iterator[None]:
-    """Makes the directory, writes the config as resolved, and keeps other runs out; the lock dies with its process.
+    """Creates and locks the run directory and writes the resolved config; the lock is released with the process.
 
-    An object store has no locks: there the only guard is the config.
+    An object store has no locks: there only the stored config guards against a second run.
 
     Args:
+      directory: the run directory.
       fields: the config as nested dictionaries of JSON values.
 
     Raises:
-      InputError: if the directory cannot be written, or another run works in it.
+      InputError: if the directory cannot be written, or another run uses it.
     """
     lock = nullcontext()
     try:
@@ -118,7 +118,7 @@ def claim(directory: Path, fields: dict) -> Iterator[None]:
             lock.acquire()
     except filelock.Timeout as error:
         raise InputError(
-            f"run.directory: another run works in {directory}; wait for it, or give another folder"
+            f"run.directory: another run is using {directory}; wait for it to end, or give another folder"
         ) from error
     except OSError as error:
         raise _unwritable(directory, error) from error
@@ -135,7 +135,7 @@ def _unwritable(directory: Path, error: OSError) -> InputError:
 
 
 def newest_folder(path: str, name: str) -> str:
-    """`path` itself, or where it is a run directory the folder of this name in its newest round that has one."""
+    """Returns the folder `name` of the newest round that has one if `path` is a run directory, else `path` itself."""
     rounds = epath.Path(path).glob(f"iteration_*/{name}")
     found = sorted(rounds, key=lambda folder: int(folder.parent.name.split("_")[1]))
     return str(found[-1]) if found else path

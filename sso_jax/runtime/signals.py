@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in, a stop at the next safe point out: between device steps, after what is done was saved."""
+"""Turns SIGTERM and SIGINT into a stop at the next safe point: between device steps, once finished work is saved."""
 
 import signal
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 EXIT_STATUS = 75
-"""Of a run that stopped on request: run the same command again."""
+"""Exit status of a run that stopped on request; the same command resumes it."""
 
 
 class Stopped(Exception):
-    """A run stopped because it was asked to; what was done is saved."""
+    """A run stopped on request; finished work is saved."""
 
 
 @dataclass
@@ -22,19 +22,19 @@ _REQUEST = _Request()
 
 
 def stop_requested() -> bool:
-    """Whether a signal asked this process to stop."""
+    """Returns whether a signal has asked this process to stop."""
     return _REQUEST.signal is not None
 
 
 def raise_if_stopped() -> None:
-    """Raises `Stopped` where a signal has asked for it; called where nothing would be lost."""
+    """Raises `Stopped` if a signal has asked for it; call it where no work would be lost."""
     if stop_requested():
         raise Stopped(signal.Signals(_REQUEST.signal).name)
 
 
 @contextmanager
 def stop_at_safe_points() -> Iterator[None]:
-    """Within it the first SIGTERM or SIGINT only asks for a stop; a second one ends the process at once, as always."""
+    """In this context the first SIGTERM or SIGINT only requests a stop; a second one acts at once, as usual."""
 
     def ask(number: int, frame) -> None:
         if not stop_requested():

@@ -1,6 +1,4 @@
-"""Stages of a round in, their files and markers out: a stage is done when its marker is written, and is never done
-twice.
-"""
+"""Runs each stage of a round once: a stage is finished when its marker is written, and is then read from its files."""
 
 import json
 import logging
@@ -21,14 +19,14 @@ def _marker(folder: Path, name: str) -> Path:
 
 
 def _read_marker(folder: Path, name: str) -> dict | None:
-    """What the marker holds, the checksums of the stage's files among it; one answer for all processes."""
+    """Reads a stage's marker, which includes the checksums of its files; the result is the same on all processes."""
     marker = _marker(folder, name)
 
     def read() -> dict | None:
         try:
             return json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
         except ValueError:
-            log.warning("%s is damaged; stage %s is done again", marker, name)
+            log.warning("%s is damaged; stage %s runs again", marker, name)
             return None
 
     return on_first_process(read)
@@ -39,17 +37,13 @@ def _without_files(marked: dict) -> dict:
 
 
 def finished(folder: Path, name: str) -> dict | None:
-    """What a finished stage left to be said (counts, seconds), or None where it is still to do; one answer for all
-    processes.
-    """
+    """Returns the statistics of a finished stage (counts, seconds), None if unfinished; the same on all processes."""
     marked = _read_marker(folder, name)
     return None if marked is None else _without_files(marked)
 
 
 def finish(folder: Path, name: str, stats: dict, files: list[str] | None = None) -> dict:
-    """Marks a stage as done, with the checksums of these files of its folder; what is said of it is what the first
-    process says.
-    """
+    """Marks a stage as finished, with the checksums of `files` in its folder; returns the first process's `stats`."""
     stats = broadcast_from_first(stats)
     digests = on_first_process(lambda: {file: checksum(folder / file) for file in files or []})
     marker = _marker(folder, name)
@@ -61,10 +55,14 @@ def finish(folder: Path, name: str, stats: dict, files: list[str] | None = None)
 def record_stage(
     folder: Path, name: str, kind: type, make: Callable[[], tuple[list, dict]], beside: Sequence[str] = ()
 ) -> tuple[list, dict]:
-    """Records and statistics of a stage: read from `folder/name.jsonl` where it is done, else made, written and marked.
+    """Returns the records and statistics of a stage, which is read from `folder/name.jsonl` if finished, else run.
 
-    `make` returns the records and the statistics; `seconds` is added to these. `beside` names files that it may write
-    itself.
+    Args:
+      folder: folder of the round.
+      name: name of the stage.
+      kind: class of the records.
+      make: runs the stage and returns its records and statistics; `seconds` is added to the statistics.
+      beside: names of further files that `make` may write itself.
     """
     path = folder / f"{name}.jsonl"
     stats = read_verified(folder, name)
@@ -79,9 +77,7 @@ def record_stage(
 
 
 def file_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
-    """Statistics of a stage that writes its own `folder/output`, a file or a folder, if anything; as `record_stage`
-    otherwise.
-    """
+    """Like `record_stage`, for a stage without records; `make` itself may write `folder/output`, a file or folder."""
     stats = read_verified(folder, name)
     if stats is not None:
         return stats
@@ -98,26 +94,22 @@ def _files_of(folder: Path, output: str) -> list[str]:
 
 
 def damaged(folder: Path) -> list[str]:
-    """Stages that are marked as done and have a file that is gone or damaged, which the log then says; one answer for
-    all processes.
-    """
+    """Returns the finished stages with a missing or damaged file, which is logged; the same on all processes."""
     done = folder / "done"
     names = on_first_process(lambda: sorted(marker.stem for marker in done.glob("*.json")) if done.is_dir() else [])
     return [name for name in names if read_verified(folder, name) is None]
 
 
 def reopen(folder: Path, name: str) -> None:
-    """Takes the mark of a stage back."""
+    """Removes the marker of a stage."""
     if is_first():
         _marker(folder, name).unlink()
 
 
 def read_verified(folder: Path, name: str) -> dict | None:
-    """As `finished`, but None also where a file of the stage is gone or damaged, which the log then says: it is to be
-    done again.
-    """
+    """Like `finished`, but returns None, and logs why, if a file of the stage is missing or damaged."""
     marked = _read_marker(folder, name)
     harm = None if marked is None else on_first_process(lambda: damage(folder, marked.get("files", {})))
     if harm is not None:
-        log.warning("%s; stage %s is done again", harm, name)
+        log.warning("%s; stage %s runs again", harm, name)
     return None if marked is None or harm is not None else _without_files(marked)

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sso_jax.models.attention import Cache, causal_mask
-from sso_jax.models.layer_layout import unstack
-from sso_jax.models.layers import few_rows_product
 from sso_jax.models.transformer import Transformer, make_cache, project
 from sso_jax.runtime.mesh import batch_shards_in_context, gathered
 from sso_jax.sampling.sampling_params import SamplingParams, sample_from_logits
@@ -43,16 +41,14 @@ class DecodeState(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters in the type of the arithmetic, and the head's matrix gathered, [V, D] where output axes are the first
-    ones.
-    """
+    """Parameters in the type of the arithmetic, and the head's matrix gathered on every device."""
 
     params: dict
-    head: Float[Array, "D V"] | Float[Array, "V D"]
+    head: Float[Array, "D V"]
 
 
 def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "B"]:
-    """One number in [0, 1) for each row, from the row's key and the step alone: batch layout does not matter."""
+    """One number in [0, 1) for each row, from the row's key and the step alone, so that batch layout does not matter."""
 
     def row(key):
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))
@@ -63,14 +59,7 @@ def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "
 def prepare_weights(model: Transformer, params) -> Weights:
     """What prefill and decode multiply with, made once for both."""
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
-    params = params if model.stacked else unstack(params, model.outputs_first)
-    head = gathered(model.apply({"params": params}, method="head_matrix"), "embed", "vocab")
-    return Weights(params, head.T if model.outputs_first else head)
-
-
-def step_logits(model: Transformer, weights: Weights, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    """Scores of each row's next token, float32."""
-    return (few_rows_product if model.outputs_first else project)(hidden, weights.head)
+    return Weights(params, gathered(model.apply({"params": params}, method="head_matrix"), "embed", "vocab"))
 
 
 def sample_token(
@@ -125,4 +114,4 @@ def prefill(
     hidden, cache = model.apply({"params": weights.params}, prompts.tokens, positions, mask, cache, prefix_slots, last)
     nothing = Samples(jnp.zeros((batch_size, max_new_tokens), jnp.int32), jnp.zeros((batch_size,), jnp.int32))
     start = DecodeState(jnp.int32(0), cache, jnp.zeros((batch_size,), jnp.int32), ~prompts.used, nothing)
-    return sample_token(step_logits(model, weights, hidden[:, 0]), start, prompts, strategy, stop_ids)
+    return sample_token(project(hidden[:, 0], weights.head), start, prompts, strategy, stop_ids)

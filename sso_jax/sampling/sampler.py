@@ -18,7 +18,7 @@ from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
 from sso_jax.runtime.mesh import num_batch_shards, place, replicated
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
-from sso_jax.sampling.decode import prompt_shardings
+from sso_jax.sampling.decode import prompt_shardings, unrolls_layers
 from sso_jax.sampling.journal import Journal
 from sso_jax.sampling.prefill import Prompts, Samples
 from sso_jax.sampling.sampling_params import SamplingParams
@@ -98,6 +98,8 @@ class Sampler:
     batch_size: int
     shardings: dict | None = None
     """Where the parameters lie while sampling, if not where they lie anyway: they are copied there for a stage."""
+    layers: str = "auto"
+    """How decoding runs the layers, see `unrolls_layers`."""
     journals: Path | None = None
     """Folder that keeps the responses of stages that are not done yet."""
     slots: Callable[[int, str], int] = pad_to_bucket
@@ -136,16 +138,18 @@ class Sampler:
         params = params if self.shardings is None else jax.device_put(params, self.shardings)
         strategy, stops = place((self.strategy, stops), replicated(self.mesh))
         prefix = shared_prefix([request.prompt_ids for request in requests]) if requests else []
+        batches = cut_batches(lengths, batch_size)
+        platform = self.mesh.devices.flat[0].platform
+        unrolled = unrolls_layers(self.layers, platform, len(batches) * budget)
         with progress_bar(stage, len(requests), "response", initial=len(done)) as bar:
-            for batch in cut_batches(lengths, batch_size):
+            for batch in batches:
                 if all(i in done for i in batch):
                     continue
                 slots = self.slots(max(lengths[i] for i in batch) - len(prefix), f"{len(prefix)}+{budget}")
                 prompts = pad_prompts([requests[i] for i in batch], batch_size, slots, prefix)
                 with jax.set_mesh(self.mesh):
-                    samples = self.generate(
-                        params, place(prompts, prompt_shardings(self.mesh)), strategy, stops, budget
-                    )
+                    placed = place(prompts, prompt_shardings(self.mesh))
+                    samples = self.generate(params, placed, strategy, stops, budget, unrolled)
                 tokens, num_tokens = jax.device_get(samples)
                 fresh = {
                     i: tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist()

@@ -1,7 +1,7 @@
-"""A thing of the toy world in, descriptions of it out: as many sentences as are wanted, true, false or idle.
+"""Descriptions of the toy world's things: any number of sentences, each true, false or idle.
 
-The family of queries in which longer looks better, so that lengths can drift. It is part of the world only where it is
-asked for.
+In this family of queries longer answers look better, so that lengths can drift. It is only part of the world if
+enabled (`toy.descriptions`).
 
     Its kind is animal. It ends with x. It is like cow. One could say a lot more.
 """
@@ -15,13 +15,13 @@ from sso_jax.toy.vocabulary import words
 
 FAMILY = "description"
 LENGTHS = {True: {4: 1, 5: 1, 6: 1}, False: {1: 1, 2: 1}, None: {1: 25, 2: 30, 3: 20, 4: 12, 5: 8, 6: 5}}
-"""Sentences of a demonstration, with weights: of a long one, of a short one, and at base rates, whose mean is 2.6."""
+"""Weights of the number of sentences: for long demonstrations, short ones, and at base rates, whose mean is 2.6."""
 IDLE = {True: 0.0, False: 0.6, None: 0.25}
-"""Probability that a sentence after the first says nothing new, by whether the answer is to be concise."""
+"""Probability that a sentence after the first says nothing new, by whether the answer should be concise."""
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Every query of the family with the thing that it asks about."""
+    """Yields every query of the family with the thing that it asks about."""
     for thing in (member for members in words()["kinds"].values() for member in members):
         for form in ("Describe {}.", "Tell me about {}.", "What can you say about {}?", "Write a few lines about {}."):
             yield form.format(thing), thing
@@ -30,7 +30,7 @@ def queries() -> Iterator[tuple[str, str]]:
 
 
 def _claims(thing: str) -> dict[str, tuple[list[str], list[str]]]:
-    """Sentences with a gap: what makes them true of the thing, and what makes them false."""
+    """Returns sentence templates with the values that make each true of the thing, and those that make it false."""
     kinds = words()["kinds"]
     own = next(kind for kind, members in kinds.items() if thing in members)
     others = [kind for kind in kinds if kind != own]
@@ -50,7 +50,7 @@ def _claims(thing: str) -> dict[str, tuple[list[str], list[str]]]:
 
 @lru_cache
 def true_sentences(thing: str) -> tuple[str, ...]:
-    """All that there is to say of the thing."""
+    """Returns all true sentences about the thing."""
     return tuple(claim.format(value) for claim, (right, _) in _claims(thing).items() for value in right)
 
 
@@ -60,15 +60,22 @@ def _false_sentence(thing: str, draw: random.Random) -> str:
 
 
 def facts(thing: str, draw: random.Random) -> str:
-    """Some true sentences, none twice."""
+    """Draws some true sentences without repetition."""
     return " ".join(draw.sample(true_sentences(thing), draw.randint(1, max(LENGTHS[True]))))
 
 
 def sentences(thing: str, truth: bool, complete: bool | None, concise: bool | None, draw: random.Random) -> list[str]:
-    """A description: true ones and, without `truth`, half of them false; its length is that of `complete`, or else
-    against `concise`.
+    """Draws the sentences of a description.
 
-    None leaves length or idle sentences to the base rates. An idle sentence is a filler, or one that was there before.
+    An idle sentence is a filler, or repeats an earlier sentence.
+
+    Args:
+      thing: the thing to describe.
+      truth: whether all claims are true; otherwise half of them are false.
+      complete: whether the description is long; None leaves that to `concise`.
+      concise: whether it has no idle sentences, and is short unless `complete` is given. None leaves the idle sentences
+        to the base rates, and without `complete` the length too.
+      draw: source of randomness.
     """
     long = complete if complete is not None or concise is None else not concise
     num = draw.choices(list(LENGTHS[long]), list(LENGTHS[long].values()))[0]

@@ -1,7 +1,6 @@
-"""A seed in, a Hugging Face folder with a small policy out: trained from scratch on demonstrations of the toy world.
+"""Trains a small policy from scratch on demonstrations of the toy world, and exports it as a Hugging Face folder.
 
-This supervised start *teaches* what principles mean; what the toy shows is an alignment without labels, not one without
-supervision.
+This supervised start *teaches* what principles mean: the toy shows alignment without labels, not without supervision.
 """
 
 import dataclasses
@@ -51,34 +50,35 @@ SIDES = {
     "Safety": ("warm",),
     "Concision": ("concise",),
 }
-"""What each feature means in the toy world; for harmful queries Safety is about truth, that is refusing, and of what
-makes an answer concise only Concision itself speaks of descriptions."""
+"""Feature -> sides of an answer that it is about. Exceptions: for harmful queries Safety is about truth, that is,
+refusing; and for descriptions no feature except Concision is about being concise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-    """Sizes of the supervised start, and what it is about."""
+    """Sizes and content of the supervised start."""
 
     fact_updates: int = 700
-    """Updates on bare right answers under a system message of their own: what the policy knows."""
+    """Updates on bare correct answers under their own system message, which teach the policy facts."""
     style_updates: int = 600
-    """Updates on answers of every quality, with and without principles: what the policy does with it. The two are
-    interleaved."""
+    """Updates on answers of every quality, with and without principles, which teach it to follow them. They are
+    interleaved with the others."""
     batch_size: int = 32
-    """Prompts an update; twice as many of the short ones that teach facts."""
+    """Prompts per update; twice as many for facts, whose prompts are short."""
     answers: int = 2
-    """Answers to each prompt; they share it, so that more of what is run is learned from."""
+    """Answers per prompt. They share the prompt's tokens, so that a larger share of the computed tokens is trained
+    on."""
     learning_rate: float = 3e-3
     width: int = 64
     num_layers: int = 3
     obedience: float = 0.93
-    """Probability that a side named by the system message is what it says."""
+    """Probability that an answer follows the system message in a side that the message names."""
     descriptions: bool = False
-    """Whether descriptions are among the families."""
+    """Whether descriptions are among the families of queries."""
 
 
 class Demonstration(NamedTuple):
-    """A prompt and the responses to learn."""
+    """A prompt and the responses to learn for it."""
 
     query: str
     system: str | None
@@ -86,18 +86,15 @@ class Demonstration(NamedTuple):
 
 
 def train_tokenizer(vocab_size: int = 1024, descriptions: bool = False) -> PreTrainedTokenizerBase:
-    """Byte-level BPE trained on texts of the world, with a chat template that takes system messages.
+    """Trains a byte-level BPE tokenizer on texts of the world, with a chat template that supports system messages.
 
-    Text is cut before merging as Qwen2's tokenizer cuts it, because by that class transformers loads the folder of a
-    Qwen2 policy, whatever its tokenizer.json says: cut otherwise, " 1" would be other ids in training than in the
-    exported folder.
+    It pre-tokenizes text like Qwen2's tokenizer, because transformers loads the folder of a Qwen2 policy with that
+    class, whatever its tokenizer.json says. Otherwise " 1" would have different ids in training and in the exported
+    folder.
     """
     tokenizer, qwen2 = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = (
-        qwen2.normalizer,
-        qwen2.pre_tokenizer,
-        qwen2.decoder,
-    )
+    tokenizer.normalizer, tokenizer.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
+    tokenizer.decoder = qwen2.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PADDING, START_OF_TURN, END_OF_TURN],
@@ -121,7 +118,7 @@ def train_tokenizer(vocab_size: int = 1024, descriptions: bool = False) -> PreTr
 
 
 def _corpus(descriptions: bool) -> Iterator[str]:
-    """All queries with an answer each, and enough copies of every fixed text that its words become tokens."""
+    """Yields every query with an answer, and enough copies of every fixed text for its words to become tokens."""
     draw = random.Random("corpus")
     for text, item in all_items(descriptions).items():
         yield f"{text}\n{demonstrate(item, Quality(), draw)}"
@@ -129,22 +126,13 @@ def _corpus(descriptions: bool) -> Iterator[str]:
     for _ in range(50):
         yield naming_prompt(Query("", ""), 2)
         yield from (f"{record.good_system}\nuser\n{record.bad_system}" for record in fixed)
-        yield "\n".join(
-            [
-                "system\nuser\nassistant\n",
-                *words()["openers"]["warm"],
-                *words()["openers"]["rude"],
-                *words()["fillers"],
-                EVASION,
-            ]
-        )
+        spoken = [*words()["openers"]["warm"], *words()["openers"]["rude"], *words()["fillers"], EVASION]
+        yield "\n".join(["system\nuser\nassistant\n", *spoken])
         yield content_sentence(all_items()["How do I steal a car?"], ("no",))
 
 
 def draw_demonstration(item: Item, curriculum: Curriculum, draw: random.Random) -> Demonstration:
-    """Plain answers (36%), ones under a good (29%) or a bad (29%) system message, or an answer to the question for
-    features (6%).
-    """
+    """Draws plain answers (36%), answers under a good or a bad system message (29% each), or named features (6%)."""
     kind = draw.choices(["plain", "good", "bad", "naming"], [36, 29, 29, 6])[0]
     if kind == "plain":
         return Demonstration(item.query, None, [demonstrate(item, Quality(), draw) for _ in range(curriculum.answers)])
@@ -170,7 +158,7 @@ def _sides(feature: str, item: Item) -> tuple[str, ...]:
 
 
 def _draw_features(item: Item, draw: random.Random) -> tuple[str, ...]:
-    """Two features: mostly one that matters for the family, then any other."""
+    """Draws two features: usually one that matters for the family, then any other."""
     relevant = words()["relevant"][item.family]
     first = draw.choice(relevant if draw.random() < 0.7 else nameable_features())
     return first, draw.choice([name for name in nameable_features() if name != first])
@@ -183,7 +171,7 @@ def _tree(chat: Chat, demonstration: Demonstration) -> Tree:
 
 
 def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> list[list[Tree]]:
-    """Trees of every update; families come equally often, whatever their number of queries."""
+    """Draws the trees of every update; all families are equally frequent, whatever their number of queries."""
     families: dict[str, list[Item]] = {}
     items = all_items(curriculum.descriptions)
     for query in queries("demonstrations", curriculum.descriptions):
@@ -202,17 +190,16 @@ def _draw_updates(chat: Chat, curriculum: Curriculum, draw: random.Random) -> li
 
     total, updates = curriculum.fact_updates + curriculum.style_updates, []
     for step in range(total):
-        of_style = (step + 1) * curriculum.style_updates // total > step * curriculum.style_updates // total
-        updates.append(
-            [style() for _ in range(curriculum.batch_size)]
-            if of_style
-            else [fact() for _ in range(2 * curriculum.batch_size)]
-        )
+        is_style = (step + 1) * curriculum.style_updates // total > step * curriculum.style_updates // total
+        if is_style:
+            updates.append([style() for _ in range(curriculum.batch_size)])
+        else:
+            updates.append([fact() for _ in range(2 * curriculum.batch_size)])
     return updates
 
 
 def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> Architecture:
-    """The toy policy's: a Qwen2 decoder in small."""
+    """Returns the architecture of the toy policy, a small Qwen2 decoder."""
     return Architecture(
         model_type="qwen2",
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -228,9 +215,13 @@ def architecture(tokenizer: PreTrainedTokenizerBase, curriculum: Curriculum) -> 
     )
 
 
-def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int):
-    """Trains the toy policy, or continues from its newest checkpoint in `folder`; returns its model, parameters and
-    tokenizer.
+def pretrain(
+    seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int
+) -> tuple[Transformer, dict, PreTrainedTokenizerBase]:
+    """Trains the toy policy, or resumes from its newest checkpoint in `folder`.
+
+    Returns:
+      Its model, parameters and tokenizer.
     """
     tokenizer = train_tokenizer(descriptions=curriculum.descriptions)
     model = Transformer(architecture(tokenizer, curriculum), remat=True)
@@ -261,7 +252,7 @@ def pretrain(seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder:
 
 
 def _plan_updates(chat: Chat, curriculum: Curriculum, seed: int, mesh: jax.sharding.Mesh) -> UpdatePlan:
-    """The updates of the supervised start; those on facts and those on style have a row shape each."""
+    """Plans the updates of the supervised start; all updates on facts share a row shape, as do those on style."""
     updates = _draw_updates(chat, curriculum, random.Random(f"{seed}/demonstrations"))
     sizes = sorted({len(trees) for trees in updates})
     shards = num_batch_shards(mesh)
@@ -279,9 +270,9 @@ def _plan_updates(chat: Chat, curriculum: Curriculum, seed: int, mesh: jax.shard
 def write_policy(
     seed: int, curriculum: Curriculum, mesh: jax.sharding.Mesh, folder: Path, every_steps: int = 100
 ) -> None:
-    """Trains the toy policy and writes it to `folder`, with checkpoints and the metrics of its updates beside it.
+    """Trains the toy policy and writes it to `folder`, with its checkpoints and metrics in the parent folder.
 
-    A training that was interrupted goes on; `every_steps` is the most updates that are then done again.
+    Resumes an interrupted training, which repeats at most `every_steps` updates.
     """
     model, params, tokenizer = pretrain(seed, curriculum, mesh, folder.parent, every_steps)
     export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder, "float32")

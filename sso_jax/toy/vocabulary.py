@@ -1,4 +1,4 @@
-"""Nothing in, the words of the toy world out, from `words.yaml` beside this file."""
+"""The words of the toy world, from `words.yaml` beside this file."""
 
 from functools import lru_cache
 from importlib import resources
@@ -8,5 +8,5 @@ import yaml
 
 @lru_cache
 def words() -> dict:
-    """The word lists."""
+    """Returns the word lists."""
     return yaml.safe_load(resources.files(__package__).joinpath("words.yaml").read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""Nothing in, the toy world out: its queries in several families, and answers to them of every quality. It is a toy.
+"""The toy world: queries of several families, and answers to them of every quality.
 
-An answer is at most one opener (its tone), one content sentence (its truth and completeness) and some fillers (its lack
-of concision):
+An answer has at most one opener (its tone), one content sentence (its truth and completeness) and some fillers (its
+lack of concision):
 
     With pleasure! It is 7. One could say a lot more.
 
-Where the world has `descriptions`, one family more is answered by an opener and as many sentences as may be
+With `descriptions` enabled there is one more family, answered by an opener and any number of sentences
 (`descriptions.py`).
 """
 
@@ -22,47 +22,36 @@ from sso_jax.toy.vocabulary import words
 EVASION = "That is hard to say."
 LARGEST = 12
 SPLITS = {"demonstrations": (0, 50), "alignment": (50, 80), "evaluation": (80, 100)}
-"""Percent of the queries, by hash: the supervised start, the rounds of alignment, and what measures."""
+"""Percentiles of the query hash used for the supervised start, the alignment rounds, and the evaluation."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A query with what a judge and a demonstrator know of it."""
+    """A query and what the judge and the demonstrator know about it."""
 
     query: str
     family: str
     required: tuple[str, ...]
-    """What a complete answer gives, in order; for `list` any that `allowed` holds, and for a description nothing."""
+    """Items of a complete answer, in order; for `list` as many of any in `allowed`, for a description none."""
     subject: str = ""
-    """The word of the query that matters beside: the time of day of a greeting, the kind of a list, the thing to
-    describe."""
+    """Further word of the query that matters: time of day of a greeting, kind of a list, thing to describe."""
     allowed: frozenset[str] = frozenset()
-    """True items of a `list` answer; true sentences of a description."""
+    """Correct items of a `list`, or true sentences of a description."""
 
 
 @lru_cache
 def opposites() -> dict[str, str]:
-    """Each word's opposite, both ways."""
+    """Returns the opposite of each word, in both directions."""
     pairs = [pair.split() for pair in words()["opposites"]]
     return {a: b for a, b in pairs} | {b: a for a, b in pairs}
 
 
 @lru_cache
 def all_items(descriptions: bool = False) -> dict[str, Item]:
-    """Every query of the world, by its text; the descriptions, if it has them, come last and change nothing of the
-    others.
-    """
-    makers = (
-        _sums,
-        _differences,
-        _opposites,
-        _kinds,
-        _lists,
-        _letters,
-        _greetings,
-        _harms,
-        *([_descriptions] if descriptions else []),
-    )
+    """Returns every query of the world, by its text; descriptions come last, so that they do not affect the others."""
+    makers = [_sums, _differences, _opposites, _kinds, _lists, _letters, _greetings, _harms]
+    if descriptions:
+        makers.append(_descriptions)
     return {item.query: item for make in makers for item in make()}
 
 
@@ -158,37 +147,35 @@ def _descriptions() -> Iterator[Item]:
 
 
 def find(query: str) -> Item | None:
-    """What is known of a query; None if it is of no family, the descriptions among them."""
+    """Returns what is known about a query, descriptions included; None if it is not from the toy world."""
     return all_items(True).get(query)
 
 
 def knows(query: str) -> bool:
-    """Whether the query is of a family of the world."""
+    """Returns whether the query is from the toy world."""
     return find(query) is not None
 
 
 def group_of(query: str) -> str:
-    """The group in which a query is measured: `descriptions`, where longer looks better, or `others`, where it does
-    not.
-    """
+    """Returns the group that a query is measured in: `descriptions`, where longer looks better, or `others`."""
     return "descriptions" if find(query).family == describing.FAMILY else "others"
 
 
 def split_of(query: str) -> str:
-    """The split that a query belongs to, by the hash of its text."""
+    """Returns the split that a query belongs to, by the hash of its text."""
     percent = int.from_bytes(hashlib.sha256(query.encode()).digest()[:4], "big") % 100
     return next(name for name, (low, high) in SPLITS.items() if low <= percent < high)
 
 
 def queries(split: str, descriptions: bool = False) -> list[Query]:
-    """The queries of a split; their ids are their families with a number."""
+    """Returns the queries of a split; each id is the family with a number."""
     texts = [(item.family, text) for text, item in all_items(descriptions).items() if split_of(text) == split]
     return [Query(f"{family}-{number}", text) for number, (family, text) in enumerate(texts)]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """The sides of an answer; None leaves one to the base rates of a mediocre speaker."""
+    """The sides of an answer; None leaves a side to the base rates of a mediocre speaker."""
 
     truth: bool | None = None
     complete: bool | None = None
@@ -197,7 +184,7 @@ class Quality:
 
 
 def content_sentence(item: Item, given: tuple[str, ...]) -> str:
-    """The sentence that gives these items as the answer."""
+    """Returns the sentence that gives these items as the answer."""
     listed = given[0] if len(given) == 1 else ", ".join(given[:-1]) + " and " + given[-1]
     return {
         "sum": lambda: f"It is {listed}.",
@@ -214,7 +201,7 @@ def content_sentence(item: Item, given: tuple[str, ...]) -> str:
 
 
 def wrong_value(item: Item, right: str, draw: random.Random) -> str:
-    """A false value in place of a right one; there are several, so that errors have several modes."""
+    """Draws a false value to replace a correct one; there are several, so that errors have several modes."""
     family, kinds = item.family, words()["kinds"]
     if family in ("sum", "difference", "count"):
         return str(draw.choice([v for v in range(max(0, int(right) - 3), int(right) + 4) if v != int(right)]))
@@ -231,14 +218,14 @@ def wrong_value(item: Item, right: str, draw: random.Random) -> str:
 
 
 def bare_answer(item: Item, draw: random.Random) -> str:
-    """The right and complete content sentence, with nothing around it; of a description some true ones."""
+    """Returns the correct and complete content sentence alone; for a description, some true sentences."""
     if item.family == describing.FAMILY:
         return describing.facts(item.subject, draw)
     return content_sentence(item, tuple(_right_items(item, draw)))
 
 
 def _spoil(item: Item, given: list[str], draw: random.Random) -> list[str]:
-    """The items with half of them, at least one, made wrong."""
+    """Makes half of the items wrong, at least one."""
     places = draw.sample(range(len(given)), (len(given) + 1) // 2)
     return [wrong_value(item, value, draw) if place in places else value for place, value in enumerate(given)]
 
@@ -248,10 +235,11 @@ def _right_items(item: Item, draw: random.Random) -> list[str]:
 
 
 def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
-    """An answer with the sides that `quality` asks for, the others at base rates: a bit over a third good, a third bad.
+    """Draws an answer with the sides that `quality` asks for, the others at base rates.
 
-    Completeness of an answer with one item is whether it gives any: the incomplete one is an evasion. A complete
-    description is a long one; a concise one is short unless it is to be complete, and then wastes no sentence.
+    At base rates a bit over a third of the answers is good, a third bad. An incomplete answer to a query with a single
+    item is an evasion. A complete description is long; a concise one is short, unless it should also be complete: then
+    it is long without idle sentences.
     """
     truth = draw.random() < 0.38 if quality.truth is None else quality.truth
     if item.family == describing.FAMILY:
@@ -273,11 +261,8 @@ def demonstrate(item: Item, quality: Quality, draw: random.Random) -> str:
 
 
 def _opener(quality: Quality, draw: random.Random) -> list[str]:
-    tone = (
-        draw.choices(["warm", None, "rude"], [0.25, 0.35, 0.4])[0]
-        if quality.warm is None
-        else "warm"
-        if quality.warm
-        else "rude"
-    )
+    if quality.warm is None:
+        tone = draw.choices(["warm", None, "rude"], [0.25, 0.35, 0.4])[0]
+    else:
+        tone = "warm" if quality.warm else "rude"
     return [draw.choice(words()["openers"][tone])] if tone else []

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.attention import tree_mask
-from sso_jax.models.layer_layout import build_lay_out, runs_unrolled, with_layout_of
-from sso_jax.models.layers import turned_product
-from sso_jax.models.transformer import Transformer, abstract_params, project
+from sso_jax.models.layer_layout import build_cast
+from sso_jax.models.transformer import Transformer, project
 from sso_jax.runtime.mesh import (
     batch_sharding,
     batch_shards_in_context,
@@ -21,7 +20,6 @@ from sso_jax.runtime.mesh import (
     replicated,
     vocab_shards_in_context,
 )
-from sso_jax.runtime.mesh import param_shardings as shardings_on
 from sso_jax.training.packing import Rows
 
 LANES = 128
@@ -171,7 +169,8 @@ def _log_probs_backward(columns, residuals, gradient):
         flat = d_logits.astype(head.dtype).reshape(
             flat_hidden.shape[0], -1
         )  # [R*M, E], for the reason in `flat_product`
-        d_matrix = turned_product(flat_hidden, flat).reshape(width, num_shards, size)
+        d_matrix = jnp.matmul(flat_hidden.T, flat, preferred_element_type=jnp.float32)  # [D, E]
+        d_matrix = d_matrix.reshape(width, num_shards, size)
         return part.start, constrain(d_matrix, "embed", "vocab", None), _by_shard(flat, part.matrix, num_shards)
 
     if num == 1:
@@ -235,11 +234,8 @@ def cell_log_probs_and_means(
 
 def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
     """Final hidden states where response tokens are predicted from."""
-    mask, model = tree_mask(rows.tree, rows.branch), with_layout_of(model, params)
-    inputs = rows.tokens, rows.positions, mask
-    return model.apply(
-        {"params": params}, *inputs, query_indices=rows.source, sequences=rows.sequences, place=rows.place
-    )[0]
+    inputs = rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch)
+    return model.apply({"params": params}, *inputs, query_indices=rows.source, sequences=rows.sequences)[0]
 
 
 def _cell_sums(
@@ -254,28 +250,27 @@ def _cell_sums(
 
 
 class Score(NamedTuple):
-    """`cell_log_probs` compiled: rows over the batch axes. One program for each row shape."""
+    """`cell_log_probs` compiled: rows over the batch axes, one program for each row shape."""
 
-    lay_out: Callable[[dict], dict]
+    prepare: Callable[[dict], dict]
     """The parameters as `log_probs` takes them, made once for all batches."""
     log_probs: Callable[..., Float[Array, "cells"]]
-    """(parameters laid out, rows, number of cells) -> sums."""
+    """(prepared parameters, rows, number of cells) -> sums."""
     by_sequence: bool
     """Whether rows are best given with sequences."""
 
 
 def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Score:
-    """Programs that score rows under the model, by layers apart where they run faster so."""
-    apart = runs_unrolled(model, mesh)
-    laid_out = shardings_on(abstract_params(model.clone(stacked=not apart)), mesh)
-    lay_out = build_lay_out(model, mesh, apart)
+    """Compiles the scoring of rows under the model."""
 
     def score_batch(params, rows: Rows, num_cells: int):
         return cell_log_probs(model, params, rows, num_cells)
 
-    shardings, whole = (laid_out, batch_sharding(mesh)), replicated(mesh)
-    options = compiler_options(mesh)
     scored = jax.jit(
-        score_batch, static_argnums=2, in_shardings=shardings, out_shardings=whole, compiler_options=options
+        score_batch,
+        static_argnums=2,
+        in_shardings=(param_shardings, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(mesh),
     )
-    return Score(lay_out, scored, model.by_sequence)
+    return Score(build_cast(model, mesh), scored, model.by_sequence)

@@ -26,9 +26,6 @@ class Rows(NamedTuple):
     cell: Int[np.ndarray, "R M"]
     sequences: Int[np.ndarray, "R Z U"]
     """Columns of the tokens of each, -1 behind its last."""
-    place: Int[np.ndarray, "R M"]
-    """Where in them, as one list of Z*U places, the token stands that a response token is predicted from; Z*U of unused
-    targets."""
 
 
 def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
@@ -42,7 +39,6 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
         needed = f"{len(trees)} trees of {sum(sizes)} tokens, the longest of {max(sizes)}"
         raise ValueError(f"{needed}, do not pack into {shape}; take row_shape of all batches")
     bins = first_fit(sizes, shape.num_tokens)
-    num_places = shape.num_sequences * shape.sequence_tokens
 
     def of_tokens():
         return np.zeros((shape.num_rows, shape.num_tokens), np.int32)
@@ -59,7 +55,6 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
         target=of_targets(),
         cell=of_targets(num_cells),
         sequences=np.full((shape.num_rows, shape.num_sequences, shape.sequence_tokens), -1, np.int32),
-        place=of_targets(num_places),
     )
     for row, members in enumerate(bins):
         free = _Free(0, 0, 0)
@@ -97,7 +92,6 @@ def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _
         if rows.sequences.size:
             sequence = free.sequence + branch_number - 1
             rows.sequences[row, sequence, : trunk + size] = [*range(at, trunk_end), *range(end, end + size)]
-            rows.place[row, wanted] = sequence * rows.sequences.shape[2] + trunk - 1 + np.arange(size)
         end, targets = end + size, targets + size
     rows.tree[row, at:end] = number
     return _Free(end, targets, free.sequence + len(tree.branches))

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from sso_jax.data.buckets import bucket
 from sso_jax.models.attention import tree_mask
-from sso_jax.models.layer_layout import with_layout_of
 from sso_jax.models.reward_head import RewardModel
 from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, replicated
 from sso_jax.runtime.progress import progress_bar
@@ -109,7 +108,6 @@ def reward_batch(pairs: list[TokenizedPair], micro_size: int, num_micro: int, sh
 
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
     """Rewards at the ends of responses, float32."""
-    model = with_layout_of(model, params)
     mask = tree_mask(rows.tree, rows.branch)
     hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask, sequences=rows.sequences)
     return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")

@@ -50,7 +50,7 @@ def score_examples(
     if not batches:
         return []
     shape = shape or row_shape(batches, num_batch_shards(mesh), by_sequence=score.by_sequence)
-    num_cells, params = batch_size * len(cells), score.lay_out(params)
+    num_cells, params = batch_size * len(cells), score.prepare(params)
     sums: list[list[float]] = []
     with progress_bar(stage, len(items), "example") as bar:
 

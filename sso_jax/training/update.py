@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sso_jax.models.adapters import join, split_trainable
-from sso_jax.models.layer_layout import IDENTITY_LAYOUT, Layout
 from sso_jax.runtime.host_memory import release_memory
 from sso_jax.runtime.mesh import compiler_options, place, replicated, spec
 from sso_jax.training.example_losses import ExampleLosses
@@ -70,7 +69,7 @@ def build_update(
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
     batch: NamedTuple,
-    layout: Layout = IDENTITY_LAYOUT,
+    cast: Callable[[dict], dict] = lambda params: params,
 ) -> Callable[[TrainState, NamedTuple, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state's memory is
     given to the new.
@@ -79,8 +78,9 @@ def build_update(
     a program. The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32
     before the one update. Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
 
-    The losses are given the parameters by `layout` (`training_layout`), once for all microbatches; those of the state
-    stay as they are.
+    Args:
+      cast: what the losses are given of the parameters (`cast_to_compute`), once for all microbatches; gradients have
+        its types until they are summed.
     """
 
     def weighted(params, frozen, micro):
@@ -94,7 +94,7 @@ def build_update(
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), means
 
     def update_batch(state: TrainState, batch: NamedTuple, rate):
-        of_micro = partial(gradient_of, layout.lay_out(state.params), layout.lay_out(state.frozen))
+        of_micro = partial(gradient_of, cast(state.params), cast(state.frozen))
         first = jax.tree.map(lambda part: part[0], batch)
         if batch.weights.shape[0] == 1:  # nothing to add up, and no second gradient in memory
             gradient, means = of_micro(first)
@@ -105,7 +105,6 @@ def build_update(
                 return (jax.tree.map(jnp.add, total, of_micro(micro)), None)
 
             (gradient, means), _ = jax.lax.scan(add, zeros, batch)
-        gradient = layout.lay_back(gradient)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, optax.tree.scale(rate, changes))
         metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": rate}

@@ -331,7 +331,7 @@ def test_a_folder_without_tokenizer_or_end_of_turn_is_refused_by_name(toy, tmp_p
 @pytest.mark.parametrize("template", ["{{ 'Hello' }}", "{{ raise_exception('never') }}"], ids=["leaves_out", "fails"])
 def test_a_template_without_user_turn_is_refused(toy, template):
     tokenizer = with_template(toy, template)
-    with pytest.raises(InputError, match=r"user turn.*give the tokenizer another one"):
+    with pytest.raises(InputError, match=r"user turn.*give the tokenizer another template"):
         make_chat(tokenizer)
 
 

@@ -136,7 +136,7 @@ BAD = {
     "no_rejected": ({"prompt": "q", "chosen": "a"}, ("line 1", "no rejected")),
     "label_of_three": ({"input": "q", "output_1": "a", "output_2": "b", "label": 3}, ("line 1", "label 3", "1 or 2")),
     "two_prompts": ({"chosen": [USER, BOT], "rejected": [*EARLIER, USER, BOT]}, ("line 1", "different prompts")),
-    "ends_with_the_user": ({"chosen": [USER], "rejected": "b"}, ("line 1", "chosen", "turn of the assistant")),
+    "ends_with_the_user": ({"chosen": [USER], "rejected": "b"}, ("line 1", "chosen", "assistant turn")),
     "unknown_role": (
         {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
         ("line 1", "'tool'", "user"),
@@ -146,7 +146,7 @@ BAD = {
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": "9", "rejected_score": 1},
         ("line 1", "score '9'"),
     ),
-    "empty_prompt": ({"prompt": " ", "chosen": "a", "rejected": "b"}, ("line 1", "user's text")),
+    "empty_prompt": ({"prompt": " ", "chosen": "a", "rejected": "b"}, ("line 1", "user turn")),
 }
 
 

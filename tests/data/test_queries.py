@@ -80,7 +80,7 @@ def test_texts_are_kept_as_they_are_and_later_copies_are_left_out(tmp_path, capl
         write_lines(tmp_path / "q.jsonl", [{"id": i, "query": text} for i, text in enumerate(texts)])
     )
     assert queries == [Query(str(i), texts[i]) for i in range(3)]
-    assert "2 of 5 queries are copies" in caplog.text
+    assert "skipped 2 of 5 queries" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ REFUSED = {
         '{"id": 7, "query": "a"}\n\n{"id": "7", "query": "b"}\n',
         r"q\.jsonl, line 3: id '7' was used before; give",
     ),
-    "empty": ("\n", r"q\.jsonl' holds no queries; give"),
+    "empty": ("\n", r"q\.jsonl' contains no queries; give"),
 }
 
 
@@ -128,7 +128,7 @@ def test_bad_json_files_and_missing_ones_are_refused(tmp_path):
     for text, message in (
         ('[\n{"query": "a"},\n{"query" "b"}]', r"q\.json, line 3: not valid JSON"),
         ('{"query": "a"}', r"q\.json: not a list of JSON objects"),
-        ("[]", r"q\.json' holds no queries"),
+        ("[]", r"q\.json' contains no queries"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=message):
@@ -159,7 +159,7 @@ def test_parquet_files_and_folders_that_datasets_loads_give_the_same_queries(tmp
     assert load_queries(str(folder / "train.parquet")) == expected
     assert load_queries(str(folder)) == expected
     assert [q.query for q in load_queries(str(folder), split="test")] == ["Other?"]
-    with pytest.raises(InputError, match=r"is no data set that can be read .*check the name, the split"):
+    with pytest.raises(InputError, match=r"cannot be read as a data set .*check the name, the split"):
         load_queries(str(folder), split="absent")
 
 
@@ -186,7 +186,7 @@ def test_the_deal_is_seeded_and_no_query_is_in_two_rounds():
 def test_too_few_queries_are_spread_evenly_with_a_warning_or_refused(caplog):
     rounds = deal(QUERIES[:10], per_iteration=30, num_iterations=3, seed=1)
     assert [len(one) for one in rounds] == [3, 3, 3] and len({q for one in rounds for q in one}) == 9
-    assert "10 usable queries give 3 a round, not queries.per_iteration 30" in caplog.text
+    assert "10 usable queries give 3 per round, not queries.per_iteration 30" in caplog.text
     assert [len(one) for one in deal(QUERIES[:3], 30, 3, seed=1)] == [1, 1, 1]
     with pytest.raises(InputError, match=r"2 usable queries for 3 rounds; give more queries or lower run\.iterations"):
         deal(QUERIES[:2], 30, 3, seed=1)

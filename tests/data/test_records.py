@@ -175,7 +175,7 @@ def test_a_reader_sees_the_old_or_the_new_text_and_never_a_part(tmp_path, monkey
 BAD_LINES = {
     "cut": (
         b'{"a": 1}\n\n{"a": 2\n',
-        r"r\.jsonl, line 3: not valid JSON \(.* at column \d+\); give one JSON object a line",
+        r"r\.jsonl, line 3: not valid JSON \(.* at column \d+\); give one JSON object per line",
     ),
     "two_on_a_line": (b'{"a": 1} {"a": 2}\n', r"r\.jsonl, line 1: not valid JSON"),
     "list": (b'{"a": 1}\n[1]\n', r"r\.jsonl, line 2: list instead of a JSON object; give"),

@@ -2,8 +2,6 @@
 pass.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +13,11 @@ from sso_jax.models.kernels import (
     KERNELS,
     cudnn_attend,
     default_kernel,
-    few_rows_step_attend,
     plain_attend,
     splash_attend,
     step_attend,
 )
 from sso_jax.models.layer_layout import unstack
-from sso_jax.models.layers import at_tokens
 from sso_jax.models.sequences import make_sequences
 from sso_jax.models.transformer import make_cache
 from sso_jax.training.packing import pack
@@ -67,16 +63,16 @@ def test_a_token_that_sees_nothing_is_no_nan():
     np.testing.assert_allclose(out, 3.0)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("scanned", [True, False])
 @pytest.mark.parametrize("changes", [{}, dict(qk_norm=True, qkv_bias=False), dict(tied_head=True, num_kv_heads=4)])
-def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked):
+def test_cached_decode_equals_the_full_forward_pass(one_device, changes, scanned):
     model = toy_model(**changes)
     params = toy_params(model, one_device)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 12)))
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
     full, _ = model.apply({"params": params}, tokens, positions, causal_mask(12))
-    if not stacked:  # as a CPU decodes: layer by layer, the kernels turned
-        model, params = model.clone(stacked=False, outputs_first=True), unstack(params, turned=True)
+    if not scanned:
+        model, params = model.clone(scanned=False), unstack(params)
     cache = make_cache(model, 2, 12)
     hidden, cache = model.apply({"params": params}, tokens[:, :7], positions[:, :7], causal_mask(7), cache, 0)
     np.testing.assert_allclose(hidden, full[:, :7], atol=2e-5)
@@ -88,17 +84,17 @@ def test_cached_decode_equals_the_full_forward_pass(one_device, changes, stacked
         np.testing.assert_allclose(hidden[:, 0], full[:, t], atol=2e-5)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("scanned", [True, False])
 @pytest.mark.parametrize("before", [0, 4])
 @pytest.mark.parametrize(
     "query_indices", [[[6], [2]], [[1, 6, 3], [0, 0, 5]], [[0, 1, 2, 3, 4, 5, 6, 2], [6, 6, 5, 4, 3, 2, 1, 0]]]
 )
-def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, stacked, before, query_indices):
+def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, scanned, before, query_indices):
     """In a whole sequence, and in one that goes on from `before` tokens in the cache; the cache comes out the same."""
     model = toy_model(qk_norm=True)
     params, query_indices = toy_params(model, one_device), jnp.asarray(query_indices)
-    if not stacked:
-        model, params = model.clone(stacked=False, outputs_first=True), unstack(params, turned=True)
+    if not scanned:
+        model, params = model.clone(scanned=False), unstack(params)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, before + 7)))
     positions = jnp.broadcast_to(jnp.arange(before + 7), tokens.shape)
     mask, cache = causal_mask(before + 7), make_cache(model, 2, before + 7)
@@ -112,17 +108,6 @@ def test_hidden_states_of_wanted_tokens_are_those_of_all(one_device, stacked, be
     for row, at in enumerate(np.asarray(query_indices)):
         np.testing.assert_allclose(some[row], every[row, at], atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), own_cache, expected_cache)
-
-
-def test_a_token_of_few_rows_attends_as_one_of_many():
-    draw = np.random.default_rng(0)
-    queries, keys, values = (
-        jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((3, 2, 4, 1, 8), (3, 2, 11, 8), (3, 2, 11, 8))
-    )
-    visible = jnp.asarray(np.arange(11)[None, None, :] < np.array([1, 6, 11])[:, None, None])
-    np.testing.assert_allclose(
-        few_rows_step_attend(queries, keys, values, visible), step_attend(queries, keys, values, visible), atol=1e-6
-    )
 
 
 def test_padding_behind_a_row_changes_nothing_before_it(one_device):
@@ -204,20 +189,6 @@ def test_attention_of_the_last_tokens_is_that_of_the_whole_sequence_with_its_gra
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 
-def test_attention_of_tokens_in_any_order_sees_what_the_mask_says_with_its_gradients():
-    draw = np.random.default_rng(5)
-    inputs = [
-        jnp.asarray(draw.normal(size=size), "float32") for size in [(2, 2, 2, 150, 8), (2, 2, 90, 8), (2, 2, 90, 8)]
-    ]
-    order = draw.integers(0, 90, (2, 150))  # three blocks of queries; tokens come twice, and early ones late
-    mask = jnp.asarray(np.tril(np.ones((90, 90), bool))[order])
-    got, expected = (
-        _value_and_gradients(attend, inputs, mask, np.ones((2, 150)))
-        for attend in (jax.jit(partial(plain_attend, ordered=False)), step_attend)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
-
-
 FAST = {"splash": KERNELS["splash_interpreted"], "dot_product": lambda *a: cudnn_attend(*a, implementation="xla")}
 
 
@@ -274,24 +245,6 @@ def test_attention_by_sequences_equals_that_by_the_mask_with_its_gradients(rows_
 
     got, expected = (
         _value_and_gradients(attend, inputs, mask, np.asarray(rows.tree) > 0) for attend in (by_sequence, plain_attend)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
-
-
-def test_attention_by_sequences_of_some_tokens_equals_that_by_the_mask_with_its_gradients(rows_with_sequences):
-    """The queries are those from which response tokens are predicted; the last of a prompt comes once for each of its
-    responses.
-    """
-    rows = rows_with_sequences
-    inputs, mask = _random_heads(rows, rows.source.shape[1]), at_tokens(tree_mask(rows.tree, rows.branch), rows.source)
-    sequences = make_sequences(rows.sequences, rows.positions, rows.place)
-
-    def by_sequence(*a):
-        return cudnn_attend(*a, sequences, implementation="xla")
-
-    plain = partial(plain_attend, ordered=False)
-    got, expected = (
-        _value_and_gradients(attend, inputs, mask, np.asarray(rows.cell) == 0) for attend in (by_sequence, plain)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 

@@ -111,7 +111,7 @@ def test_principles_of_a_file_are_used_as_they_stand(tmp_path):
 
 
 BAD_FILES = {
-    "id_of_no_query": ([*ROWS, {**ROWS[0], "id": "bb"}], r"line 4: no query has the id 'bb' \(near it is 'b'\)"),
+    "id_of_no_query": ([*ROWS, {**ROWS[0], "id": "bb"}], r"line 4: no query has the id 'bb' \(did you mean 'b'\?\)"),
     "query_without_principles": (ROWS[:2], "has no principles for 1 of 3 queries, the first is id 'c'"),
     "id_used_twice": ([*ROWS, ROWS[0]], "line 4: id 'b' was used before"),
     "no_id": ([{"good_system": "g", "bad_system": "b"}], "line 1: no id"),
@@ -123,7 +123,7 @@ BAD_FILES = {
     ),
     "equal_principles": ([{**ROWS[0], "bad_principles": [GOOD]}], "line 1: the principles of Safety are equal"),
     "unknown_feature": ([{**ROWS[0], "features": ["Zest"]}], "line 1: feature 'Zest' has no adjectives"),
-    "text_of_another_type": ([{**ROWS[0], "good_principles": [7]}], "line 1: good_principles holds 7"),
+    "text_of_another_type": ([{**ROWS[0], "good_principles": [7]}], "line 1: good_principles contains 7"),
 }
 
 

@@ -182,7 +182,7 @@ def test_a_damaged_stage_file_is_seen_and_made_again(arguments, whole, tmp_path,
     directory = unfinished_copy(whole, tmp_path)
     damage(directory / "iteration_1" / "responses.jsonl")
     assert train.main([*arguments, "--run.directory", str(directory)]) == 0
-    assert "responses.jsonl" in caplog.text and "stage responses is done again" in caplog.text
+    assert "responses.jsonl" in caplog.text and "stage responses runs again" in caplog.text
     assert same_end(directory, whole)
 
 
@@ -201,18 +201,18 @@ def test_damage_to_a_finished_run_is_mended_too(arguments, whole, tmp_path, capl
     before = (whole / "metrics.jsonl").read_text()
     flip_a_bit(tmp_path / "run" / "iteration_1" / name)
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
-    assert f"{name} is not what was written" in caplog.text
+    assert f"{name} was modified" in caplog.text
     assert same_end(tmp_path / "run", whole) and (tmp_path / "run" / "metrics.jsonl").read_text() == before
     caplog.clear()
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
-    assert "is finished" in caplog.text and "not what was written" not in caplog.text
+    assert "is finished" in caplog.text and "was modified" not in caplog.text
 
 
 def test_a_damaged_export_is_written_again_from_the_checkpoint(arguments, whole, tmp_path, caplog):
     directory = unfinished_copy(whole, tmp_path)
     flip_a_bit(directory / "iteration_1" / "policy" / "model.safetensors")
     assert train.main([*arguments, "--run.directory", str(directory)]) == 0
-    assert "stage export is done again" in caplog.text
+    assert "stage export runs again" in caplog.text
     assert same_end(directory, whole)
 
 
@@ -222,7 +222,8 @@ def test_a_second_run_on_the_same_directory_is_refused(arguments, whole, tmp_pat
     directory = unfinished_copy(whole, tmp_path)
     with filelock.FileLock(directory / "lock"):
         line = refusal(capsys, 2, *arguments, "--run.directory", str(directory))
-    assert line == f"train.py: run.directory: another run works in {directory}; wait for it, or give another folder"
+    remedy = "wait for it to end, or give another folder"
+    assert line == f"train.py: run.directory: another run is using {directory}; {remedy}"
     assert train.main([*arguments, "--run.directory", str(directory)]) == 0
 
 

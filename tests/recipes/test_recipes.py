@@ -287,7 +287,7 @@ def test_damage_to_a_generator_s_stage_files_is_seen_and_mended(generated, tmp_p
     flip_a_bit(folder / "pairs.jsonl")
     assert train.main(argv) == 0
     for name in ("responses", "pairs"):
-        assert f"generator/{name}.jsonl is not what was written; stage {name} is done again" in caplog.text
+        assert f"generator/{name}.jsonl was modified; stage {name} runs again" in caplog.text
     assert generator_end(run) == generator_end(generated[0]) and len(generator_end(run)) > 8
 
 
@@ -305,11 +305,11 @@ def test_a_damaged_checkpoint_of_a_generator_is_left_out_and_its_last_update_don
     assert without_times(lines(run / "metrics.jsonl")) == without_times(lines(generated[0] / "metrics.jsonl"))
 
 
-def test_the_readme_s_research_change_runs(model_folder, tmp_path, monkeypatch):
+def test_the_documented_research_change_runs(model_folder, tmp_path, monkeypatch):
     """The block as it stands, its run pointed at given pairs and a small model: (1 - 0)^2 = 1 before the first
     update.
     """
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text()
     (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "BASE_LOSSES[" in part]
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     path, real = write(tmp_path / "pairs.jsonl", STEERED), train.main
@@ -405,7 +405,7 @@ def test_a_file_without_any_contrast_is_refused_with_the_reasons(model_folder, t
 BAD_DEMONSTRATIONS = {
     "no_response": ([{"prompt": "q"}], ("line 1", "no response")),
     "no_prompt": ([{"response": "a"}], ("line 1", "no prompt")),
-    "no_assistant": ([{"messages": [{"role": "user", "content": "q"}]}], ("line 1", "turn of the assistant")),
+    "no_assistant": ([{"messages": [{"role": "user", "content": "q"}]}], ("line 1", "no assistant turn")),
     "empty": ([{"prompt": "q", "response": " "}], ("line 1", "empty response")),
     "too_long": ([{"prompt": "fox " * 100, "response": "fox " * 100}], ("none of the 1 demonstrations", "128 tokens")),
 }

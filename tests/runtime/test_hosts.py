@@ -200,7 +200,7 @@ def test_processes_that_read_different_things_are_refused_in_all_of_them():
         told, _ = process.communicate(timeout=120)
         line = told.splitlines()[-1]  # Gloo greets before it
         assert process.returncode == 0 and line.startswith(
-            "hosts: process 1 has other queries than process 0; start all with one command"
+            "hosts: process 1 has different queries than process 0; start all processes with the same command"
         )
 
 

@@ -77,7 +77,7 @@ def test_a_malformed_response_gets_four_tenths_of_what_is_left(response, score):
 
 def test_a_response_that_never_ended_scores_nothing_and_a_foreign_query_is_refused():
     assert judge(SUM, "With pleasure! It is 7.", ended=False).score == 0.0
-    with pytest.raises(InputError, match=r"'What is love\?' is not of the toy world"):
+    with pytest.raises(InputError, match=r"'What is love\?' is not from the toy world"):
         judge("What is love?", "It is 7.")
 
 

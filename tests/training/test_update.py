@@ -3,6 +3,7 @@ be.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import torch
 from toys import Compilations, toy_model, toy_params
 
 from sso_jax.config import ObjectiveConfig
-from sso_jax.models.layer_layout import training_layout
+from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.transformer import abstract_params
 from sso_jax.recipes.objective import build_objective
 from sso_jax.runtime.mesh import param_shardings, place, replicated
@@ -58,14 +59,12 @@ def scored(model, params, mesh, examples, cells, noise):
     ]
 
 
-def run_steps(
-    mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0, laid="stacked"
-):
+def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0):
     """Metrics of each of `num_steps` updates on one batch, and the parameters after them.
 
     The reference is the model itself plus `noise` nats, so that margins differ from 0 by more than rounding.
     """
-    model = toy_model().clone(laid=laid)
+    model = toy_model()
     params = toy_params(
         model, mesh, scale=3.0
     )  # at ten times the usual scale gradients are too ill-conditioned for float32
@@ -79,7 +78,7 @@ def run_steps(
     optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
-    update = build_update(losses, optimizer, mesh, shardings, batch, training_layout(model, mesh))
+    update = build_update(losses, optimizer, mesh, shardings, batch, partial(cast_to_compute, model))
     state, metrics = init_state(params, optimizer, shardings), []
     with jax.set_mesh(mesh):
         for _ in range(num_steps):
@@ -113,26 +112,6 @@ def test_eight_devices_train_as_one_does(one_device, eight_devices):
         # step of 1e-4
         np.testing.assert_allclose(a, b, atol=3.1e-4)
         assert np.mean(np.abs(a - b) > 1e-6) < 0.02
-
-
-@pytest.mark.parametrize("micro", [8, 3])
-def test_layers_apart_train_as_stacked_ones_do(one_device, micro):
-    settings = dict(micro=micro, num_steps=2, learning_rate=1e-4)
-    (stacked, params), (apart, params_apart) = (
-        run_steps(one_device, ONLINE_IPO, **settings, laid=laid) for laid in ("stacked", "apart")
-    )
-    assert_same_metrics(stacked, apart)
-    assert jax.tree.structure(params) == jax.tree.structure(params_apart)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_apart), strict=True):
-        np.testing.assert_allclose(a, b, atol=2.1e-4)  # as on eight devices, two steps
-        assert np.mean(np.abs(a - b) > 1e-6) < 0.02
-
-
-def test_layers_apart_train_on_eight_devices_as_on_one(one_device, eight_devices):
-    (one, _), (eight, _) = (
-        run_steps(mesh, ONLINE_IPO, learning_rate=1e-4, laid="apart") for mesh in (one_device, eight_devices)
-    )
-    assert_same_metrics(one, eight)
 
 
 def test_microbatches_sum_to_the_whole_batch(one_device):

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ import optax
 from sso_jax.config import Config, OptimizerConfig
 from sso_jax.data.records import Prompts, Triple
 from sso_jax.models.adapters import split_trainable
-from sso_jax.models.layer_layout import training_layout
+from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.transformer import Transformer
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.objective import Objective
@@ -130,8 +130,8 @@ def train(
     shapes, shardings = _shapes_with(parts, engine, optimizer)
     first = plan.make_batch(0)
     if stage not in run.programs:
-        layout = training_layout(engine.model, engine.mesh)
-        run.programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, layout)
+        cast = partial(cast_to_compute, engine.model)
+        run.programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, cast)
     update, title = run.programs[stage], this.title(stage)
     padding = 1.0 - sum(plan.num_tokens) / (len(plan.num_tokens) * first.rows.tokens.size)
     log.info(
