@@ -59,7 +59,7 @@ _MODULES = {
     "sso_jax.commands.library": ("Policy", "read_policy", "run", "sample", "score", "write_policy"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOMES)  # noqa: PLE0605 (names are loaded lazily)
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,16 @@
-"""Settings for every test: CPU with eight faked devices, no silent rank promotion, no network, no shared compilation
-cache.
-"""
+"""Settings of every test: eight faked CPU devices, no silent rank promotion, no network, compiled programs shared."""
 
 import os
+import shutil
+import tempfile
 
+CACHE = os.environ.get("SSO_JAX_TEST_CACHE") or tempfile.mkdtemp(prefix="sso_jax-tests-")
+"""Compiled programs of this test run; its worker processes inherit the variable."""
+os.environ["SSO_JAX_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # as toys.QUICKLY
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -18,6 +23,12 @@ from sso_jax.runtime.mesh import make_mesh
 from sso_jax.toy.pretraining import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_sessionfinish(session):
+    """Deletes the compiled programs once all processes are done."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
-from toys import DATA, Compilations
+from toys import DATA, QUICKLY, Compilations
 
 import sample
 import train
@@ -344,7 +344,7 @@ def test_two_rounds_on_a_trained_model_with_real_questions(tmp_path):
         "400",
     ]
     command += ["--optimizer.learning_rate", "1e-5"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY}
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "no chat template" in done.stderr and "are dropped" in done.stderr

@@ -1,8 +1,9 @@
-"""A policy and a benchmark's questions in, a file of answers in the form that the benchmark's own tools read out.
+"""Writes a policy's answers to benchmark questions in the formats of the benchmarks' own tools.
 
-alpaca_eval   JSON list of `instruction, output, generator` mt_bench      JSON Lines of `question_id, answer_id,
-model_id, choices, tstamp` (FastChat's llm_judge), answered turn by turn arena_hard    JSON Lines of `uid, ans_id,
-model, messages, tstamp` (arena-hard-auto 2)
+- alpaca_eval: JSON list of `instruction, output, generator`.
+- mt_bench: JSON Lines of `question_id, answer_id, model_id, choices, tstamp` (FastChat's llm_judge), answered turn by
+  turn.
+- arena_hard: JSON Lines of `uid, ans_id, model, messages, tstamp` (arena-hard-auto 2).
 """
 
 import hashlib
@@ -20,27 +21,27 @@ from sso_jax.runtime.json_lines import write_records
 from sso_jax.sampling.sampler import Request, row_key
 
 SUFFIXES = {"alpaca_eval": ".json", "mt_bench": ".jsonl", "arena_hard": ".jsonl"}
-"""Forms and the suffix by which the benchmark's loader knows the file."""
+"""Formats, and the file suffix that the benchmark's loader expects."""
 log = logging.getLogger(__name__)
 
 
 def check_form(form: str, out: str, questions: list[BenchmarkQuestion]) -> None:
-    """Raises `InputError` where the file or the questions do not go with the form."""
+    """Raises `InputError` if the output file or the questions do not match the format."""
     if Path(out).suffix != SUFFIXES[form]:
         raise InputError(
-            f"out: {out!r} for form {form!r}; name a {SUFFIXES[form]} file, which is what the benchmark's loader reads"
+            f"out: {out!r} for form {form!r}; give a {SUFFIXES[form]} file, which the benchmark's loader expects"
         )
     several = [question.id for question in questions if len(question.turns) > 1]
     if several and form != "mt_bench":
         raise InputError(
-            f"form: {form!r} has one turn a question, and question {several[0]!r} has more; give form mt_bench"
+            f"form: {form!r} has one turn per question, but question {several[0]!r} has more; give form mt_bench"
         )
 
 
 def converse(engine: Engine, params, questions: list[BenchmarkQuestion], seed: int) -> list[list[str]]:
-    """The policy's answer to each turn of each question, earlier turns and their answers before it.
+    """Returns the policy's answer to each turn of each question; the prompt has the earlier turns and answers.
 
-    A turn that leaves no room for an answer gets an empty one, which the log counts.
+    A turn that leaves no room for an answer gets an empty answer and is counted in the log.
     """
     answers: list[list[str]] = [[] for _ in questions]
     chat, unanswered = engine.chat, 0
@@ -57,7 +58,7 @@ def converse(engine: Engine, params, questions: list[BenchmarkQuestion], seed: i
         unanswered += len(asked) - len(fitting)
     if unanswered:
         log.warning(
-            "%d turns leave no room for an answer within %d tokens and stay empty", unanswered, engine.max_tokens
+            "%d turns leave no room for an answer within %d tokens and get an empty one", unanswered, engine.max_tokens
         )
     return answers
 
@@ -72,14 +73,14 @@ def _exchange(ask: str, answer: str) -> list[dict[str, str]]:
 
 
 def _name(generator: str, question: BenchmarkQuestion, answers: list[str]) -> str:
-    """Id of an answer, the same for the same answer."""
+    """Returns an id for an answer, which depends only on its content."""
     return hashlib.sha256(json.dumps([generator, question.id, answers]).encode()).hexdigest()[:22]
 
 
 def write_answers(
     form: str, questions: list[BenchmarkQuestion], answers: list[list[str]], generator: str, out: str
 ) -> None:
-    """Writes the answers to `out` in a form of `SUFFIXES`."""
+    """Writes the answers to `out` in a format of `SUFFIXES`."""
     now, pairs = time.time(), list(zip(questions, answers, strict=True))
     if form == "alpaca_eval":
         rows = [{"instruction": q.turns[0], "output": a[0], "generator": generator} for q, a in pairs]

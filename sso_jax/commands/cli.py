@@ -1,4 +1,4 @@
-"""The command line: parses arguments, runs a command, and turns what went wrong into one line and an exit status."""
+"""The command line: parses arguments, runs a command, and turns errors into one line and an exit status."""
 
 import importlib
 import logging
@@ -12,7 +12,11 @@ from sso_jax.runtime.signals import EXIT_STATUS, Stopped, stop_at_safe_points
 
 
 def train(argv: list[str] | None = None) -> int:
-    """Runs train.py or `sso-train`; returns its exit status. `argv` are the arguments, by default the process's own."""
+    """Runs train.py or `sso-train`; returns its exit status.
+
+    Args:
+      argv: arguments; None takes those of the process.
+    """
     description = "Self-steering optimization: sample, pair, train, repeat."
     return run_command("train.py", description, Config, "sso_jax.commands.train", argv)
 
@@ -35,10 +39,10 @@ def run_command(program: str, description: str, config_class: type, module: str,
     The module is imported after parsing, so that --help and mistakes in a config answer without loading JAX.
 
     Returns:
-      0 if the job was done, 75 if it stopped on request, and with one line on standard error 2 for input that cannot be
-      used and 1 for a run that cannot continue.
+      0 if the command finished and 75 if it stopped on request; with one line on standard error, 2 for invalid input
+        and 1 for a run that cannot continue.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no warning about the missing PyTorch
     keep_few_arenas()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sso_jax").setLevel(logging.INFO)
@@ -49,7 +53,7 @@ def run_command(program: str, description: str, config_class: type, module: str,
     except InputError as error:
         return _fail(program, str(error), 2)
     except Stopped as stop:
-        return _fail(program, f"stopped by {stop}; everything done is saved, run the same command again", EXIT_STATUS)
+        return _fail(program, f"stopped by {stop}; all progress is saved, run the same command again", EXIT_STATUS)
     except RunError as error:
         return _fail(program, str(error), 1)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Rows of summary.json and lines of metrics.jsonl in, warnings of a collapse out, each a sentence with its numbers."""
+"""Warnings about signs of a collapse, from the rows of summary.json and the lines of metrics.jsonl."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,14 @@ def collapse_warnings(
     min_chosen_probability: float,
     min_pairs_share: float,
 ) -> list[str]:
-    """What looks wrong in the last of the rounds.
+    """Returns a sentence with numbers for each sign of a collapse in the last round.
 
     Args:
-      rows: summary rows of the rounds with training so far, in order; a number that a recipe does not have is None.
+      rows: summary rows of the rounds with training so far, in order; numbers that a recipe does not have are None.
       lines: metrics of the last round's updates.
+      length_growth: factor by which responses may have grown since the first round.
+      min_chosen_probability: least probability per token of chosen responses.
+      min_pairs_share: least share of queries that yield pairs.
     """
     first, last = rows[0], rows[-1]
     found = []
@@ -24,19 +27,17 @@ def collapse_warnings(
     probability = last.get("chosen_probability")
     if probability is not None and probability < min_chosen_probability:
         found.append(
-            f"the policy gives its chosen responses {probability:.4f} a token, below {min_chosen_probability}: it "
-            "leaves its own data"
+            f"chosen responses have probability {probability:.4f} per token, below {min_chosen_probability}: the "
+            "policy has drifted from its own data"
         )
     queries, pairs = last.get("num_queries"), last.get("num_pairs")
     if queries and pairs is not None and pairs < min_pairs_share * queries:
-        found.append(f"only {pairs} of {queries} queries ended as pairs, below a share of {min_pairs_share}")
+        found.append(f"only {pairs} of {queries} queries yielded pairs, below a share of {min_pairs_share}")
     return found + _falling_chosen(lines)
 
 
 def _falling_chosen(lines: Sequence[dict]) -> list[str]:
-    """The failure that a growing margin hides: the chosen responses lose probability too, between the first and last
-    quarter.
-    """
+    """Warns if chosen responses lose probability from the first to the last quarter, which a growing margin hides."""
     told = [line for line in lines if line.get("chosen_log_prob") is not None and line.get("margin") is not None]
     quarter = len(told) // 4
     if quarter == 0:
@@ -48,8 +49,6 @@ def _falling_chosen(lines: Sequence[dict]) -> list[str]:
     start, end = told[:quarter], told[-quarter:]
     fall = mean(end, "chosen_log_prob") - mean(start, "chosen_log_prob")
     growth = mean(end, "margin") - mean(start, "margin")
-    return (
-        [f"the margin grew by {growth:.3g} while chosen responses lost {-fall:.3g} nats"]
-        if fall < -1.0 and growth > 0
-        else []
-    )
+    if fall >= -1.0 or growth <= 0:
+        return []
+    return [f"the margin grew by {growth:.3g} while chosen responses lost {-fall:.3g} nats"]

@@ -1,6 +1,4 @@
-"""A config and a TPU topology in, a table of bytes and operations out: every program of a run compiled, without TPU or
-weights.
-"""
+"""The dry run: compiles a run's programs for a TPU topology, without TPUs or weights, and prints their memory use."""
 
 import logging
 import os
@@ -13,14 +11,14 @@ from sso_jax.runtime.mesh import num_batch_shards
 
 log = logging.getLogger(__name__)
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-"""Memory of a chip by generation, as published; the compiler keeps a little of it back."""
+"""Published memory of a chip in GiB, by generation; the compiler reserves a little of it."""
 
 
 def run(config: Config) -> None:
-    """Prints the table of the programs of `config` for the topology `config.dry_run`.
+    """Prints a table of the programs of `config` on the topology `config.dry_run`.
 
     Raises:
-      InputError: without libtpu, for an unknown topology or model, or a mesh that does not fit.
+      InputError: if libtpu is missing, the topology or model is unknown, or the mesh does not fit.
     """
     plan = make_plan(config, find_devices(config.dry_run), chip_gib(config.dry_run) * GIB)
     log.info("dry run: %s on %s, mesh %s", config.model.path, config.dry_run, dict(plan.training.mesh.shape))
@@ -32,12 +30,12 @@ def run(config: Config) -> None:
 
 
 def find_devices(topology: str) -> list:
-    """Descriptions of the topology's chips, to compile for.
+    """Returns descriptions of the topology's chips, to compile for.
 
     Raises:
-      InputError: for what is no topology, or without libtpu.
+      InputError: if the topology is unknown or libtpu is missing.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server where there is no TPU
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server without TPUs
     chip_gib(topology)
     from jax.experimental import topologies
 
@@ -46,32 +44,34 @@ def find_devices(topology: str) -> list:
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"dry_run: {topology!r} cannot be compiled for ({reason}); for a known topology such as v5e:4x4 or "
-            "v5p:2x2x4 install what "
-            "requirements-dry-run.txt names, in an environment of its own"
+            f"dry_run: cannot compile for {topology!r} ({reason}); give a known topology such as v5e:4x4 or v5p:2x2x4, "
+            "and install requirements-dry-run.txt in a separate environment"
         ) from error
 
 
 def chip_gib(topology: str) -> int:
-    """Memory of one chip of the topology."""
+    """Returns the memory of one chip of the topology in GiB.
+
+    Raises:
+      InputError: if the topology is not of the form GENERATION:SIZES or its generation is unknown.
+    """
     generation = topology.split(":")[0]
     if generation not in CHIP_GIB or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
         raise InputError(
-            f"dry_run: {topology!r} is no topology; give GENERATION:SIZES with one of {', '.join(CHIP_GIB)}, such as "
-            "v5e:4x4"
+            f"dry_run: {topology!r} is not a topology; give GENERATION:SIZES with one of {', '.join(CHIP_GIB)}, such "
+            "as v5e:4x4"
         )
     return CHIP_GIB[generation]
 
 
 def table(plan: Plan, programs: list[Program]) -> str:
-    """The programs as a table in Markdown, and advice where one does not fit."""
+    """Formats the programs as a Markdown table, with advice for those that do not fit."""
     columns = ("parameters", "optimizer", "cache", "activations and the rest", "total a chip")
+    sizes_heading = " | ".join(f"{name} GiB" for name in columns)
     lines = [
         *_heading(plan),
         "",
-        "| program | "
-        + " | ".join(f"{name} GiB" for name in columns)
-        + " | of the chip | TFLOP, all chips | compiled in | fits |",
+        f"| program | {sizes_heading} | of the chip | TFLOP, all chips | compiled in | fits |",
         "|---" * (len(columns) + 5) + "|",
     ]
     for p in programs:
@@ -84,33 +84,31 @@ def table(plan: Plan, programs: list[Program]) -> str:
 
 
 def _heading(plan: Plan) -> list[str]:
-    """What is compiled, and for what."""
+    """Describes what is compiled, and for what."""
     config, mesh = plan.config, plan.training.mesh
     lines = [
         f"{config.model.path} on {config.dry_run}: {mesh.size} chips of {plan.device_bytes // GIB} GiB, mesh "
         f"{dict(mesh.shape)}",
         f"updates of {config.train.batch_size} examples, {microbatch_size(config)} a device step; prompts of "
-        f"{plan.prompt_tokens} and "
-        f"responses of {plan.response_tokens} tokens; {config.sampling.batch_size} responses sampled together",
+        f"{plan.prompt_tokens} and responses of {plan.response_tokens} tokens; {config.sampling.batch_size} responses "
+        "sampled together",
     ]
     if plan.sampling is not plan.training:
-        lines.append(
-            f"sampling on mesh {dict(plan.sampling.mesh.shape)}, with a copy of the parameters beside those of training"
-        )
+        lines.append(f"sampling on mesh {dict(plan.sampling.mesh.shape)}, with a second copy of the parameters")
     return lines
 
 
 def _advice(plan: Plan, program: Program) -> str:
-    """What to change, the largest part first."""
+    """Returns what to change, starting with the largest part."""
     config, shards, of_sampling = plan.config, num_batch_shards(plan.training.mesh), program.cache_bytes > 0
     options = []
     if of_sampling and plan.sampling is not plan.training:
-        options.append("set sampling.mesh null, which holds no second copy of the parameters")
+        options.append("set sampling.mesh null, which needs no second copy of the parameters")
     if program.cache_bytes > program.other_bytes:
         options.append(f"lower sampling.batch_size (now {config.sampling.batch_size})")
     elif not of_sampling and microbatch_size(config) > shards:
         options.append(
-            f"lower train.microbatch_size (now {microbatch_size(config)}) towards {shards}, one example a chip"
+            f"lower train.microbatch_size (now {microbatch_size(config)}) towards {shards}, one example per chip"
         )
     if config.model.compute_dtype == "float32":
         options.append("set model.compute_dtype bfloat16")

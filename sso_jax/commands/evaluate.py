@@ -1,6 +1,4 @@
-"""A reward model's folder and a file of preference pairs in, one JSON object out: accuracy, in all and by section, and
-every reward.
-"""
+"""Command evaluate.py: scores preference pairs with a reward model, and writes accuracies and rewards as JSON."""
 
 import json
 import logging
@@ -20,25 +18,23 @@ from sso_jax.runtime.jax_setup import prepare_jax
 from sso_jax.runtime.mesh import make_mesh
 
 DOMAIN_FIELDS = ("subset", "domain", "category", "section", "task", "source", "dataset")
-"""Keys under which a file says what kind of pair a row is; the first that is there counts."""
+"""Fields that may hold the kind of a pair; the first one present is used."""
 log = logging.getLogger(__name__)
 Rewards = list[tuple[float, float]]
 
 
 def run(config: EvaluateConfig) -> None:
-    """Does what the command line asks for.
+    """Runs the command.
 
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.
     """
     if config.pairs.path is None:
-        raise InputError("pairs.path: not given; name a file or data set of preference pairs")
+        raise InputError("pairs.path: not given; give a file or data set of preference pairs")
     if config.pairs.control != "none":
-        raise InputError(f"pairs.control: {config.pairs.control!r} is for training; leave it out")
+        raise InputError(f"pairs.control: {config.pairs.control!r} is for training; remove it")
     if config.out is None or not Path(config.out).absolute().parent.is_dir() or Path(config.out).is_dir():
-        raise InputError(
-            f"out: {config.out!r} cannot be written; name the JSON file to write, in a folder that is there"
-        )
+        raise InputError(f"out: {config.out!r} cannot be written; give a JSON file to write, in an existing folder")
     pairs = load_pairs(config.pairs.path, config.pairs.split)
     refuse_equal_sides(pairs, config.pairs.path)
     prepare_jax(config.run.compilation_cache)
@@ -52,20 +48,19 @@ def run(config: EvaluateConfig) -> None:
 
 
 def refuse_equal_sides(pairs: list[Triple], path: str) -> None:
-    """Raises `InputError` for a pair whose two responses are the same: no reward can tell which is better."""
+    """Raises `InputError` for pairs with two equal responses, which no reward can order."""
     equal = [pair.id for pair in pairs if pair.chosen.strip() == pair.rejected.strip()]
     if equal:
         raise InputError(
-            f"pairs.path: {path}: {len(equal)} pairs have equal sides, the first is id {equal[0]!r}; take them out"
+            f"pairs.path: {path}: {len(equal)} pairs have equal sides, the first is id {equal[0]!r}; remove them"
         )
 
 
 def evaluate(pairs: list[Triple], rewards: Rewards) -> dict:
-    """What INTERFACE.md asks of evaluate.py, and beside it the accuracy of each RewardBench subset and the weighted
-    scores.
+    """Returns the JSON object of evaluate.py: the accuracy in total and by section, and every reward.
 
-    `sections` are RewardBench's where a row's `subset` is one of its, else what the row itself names under one of
-    `DOMAIN_FIELDS`.
+    It also has the accuracy of each RewardBench subset and RewardBench's weighted scores. `sections` are those of
+    RewardBench if a row's `subset` belongs to one, else what the row has in one of `DOMAIN_FIELDS`.
     """
     domains = [_domain(pair) for pair in pairs]
     in_section = {subset: section for section, weights in rewardbench().items() for subset in weights}
@@ -83,21 +78,21 @@ def evaluate(pairs: list[Triple], rewards: Rewards) -> dict:
 
 @lru_cache
 def rewardbench() -> dict[str, dict[str, int]]:
-    """Sections of RewardBench: their subsets with weights."""
+    """Returns the sections of RewardBench: the weight of each of their subsets."""
     return yaml.safe_load(resources.files(__package__).joinpath("rewardbench.yaml").read_text(encoding="utf-8"))
 
 
 def rewardbench_scores(subsets: dict[str, dict]) -> dict[str, float]:
-    """RewardBench's own score of each section, its subsets weighted, over those that are there; `Average` where all
-    sections are.
+    """Returns RewardBench's score of each section, a weighted mean over the subsets present.
+
+    `Average` is added if all sections are present.
     """
     scores = {}
     for section, weights in rewardbench().items():
         there = {subset: weight for subset, weight in weights.items() if subset in subsets}
         if there:
-            scores[section] = sum(weight * subsets[subset]["accuracy"] for subset, weight in there.items()) / sum(
-                there.values()
-            )
+            total = sum(weight * subsets[subset]["accuracy"] for subset, weight in there.items())
+            scores[section] = total / sum(there.values())
     if len(scores) == len(rewardbench()):
         scores["Average"] = sum(scores.values()) / len(scores)
     return scores
@@ -108,7 +103,7 @@ def _domain(pair: Triple) -> str | None:
 
 
 def _grouped(names: list[str | None], rewards: Rewards) -> dict[str, dict]:
-    """Accuracy and number of pairs by name, in the order in which names come; pairs without one are left out."""
+    """Returns accuracy and number of pairs by name, in order of first appearance; skips pairs without a name."""
     groups: dict[str, Rewards] = {}
     for name, pair in zip(names, rewards, strict=True):
         if name is not None:
@@ -117,7 +112,7 @@ def _grouped(names: list[str | None], rewards: Rewards) -> dict[str, dict]:
 
 
 def table(result: dict) -> str:
-    """The accuracies for the terminal."""
+    """Formats the accuracies for the terminal."""
     rows = [("all pairs", result["accuracy"], result["num_pairs"])]
     rows += [(name, row["accuracy"], row["num_pairs"]) for name, row in result["sections"].items()]
     width = max(len(name) for name, _, _ in rows)

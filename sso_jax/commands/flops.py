@@ -1,7 +1,7 @@
-"""A traced program in, its floating-point operations out: matrix products alone, counted before compilation.
+"""Counts the floating-point operations of a traced program before compilation: those of its matrix products.
 
-XLA's own `cost_analysis` counts the body of a loop once; here a scan counts its length, and a while loop the trips that
-the caller names.
+XLA's own `cost_analysis` counts the body of a loop once. Here a scan counts its length, and a while loop the number of
+iterations given by the caller.
 """
 
 import math
@@ -11,12 +11,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def count_flops(program: ClosedJaxpr, while_trips: int = 1) -> int:
-    """Operations of the matrix products of `program` (`jax.make_jaxpr(f)(*shapes)`), two a multiply-add.
+    """Returns the operations of the matrix products of `program` (`jax.make_jaxpr(f)(*shapes)`), two per multiply-add.
 
-    Worked example: a scan over 10 layers of [4, 8] @ [8, 16] counts 10 * 2 * 4*8*16 = 10,240.
+    Example: a scan over 10 layers of [4, 8] @ [8, 16] counts 10 * 2 * 4*8*16 = 10,240.
 
     Args:
-      while_trips: trips of each while loop, whose number a program does not tell.
+      program: the traced program.
+      while_trips: iterations of each while loop, which the program does not specify.
     """
     return _count(program.jaxpr, while_trips)
 
@@ -40,9 +41,7 @@ def _of_equation(equation, while_trips: int) -> int:
 
 
 def _repeats(name: str, params: dict, while_trips: int) -> int:
-    """How often the program inside an operation runs: over its steps, over its blocks, over the devices that each run
-    it.
-    """
+    """Returns how often an operation runs its inner program: per loop step, block, or device."""
     if name == "scan":
         return params["length"]
     if name == "while":
@@ -59,8 +58,9 @@ def _open(program: ClosedJaxpr | Jaxpr) -> Jaxpr:
 
 
 def _of_cudnn(equation, num_products: int) -> int:
-    """cuDNN's attention, which skips the half of each product that is above the diagonal: queries [B, T, N, H], keys
-    [B, S, K, H].
+    """Counts cuDNN's attention, which skips the half of each product above the diagonal.
+
+    Queries are [B, T, N, H], keys [B, S, K, H].
     """
     (batch, length, num_heads, head_size), (_, num_keys, _, _) = (operand.aval.shape for operand in equation.invars[:2])
     return num_products * batch * num_heads * length * num_keys * head_size

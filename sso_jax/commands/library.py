@@ -1,4 +1,4 @@
-"""The library's front door: read a policy from a folder, sample from it, score responses, write it back, run a recipe."""
+"""The library's main functions: read a policy, sample from it, score responses, write it back, run a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,25 +17,26 @@ from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.training.scoring import Scorable, score_examples
 
 SCORING_BATCH = 16
+"""Responses scored per batch."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy with its tokenizer and its compiled functions."""
+    """A policy with its tokenizer and compiled functions."""
 
     engine: Engine
     params: Params
 
 
 def read_policy(path: str | Path, config: SampleConfig = SampleConfig()) -> Policy:
-    """Reads a policy from a Hugging Face folder, a hub id, or a run directory, whose newest policy is taken.
+    """Reads a policy from a Hugging Face folder, a hub id, or the newest policy of a run directory.
 
     Args:
-      path: what config field `model.path` takes.
+      path: like the config field `model.path`.
       config: types, mesh and sampling settings; its own `model.path` is not used.
 
     Raises:
-      InputError: for a folder that is incomplete, unsupported, or whose files do not belong together.
+      InputError: if the folder is incomplete or unsupported, or its files are inconsistent.
     """
     folder = fetch(find_policy(str(path)))
     engine = build_engine(folder, config)
@@ -46,7 +47,9 @@ def write_policy(policy: Policy, folder: str | Path, dtype: str = "float32") -> 
     """Writes a complete Hugging Face folder: config, generation config, tokenizer and safetensors with an index.
 
     Args:
-      dtype: "float32" or "bfloat16", the type of the tensors.
+      policy: the policy.
+      folder: folder to write.
+      dtype: type of the tensors, "float32" or "bfloat16".
     """
     engine = policy.engine
     export_policy(
@@ -63,14 +66,17 @@ def write_policy(policy: Policy, folder: str | Path, dtype: str = "float32") -> 
 def sample(
     policy: Policy, queries: Sequence[str], system: str | None = None, seed: int = 0, max_new_tokens: int | None = None
 ) -> list[str]:
-    """One response to each query, by the sampling settings that the policy was read with.
+    """Samples one response to each query, with the sampling settings that the policy was read with.
 
     Args:
+      policy: the policy.
+      queries: queries to answer.
       system: system message, such as a principle; None uses the chat template's own.
-      max_new_tokens: largest number of tokens of a response; None takes the setting.
+      seed: seed of the random keys.
+      max_new_tokens: maximum tokens of a response; None uses the sampling settings.
 
     Raises:
-      InputError: for a query that leaves no room for a response.
+      InputError: if a query leaves no room for a response.
     """
     engine = policy.engine
     prompts = [engine.chat.prompt_ids(query, system) for query in queries]
@@ -80,9 +86,12 @@ def sample(
 
 
 def score(policy: Policy, queries: Sequence[str], responses: Sequence[str], system: str | None = None) -> list[float]:
-    """log pi(response | query) of each pair: a sum over the response's tokens, end of turn included, in nats.
+    """Returns log pi(response | query) of each pair, in nats, summed over the response's tokens and its end of turn.
 
     Args:
+      policy: the policy.
+      queries: query of each pair.
+      responses: response of each pair.
       system: system message of every prompt; None uses the chat template's own.
 
     Raises:
@@ -105,7 +114,7 @@ def score(policy: Policy, queries: Sequence[str], responses: Sequence[str], syst
 
 
 def run(config: Config) -> Path:
-    """Runs the recipe that the config describes, or what is left of it; returns the run directory.
+    """Runs the recipe that the config describes, or resumes it; returns the run directory.
 
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.

@@ -1,4 +1,4 @@
-"""The folder of a finished round in, its pairs as files for other trainers and for people out."""
+"""Writes the pairs of a finished round as files for other trainers and for people."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ DATASET_FILE, DROPPED_FILE = "preference_dataset.jsonl", "dropped.jsonl"
 
 
 def write_preference_dataset(folder: Path) -> None:
-    """Writes `preference_dataset.jsonl` (`prompt, chosen, rejected` messages) and `dropped.jsonl` (`id, reason`), if a
-    round has pairs.
+    """Writes `preference_dataset.jsonl` (`prompt, chosen, rejected` messages) and `dropped.jsonl` (`id, reason`).
+
+    Writes nothing for a round without pairs.
     """
     pairs = stages.finished(folder, "pairs")
     if pairs is None:
         return
-    write_records(
-        (to_preference(triple) for triple in read_records(Triple, folder / "pairs.jsonl")), folder / DATASET_FILE
-    )
+    triples = read_records(Triple, folder / "pairs.jsonl")
+    write_records((to_preference(triple) for triple in triples), folder / DATASET_FILE)
     responses = stages.finished(folder, "responses") or {}
     dropped = {**responses.get("dropped_by_id", {}), **pairs["dropped_by_id"]}
     write_records(({"id": name, "reason": reason} for name, reason in dropped.items()), folder / DROPPED_FILE)

@@ -1,8 +1,7 @@
-"""A config and devices in, the programs of its run out, traced and compiled without weights: operations, and bytes a
-device.
+"""Traces and compiles the programs of a run without weights, to report operations and the memory of each device.
 
-Prefill and decoding are compiled apart, though a run has them as one program (`sampling.decode.generate`), to tell what
-each needs.
+Prefill and decode are compiled separately, to report each, although a run compiles them as one program
+(`sampling.decode.generate`).
 """
 
 import dataclasses
@@ -52,12 +51,12 @@ from sso_jax.training.update import build_update
 
 GIB = 2**30
 PROMPT_SHARE = 4
-"""Prompts are 1/4 of train.max_tokens, responses all of the rest: the longest examples there can be."""
+"""Prompts take 1/4 of train.max_tokens and responses the rest: the longest possible examples."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh, and how the parameters lie on it."""
+    """A mesh, and the shardings of the parameters on it."""
 
     mesh: jax.sharding.Mesh
     shardings: dict
@@ -65,7 +64,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compiled."""
+    """What to compile."""
 
     config: Config
     model: Transformer
@@ -73,7 +72,7 @@ class Plan:
     """Shapes of the parameters."""
     training: Placement
     sampling: Placement
-    """The same as of training, unless sampling.mesh is given."""
+    """The same as `training`, unless sampling.mesh is given."""
     device_bytes: int
     prompt_tokens: int
     response_tokens: int
@@ -81,43 +80,47 @@ class Plan:
 
 @dataclass(frozen=True)
 class Traced:
-    """A program before it is compiled; bytes are those of one device."""
+    """A program before compilation; bytes are per device."""
 
     program: jax.stages.Traced
     mesh: jax.sharding.Mesh
     flops: int
-    """Of all devices."""
+    """Floating-point operations of all devices."""
     params_bytes: int
     optimizer_bytes: int = 0
     cache_bytes: int = 0
     beside_bytes: int = 0
-    """Parameters that lie on the device too, and that the program does not use."""
+    """Parameters that are also on the device but not used by the program."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program; bytes are those of one device."""
+    """A compiled program; bytes are per device."""
 
     name: str
     params_bytes: int
     optimizer_bytes: int
     cache_bytes: int
     total_bytes: int
-    """At its peak; of a program that does not fit, what the compiler would have needed."""
+    """Peak memory; for a program that does not fit, what the compiler would have needed."""
     fits: bool
     flops: int
-    """Of all devices."""
+    """Floating-point operations of all devices."""
     seconds: float
-    """To compile."""
+    """Compile time."""
 
     @property
     def other_bytes(self) -> int:
-        """Activations, gradients, inputs."""
+        """Bytes of activations, gradients and inputs."""
         return max(0, self.total_bytes - self.params_bytes - self.optimizer_bytes - self.cache_bytes)
 
 
 def find_architecture(path: str) -> Architecture:
-    """Architecture of a folder, of a model in `PRESETS`, or of a hub id."""
+    """Returns the architecture of a folder, of a model in `PRESETS`, or of a hub id.
+
+    Raises:
+      InputError: for the toy, or if there is no such model.
+    """
     if not Path(path).is_dir() and path in PRESETS:
         return PRESETS[path]
     if path == "toy":
@@ -126,7 +129,7 @@ def find_architecture(path: str) -> Architecture:
 
 
 def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
-    """Decoder and meshes of the config on devices with so much memory each."""
+    """Builds the decoder and meshes of the config for the given devices with `device_bytes` of memory each."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     architecture = find_architecture(config.model.path)
     model, shardings = build_decoder(architecture, config.model, config.lora, mesh)
@@ -142,7 +145,7 @@ def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
 
 
 def programs_of(config: Config) -> dict[str, Callable[[Plan], Traced]]:
-    """What a run of the config compiles, by name."""
+    """Returns the functions that trace the programs of a run, by program name."""
     samples = config.recipe in ("online", "generator") or (config.recipe == "reward" and config.pairs.path is None)
     programs = {"prefill": trace_prefill, "decode": trace_decode} if samples else {}
     if config.recipe in ("online", "generator", "offline"):
@@ -152,7 +155,7 @@ def programs_of(config: Config) -> dict[str, Callable[[Plan], Traced]]:
 
 
 def _bytes(shapes, shardings) -> int:
-    """Bytes that one device holds of these arrays."""
+    """Returns the bytes of these arrays on one device."""
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
 
@@ -162,17 +165,17 @@ def _shapes(tree):
 
 
 def _trace(plan: Plan, place: Placement, program: Callable, args: tuple, trips: int = 1, **sizes: int) -> Traced:
-    """Traces a program of `args`, parameters first, and counts its operations; a while loop counts `trips` times."""
+    """Traces a program with `args`, parameters first, and counts its operations; a while loop counts `trips` times."""
     with jax.set_mesh(place.mesh):
         traced = program.trace(*args)
     return Traced(traced, place.mesh, count_flops(traced.jaxpr, trips), _bytes(plan.params, place.shardings), **sizes)
 
 
 def needed_bytes(message: str, held_bytes: int) -> int | None:
-    """What a program that does not fit would have needed, from the compiler's message; None if it is about something
-    else.
+    """Parses, from the compiler's message, the memory that a program which does not fit would have needed.
 
-    It names either all of the memory, or that of temporaries alone, beside what the program is given (`held_bytes`).
+    The message has either the total, or only that of temporaries, to which the program's arguments (`held_bytes`) are
+    added. Returns None for any other message.
     """
 
     def to_bytes(found):
@@ -184,8 +187,9 @@ def needed_bytes(message: str, held_bytes: int) -> int | None:
 
 
 def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
-    """The program compiled for devices with so much memory; one that does not fit has the compiler's own figure of what
-    it needs.
+    """Compiles a program for devices with `device_bytes` of memory each.
+
+    For a program that does not fit, the total is the compiler's own estimate.
     """
     start = time.perf_counter()
     try:
@@ -196,12 +200,8 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
         if total is None:
             raise
     else:
-        total = (
-            memory.temp_size_in_bytes
-            + memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
+        total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        total += memory.output_size_in_bytes - memory.alias_size_in_bytes
         fits = traced.beside_bytes == 0 or total + traced.beside_bytes <= device_bytes
     params_bytes, total = traced.params_bytes + traced.beside_bytes, total + traced.beside_bytes
     seconds = time.perf_counter() - start
@@ -209,7 +209,10 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
 
 
 def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
-    """What prefill and decoding are given (parameters, prompts, strategy, stop ids), and the number of new tokens."""
+    """Returns the arguments of prefill and decode, and the number of new tokens.
+
+    The arguments are the parameters, prompts, sampling params and stop ids.
+    """
     sampling, shards = plan.config.sampling, num_batch_shards(plan.sampling.mesh)
     rows, slots = -(-sampling.batch_size // shards) * shards, with_headroom(plan.prompt_tokens)
 
@@ -223,9 +226,7 @@ def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
 
 
 def _sampling_bytes(plan: Plan, start: Callable, inputs: tuple, new_tokens: int) -> tuple[DecodeState, dict]:
-    """Shapes of the state between prefill and decoding, and the bytes of its cache and of the parameters' other
-    copy.
-    """
+    """Returns the shapes of the state after prefill, and the bytes of its cache and of the parameters' second copy."""
     state = jax.eval_shape(lambda *args: start(*args, new_tokens), *inputs)
     sharding = state_shardings(plan.model, plan.sampling.mesh).cache
     cache_bytes = _bytes(state.cache, jax.tree.map(lambda _: sharding, state.cache))
@@ -234,7 +235,7 @@ def _sampling_bytes(plan: Plan, start: Callable, inputs: tuple, new_tokens: int)
 
 
 def trace_prefill(plan: Plan) -> Traced:
-    """Prompts through the decoder, and the first token of each response."""
+    """Traces the prefill: prompts through the decoder, and the first token of each response."""
     start, _ = build_parts(plan.model, plan.sampling.mesh, plan.sampling.shardings)
     inputs, new_tokens = _sampling_inputs(plan)
     _, sizes = _sampling_bytes(plan, start, inputs, new_tokens)
@@ -242,7 +243,7 @@ def trace_prefill(plan: Plan) -> Traced:
 
 
 def trace_decode(plan: Plan) -> Traced:
-    """The other tokens; its operations are those of responses that all reach the limit."""
+    """Traces the decoding of the remaining tokens; counts operations as if all responses reach the limit."""
     start, go_on = build_parts(plan.model, plan.sampling.mesh, plan.sampling.shardings)
     inputs, new_tokens = _sampling_inputs(plan)
     state, sizes = _sampling_bytes(plan, start, inputs, new_tokens)
@@ -250,19 +251,19 @@ def trace_decode(plan: Plan) -> Traced:
 
 
 def _examples(plan: Plan, count: int, cells: list[Cell]) -> list[Example]:
-    """Examples as long as there can be, with all that the cells name."""
+    """Returns examples of the maximum length, with everything that the cells name."""
     prompts = {context: [0] * plan.prompt_tokens for context, _ in cells}
     responses = {response: [0] * plan.response_tokens for _, response in cells}
     return [Example(str(i), prompts, responses, [0.0] * len(cells)) for i in range(count)]
 
 
 def microbatch_size(config: Config) -> int:
-    """Examples of a device step."""
+    """Returns the number of examples in a device step."""
     return config.train.microbatch_size or config.train.batch_size
 
 
 def _objective(config: Config) -> Objective:
-    """What the policy's updates minimise, with y_o's log-prob where that is logged."""
+    """Returns the objective of the policy's updates, with y_o's log-prob if that is logged."""
     if config.recipe == "generator":
         return generator.objectives(config)[1]
     return round_objective(config)
@@ -273,7 +274,7 @@ def _row_shape(plan: Plan, trees: list[Tree]) -> RowShape:
 
 
 def trace_scoring(plan: Plan) -> Traced:
-    """Log-probs of one device step of examples by the reference."""
+    """Traces the scoring of one device step of examples by the reference."""
     objectives = generator.objectives(plan.config) if plan.config.recipe == "generator" else (_objective(plan.config),)
     cells = max((reference_cells(objective, plan.config.filter.enabled) for objective in objectives), key=len)
     count = microbatch_size(plan.config)
@@ -286,12 +287,12 @@ def trace_scoring(plan: Plan) -> Traced:
 
 
 def trace_policy_update(plan: Plan) -> Traced:
-    """One update of train.batch_size pairs, in microbatches."""
+    """Traces one update with train.batch_size pairs, in microbatches."""
     return _trace_preferences(plan, _objective(plan.config))
 
 
 def trace_generator_update(plan: Plan) -> Traced:
-    """One update of the generator of recipe `generator`, by the fields of its own section."""
+    """Traces one update of the generator in recipe `generator`, with the fields of its own section."""
     objective = generator.objectives(plan.config)[0]
     return _trace_preferences(dataclasses.replace(plan, config=generator.generator_config(plan.config)), objective)
 
@@ -305,7 +306,7 @@ def _trace_preferences(plan: Plan, objective: Objective) -> Traced:
 
 
 def trace_supervised_update(plan: Plan) -> Traced:
-    """One update of train.batch_size demonstrations."""
+    """Traces one update with train.batch_size demonstrations."""
     train, micro = plan.config.train, microbatch_size(plan.config)
     trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * train.batch_size
     shape = _row_shape(plan, trees[:micro])
@@ -314,7 +315,7 @@ def trace_supervised_update(plan: Plan) -> Traced:
 
 
 def trace_reward_update(plan: Plan) -> Traced:
-    """One update of a reward model on the decoder."""
+    """Traces one update of a reward model on the decoder."""
     train, micro, mesh = plan.config.train, microbatch_size(plan.config), plan.training.mesh
     model = as_reward_model(plan.model)
     boxed = abstract_params(model)

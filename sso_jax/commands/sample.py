@@ -1,6 +1,4 @@
-"""Command sample.py: answers of a policy with their log-probs, steered triples with nine log-probs each, or benchmark
-answers.
-"""
+"""Command sample.py: writes a policy's answers with log-probs, steered triples, or answers to benchmark questions."""
 
 import logging
 from pathlib import Path
@@ -27,12 +25,14 @@ from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.training.scoring import Scorable, score_examples
 
 NINE_CELLS = [Cell(context, response) for context in CONTEXTS for response in RESPONSES]
+"""Cells of a steered triple: three responses in three contexts."""
 SCORING_BATCH = 16
+"""Examples scored per batch."""
 log = logging.getLogger(__name__)
 
 
 def run(config: SampleConfig) -> None:
-    """Samples what the command line asks for and writes it.
+    """Runs the command.
 
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.
@@ -50,31 +50,28 @@ def run(config: SampleConfig) -> None:
 
 
 def _check_fields(config: SampleConfig) -> None:
-    """Raises `InputError` for fields that do not go together."""
+    """Raises `InputError` for conflicting fields."""
     if config.model.path == "toy":
         raise InputError("model.path: 'toy' is trained by train.py; give a run directory or a folder with weights")
     if (config.query is None) == (config.queries.path is None):
-        raise InputError("query, queries.path: give one of them")
+        raise InputError("query, queries.path: give exactly one of them")
     if config.sampling.policies != 1:
-        raise InputError(f"sampling.policies: {config.sampling.policies} is for the rounds of train.py; leave it out")
+        raise InputError(f"sampling.policies: {config.sampling.policies} is for the rounds of train.py; remove it")
     if config.out is None and config.query is None:
-        raise InputError("out: not given; name the file to write")
+        raise InputError("out: not given; give the file to write")
     if config.out is not None and not Path(config.out).parent.is_dir():
-        raise InputError(f"out: no folder {str(Path(config.out).parent)!r}; make it, or name another file")
+        raise InputError(f"out: no folder {str(Path(config.out).parent)!r}; create it, or give another file")
     if config.out is not None and Path(config.out).is_dir():
-        raise InputError(f"out: {config.out!r} is a folder; name a file")
+        raise InputError(f"out: {config.out!r} is a folder; give a file")
     if config.form != "records" and (config.steered or config.query is not None):
-        raise InputError(
-            f"form: {config.form!r} is for plain answers to a file of questions; leave out steered and query"
-        )
+        raise InputError(f"form: {config.form!r} is for plain answers to a file of questions; remove steered and query")
     if config.form == "records" and config.generator is not None:
         raise InputError(
-            f"generator: {config.generator!r} is written in the forms of benchmarks only; give a form, or leave it out"
+            f"generator: {config.generator!r} is only written in a benchmark's form; give form, or remove it"
         )
     if not config.steered and config.principles.source != "predefined":
         raise InputError(
-            f"principles.source: {config.principles.source!r} is for steered answers; add --steered true, or leave it "
-            "out"
+            f"principles.source: {config.principles.source!r} is for steered answers; add --steered true, or remove it"
         )
 
 
@@ -85,7 +82,7 @@ def _open_policy(config: SampleConfig) -> tuple[Engine, Params]:
 
 
 def _write_records(config: SampleConfig) -> None:
-    """Answers or triples as records, to a file or, for one query, to standard output."""
+    """Writes answers or triples as records to a file, or prints them for a single query."""
     path = config.queries.path
     queries = [Query("0", config.query)] if path is None else load_queries(path, config.queries.split)
     endpoint = open_endpoint(config.endpoint, config.principles.source)
@@ -112,7 +109,11 @@ def _write_records(config: SampleConfig) -> None:
 
 
 def _fitting(engine: Engine, queries: list[Query]) -> list[Query]:
-    """Queries that leave room for a response; the log counts the others."""
+    """Returns the queries that leave room for a response; logs the number of others.
+
+    Raises:
+      InputError: if no query leaves room.
+    """
     limit = engine.max_tokens
     fitting = [query for query in queries if engine.sampler.fits(engine.chat.prompt_ids(query.query))]
     if len(fitting) < len(queries):
@@ -129,14 +130,17 @@ def _fitting(engine: Engine, queries: list[Query]) -> list[Query]:
 
 
 def _log_counts(counts: SteeringCounts, notes: Path | None) -> None:
-    """Logs what was drawn at random, fell back to the table, was not read or not answered."""
+    """Logs how many principles were random, fell back to the table, or were not parsed or answered."""
     found = {name: value for name, value in counts.as_json().items() if value}
     if found:
         log.info("steering: %s%s", found, "" if notes is None else f"; look at {notes}")
 
 
 def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: SampleKey) -> list[dict]:
-    """`id, query, response, response_ids, log_prob` of each query; the log-prob is a sum in nats at temperature 1."""
+    """Returns `id, query, response, response_ids, log_prob` of each query.
+
+    The log-prob is a sum in nats, at temperature 1.
+    """
     prompts = [engine.chat.prompt_ids(query.query) for query in queries]
     requests = [
         Request(prompt, row_key(*key, query.id, "original")) for prompt, query in zip(prompts, queries, strict=True)
@@ -158,7 +162,7 @@ def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: Sample
 
 
 def steered_rows(engine: Engine, policy: Params, queries: list[SteeredQuery], key: SampleKey) -> list[dict]:
-    """Pairs records with `mean_log_probs` of the three responses in the three contexts, nats a token."""
+    """Returns pairs records with `mean_log_probs` of the three responses in the three contexts, in nats per token."""
     prompts = {query.id: steered_prompts(engine.chat, query) for query in queries}
     triples, _ = sample_fitting(engine, [policy], queries, prompts, key)
     limit = engine.max_tokens

@@ -1,6 +1,6 @@
-"""Command train.py: runs the rounds of a recipe one after another; every stage resumes where it stopped.
+"""Command train.py: runs the rounds of a recipe in order; every stage resumes where it stopped.
 
-What a round of version 1 does is told in `recipes/online.py`.
+`recipes/online.py` describes a round of version 1.
 """
 
 import dataclasses
@@ -42,15 +42,17 @@ from sso_jax.toy import pretraining
 from sso_jax.training.metrics import check_logging, open_metrics
 
 JOURNALS = "sampling"
-"""Folder of a run that keeps the responses of stages that are not done."""
+"""Folder of a run for the responses of unfinished stages."""
 log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Does the run that the config describes, or what is left of it.
+    """Runs what the config describes, or resumes it.
 
     Raises:
       InputError: for anything wrong with the config or its files, before anything is written.
+      RunError: if the run cannot continue.
+      Stopped: if a stop was requested.
     """
     _refuse_toy_fields(config)
     if config.dry_run is not None:
@@ -83,15 +85,18 @@ MAY_CHANGE = (
     "run.directory",
     "run.on_changed_config",
 )
-"""Fields in which a continued run may differ from its start."""
+"""Fields that may differ when a run is resumed."""
 
 
 def resumed_config(directory: Path, config: Config) -> Config:
-    """The config to run with where a run lies in the directory: the one given, or with the values of its start where
-    these are asked for.
+    """Returns the config to run with: the given one, or the stored values of the run if these are asked for.
+
+    Args:
+      directory: the run directory.
+      config: the given config.
 
     Raises:
-      InputError: with the fields that differ, unless `run.on_changed_config` says which values to take.
+      InputError: if fields differ and `run.on_changed_config` does not say which values to use; names the fields.
     """
     changed = changed_fields(directory, to_json_dict(config), to_json_dict(Config()), MAY_CHANGE)
     if not changed:
@@ -107,17 +112,17 @@ def resumed_config(directory: Path, config: Config) -> Config:
 
 
 def _refuse_toy_fields(config: Config) -> None:
-    """Raises `InputError` for a field of the toy world that is set though the policy is another."""
+    """Raises `InputError` for a field of the toy world that is set for another policy."""
     given, default = dataclasses.asdict(config.toy), dataclasses.asdict(ToyConfig())
     for name, value in given.items():
         if config.model.path != "toy" and value != default[name]:
             raise InputError(
-                f"toy.{name}: {value!r} is for the toy world, not for model.path {config.model.path!r}; leave it out"
+                f"toy.{name}: {value!r} is for the toy world, not for model.path {config.model.path!r}; remove it"
             )
 
 
 def _harmed_rounds(directory: Path, iterations: int) -> list[int]:
-    """Finished rounds with a file that is gone or damaged: their stages are gone through again, which makes it anew."""
+    """Returns finished rounds with a missing or damaged file; running their stages again restores it."""
     folders = {k: directory / f"iteration_{k}" for k in range(iterations + 1)}
     closed = [k for k, folder in folders.items() if finished(folder, "round") is not None]
     return [k for k in closed if damaged(folders[k]) or damaged(folders[k] / GENERATOR_FOLDER)]
@@ -138,9 +143,8 @@ def _run_rounds(run: Run) -> None:
         else:
             policy, summary = RECIPES[run.config.recipe].run_round(this, policy)
         write_preference_dataset(this.folder)
-        finish(
-            this.folder, "round", dataclasses.asdict(dataclasses.replace(summary, warnings=_warnings(this, summary)))
-        )
+        summary = dataclasses.replace(summary, warnings=_warnings(this, summary))
+        finish(this.folder, "round", dataclasses.asdict(summary))
         if is_first():
             (run.directory / JOURNALS).rmtree(missing_ok=True)
         _write_summary(run)
@@ -151,14 +155,14 @@ def _run_rounds(run: Run) -> None:
 
 
 def _with_known_padding(run: Run, iteration: int) -> Run:
-    """The run with a sampler that pads prompts of this round to lengths that are compiled already, where it can."""
+    """Returns the run with a sampler that pads this round's prompts to already compiled lengths where possible."""
     padding = open_prompt_padding(run.folder(iteration - 1), run.folder(iteration))
     sampler = dataclasses.replace(run.engine.sampler, slots=padding)
     return dataclasses.replace(run, engine=dataclasses.replace(run.engine, sampler=sampler))
 
 
 def _warnings(this: Round, summary: RoundSummary) -> list[str]:
-    """Signs of a collapse in the round, which the log shows too."""
+    """Returns and logs signs of a collapse in the round."""
     run, iteration = this.run, this.iteration
     if iteration == 0:
         return []
@@ -172,15 +176,16 @@ def _warnings(this: Round, summary: RoundSummary) -> list[str]:
 
 
 def _measure_start(this: Round, policy: Params) -> RoundSummary:
-    """Iteration 0: the policy before any update, measured."""
+    """Iteration 0: measures the policy before any update."""
     evaluation = evaluate(this, policy)
     dropped = dict(this.run.dropped)
     return RoundSummary(**evaluation.numbers(), dropped=dropped, seconds={"evaluation": evaluation.seconds})
 
 
 def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
-    """Checks everything that can be checked, then claims the directory until `stack` is left. The toy policy is trained
-    here.
+    """Checks everything that can be checked, then claims the directory until `stack` is closed.
+
+    Trains the toy policy if the run starts from it.
     """
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config.endpoint, config.principles.source, config.judging.pairs)
@@ -190,10 +195,8 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     if config.model.path == "toy":
         make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         stack.enter_context(claim(directory, to_json_dict(config)))
-        engine, environment = (
-            build_engine(_toy_policy(config, directory), config),
-            toy_environment(config.toy.descriptions),
-        )
+        engine = build_engine(_toy_policy(config, directory), config)
+        environment = toy_environment(config.toy.descriptions)
         dataset, dropped = recipe.prepare(config, engine, source)
     else:
         engine, environment = build_engine(source_folder(config), config), no_judge()
@@ -209,7 +212,7 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
 
 
 def _toy_policy(config: Config, directory: Path) -> Path:
-    """Folder of the toy policy that the supervised start trained, or trains now."""
+    """Returns the folder of the toy policy, after training it if the supervised start is unfinished."""
     folder = directory / "iteration_0" / "start"
     curriculum = pretraining.Curriculum(**dataclasses.asdict(config.toy))
 
@@ -224,7 +227,7 @@ def _toy_policy(config: Config, directory: Path) -> Path:
 
 
 def _write_summary(run: Run) -> None:
-    """Writes summary.json from the rounds that are done, and prints the table of the last one."""
+    """Writes summary.json from the finished rounds, and prints the table of the last one."""
     rows = []
     for iteration in range(run.config.run.iterations + 1):
         numbers = finished(run.folder(iteration), "round")

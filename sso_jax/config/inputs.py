@@ -20,7 +20,7 @@ class QueriesConfig:
     split: str = "train"
     """Split of a hub data set."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.per_iteration >= 1, "queries.per_iteration", self.per_iteration, "1 or more")
 
 
@@ -38,7 +38,7 @@ class PrinciplesConfig:
     concision_probability: float = 0.2
     """Probability that Concision is added to the features of a query."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         count = self.features_per_query
         require(1 <= count <= 7, "principles.features_per_query", count, "1 to 7, the features of the table")
         share = self.concision_probability
@@ -71,7 +71,7 @@ class EndpointConfig:
     temperature: float = 0.7
     """Sampling temperature for principles; judgments use 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.url is not None:
             parts = urllib.parse.urlsplit(self.url)
             require(
@@ -103,7 +103,7 @@ class JudgingConfig:
     """Number of pairs per round that the endpoint judges, each twice with positions swapped. The verdicts are only
     reported, never trained on."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.pairs >= 0, "judging.pairs", self.pairs, "0 or more")
 
 

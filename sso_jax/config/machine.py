@@ -22,7 +22,7 @@ class RunConfig:
     """What to do if run.directory was started with other values: `refuse` fails and names them, `take_new` resumes with
     the present ones (finished stages stay as they are), `take_old` with the original ones."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "an integer from 0 to 2147483647")
         require(self.iterations >= 1, "run.iterations", self.iterations, "1 or more")
         require(self.directory != "", "run.directory", self.directory, "a folder")
@@ -39,7 +39,7 @@ class MeshConfig:
     tensor: int = 1
     """Number of shards of attention heads, hidden units and vocabulary."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
             require(value >= 1 or value == -1, f"mesh.{name}", value, "1 or more, or -1 for the remaining devices")
@@ -60,7 +60,7 @@ class HostsConfig:
     process_id: Optional[int] = None
     """Index of this process, from 0; required with hosts.coordinator."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = (self.coordinator, self.num_processes, self.process_id)
         whole = all(value is None for value in given) or all(value is not None for value in given)
         require(whole, "hosts", given, "coordinator, num_processes and process_id together, or none of them")
@@ -76,7 +76,7 @@ class CheckpointConfig:
     keep: int = 1
     """Number of checkpoints kept per round, newest first."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "1 or more")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
 
@@ -92,7 +92,7 @@ class WatchConfig:
     min_pairs_share: float = 0.1
     """Warn if less than this share of a round's queries yields pairs."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.length_growth > 1, "watch.length_growth", self.length_growth, "a factor above 1")
         for name in ("min_chosen_probability", "min_pairs_share"):
             require(0 <= getattr(self, name) <= 1, f"watch.{name}", getattr(self, name), "a share in [0, 1]")

@@ -32,7 +32,7 @@ class ModelConfig:
     matmul_precision: Optional[Literal["default", "high", "highest"]] = None
     """Precision of matrix products; null means `highest` for float32 and the platform's default for bfloat16."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.max_logits >= 1, "model.max_logits", self.max_logits, "1 or more")
 
 
@@ -52,7 +52,7 @@ class ToyConfig:
     """Add a family of queries ("Describe fox.") in which the judge prefers longer answers, so that lengths can
     drift."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in {"fact_updates": 1, "style_updates": 0, "width": 1, "num_layers": 1}.items():
             require(getattr(self, name) >= least, f"toy.{name}", getattr(self, name), f"{least} or more")
         require(self.width % 16 == 0, "toy.width", self.width, "a multiple of 16")
@@ -77,7 +77,7 @@ class LoraConfig:
     )
     """Projections that get adapters."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "0 (none) or more")
         require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         require(self.rank == 0 or len(self.targets) > 0, "lora.targets", self.targets, "at least one projection")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jsonargparse
 import yaml
@@ -13,8 +14,12 @@ import yaml
 from sso_jax.config.values import KEY_REMEDY, require
 from sso_jax.runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+Parsed = TypeVar("Parsed", bound="DataclassInstance")
 _KEY_FIELD = re.compile(r"(?:^|[._-])(?:key|token|secret|password|authorization|bearer)$|apikey$", re.IGNORECASE)
 """Field names under which people put an API key into a config."""
 
@@ -30,7 +35,7 @@ def _nearest(message: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else "; --help lists every field"
 
 
-def _fields_of_file(rows, prefix: str = "") -> dict[str, object]:
+def _fields_of_file(rows: object, prefix: str = "") -> dict[str, object]:
     """Flattens the contents of a YAML file into values by dotted name."""
     if not isinstance(rows, dict):
         return {prefix.rstrip("."): rows}
@@ -89,7 +94,7 @@ def _config_files(argv: list[str]) -> list[str]:
     return [part.partition("=")[2] or following for part, following in pairs if part.split("=")[0] == "--config"]
 
 
-def parse(config_class: type, argv: list[str], program: str, description: str):
+def parse(config_class: type[Parsed], argv: list[str], program: str, description: str) -> Parsed:
     """Parses `--config FILE` and dotted overrides into `config_class`.
 
     Raises:
@@ -117,7 +122,7 @@ def parse(config_class: type, argv: list[str], program: str, description: str):
     return parsed
 
 
-def _refuse_infinite(fields: dict, prefix: str = "") -> None:
+def _refuse_infinite(fields: dict[str, Any], prefix: str = "") -> None:
     """Raises `InputError` for a number that is not finite."""
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -126,17 +131,18 @@ def _refuse_infinite(fields: dict, prefix: str = "") -> None:
             require(math.isfinite(value), prefix + name, value, "a finite number")
 
 
-def to_dict(config) -> dict:
+def to_dict(config: "DataclassInstance") -> dict[str, Any]:
     """Converts a config to plain nested dictionaries, for YAML and for comparison."""
     return dataclasses.asdict(config)
 
 
-def to_json_dict(config) -> dict:
+def to_json_dict(config: "DataclassInstance") -> dict[str, Any]:
     """Converts a config like `to_dict`, with JSON types: tuples become lists."""
-    return json.loads(json.dumps(to_dict(config)))
+    fields: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+    return fields
 
 
-def with_value(config, path: list[str], value):
+def with_value(config: Parsed, path: list[str], value: Any) -> Parsed:
     """Returns a copy of the config with the field at `path` set; lists become tuples."""
     name, *rest = path
     if rest:

@@ -32,7 +32,7 @@ class SamplingConfig:
     """Number of policies that y+ and y- are sampled from: the present one and those of the latest earlier rounds (TSO's
     model matrix)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
         require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a mass in (0, 1]")
         require(self.top_k is None or self.top_k >= 1, "sampling.top_k", self.top_k, "1 or more, or null")
@@ -56,7 +56,7 @@ class FilterConfig:
     reward_share: float = 1.0
     """Share of the remaining pairs to keep: those with the largest lead of the chosen response."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 < self.reward_share <= 1, "filter.reward_share", self.reward_share, "a share in (0, 1]")
         if self.reward_share < 1 and self.reward_path is None:
             raise InputError(

@@ -59,7 +59,7 @@ class ObjectiveConfig:
     sft_weight: Optional[float] = None
     """gamma, the weight of the supervised terms; null means 0 in form `online` and 0.1 in form `generator`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.beta is None or self.beta > 0, "objective.beta", self.beta, "a number above 0")
         smoothing = self.label_smoothing
         require(
@@ -99,7 +99,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
         require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
         for name in ("b1", "b2"):
@@ -128,7 +128,7 @@ class TrainConfig:
     """Also compute y_o under the plain prompt, so that metrics.jsonl reports log-probs of chosen, rejected and original
     responses separately."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
         require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         require(self.max_tokens >= 2, "train.max_tokens", self.max_tokens, "2 or more")
@@ -150,7 +150,7 @@ class GeneratorConfig:
     learning_rate: Optional[float] = None
     """Peak learning rate of the generator; null uses optimizer.learning_rate."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("queries", "batch_size", "epochs"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"generator.{name}", value, "1 or more, or null")
@@ -178,7 +178,7 @@ class RewardConfig:
     annotated_share: Optional[float] = None
     """Share of annotated pairs among the training pairs; surplus pairs of either kind are left out. Null uses all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 0.5, "reward.label_smoothing", self.label_smoothing, "a share in [0, 0.5)")
         require(self.margin >= 0, "reward.margin", self.margin, "0 or more")
         require(self.center_coefficient >= 0, "reward.center_coefficient", self.center_coefficient, "0 or more")

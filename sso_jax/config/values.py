@@ -5,7 +5,7 @@ from sso_jax.runtime.errors import InputError
 KEY_REMEDY = "set the key in the environment (endpoint.key_variable names the variable) and nowhere else"
 
 
-def require(condition: bool, name: str, value, remedy: str) -> None:
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raises `InputError("name: value is ...; remedy")` unless `condition` holds."""
     if not condition:
         raise InputError(f"{name}: {value!r} is out of range; give {remedy}")

@@ -1,6 +1,7 @@
 """Reads the questions of a benchmark: the user turns and the unchanged id of each."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from sso_jax.data.conversations import ROLES
 from sso_jax.data.tables import ID_FIELDS, check_characters, read_rows
@@ -37,7 +38,7 @@ def load_questions(path: str, split: str = "train") -> list[BenchmarkQuestion]:
     return questions
 
 
-def _turns(row: dict, place: str) -> tuple[str, ...]:
+def _turns(row: dict[str, Any], place: str) -> tuple[str, ...]:
     found = next((row[field] for field in (*TURN_FIELDS, *TEXT_FIELDS) if row.get(field)), None)
     listed = [found] if isinstance(found, str) else found if isinstance(found, list) else []
     texts = [turn if isinstance(turn, str) else _user_text(turn) for turn in listed]
@@ -47,9 +48,9 @@ def _turns(row: dict, place: str) -> tuple[str, ...]:
     return turns
 
 
-def _user_text(turn) -> str | None:
+def _user_text(turn: object) -> str | None:
     """Returns the text of a user message; None for other messages."""
     if not isinstance(turn, dict):
         return None
     role, text = turn.get("role", turn.get("from", "user")), turn.get("content", turn.get("value"))
-    return text if ROLES.get(role) == "user" and isinstance(text, str) else None
+    return text if isinstance(role, str) and ROLES.get(role) == "user" and isinstance(text, str) else None

@@ -70,16 +70,17 @@ class Chat:
                 "that alternate"
             ) from error
 
-    def _ids(self, messages: list[dict]) -> list[int]:
+    def _ids(self, messages: list[dict[str, str]]) -> list[int]:
         if any(control in message["content"] for message in messages for control in self._controls()):
             return self._guarded_ids(messages)
-        return self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False).input_ids
+        ids: list[int] = self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False).input_ids
+        return ids
 
     def _controls(self) -> list[str]:
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
-    def _guarded_ids(self, messages: list[dict]) -> list[int]:
+    def _guarded_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Tokenizes messages whose texts contain control tokens.
 
         The control tokens of the template are renamed, and a copy of the tokenizer that knows only the new names
@@ -92,7 +93,7 @@ class Chat:
             mark += HIDING
         any_control = re.compile("|".join(map(re.escape, controls)))
 
-        def rename(prefix: str) -> Callable[[re.Match], str]:
+        def rename(prefix: str) -> Callable[[re.Match[str]], str]:
             return lambda found: _new_name(prefix, controls.index(found.group()))
 
         hidden = [
@@ -117,12 +118,15 @@ def _twin(tokenizer: PreTrainedTokenizerBase, controls: tuple[str, ...], prefix:
     return Tokenizer.from_str(described)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     """Renders messages and the response's header by the chat template, in transformers' sandbox, with a fixed date."""
     template = tokenizer.get_chat_template()
     template = FIXED_CLOCK + template if "strftime_now" in template else template
-    options = dict(tokenize=False, add_generation_prompt=True, chat_template=template, date_string=TEMPLATE_DATE)
-    return tokenizer.apply_chat_template(messages, **options)
+    rendered = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, chat_template=template, date_string=TEMPLATE_DATE
+    )
+    assert isinstance(rendered, str)  # because of tokenize=False
+    return rendered
 
 
 def make_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:

@@ -44,7 +44,7 @@ def read_turns(value: Any, key: str, place: str) -> Messages:
     return tuple(turns)
 
 
-def read_prompt(row: dict, key: str | None, place: str) -> Messages:
+def read_prompt(row: dict[str, Any], key: str | None, place: str) -> Messages:
     """Reads the prompt under `key`: either turns, or a text preceded by the turns of `history`.
 
     Raises:
@@ -60,7 +60,7 @@ def read_prompt(row: dict, key: str | None, place: str) -> Messages:
     return (*earlier, {"role": "user", "content": check_characters(row[key], place)})
 
 
-def with_system(turns: Messages, row: dict, place: str) -> Messages:
+def with_system(turns: Messages, row: dict[str, Any], place: str) -> Messages:
     """Prepends the row's `system` message, if it has one and the turns do not."""
     system = row.get("system")
     if not isinstance(system, str) or not system.strip() or any(turn["role"] == "system" for turn in turns):

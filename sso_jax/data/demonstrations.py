@@ -1,6 +1,7 @@
 """Reads files of prompts with responses as `Demonstration` records, one for each assistant turn."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from sso_jax.data.chat import Chat
 from sso_jax.data.conversations import PROMPT_FIELDS, Messages, check_query, read_prompt, read_turns, with_system
@@ -34,7 +35,7 @@ def load_demonstrations(path: str, split: str = "train") -> list[Demonstration]:
     return found
 
 
-def _exchanges(row: dict, place: str) -> Iterator[tuple[Messages, str]]:
+def _exchanges(row: dict[str, Any], place: str) -> Iterator[tuple[Messages, str]]:
     """Yields the (prompt, response) of every assistant turn."""
     key = next((key for key in CONVERSATION_FIELDS if isinstance(row.get(key), list)), None)
     if key is not None:
@@ -53,14 +54,14 @@ def _exchanges(row: dict, place: str) -> Iterator[tuple[Messages, str]]:
             yield turns[:i], turns[i]["content"]
 
 
-def _prompt(row: dict, place: str) -> Messages:
+def _prompt(row: dict[str, Any], place: str) -> Messages:
     if isinstance(row.get("instruction"), str) and isinstance(row.get("input"), str):
         both = [part for part in (row["instruction"], row["input"]) if part.strip()]
         return read_prompt({**row, "instruction": "\n\n".join(both)}, "instruction", place)
     return read_prompt(row, next((key for key in PROMPT_FIELDS if row.get(key)), None), place)
 
 
-def _response(row: dict, place: str) -> Messages:
+def _response(row: dict[str, Any], place: str) -> Messages:
     key = next((key for key in RESPONSE_FIELDS if row.get(key)), None)
     if key is None:
         raise InputError(

@@ -16,7 +16,7 @@ from sso_jax.data.tables import ID_FIELDS, check_characters, given_id, read_rows
 from sso_jax.runtime.errors import InputError
 
 SCORE_FIELDS = ("{}_score", "score_{}", "{}_rating", "{}-rating", "{}-score", "rating_{}")
-SYSTEMS = {"good_system": ("good_system", "p_system"), "bad_system": ("bad_system", "n_system")}
+SYSTEMS = (("good_system", "p_system"), ("bad_system", "n_system"))
 ORIGINALS = ("original", "raw")
 OWN_FIELDS = ("features", "response_ids", "tokens_hash", "log_probs", "swapped", "history", "scores")
 """Fields of our own records besides texts; a field of another file with such a name is kept as `source_NAME`."""
@@ -47,7 +47,7 @@ def load_pairs(path: str, split: str = "train", field: str = "pairs.path") -> li
     rows = read_rows(path, split, field)
     if not rows:
         raise InputError(f"{field}: {path!r} contains no pairs; give a file with at least one")
-    seen: Counter = Counter()
+    seen: Counter[str] = Counter()
     pairs = []
     for number, (place, row) in enumerate(rows):
         name = given_id(row) or str(number)
@@ -56,25 +56,29 @@ def load_pairs(path: str, split: str = "train", field: str = "pairs.path") -> li
     return pairs
 
 
-def _read_pair(row: dict, place: str, name: str) -> Triple:
+def _read_pair(row: dict[str, Any], place: str, name: str) -> Triple:
     responses, used = _responses(row, place)
     turns = _prompt(row, responses, used, place)
-    systems = {ours: _text_under(row, theirs, used, place) for ours, theirs in SYSTEMS.items()}
+    good_system, bad_system = (_text_under(row, keys, used, place) for keys in SYSTEMS)
     own = "query" in row and ("good_system" in row or "response_ids" in row)
     known = {*used, *ID_FIELDS, *(OWN_FIELDS if own else ())}
     extra = {(f"source_{key}" if key in OWN_FIELDS else key): value for key, value in row.items() if key not in known}
+    parts: dict[str, Any] = _own_parts(row, place) if own else {"scores": _scores(row, place)}
     return Triple(
         id=name,
         query=turns[-1]["content"],
-        **systems,
-        **{response: responses[response].response if response in responses else None for response in RESPONSES},
-        **(_own_parts(row, place) if own else {"scores": _scores(row, place)}),
+        good_system=good_system,
+        bad_system=bad_system,
+        chosen=responses["chosen"].response,
+        rejected=responses["rejected"].response,
+        original=responses["original"].response if "original" in responses else None,
         history=turns[:-1],
         extra=extra,
+        **parts,
     )
 
 
-def _responses(row: dict, place: str) -> tuple[dict[str, _Conversation], set[str]]:
+def _responses(row: dict[str, Any], place: str) -> tuple[dict[str, _Conversation], set[str]]:
     """Returns the row's responses by our names, and the keys under which they were found."""
     if "output_1" in row and "output_2" in row:
         label = row.get("label")
@@ -108,24 +112,24 @@ def _response(value: Any, key: str, place: str) -> _Conversation:
     return _Conversation(turns[:-1], turns[-1]["content"])
 
 
-def _prompt(row: dict, responses: dict[str, _Conversation], used: set[str], place: str) -> Messages:
+def _prompt(row: dict[str, Any], responses: dict[str, _Conversation], used: set[str], place: str) -> Messages:
     """Returns the messages up to the query, included: those of the conversations, else those under the prompt's key."""
-    spoken = {conversation.turns for conversation in map(_hashable, responses.values())} - {()}
+    spoken = {_hashable(conversation.turns) for conversation in responses.values()} - {()}
     key = next((key for key in PROMPT_FIELDS if row.get(key)), None)
-    used |= {key, "system", "history"}
+    used |= {"system", "history"} | ({key} if key is not None else set())
     if len(spoken) > 1:
         raise InputError(
             f"{place}: the responses answer different prompts; give conversations that differ in their last turn only"
         )
-    turns = tuple(map(dict, spoken.pop())) if spoken else read_prompt(row, key, place)
+    turns = tuple(dict(turn) for turn in spoken.pop()) if spoken else read_prompt(row, key, place)
     return check_query(with_system(turns, row, place), place)
 
 
-def _hashable(conversation: _Conversation) -> _Conversation:
-    return _Conversation(tuple(tuple(sorted(turn.items())) for turn in conversation.turns))
+def _hashable(turns: Messages) -> tuple[tuple[tuple[str, str], ...], ...]:
+    return tuple(tuple(sorted(turn.items())) for turn in turns)
 
 
-def _text_under(row: dict, keys: tuple[str, ...], used: set[str], place: str) -> str | None:
+def _text_under(row: dict[str, Any], keys: tuple[str, ...], used: set[str], place: str) -> str | None:
     """Returns the first non-empty text under these keys, or None."""
     key = next((key for key in keys if row.get(key)), None)
     used |= set(keys)
@@ -134,9 +138,10 @@ def _text_under(row: dict, keys: tuple[str, ...], used: set[str], place: str) ->
     return None if key is None else check_characters(row[key], place)
 
 
-def _scores(row: dict, place: str) -> dict[str, float] | None:
+def _scores(row: dict[str, Any], place: str) -> dict[str, float] | None:
     """Returns the scores of chosen and rejected if the row has both under one of the usual names, else None."""
     given = row.get("scores")
+    found: dict[str, Any] | None
     if isinstance(given, dict) and {"chosen", "rejected"} <= given.keys():
         found = {response: given[response] for response in RESPONSES if given.get(response) is not None}
     else:
@@ -150,7 +155,7 @@ def _scores(row: dict, place: str) -> dict[str, float] | None:
     return {response: float(score) for response, score in found.items()}
 
 
-def _own_parts(row: dict, place: str) -> dict[str, Any]:
+def _own_parts(row: dict[str, Any], place: str) -> dict[str, Any]:
     """Reads the fields of our own records besides texts. Log-probs are skipped, as they belong to another policy."""
     ids, features = row.get("response_ids"), row.get("features") or []
     if ids is not None and not (isinstance(ids, dict) and all(map(_is_ids, ids.values()))):

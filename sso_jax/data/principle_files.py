@@ -1,6 +1,7 @@
 """Reads a file of given principles, by query id, as the steering records of the queries."""
 
 import difflib
+from typing import Any
 
 from sso_jax.data.records import PrincipledQuery, Query, SteeredQuery
 from sso_jax.data.tables import given_id, read_rows
@@ -47,7 +48,7 @@ def load_principles(
 
 
 def _read(
-    row: dict, query: Query, adjectives: dict[str, tuple[str, str]], place: str
+    row: dict[str, Any], query: Query, adjectives: dict[str, tuple[str, str]], place: str
 ) -> PrincipledQuery | SteeredQuery:
     features = row.get("features", [])
     if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
@@ -56,11 +57,11 @@ def _read(
         good, bad = (_text(row.get(f"{side}_system"), f"{side}_system", place) for side in SIDES)
         _differ(good, bad, "good_system and bad_system", place)
         return SteeredQuery(query.id, query.query, tuple(features), good, bad)
-    principles = [_texts(row, f"{side}_principles", len(features), place) for side in SIDES]
-    for name, good, bad in zip(features, *principles, strict=True):
+    good_principles, bad_principles = (_texts(row, f"{side}_principles", len(features), place) for side in SIDES)
+    for name, good, bad in zip(features, good_principles, bad_principles, strict=True):
         _differ(good, bad, f"the principles of {name}", place)
     if "good_adjectives" in row or "bad_adjectives" in row:
-        words = [_texts(row, f"{side}_adjectives", len(features), place) for side in SIDES]
+        good_adjectives, bad_adjectives = (_texts(row, f"{side}_adjectives", len(features), place) for side in SIDES)
     else:
         unknown = [name for name in features if name not in adjectives]
         if unknown:
@@ -69,11 +70,19 @@ def _read(
                 f"{place}: feature {unknown[0]!r} has no adjectives; give good_adjectives and bad_adjectives, or one "
                 f"of {known}"
             )
-        words = [tuple(adjectives[name][side] for name in features) for side in (0, 1)]
-    return PrincipledQuery(query.id, query.query, tuple(features), *words, *principles)
+        good_adjectives, bad_adjectives = (tuple(adjectives[name][side] for name in features) for side in (0, 1))
+    return PrincipledQuery(
+        id=query.id,
+        query=query.query,
+        features=tuple(features),
+        good_adjectives=good_adjectives,
+        bad_adjectives=bad_adjectives,
+        good_principles=good_principles,
+        bad_principles=bad_principles,
+    )
 
 
-def _texts(row: dict, name: str, count: int, place: str) -> tuple[str, ...]:
+def _texts(row: dict[str, Any], name: str, count: int, place: str) -> tuple[str, ...]:
     texts = row.get(name)
     if not isinstance(texts, list) or len(texts) != count or not count:
         raise InputError(
@@ -83,7 +92,7 @@ def _texts(row: dict, name: str, count: int, place: str) -> tuple[str, ...]:
     return tuple(_text(text, name, place) for text in texts)
 
 
-def _text(text, name: str, place: str) -> str:
+def _text(text: object, name: str, place: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: {name} contains {text!r}; give a text")
     return text.strip()

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from typing import Any
 
 from sso_jax.data.records import Query
 from sso_jax.data.tables import check_characters, given_id, read_rows
@@ -38,7 +39,7 @@ def load_queries(path: str, split: str = "train") -> list[Query]:
     return list(queries.values())
 
 
-def _first_user_turn(turns) -> str | None:
+def _first_user_turn(turns: object) -> object:
     """Returns the first of a list of texts, or the first user turn of messages (`role`/`content` or `from`/`value`)."""
     for turn in turns if isinstance(turns, list) else []:
         if isinstance(turn, str):
@@ -48,7 +49,7 @@ def _first_user_turn(turns) -> str | None:
     return None
 
 
-def _text(row: dict, place: str) -> str:
+def _text(row: dict[str, Any], place: str) -> str:
     found = next((row[field] for field in TEXT_FIELDS + TURN_FIELDS if row.get(field)), None)
     text = found if isinstance(found, str) else _first_user_turn(found)
     if not isinstance(text, str) or not text.strip():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.json_lines import read_numbered_lines
@@ -11,7 +12,7 @@ TABLES = {".parquet": "parquet", ".csv": "csv"}
 """File suffixes that `datasets` reads -> name of its reader."""
 
 
-def read_rows(path: str, split: str, field: str) -> list[tuple[str, dict]]:
+def read_rows(path: str, split: str, field: str) -> list[tuple[str, dict[str, Any]]]:
     """Returns the (place, row) of every row of a file, or of a data set that `datasets` loads.
 
     Args:
@@ -50,7 +51,7 @@ def read_rows(path: str, split: str, field: str) -> list[tuple[str, dict]]:
     return [(f"{path}, row {i}", row) for i, row in enumerate(table)]
 
 
-def _read_json(file: Path) -> list[tuple[str, dict]]:
+def _read_json(file: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -66,7 +67,7 @@ def _read_json(file: Path) -> list[tuple[str, dict]]:
     return [(f"{file}, record {i}", row) for i, row in enumerate(rows, start=1)]
 
 
-def given_id(row: dict) -> str | None:
+def given_id(row: dict[str, Any]) -> str | None:
     """Returns the row's own id, or None if it has none."""
     return next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), None)
 

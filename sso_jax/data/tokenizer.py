@@ -47,12 +47,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of plain text; adds no tokens, and encodes control tokens in the text as plain characters."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Returns the text of ids, without control tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list only for several sequences
+    return text
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> tuple[int, ...]:

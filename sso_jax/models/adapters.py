@@ -1,4 +1,4 @@
-"""Parameters in, their adapters apart from the rest out, and both together again (LoRA, arXiv 2106.09685)."""
+"""Splits parameters into low-rank adapters and the rest, and joins or merges them again (LoRA, arXiv 2106.09685)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ NAMES = ("adapter_a", "adapter_b")
 
 
 def is_adapter(path: str) -> bool:
-    """Whether the parameter of this path, parts joined by slashes, belongs to an adapter."""
+    """Returns whether the parameter at this path, with parts joined by slashes, belongs to an adapter."""
     return path.rsplit("/", 1)[-1] in NAMES
 
 
 def split_trainable(params) -> tuple[dict, dict]:
-    """What training changes and what stays: the adapters and the rest, or everything and nothing where there are no
-    adapters.
+    """Splits parameters into a trainable and a frozen tree.
 
-    Parts whose name ends in `_head` are no part of the decoder and always change.
+    With adapters, these are trainable and the rest is frozen; without any, everything is trainable. Parts whose name
+    ends in `_head` do not belong to the decoder and are always trainable.
     """
     flat = flatten_dict(params, sep="/")
     if not any(map(is_adapter, flat)):
@@ -32,16 +32,17 @@ def split_trainable(params) -> tuple[dict, dict]:
 
 
 def join(trainable, frozen):
-    """The two parts of `split_trainable` as one tree."""
-    return (
-        unflatten_dict({**flatten_dict(frozen, sep="/"), **flatten_dict(trainable, sep="/")}, sep="/")
-        if frozen
-        else trainable
-    )
+    """Merges the two trees of `split_trainable` into one."""
+    if not frozen:
+        return trainable
+    return unflatten_dict({**flatten_dict(frozen, sep="/"), **flatten_dict(trainable, sep="/")}, sep="/")
 
 
 def fresh_adapters(model: Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array]:
-    """Adapters that change nothing yet, by path; drawn on the mesh, from the seed and each one's path."""
+    """Initializes adapters, by path, on the mesh, so that they do not change the model yet.
+
+    They depend only on the seed and their path, not on the mesh.
+    """
     boxed = abstract_params(model)
     shapes = {path: leaf for path, leaf in flatten_dict(nn.unbox(boxed), sep="/").items() if is_adapter(path)}
     shardings = {
@@ -56,7 +57,7 @@ def fresh_adapters(model: Transformer, mesh: jax.sharding.Mesh, seed: int) -> di
 
 
 def merged(flat: dict[str, jax.Array], path: str, layer: int, adapters: Adapters) -> jax.Array:
-    """`W + scale * A B` of one layer of the kernel at `path`, or the parameter as it is where it has no adapter."""
+    """Returns `W + scale * A B` for a layer of the kernel at `path`, or the parameter itself if it has no adapter."""
     stem = path.rsplit("/", 1)[0]
     weight = flat[path][layer]
     down, up = (flat.get(f"{stem}/{name}") for name in NAMES)

@@ -1,4 +1,4 @@
-"""Sizes and switches of a decoder: one frozen `Architecture` that layers, weights and sampler read.
+"""Sizes and options of a decoder: one frozen `Architecture` that layers, weights and sampler read.
 
 Shape alphabet of the whole project: B batch, T tokens, V vocabulary, D embed, F mlp, N query heads, K key/value heads,
 H head size, S cache slots, L layers, G query heads that share a key/value head (N = K*G).
@@ -11,7 +11,7 @@ from sso_jax.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of slow rotations to a longer context."""
+    """Llama 3.1's scaling of slow rotations to a longer context."""
 
     factor: float
     low_freq_factor: float
@@ -21,12 +21,14 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pre-norm decoder with rotary positions, grouped query heads and a gated SiLU unit: Llama, Qwen2, Qwen3,
-    Mistral.
+    """A pre-norm decoder with rotary positions, grouped-query attention and a SwiGLU MLP: Llama, Qwen2, Qwen3, Mistral.
+
+    Raises:
+      InputError: if the number of query heads is not a multiple of that of key/value heads, or the head size is odd.
     """
 
     model_type: str
-    """Hugging Face's name of the family: llama, qwen2, qwen3, mistral."""
+    """Hugging Face's name of the model family: llama, qwen2, qwen3 or mistral."""
     vocab_size: int
     embed_dim: int
     mlp_dim: int
@@ -49,4 +51,6 @@ class Architecture:
                 "check the model's config.json"
             )
         if self.head_size % 2:
-            raise InputError(f"head_dim {self.head_size} is odd; rotary positions need an even one")
+            raise InputError(
+                f"head_dim {self.head_size} is odd; use a model with an even one, which rotary positions need"
+            )

@@ -1,4 +1,4 @@
-"""Activations and a mask in, attended activations and an updated key/value cache out."""
+"""The attention layer: projections, rotary positions, key/value cache, and masks for packed and plain rows."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,22 +18,20 @@ from sso_jax.runtime.mesh import constrain
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, or of one without the first axis; slots hold tokens in the order in which they
-    were written.
-    """
+    """Key/value cache of all layers, or of one without the first axis; slots hold tokens in the order of writing."""
 
     keys: Float[Array, "*L B K S H"]
     values: Float[Array, "*L B K S H"]
 
 
 CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
-"""Logical names of the axes of a cache's arrays; that of one layer lacks the first."""
+"""Logical names of the axes of a cache's arrays; the cache of a single layer lacks the first."""
 
 
 def empty_cache(
     architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype, of_one_layer: bool = False
 ) -> Cache:
-    """Cache of zeros, of all layers or of one."""
+    """Returns a cache of zeros, for all layers or for one."""
     shape = (architecture.num_layers, batch_size, architecture.num_kv_heads, num_slots, architecture.head_size)
     shape, axes = (shape[1:], CACHE_AXES[1:]) if of_one_layer else (shape, CACHE_AXES)
     zeros = constrain(jnp.zeros(shape, dtype), *axes)
@@ -41,7 +39,7 @@ def empty_cache(
 
 
 def _written(cache: Cache, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], layer, slot) -> Cache:
-    """The cache with these keys and values from `slot` on, of this layer, or of its only one where that is None."""
+    """Writes keys and values to the cache from `slot` on, for layer `layer`, or for the only layer if that is None."""
     start, lead = ((0, 0, slot, 0), ()) if layer is None else ((layer, 0, 0, slot, 0), (None,))
 
     def write(whole, part):
@@ -51,15 +49,15 @@ def _written(cache: Cache, keys: Float[Array, "B K T H"], values: Float[Array, "
 
 
 def _layer_of(cache: Cache, layer: Int[Array, ""]) -> Cache:
-    """Keys and values of one layer out of the cache of all."""
+    """Returns the keys and values of one layer from the cache of all layers."""
     return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
 
 
 def tree_mask(tree: Int[Array, "B T"], branch: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Which token (second axis) sees which (third): earlier ones of its tree, on the trunk or on its own branch.
+    """Returns which token (second axis) sees which (third): earlier ones of its tree, on the trunk or on its branch.
 
-    Rows hold trees side by side; a tree is a prompt (branch 0) and the responses to it (branches 1, 2, ...), each blind
-    to the others. One tree `p p a a b`, with p on the trunk:
+    A row holds several trees side by side. A tree is a prompt (branch 0) and its responses (branches 1, 2, ...), which
+    do not see each other. For one tree `p p a a b`, with p on the trunk:
 
             p p a a b
         p   x . . . .
@@ -76,22 +74,21 @@ def tree_mask(tree: Int[Array, "B T"], branch: Int[Array, "B T"]) -> Bool[Array,
 
 
 def causal_mask(num_tokens: int) -> Bool[Array, "1 T T"]:
-    """Each token sees itself and all before it."""
+    """Returns the mask with which each token sees itself and all tokens before it."""
     return jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; with a cache it writes its keys and values at `slot`.
+    """Grouped-query attention with rotary positions; with a cache, writes its keys and values at `slot`.
 
-    The cache is either that of all layers, of which this one is number `layer`, or this layer's own (`layer` is None).
+    The cache is either that of all layers, where this one has index `layer`, or this layer's own (`layer` is None).
     """
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     attend: str = "plain"
-    """Name in `KERNELS` of the attention of whole sequences; tokens that look back at the cache always use the plain
-    one."""
+    """Name in `KERNELS` of the kernel for whole sequences; tokens that attend to a cache use the plain kernel."""
     adapters: Adapters = Adapters()
 
     @nn.compact
@@ -105,7 +102,7 @@ class Attention(nn.Module):
         slot: Int[Array, ""],
         sequences: Sequences | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Attended activations, and the cache with these tokens' keys and values."""
+        """Returns the attention output and the cache with the keys and values of these tokens."""
         a, (batch, length) = self.architecture, x.shape[:2]
         queries = self._heads("query", a.num_heads, "heads", x)  # [B, N, T, H]
         keys = self._heads("key", a.num_kv_heads, "kv_heads", x)  # [B, K, T, H]
@@ -119,7 +116,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = _written(cache, keys, values, layer, slot)
         num_seen = mask.shape[-1]
-        if num_seen > length:  # a prefill that starts the cache sees its own tokens only
+        if num_seen > length:  # a prefill into an empty cache attends to its own tokens only
             own = cache if layer is None else _layer_of(cache, layer)
             keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
         kernel = self._kernel(length, looks_back=num_seen > length, sequences=sequences)
@@ -129,14 +126,14 @@ class Attention(nn.Module):
         return Projection(shape, axes, **projection_options(self), name="out")(out), cache
 
     def _heads(self, name: str, num_heads: int, axis: str, x: Float[Array, "B T D"]) -> Float[Array, "B M T H"]:
-        """The projection of this name, heads before tokens."""
+        """Applies the projection `name` and moves the heads before the tokens."""
         shape = (self.architecture.embed_dim, num_heads, self.architecture.head_size)
         bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
         projection = Projection(shape, ("embed", axis, "head_size"), bias_axes, **projection_options(self), name=name)
         return projection(x).transpose(0, 2, 1, 3)
 
     def _kernel(self, num_tokens: int, looks_back: bool, sequences: Sequences | None) -> Callable:
-        """What attends: (queries, keys, values, mask) -> attended values."""
+        """Selects the kernel: (queries, keys, values, mask) -> attention output."""
         if num_tokens == 1:
             return step_attend
         if sequences is not None:

@@ -1,4 +1,4 @@
-"""Writes complete Hugging Face folders of policies and reward models."""
+"""Writes policies and reward models as complete Hugging Face folders."""
 
 import copy
 import json
@@ -25,8 +25,9 @@ def export_policy(
     dtype: str,
     adapters: Adapters = Adapters(),
 ) -> None:
-    """Writes a complete Hugging Face folder, whole or not at all: config, generation config, tokenizer, safetensors
-    with index.
+    """Writes a policy as a complete Hugging Face folder, atomically.
+
+    The folder has config.json, generation_config.json, the tokenizer, and safetensors with an index.
     """
     config = to_hf_config(architecture, dtype, tokenizer.bos_token_id, tokenizer.eos_token_id)
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
@@ -38,7 +39,7 @@ def export_policy(
 
 
 def find_policy(path: str) -> str:
-    """`path` itself, or the newest exported policy where `path` is a run directory."""
+    """Returns the newest exported policy if `path` is a run directory, else `path` itself."""
     return newest_folder(path, POLICY_FOLDER)
 
 
@@ -46,11 +47,10 @@ REWARD_FOLDER = "reward_model"
 
 
 def padding_for_rewards(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer whose padding is not its end of turn: transformers reads a reward at the last token that
-    is not padding.
+    """Returns a copy of the tokenizer whose padding token is not its end of turn.
 
-    Where the padding is the end of turn or missing, another special token takes its place, or else the token of id 0 or
-    1.
+    transformers reads a reward at the last token that is not padding. If the padding token is the end of turn or
+    missing, another special token is used, or else the token with id 0 or 1.
     """
     tokenizer = copy.deepcopy(tokenizer)
     end = tokenizer.eos_token_id
@@ -67,7 +67,7 @@ def padding_for_rewards(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 def export_reward_model(
     params, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
 ) -> None:
-    """Writes a complete folder for `AutoModelForSequenceClassification`, whole or not at all."""
+    """Writes a reward model as a complete folder for `AutoModelForSequenceClassification`, atomically."""
     tokenizer = padding_for_rewards(tokenizer)
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     with replace_folder(folder) as partial_folder:

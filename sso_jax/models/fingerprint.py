@@ -1,4 +1,4 @@
-"""Parameters in, a short text out that is the same for the same numbers on any mesh, and another for any others."""
+"""A short digest of parameters that is independent of the mesh and changes whenever any number changes."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ from sso_jax.runtime.hosts import fetch_global
 
 @jax.jit
 def _sums(params) -> jax.Array:
-    """[leaves, 2]: sums of the bit patterns and of their squares, modulo 2^32; the order of adding does not matter."""
+    """Sums the bit patterns of each leaf, and their squares, modulo 2^32, [leaves, 2]; the order does not matter."""
 
     def of(leaf: jax.Array) -> jax.Array:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
@@ -21,7 +21,8 @@ def _sums(params) -> jax.Array:
 
 
 def fingerprint(params) -> str:
-    """Hexadecimal digest of the parameters' bits; one pass over them on the devices, nothing but the sums comes to the
-    host.
+    """Returns a hexadecimal digest of the parameters' bits.
+
+    Takes one pass over the parameters on the devices; only the sums are transferred to the host.
     """
     return hashlib.blake2b(fetch_global(_sums(params)).tobytes(), digest_size=8).hexdigest()

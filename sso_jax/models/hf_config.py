@@ -1,6 +1,4 @@
-"""Folder or hub id in, config.json of it out as `Architecture`, and back; every option that this decoder lacks is
-refused by name.
-"""
+"""Converts between Hugging Face's config.json and `Architecture`; rejects options that the decoder does not support."""
 
 import dataclasses
 import json
@@ -20,7 +18,7 @@ _CLASSES = {
 
 
 def read_json_file(path: Path) -> dict:
-    """What a JSON file of a model's folder holds; `InputError` where it is missing or broken."""
+    """Reads a JSON file of a model folder; raises `InputError` if it is missing or not a JSON object."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; model.path must be a Hugging Face folder with config.json, tokenizer and "
@@ -36,16 +34,16 @@ def read_json_file(path: Path) -> dict:
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """Architecture that `config.json` describes.
+    """Reads the architecture that `config.json` describes.
 
     Raises:
-      InputError: names the option that is missing, or that changes the arithmetic and is not supported.
+      InputError: if an option is missing, or changes the arithmetic and is not supported; names the option.
     """
     path = Path(folder) / CONFIG_FILE
     config = read_json_file(path)
     kind = config.get("model_type")
     if kind not in _CLASSES:
-        raise InputError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(_CLASSES))}")
+        raise InputError(f"{path}: model_type {kind!r} is not supported; use one of {', '.join(sorted(_CLASSES))}")
     _refuse_unsupported(config, path)
     _check_sizes(config, path)
     try:
@@ -84,18 +82,18 @@ SIZES = (
 
 
 def _check_sizes(config: dict, path: Path) -> None:
-    """Raises `InputError` for a size that is no number above 0; one that is not given is no matter here."""
+    """Raises `InputError` for a size that is not a positive integer; missing sizes are not checked here."""
     for name in SIZES:
         value = config.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InputError(f"{path}: {name} {value!r} is no size; give a number above 0, or fetch the file again")
+            raise InputError(f"{path}: {name} {value!r} is not a positive integer; fix it, or fetch the file again")
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(name) or {}, dict):
-            raise InputError(f"{path}: {name} {config[name]!r} is no table of settings; fetch the file again")
+            raise InputError(f"{path}: {name} {config[name]!r} is not a JSON object; fetch the file again")
 
 
 def _rope(config: dict) -> dict:
-    """Rotary settings: `rope_parameters` as transformers 5 writes them, `rope_theta` and `rope_scaling` as 4 did."""
+    """Returns the rotary settings: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of 4."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
     return {**rope, **(config.get("rope_parameters") or {})}
 
@@ -105,14 +103,14 @@ def _rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise InputError(f"{path}: rope_type {kind!r} is not supported; supported are default and llama3")
+        raise InputError(f"{path}: rope_type {kind!r} is not supported; use a model with default or llama3")
     return RopeScaling(
         rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     )
 
 
 def _refuse_unsupported(config: dict, path: Path) -> None:
-    """Raises for every option that would change the arithmetic and that this decoder does not have."""
+    """Raises `InputError` for every option that would change the arithmetic and that this decoder does not support."""
     window = config.get("sliding_window")
     windowed = "sliding_attention" in (config.get("layer_types") or [])
     if config["model_type"] == "mistral":
@@ -135,7 +133,7 @@ def _refuse_unsupported(config: dict, path: Path) -> None:
 
 
 def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int) -> dict:
-    """The architecture as Hugging Face's config.json."""
+    """Converts an architecture to the fields of Hugging Face's config.json."""
     a = architecture
     rope = {"rope_type": "default", "rope_theta": a.rope_theta}
     if a.rope_scaling is not None:
@@ -170,7 +168,7 @@ def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos
 
 
 def to_hf_reward_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int, pad_id: int) -> dict:
-    """config.json of a reward model: Hugging Face's sequence classification with one label."""
+    """Returns config.json of a reward model: Hugging Face's sequence classification with one label."""
     config = to_hf_config(architecture, dtype, bos_id, eos_id)
     classes = [_CLASSES[architecture.model_type].replace("ForCausalLM", REWARD_CLASS)]
     return {
@@ -183,15 +181,15 @@ def to_hf_reward_config(architecture: Architecture, dtype: str, bos_id: int | No
 
 
 def check_reward_folder(folder: str | Path) -> None:
-    """Raises `InputError` unless config.json says sequence classification with one label."""
+    """Raises `InputError` unless config.json describes sequence classification with one label."""
     path = Path(folder) / CONFIG_FILE
     config = read_json_file(path)
     kinds = config.get("architectures") or []
     if not any(kind.endswith(REWARD_CLASS) for kind in kinds):
         raise InputError(
-            f"{path}: architectures {kinds} is no reward model; give a folder of {REWARD_CLASS[3:]}, such as recipe "
-            "reward writes"
+            f"{path}: architectures {kinds} is not a reward model; give a folder with a model for "
+            f"{REWARD_CLASS[3:]}, such as recipe reward writes"
         )
     num_labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
     if num_labels != 1:
-        raise InputError(f"{path}: {num_labels} labels; a reward model has one")
+        raise InputError(f"{path}: {num_labels} labels; give a reward model, which has one")

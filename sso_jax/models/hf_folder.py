@@ -1,4 +1,4 @@
-"""Local folders of models: as given, or copied from an object store or the hub."""
+"""Finds the local folder of a model, and downloads it from an object store or the hub if necessary."""
 
 import tempfile
 from pathlib import Path
@@ -9,18 +9,21 @@ from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import files_below, is_remote
 
 FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-
-
+"""Patterns of the files that are downloaded."""
 LEFT_ON_THE_HUB = ["consolidated*", "original/*"]
-"""The same weights again, as Mistral and Llama publish them beside Hugging Face's."""
+"""Not downloaded: second copies of the weights, which Mistral and Llama publish in their own format."""
 
 
 def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED) -> Path:
-    """Local folder of a model: `path` itself, or a copy of these files of an object store or the hub; errors name the
-    config's `field`.
+    """Returns the local folder of a model: `path` itself, or a copy of the files from an object store or the hub.
+
+    Args:
+      path: local folder, URL of an object store, or hub id.
+      field: config field of the path, which errors name.
+      files: patterns of the files to copy.
 
     Raises:
-      InputError: if it is neither.
+      InputError: if `path` is none of the three, or the download fails.
     """
     if is_remote(path):
         return _copied(epath.Path(path), field, files)
@@ -39,18 +42,16 @@ def fetch(path: str, field: str = "model.path", files: tuple[str, ...] = FETCHED
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{field}: no folder {path!r}, and the hub does not give it ({reason}); check the name or the network"
+            f"{field}: no folder {path!r}, and not available on the hub ({reason}); check the name or the network"
         ) from error
 
 
 def _copied(folder: epath.Path, field: str, files: tuple[str, ...]) -> Path:
-    """These files of a folder of an object store, copied to this machine: safetensors are read in slices, which needs a
-    file.
-    """
+    """Copies the files from an object store to a local folder, since safetensors can only be sliced in local files."""
     from huggingface_hub.utils import filter_repo_objects
 
     if not folder.is_dir():
-        raise InputError(f"{field}: no folder {str(folder)!r}; check the name and the rights to read it")
+        raise InputError(f"{field}: no folder {str(folder)!r}; check the name and the permission to read it")
     local = Path(tempfile.mkdtemp(prefix="sso_jax-"))
     for name in filter_repo_objects(files_below(folder), allow_patterns=list(files), ignore_patterns=LEFT_ON_THE_HUB):
         (local / name).parent.mkdir(parents=True, exist_ok=True)

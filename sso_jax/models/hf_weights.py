@@ -1,4 +1,4 @@
-"""Hugging Face's safetensors in and out: sharded files <-> sharded parameters, tensor by tensor.
+"""Reads and writes Hugging Face safetensors tensor by tensor: sharded files <-> sharded parameters.
 
 The only file that knows Hugging Face's tensor names. Safetensors only: nothing is unpickled, no remote code runs.
 """
@@ -33,14 +33,14 @@ _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class TensorRule(NamedTuple):
-    """How a parameter of ours (one layer of it, if scanned) is laid out in Hugging Face's tensor."""
+    """How a parameter of ours (one layer of it, if scanned) is stored in Hugging Face's tensor."""
 
     name: str
-    """Hugging Face's name; `{}` stands for the layer's number."""
+    """Hugging Face's name; `{}` stands for the layer index."""
     transposed: bool = False
-    """Hugging Face keeps matrices as [outputs, inputs], we as [inputs, outputs]; heads are split on our side only."""
+    """Whether Hugging Face has [outputs, inputs] where we have [inputs, outputs], with a separate head axis."""
     num_inputs: int = 1
-    """How many leading axes of ours are inputs."""
+    """Number of leading axes of ours that are inputs."""
 
 
 RULES: dict[str, TensorRule] = {
@@ -63,10 +63,11 @@ RULES: dict[str, TensorRule] = {
     "layers/unit/up/kernel": TensorRule("model.layers.{}.mlp.up_proj.weight", True),
     "layers/unit/down/kernel": TensorRule("model.layers.{}.mlp.down_proj.weight", True),
 }
+"""Rule of each parameter, by path."""
 
 
 class _Folder:
-    """The tensors of a folder by name, read slice by slice."""
+    """The tensors of a folder by name, read as slices."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -74,14 +75,12 @@ class _Folder:
         if index.is_file():
             listed = read_json_file(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-                raise InputError(f"{index}: no weight_map from tensors to files; fetch the file again")
+                raise InputError(f"{index}: weight_map does not map tensors to files; fetch the file again")
             files = sorted(set(listed.values()))
         elif (folder / WEIGHTS_FILE).is_file():
             files = [WEIGHTS_FILE]
         else:
-            raise InputError(
-                f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; model.path needs weights as safetensors"
-            )
+            raise InputError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; convert the weights to safetensors")
         self.slices, self.files = {}, []
         for file in files:
             path = folder / file
@@ -95,27 +94,27 @@ class _Folder:
             self.slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 (not a mapping)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raises unless the folder holds exactly the tensors `expected`, with these shapes and a float type."""
+        """Raises `InputError` unless the folder has exactly the tensors `expected`, in these shapes and float types."""
         missing, extra = sorted(expected.keys() - self.slices.keys()), sorted(self.slices.keys() - expected.keys())
         if missing or extra:
             kind, names = ("missing", missing) if missing else ("unexpected", extra)
             raise InputError(
-                f"{self.folder}: {len(names)} {kind} tensor(s), the first is {names[0]}; the weights do not fit "
-                "config.json"
+                f"{self.folder}: {len(names)} {kind} tensor(s), the first is {names[0]}; the weights do not match "
+                "config.json, fetch both again"
             )
         for name, shape in expected.items():
             found = tuple(self.slices[name].get_shape())
             if found != shape:
-                raise InputError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
-            if self.slices[name].get_dtype() not in _TYPES:
                 raise InputError(
-                    f"{self.folder}: tensor {name} is {self.slices[name].get_dtype()}; supported are "
-                    f"{', '.join(_TYPES)}"
+                    f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}; fetch both again"
                 )
+            if self.slices[name].get_dtype() not in _TYPES:
+                dtype = self.slices[name].get_dtype()
+                raise InputError(f"{self.folder}: tensor {name} is {dtype}; convert it to one of {', '.join(_TYPES)}")
 
 
 def _hf_shape(rule: TensorRule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of Hugging Face's tensor for one of ours of this shape."""
+    """Returns the shape of Hugging Face's tensor for a parameter of ours of this shape."""
     if not rule.transposed:
         return (int(np.prod(shape)),) if rule.name.endswith("bias") else shape
     inputs, outputs = shape[: rule.num_inputs], shape[rule.num_inputs :]
@@ -128,7 +127,7 @@ def _to_hf(rule: TensorRule, value: np.ndarray) -> np.ndarray:
 
 
 def _groups(rule: TensorRule, num_axes: int) -> list[list[int]]:
-    """Axes of ours that each axis of Hugging Face's tensor holds, flattened."""
+    """Returns, for each axis of Hugging Face's tensor, the axes of ours that it flattens."""
     axes = list(range(num_axes))
     if rule.transposed:
         return [axes[rule.num_inputs :], axes[: rule.num_inputs]]
@@ -136,9 +135,9 @@ def _groups(rule: TensorRule, num_axes: int) -> list[list[int]]:
 
 
 def _from_hf(rule: TensorRule, tensor, shape: tuple[int, ...], window: tuple[slice, ...]) -> np.ndarray:
-    """The part `window` of our parameter of this shape, and nothing beside it, read from Hugging Face's tensor.
+    """Reads only the part `window` of our parameter of this shape from Hugging Face's tensor.
 
-    Of axes that lie flattened in one, the first alone may be cut: a mesh cuts heads, never a head.
+    Of axes that are flattened into one, only the first may be sharded: a mesh splits heads, never a single head.
     """
     cuts = []
     for first, *others in _groups(rule, len(shape)):
@@ -151,7 +150,7 @@ def _from_hf(rule: TensorRule, tensor, shape: tuple[int, ...], window: tuple[sli
 
 
 def _unit_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of one layer of a scanned parameter; others as they are."""
+    """Returns the shape of one layer of a scanned parameter; other shapes are returned unchanged."""
     return shape[1:] if path.startswith("layers/") else shape
 
 
@@ -161,7 +160,7 @@ def _tensor_names(path: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def _expected_tensors(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a folder must hold for these parameters."""
+    """Returns name and shape of every tensor that a folder must have for these parameters."""
     return {
         name: _hf_shape(RULES[path], _unit_shape(path, leaf.shape))
         for path, leaf in abstract.items()
@@ -170,7 +169,7 @@ def _expected_tensors(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, tu
 
 
 def _stored_params(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the parameters that folders hold: all but adapters."""
+    """Returns the shapes of the parameters that folders store: all except adapters."""
     flat = flatten_dict(nn.unbox(abstract_params(model)), sep="/")
     return {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
 
@@ -178,23 +177,24 @@ def _stored_params(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
 def _open_checked(folder: str | Path, model: Transformer, abstract: dict[str, jax.ShapeDtypeStruct]) -> _Folder:
     source = _Folder(Path(folder))
     if model.architecture.tied_head:
-        source.slices.pop("lm_head.weight", None)  # some folders repeat the tied matrix under its other name
+        source.slices.pop("lm_head.weight", None)  # some folders store the tied matrix under this name too
     source.check(_expected_tensors(abstract))
     return source
 
 
 def check_weights(folder: str | Path, model: Transformer) -> None:
-    """Reads the heads of a folder's safetensors and raises what `read_params` would; no weights are read."""
+    """Raises whatever `read_params` would, from the safetensors headers of a folder alone; reads no weights."""
     _open_checked(folder, model, _stored_params(model))
 
 
 def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh):
-    """Parameters of `model`, adapters apart, from a folder's safetensors.
+    """Reads the parameters of `model`, except adapters, from a folder's safetensors.
 
-    Tensor by tensor: the host holds one at a time besides the arrays, and of it only what its own devices hold.
+    Reads tensor by tensor: besides the parameters, the host holds one tensor at a time, and only what its own devices
+    need of it.
 
     Raises:
-      InputError: names a tensor that is missing, extra, mis-shaped or of another type, or a file that is truncated.
+      InputError: if a tensor is missing, unexpected, or of another shape or type, or a file is truncated; names it.
     """
     boxed = abstract_params(model)
     abstract = _stored_params(model)
@@ -206,7 +206,7 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
 
 
 def _read_param(source: _Folder, path: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-    """One parameter on its devices; of a scanned one a layer at a time."""
+    """Reads one parameter onto its devices; a scanned one layer by layer."""
     names = _tensor_names(path, leaf.shape)
     if not path.startswith("layers/"):
         return _read_tensor(RULES[path], source.slices[names[0]], leaf.shape, leaf.dtype, sharding)
@@ -215,14 +215,14 @@ def _read_param(source: _Folder, path: str, leaf: jax.ShapeDtypeStruct, sharding
     stacked = start()
     for layer, name in enumerate(names):
         tensor = _read_tensor(RULES[path], source.slices[name], leaf.shape[1:], leaf.dtype, of_layer)
-        stacked = jax.block_until_ready(put(stacked, tensor, layer))  # waits, so that no second one is read meanwhile
+        stacked = jax.block_until_ready(put(stacked, tensor, layer))  # waits before reading the next
     return stacked
 
 
 def _read_tensor(
     rule: TensorRule, tensor, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
 ) -> jax.Array:
-    """One of Hugging Face's tensors on the devices, each part read once however many of them hold it."""
+    """Reads one Hugging Face tensor onto the devices; a part that several devices hold is read once."""
     parts: dict[tuple, np.ndarray] = {}
 
     def read(window: tuple[slice, ...]) -> np.ndarray:
@@ -236,7 +236,7 @@ def _read_tensor(
 
 @lru_cache(maxsize=64)
 def _stacking(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding):
-    """Compiled: zeros for all layers of a parameter, and one layer put in its place, in the same memory."""
+    """Compiles two functions: one makes zeros for all layers of a parameter, one writes a layer in place."""
     start = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     put = jax.jit(
         lambda stacked, tensor, layer: jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, 0),
@@ -254,7 +254,7 @@ def write_params(
     adapters: Adapters = Adapters(),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Writes parameters as sharded safetensors with an index, at most `max_shard_bytes` of tensors held on the host.
+    """Writes parameters as sharded safetensors with an index; holds at most `max_shard_bytes` of tensors on the host.
 
     Adapters are merged into the weights that they belong to.
     """

@@ -1,7 +1,7 @@
-"""Queries, keys, values and a mask in, attended values out: the plain computation, and the fast ones of GPU and TPU.
+"""Attention kernels: a plain computation for any device, and fused kernels for GPUs and TPUs.
 
-All take and give the same arrays; they differ in where the scores [T, S] live: in memory (plain), or in a kernel's
-registers only.
+All have the same inputs and outputs. They differ in where the scores [T, S] are stored: in memory (plain), or only in
+a kernel's registers.
 """
 
 import math
@@ -17,14 +17,13 @@ from sso_jax.models.sequences import Sequences, copied, moved
 from sso_jax.runtime.mesh import over_mesh
 
 HIDDEN_SCORE = -1e30
-"""Added to the score of a key that must not be seen: large enough to swallow it, small enough to stay finite."""
+"""Added to the score of a masked key: large enough to make its weight 0, small enough to stay finite."""
 LANES = 128
-"""Splash attention works on blocks of a multiple of this many tokens."""
+"""Splash attention needs blocks of a multiple of this many tokens."""
 LARGEST_CUDNN_HEAD = 128
-
-
+"""Largest head size of cuDNN's fused kernel."""
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
-"""Whole sequences are attended a block of queries at a time."""
+"""Least number of queries in a block, and most blocks of a sequence: whole sequences are attended block by block."""
 
 
 def step_attend(
@@ -33,15 +32,15 @@ def step_attend(
     values: Float[Array, "B K S H"],
     mask: Bool[Array, "#B T S"],
 ) -> Float[Array, "B K G T H"]:
-    """`softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
+    """Returns `softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
 
-    A token that sees nothing (padding may) gets the plain mean of the values, never NaN.
+    A token that sees nothing, as padding may, gets the mean of the values, never NaN.
     """
     return _attend_block(queries, keys, values, mask)[0]
 
 
 def _hidden(mask: Bool[Array, "#B T S"]) -> Float[Array, "#B 1 1 T S"]:
-    """What is added to scores: nothing where a key is seen."""
+    """Returns what is added to the scores: 0 for visible keys."""
     return jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
 
 
@@ -52,7 +51,7 @@ def _scores(queries, keys, mask) -> Float[Array, "B K G T S"]:
 
 
 def _attend_block(queries, keys, values, mask) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T 1"]]:
-    """Attended values, and the log of the sum of the exponentials of each query's scores, float32."""
+    """Returns the attention output, and the log-sum-exp of each query's scores, float32."""
     return _mixed(_scores(queries, keys, mask), values)
 
 
@@ -65,7 +64,7 @@ def _mixed(scores: Float[Array, "B K G T S"], values: Float[Array, "B K S H"]):
 
 
 def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
-    """Of each block the first query, the end of its queries, and the end of the keys that they may see."""
+    """Returns (first query, end of the queries, end of the keys that they may see) of each block."""
     size = max(SMALLEST_BLOCK, -(-num_queries // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
     ends = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
     return [(start, end, num_keys - num_queries + end) for start, end in ends]
@@ -73,11 +72,11 @@ def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
 
 @jax.custom_vjp
 def plain_attend(queries, keys, values, mask):
-    """As `step_attend` for a whole sequence, or the last T of its S tokens, in which no token sees a later one.
+    """Like `step_attend`, for a whole sequence, or for the last T of its S tokens, where no token sees a later one.
 
-    Queries are taken a block at a time with the keys up to the block's end: blocks above the diagonal are not computed,
-    and only one block's scores are in memory. Nothing of size [T, S] is kept for the backward pass, which computes the
-    weights again from each query's log-sum-exp (Dao 2023, alg. 2).
+    Processes the queries in blocks, each with the keys up to the block's end: blocks above the diagonal are skipped,
+    and only one block's scores are in memory. Nothing of size [T, S] is saved for the backward pass, which recomputes
+    the weights from each query's log-sum-exp (Dao 2023, alg. 2).
     """
     return _attend_forward(queries, keys, values, mask)[0]
 
@@ -113,13 +112,13 @@ plain_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def cudnn_attend(queries, keys, values, mask, sequences: Sequences | None = None, implementation: str | None = "cudnn"):
-    """As `plain_attend`, by cuDNN's fused kernel through `jax.nn.dot_product_attention`; in float32, which it lacks,
-    the plain one.
+    """Like `plain_attend`, with cuDNN's fused kernel by way of `jax.nn.dot_product_attention`.
 
-    With a mask beside its own that no token sees a later one the kernel runs at half of its speed: where `sequences`
-    say the same as the mask, each is attended for itself. The queries may then be those of some tokens.
+    Falls back to the plain kernel for float32 and for head sizes that cuDNN does not support. With a mask besides its
+    own causal one, the cuDNN kernel runs at half speed. Where `sequences` describe the same visibility as the mask,
+    each sequence is therefore attended separately; the queries may then be those of some tokens only.
     """
-    num_tokens, head_size = keys.shape[2:]
+    head_size = keys.shape[3]
     fused = queries.dtype in (jnp.bfloat16, jnp.float16) and head_size <= LARGEST_CUDNN_HEAD
     if implementation == "cudnn" and not fused:
         return plain_attend(queries, keys, values, mask)
@@ -141,7 +140,7 @@ def _by_head(x: Float[Array, "B T N H"], shape: tuple[int, ...]) -> Float[Array,
 
 
 def _attend_sequences(queries, keys, values, sequences: Sequences, implementation: str | None):
-    """Each sequence for itself; queries that are asked nowhere find 0."""
+    """Attends within each sequence separately; queries that belong to none get 0."""
 
     def of_device(queries, keys, values, sequences: Sequences):
         (batch, num_queries), (_, num_sequences) = sequences.place.shape, sequences.lengths.shape
@@ -154,12 +153,14 @@ def _attend_sequences(queries, keys, values, sequences: Sequences, implementatio
             copied(flat(keys[:, :, None]), sequences),
             copied(flat(values[:, :, None]), sequences),
         )
-        apart = (
-            x.reshape(batch * num_sequences, -1, x.shape[2] // queries.shape[4], queries.shape[4]) for x in placed
-        )  # [B*Z, U, N, H]
+        head_size = queries.shape[4]
+
+        def apart(x):
+            return x.reshape(batch * num_sequences, -1, x.shape[2] // head_size, head_size)  # [B*Z, U, N, H]
+
         lengths = sequences.lengths.reshape(-1)
         out = jax.nn.dot_product_attention(
-            *apart,
+            *map(apart, placed),
             is_causal=True,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
@@ -174,8 +175,8 @@ def _attend_sequences(queries, keys, values, sequences: Sequences, implementatio
 
 
 def _splash_row(queries, keys, values, mask, interpret: bool):
-    """One row: queries [N, T, H], keys and values [K, T, H], mask [T, T], T a multiple of the lanes."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to load, and of use on TPUs only
+    """Attends within one row: queries [N, T, H], keys and values [K, T, H], mask [T, T], T a multiple of LANES."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, only for TPUs
 
     length = queries.shape[1]
     block = next(size for size in (512, 384, 256, 128) if length % size == 0)
@@ -184,17 +185,17 @@ def _splash_row(queries, keys, values, mask, interpret: bool):
     kernel = splash.make_splash_mha(
         mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=NAME, interpret=interpret
     )
-    # Under jit the flag comes back as a traced array, which the kernel then branches on in Python (seen in jax 0.10.2).
+    # Under jit the flag is returned as a traced array, on which the kernel branches in Python (seen in jax 0.10.2).
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     return kernel(queries, keys, values)
 
 
 def splash_attend(queries, keys, values, mask, interpret: bool = False):
-    """As `plain_attend` for T = S, by the splash kernel for TPUs (jax.experimental.pallas), which skips blocks that
-    nobody sees.
+    """Like `plain_attend` for T = S, with the splash kernel for TPUs (jax.experimental.pallas).
 
-    Which token sees which is data here (`tree_mask`), not a fixed pattern: the kernel gets the mask as an array, one
-    for all heads. Each token is made to see itself, which real ones do anyway, so that no row of scores is empty.
+    The kernel skips blocks that no token sees. Visibility is data here (`tree_mask`), not a fixed pattern: the kernel
+    gets the mask as an array, shared by all heads. Each token is made to see itself, which real tokens do anyway, so
+    that no row of scores is empty.
     """
     length, head_size = queries.shape[3:]
     padding = -length % LANES
@@ -206,9 +207,8 @@ def splash_attend(queries, keys, values, mask, interpret: bool = False):
         def pad(x):
             return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, padding), (0, 0)))
 
-        flat = pad(queries / math.sqrt(head_size)).reshape(
-            rows, kv_heads * group, length + padding, head_size
-        )  # [B, N, T, H]
+        padded = pad(queries / math.sqrt(head_size))  # [B, K, G, T, H]
+        flat = padded.reshape(rows, kv_heads * group, length + padding, head_size)  # [B, N, T, H]
         mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
 
         def row(args):
@@ -229,12 +229,11 @@ KERNELS: dict[str, Callable] = {
     "splash": splash_attend,
     "splash_interpreted": partial(splash_attend, interpret=True),
 }
-"""Attention of a whole sequence by name; `splash_interpreted` runs the TPU's kernel step by step on any machine, for
-tests."""
+"""Kernels for whole sequences, by name; `splash_interpreted` runs the TPU kernel in an interpreter, for tests."""
 BY_SEQUENCE = ("cudnn",)
-"""Of these the ones that take `Sequences`."""
+"""Kernels that can take `Sequences`."""
 
 
 def default_kernel(platform: str) -> str:
-    """Name of the attention to use on devices of a platform as JAX names it."""
+    """Returns the name of the kernel for devices of a platform, as JAX names it."""
     return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "plain")

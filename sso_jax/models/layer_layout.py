@@ -1,4 +1,4 @@
-"""Parameters as programs read them: in the type of the arithmetic, and for decoding with layers out of their stack."""
+"""Prepares parameters for programs: casts them to the compute type, and unstacks scanned layers for decoding."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.mesh import param_shardings
 
 STACK, SINGLE = "layers", "layers_"
-"""Name of the scanned layers' parameters, and prefix of the names of single layers, whose number follows."""
+"""Name of the scanned layers' parameters, and prefix of the names of single layers, which the layer index follows."""
 
 
 def cast_to_compute(model: Transformer, params: dict) -> dict:
-    """The parameters with the decoder's own in the type of its arithmetic; differentiable.
+    """Casts the decoder's parameters to its compute type; differentiable.
 
     Other parameters, such as the head of base `spo`, keep their types.
     """
@@ -26,7 +26,7 @@ def cast_to_compute(model: Transformer, params: dict) -> dict:
 
 
 def build_cast(model: Transformer, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
-    """`cast_to_compute` compiled for a mesh; parts that have the type already are passed on, not copied."""
+    """Compiles `cast_to_compute` for a mesh; parts that already have the compute type are returned without a copy."""
     stored, shardings = abstract_params(model), param_shardings(abstract_params(model), mesh)
     own = {name for name, part in stored.items() if all(leaf.dtype == model.dtype for leaf in jax.tree.leaves(part))}
     out_shardings = {name: part for name, part in shardings.items() if name not in own}
@@ -41,7 +41,7 @@ def build_cast(model: Transformer, mesh: jax.sharding.Mesh) -> Callable[[dict], 
 
 
 def unstack(params: dict) -> dict:
-    """Parameters of a decoder whose layers are not scanned, from those of one whose layers are."""
+    """Converts the parameters of a decoder with scanned layers to those of one with unrolled layers."""
     flat = flatten_dict(params)
     stacks = {path[1:]: leaf for path, leaf in flat.items() if path[0] == STACK}
     layers = {(f"{SINGLE}{i}", *path): leaf[i] for path, leaf in stacks.items() for i in range(leaf.shape[0])}
@@ -49,5 +49,5 @@ def unstack(params: dict) -> dict:
 
 
 def unstack_cache(cache: Cache) -> tuple[Cache, ...]:
-    """The cache of each layer, from that of all."""
+    """Splits the cache of all layers into one cache per layer."""
     return tuple(Cache(cache.keys[i], cache.values[i]) for i in range(cache.keys.shape[0]))

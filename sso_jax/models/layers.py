@@ -1,4 +1,4 @@
-"""Activations [B, T, D] in, activations [B, T, D] out: norm, projection, gated unit and rotary positions."""
+"""Layers of the decoder: RMS norm, projection with optional adapters, SwiGLU MLP and rotary positions."""
 
 import math
 from typing import NamedTuple
@@ -24,6 +24,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns the normalized activations, in the type of `x`."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
@@ -32,24 +33,25 @@ class RMSNorm(nn.Module):
 
 
 class Adapters(NamedTuple):
-    """Low-rank additions to projections (Hu et al. 2021, LoRA, eq. 3): which ones, of which rank, and how strong."""
+    """Low-rank adapters of projections (Hu et al. 2021, LoRA, eq. 3): their rank, their scale and their targets."""
 
     rank: int = 0
-    """0 is none."""
+    """0 for no adapters."""
     alpha: float = 0.0
     targets: tuple[str, ...] = ()
     """Names of the projections: query, key, value, out, gate, up, down."""
 
     @property
     def scale(self) -> float:
+        """Factor of the low-rank product: alpha / rank."""
         return self.alpha / self.rank
 
 
 def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Float[Array, "B T ..."]:
-    """Contracts the axes of `x` behind B and T with as many leading ones of `kernel`, as one product of two matrices.
+    """Contracts the axes of `x` after B and T with as many leading axes of `kernel`, as a single matrix product.
 
-    Written with B and T apart, XLA on a CPU transposes the operands of the backward pass by copies that cost as much as
-    the product.
+    With B and T as separate axes, XLA on a CPU transposes the operands of the backward pass with copies that cost as
+    much as the product.
     """
     num_inputs = x.ndim - 2
     num_entries = math.prod(kernel.shape[:num_inputs])
@@ -58,26 +60,22 @@ def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Flo
 
 
 def at_tokens(x: Array, query_indices: Int[Array, "B W"] | None) -> Array:
-    """Of `x` [B or 1, T, ...] what belongs to the `query_indices` tokens of each row, [B, W, ...]; all of it where that
-    is None.
-    """
-    return (
-        x
-        if query_indices is None
-        else jnp.take_along_axis(x, jnp.expand_dims(query_indices, tuple(range(2, x.ndim))), axis=1)
-    )
+    """Selects from `x` [B or 1, T, ...] the tokens `query_indices` of each row, [B, W, ...]; None selects all."""
+    if query_indices is None:
+        return x
+    return jnp.take_along_axis(x, jnp.expand_dims(query_indices, tuple(range(2, x.ndim))), axis=1)
 
 
 def projection_options(module: nn.Module) -> dict:
-    """What a module passes on to the projections in it, by field."""
+    """Returns the fields that a module passes on to its projections."""
     return {name: getattr(module, name) for name in ("dtype", "param_dtype", "adapters")}
 
 
 class Projection(nn.Module):
-    """`x kernel + bias` over all axes of x behind B and T, with a logical name for each axis of the kernel.
+    """`x kernel + bias` over all axes of x after B and T, with a logical name for each axis of the kernel.
 
-    With adapters on this projection `scale * (x A) B` is added. A starts normal and B zero, so that a fresh adapter
-    changes nothing; both are float32 whatever the weights are.
+    With adapters on this projection, adds `scale * (x A) B`. A is initialized from a normal distribution and B with
+    zeros, so that a new adapter changes nothing; both are float32, regardless of the type of the weights.
     """
 
     shape: tuple[int, ...]
@@ -90,10 +88,10 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """The projected activations."""
+        """Returns the projected activations."""
         init = nn.with_logical_partitioning(_kernel_init, self.axes)
         kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
-        if x.shape[1] > 1:  # for a single token, as in decoding, partial products are cheaper to exchange than weights
+        if x.shape[1] > 1:  # for a single token, as in decoding, exchanging partial products is cheaper than weights
             kernel = gathered(kernel, *self.axes)
         out = flat_product(x, kernel)
         if self.bias_axes:
@@ -104,7 +102,7 @@ class Projection(nn.Module):
         return out + self._low_rank(x) if self.name in self.adapters.targets else out
 
     def _low_rank(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """`scale * (x A) B` for A [inputs..., R] and B [R, outputs...]."""
+        """Returns `scale * (x A) B` for A [inputs..., R] and B [R, outputs...]."""
         num_inputs = x.ndim - 2
         shapes = (*self.shape[:num_inputs], self.adapters.rank), (self.adapters.rank, *self.shape[num_inputs:])
         axes = (*self.axes[:num_inputs], None), (None, *self.axes[num_inputs:])
@@ -120,7 +118,7 @@ class Projection(nn.Module):
 
 @jax.custom_vjp
 def gated(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """`silu(gate) * up`; its backward pass keeps the two inputs and nothing else."""
+    """Returns `silu(gate) * up`; saves only the two inputs for the backward pass."""
     return nn.silu(gate) * up
 
 
@@ -144,6 +142,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the output of the MLP."""
         width, hidden = self.architecture.embed_dim, self.architecture.mlp_dim
         settings = projection_options(self)
         gate = Projection((width, hidden), ("embed", "mlp"), **settings, name="gate")(x)
@@ -153,10 +152,11 @@ class SwiGLU(nn.Module):
 
 
 def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians a position for each of the H/2 pairs: `theta^(-2i/H)` (Su et al. 2021, eq. 15).
+    """Returns the angular frequency of each of the H/2 pairs, in radians per position: `theta^(-2i/H)`.
 
-    With Llama 3.1's scaling, rotations slower than `original_max_positions / low_freq_factor` are divided by `factor`,
-    those faster than `original_max_positions / high_freq_factor` stay, and those between are blended.
+    Su et al. 2021, eq. 15. With Llama 3.1's scaling, frequencies whose wavelength is above
+    `original_max_positions / low_freq_factor` are divided by `factor`, those with a wavelength below
+    `original_max_positions / high_freq_factor` are unchanged, and those in between are interpolated.
     """
     frequencies = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
     if scaling is not None:
@@ -175,14 +175,14 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: Int[Array, "B T"], architecture: Architecture) -> Rotation:
-    """Angles `position * frequency_i` of the tokens, float32."""
+    """Returns the sine and cosine of the angles `position * frequency_i` of the tokens, in float32."""
     frequencies = rope_frequencies(architecture.head_size, architecture.rope_theta, architecture.rope_scaling)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]  # [B, T, H/2]
     return Rotation(jnp.sin(angles), jnp.cos(angles))
 
 
 def apply_rope(x: Float[Array, "B M T H"], by: Rotation) -> Float[Array, "B M T H"]:
-    """Turns the pair (x_i, x_{i+H/2}) of each head by its angle, in float32 (Hugging Face's pairing of the halves)."""
+    """Rotates the pair (x_i, x_{i+H/2}) of each head by its angle, in float32 (paired as in Hugging Face)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = by.sin[:, None], by.cos[:, None]
     turned = [first * cos - second * sin, second * cos + first * sin]

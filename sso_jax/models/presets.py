@@ -1,6 +1,6 @@
-"""A hub id in, the `Architecture` of its config.json out, for models that people plan runs with: no network is asked.
+"""Architectures of well-known models by hub id, so that a dry run needs no network.
 
-Sizes as in the models' published config.json; only the dry run reads them, a run reads the folder's own.
+Sizes are those of the models' published config.json. Only the dry run uses them; a run reads the folder's config.json.
 """
 
 from sso_jax.models.architecture import Architecture, RopeScaling
@@ -51,3 +51,4 @@ PRESETS: dict[str, Architecture] = {
     "Qwen/Qwen2.5-1.5B-Instruct": Architecture(**_QWEN_2_1_5B, tied_head=True),
     "Qwen/Qwen2.5-0.5B-Instruct": Architecture(**_QWEN_2_0_5B, tied_head=True),
 }  # fmt: skip
+"""Architectures by hub id."""

@@ -1,9 +1,8 @@
-"""Queries, keys and values of packed rows in, of each response behind its prompt as a sequence of its own out; and what
-comes of it back.
+"""Unpacks rows of prompt trees into one sequence per response for attention, and packs the results again.
 
-Which token sees which (`attention.tree_mask`) is the same said otherwise: in its sequence each token sees all before
-it. A prompt stands in the sequences of all its responses; a query is asked in one of them, for it finds the same in
-each.
+The sequences describe the same visibility as `attention.tree_mask`: within its sequence, each token sees all tokens
+before it. A prompt is copied to the sequences of all its responses. Its queries are evaluated in one of them only,
+because the result is the same in each.
 """
 
 from typing import NamedTuple
@@ -15,28 +14,28 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Sequences(NamedTuple):
-    """Z sequences of U places in each row, and which of its T tokens stand where; P counts all Z*U places of a row.
+    """Z sequences of U positions for each row, and where its T tokens are in them; P = Z*U places in a row.
 
-    A prompt stands in the sequences of all its responses. Each token asks in the first of its sequences.
+    A prompt is part of the sequences of all its responses. Each token's query is evaluated in its first sequence.
     """
 
     column: Int[Array, "B P"]
-    """Column of the token at each place; anything behind a sequence's last."""
+    """Column of the token at each place; arbitrary after the end of a sequence."""
     lengths: Int[Array, "B Z"]
     position: Int[Array, "B T"]
     inside: Bool[Array, "B Z T"]
-    """Whether a sequence holds the token, which then stands at its position."""
+    """Whether a sequence contains the token, which is then at its position."""
     query: Int[Array, "B P"]
-    """Token that asks at each place, T for none."""
+    """Token whose query is evaluated at each place; T for none."""
     place: Int[Array, "B T"]
-    """Place where each token asks, P for a token of no sequence."""
+    """Place where each token's query is evaluated; P for a token of no sequence."""
 
 
 def make_sequences(columns: Int[Array, "B Z U"], positions: Int[Array, "B T"]) -> Sequences:
-    """Sequences of these columns, -1 behind the end of each."""
+    """Builds sequences from the columns of their tokens, which are -1 after the end of each."""
     batch, num_sequences, length = columns.shape
     num_places, num_tokens = num_sequences * length, positions.shape[1]
-    position = jnp.minimum(positions, length - 1)  # only a token of no sequence can be beyond
+    position = jnp.minimum(positions, length - 1)  # only a token of no sequence can exceed it
     at = jnp.broadcast_to(position[:, None], (batch, num_sequences, num_tokens))
     inside = jnp.take_along_axis(columns, at, axis=2) == jnp.arange(num_tokens)[None, None, :]  # [B, Z, T]
     first = jnp.argmax(inside, axis=1) * length + position
@@ -46,17 +45,17 @@ def make_sequences(columns: Int[Array, "B Z U"], positions: Int[Array, "B T"]) -
     def invert(place: Int[Array, "T"], number: Int[Array, "T"]) -> Int[Array, "P"]:
         return jnp.full((num_places,), num_tokens).at[place].set(number, mode="drop")
 
-    lengths = jnp.maximum(1, jnp.sum(columns >= 0, axis=2))  # an empty sequence gives nothing to anyone
+    lengths = jnp.maximum(1, jnp.sum(columns >= 0, axis=2))  # an empty sequence is never read
     column = jnp.maximum(columns, 0).reshape(batch, -1)
     return Sequences(column, lengths, position, inside, jax.vmap(invert)(place, numbers), place)
 
 
 @jax.custom_vjp
 def moved(x: Float[Array, "B W E"], source: Int[Array, "B P"], back: Int[Array, "B W"]) -> Float[Array, "B P E"]:
-    """At each place the entry of x that `source` names, 0 where it names none; `back` says where each entry went, to at
-    most one place.
+    """Returns for each place the entry of x at index `source`, and 0 if `source` is out of range.
 
-    With it the gradient is a look-up as well, where autodiff would add entries up.
+    `back` is the inverse: the one place that each entry moved to, if any. With it the backward pass is a gather too,
+    instead of the scatter-add of autodiff.
     """
     return _looked_up(x, source)
 
@@ -67,10 +66,10 @@ def _looked_up(x: Float[Array, "B W E"], source: Int[Array, "B P"]) -> Float[Arr
 
 
 def _entries(x: Float[Array, "B W E"], index: Int[Array, "B P"]) -> Float[Array, "B P E"]:
-    """Entries of each row, looked up in one list of all rows' entries.
+    """Gathers entries of each row from the flat list of all rows' entries.
 
-    An entry has to lie in one piece, before and after: XLA on a GPU otherwise lays out the list entry by entry side by
-    side, as the product before it might, and reads each number of an entry from elsewhere.
+    Each entry must be contiguous before and after. On a GPU, XLA may otherwise give the list a layout with entries
+    interleaved, as preferred by the product before it, and read each number of an entry from a different place.
     """
     batch, num, size = x.shape
     flat = (jnp.arange(batch)[:, None] * num + index).reshape(-1)
@@ -89,9 +88,7 @@ moved.defvjp(
 
 @jax.custom_vjp
 def copied(x: Float[Array, "B T E"], sequences: Sequences) -> Float[Array, "B P E"]:
-    """At each place the token that stands there; a token's gradient is the sum over the sequences that it is in,
-    float32.
-    """
+    """Returns for each place the token at it; the gradient of a token is summed over its sequences, in float32."""
     return _entries(x, sequences.column)
 
 

@@ -18,18 +18,18 @@ from sso_jax.runtime.mesh import constrain, gathered
 
 
 class LayerInputs(NamedTuple):
-    """What every layer reads beside the activations."""
+    """What every layer reads besides the activations."""
 
     turn: Rotation
     mask: Bool[Array, "#B T S"]
     slot: Int[Array, ""]
     """Cache slot of the first token."""
     sequences: Sequences | None
-    """The mask once more, for attention that takes sequences."""
+    """The same visibility as the mask, for kernels that take sequences."""
 
 
 class Layer(nn.Module):
-    """`x += attention(norm(x)); x += unit(norm(x))`."""
+    """`x += attention(norm(x)); x += mlp(norm(x))`."""
 
     architecture: Architecture
     dtype: jnp.dtype
@@ -39,7 +39,13 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, inputs: LayerInputs):
-        """One step of the scan over layers: (x, cache), number of the layer in the cache, shared inputs."""
+        """Runs one step of the scan over layers.
+
+        Args:
+          carry: activations and cache.
+          layer: index of the layer in the cache; None if the cache is the layer's own.
+          inputs: what all layers share.
+        """
         x, cache = carry
         x = constrain(x, "batch", None, None)
         options = projection_options(self)
@@ -52,23 +58,23 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder of an architecture. Its layers are one scanned layer, so that compile time does not grow with depth."""
+    """The decoder of an architecture; its layers are scanned, so that compile time does not grow with depth."""
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
-    """Type of the arithmetic."""
+    """Compute type."""
     param_dtype: jnp.dtype = jnp.float32
     """Type of the weights."""
     remat: bool = False
-    """Recompute each layer in the backward pass; otherwise only what is not marked by `save_for_backward`."""
+    """Whether the backward pass recomputes each whole layer; otherwise only what `save_for_backward` does not mark."""
     attend: str = "plain"
-    """Name in `KERNELS` of the attention of whole sequences."""
+    """Name in `KERNELS` of the kernel for whole sequences."""
     adapters: Adapters = Adapters()
-    """Low-rank parameters added to projections."""
+    """Low-rank adapters of the projections."""
     max_logits: int = 2**25
-    """Largest number of logits that a device holds at once where log-probs are computed (`training.log_probs`)."""
+    """Maximum number of logits in a device's memory when log-probs are computed (`training.log_probs`)."""
     scanned: bool = True
-    """False gives each layer parameters and a cache of its own (`models.layer_layout`), for decoding."""
+    """False gives each layer its own parameters and cache (`models.layer_layout`), for decoding."""
 
     def setup(self):
         """Declares the parameters."""
@@ -85,7 +91,7 @@ class Transformer(nn.Module):
 
     @property
     def by_sequence(self) -> bool:
-        """Whether the attention of whole sequences takes packed rows as sequences."""
+        """Whether the kernel for whole sequences takes packed rows as sequences."""
         return self.attend in BY_SEQUENCE
 
     def _scan(self) -> type[nn.Module]:
@@ -108,16 +114,19 @@ class Transformer(nn.Module):
         query_indices: Int[Array, "B W"] | None = None,
         sequences: Int[Array, "B Z U"] | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | tuple[Cache, ...] | None]:
-        """Normed hidden states after the last layer, and the cache with these tokens written at `slot`.
+        """Returns the normed hidden states after the last layer, and the cache with these tokens written at `slot`.
 
         Args:
+          tokens: token ids.
+          positions: position of each token.
           mask: which token (second axis) sees which slot or token (third axis).
-          cache: one of all layers, or a tuple of one each where layers are not scanned; None stays None.
+          cache: cache of all layers, or a tuple with one per layer if layers are not scanned; None stays None.
+          slot: cache slot of the first token.
           query_indices: tokens of each row whose hidden states are returned; None returns all T.
-          sequences: columns of the sequences of each row (`make_sequences`), which say the same as the mask, for
-            attention that takes them.
+          sequences: columns of the sequences of each row (`make_sequences`), which describe the same visibility as the
+            mask; only used by kernels that take sequences.
         """
-        table = gathered(self.embedding.astype(self.dtype), "vocab", "embed")  # rows are cut by batch
+        table = gathered(self.embedding.astype(self.dtype), "vocab", "embed")  # tokens are sharded by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         by_sequence = self.by_sequence and sequences is not None and sequences.size > 0
         own_sequences = make_sequences(sequences, positions) if by_sequence else None
@@ -137,24 +146,22 @@ class Transformer(nn.Module):
         return x, None if caches is None else tuple(written)
 
     def head_matrix(self) -> Float[Array, "D V"]:
-        """What hidden states are multiplied with, in the type of the arithmetic, cut over the devices as its parameter
-        is.
-        """
+        """Returns the matrix from hidden states to logits, in the compute type; it is sharded like its parameter."""
         return (self.embedding.T if self.architecture.tied_head else self.head).astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of the next token, float32."""
+        """Returns the logits of the next token, in float32."""
         return project(hidden, gathered(self.head_matrix(), "embed", "vocab"))
 
 
 def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
-    """Scores of the next token, float32, from hidden states and `Transformer.head_matrix`, or columns of it."""
-    flat = hidden.reshape(-1, hidden.shape[-1])  # for the reason in `flat_product`
+    """Returns logits, in float32, from hidden states and `Transformer.head_matrix` or some of its columns."""
+    flat = hidden.reshape(-1, hidden.shape[-1])  # see `flat_product`
     return jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
 
 
 def make_cache(model: Transformer, batch_size: int, num_slots: int) -> Cache | tuple[Cache, ...]:
-    """Cache of zeros as the decoder takes it: one of all layers, or one each where they are not scanned."""
+    """Returns a cache of zeros for the decoder: for all layers, or one per layer if they are not scanned."""
     sizes = model.architecture, batch_size, num_slots, model.dtype
     if model.scanned:
         return empty_cache(*sizes)
@@ -162,7 +169,7 @@ def make_cache(model: Transformer, batch_size: int, num_slots: int) -> Cache | t
 
 
 def init_params(model: Transformer, key: jax.Array):
-    """Random parameters in boxes that carry the logical names of their axes."""
+    """Returns random parameters, boxed with the logical names of their axes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def everything(module, tokens):
@@ -173,5 +180,5 @@ def init_params(model: Transformer, key: jax.Array):
 
 @lru_cache
 def abstract_params(model: Transformer):
-    """Shapes, types and logical axis names of the parameters; nothing is allocated."""
+    """Returns shapes, types and logical axis names of the parameters, without allocating them."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -137,7 +137,7 @@ class Endpoint:
             ) from error
         if wanted is None and len(listed) == 1:
             return listed[0]
-        if wanted not in listed:
+        if wanted is None or wanted not in listed:
             near = difflib.get_close_matches(wanted or "", listed, n=3) or listed[:5]
             raise InputError(
                 f"endpoint.model: {wanted!r} is not a model of {self.url}; give one of its {len(listed)} models, such "
@@ -213,7 +213,7 @@ class Endpoint:
                 "run the same command again to resume from there"
             )
 
-    def _stream(self, texts: dict[int, str], asked: dict) -> Iterator[tuple[int, Answer]]:
+    def _stream(self, texts: dict[int, str], asked: dict) -> Generator[tuple[int, Answer], None, None]:
         """Yields answers as they arrive, with `concurrency` concurrent requests; closing it cancels pending ones."""
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)

@@ -18,10 +18,15 @@ def with_rewards(triples: list[Triple], rewards: list[tuple[float, float]]) -> l
 
 def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Dropped]:
     """Keeps the share of triples with the widest score gap, at least one, in order; the rest is dropped."""
-    lead = [triple.scores["chosen"] - triple.scores["rejected"] for triple in triples]
+    lead = [_lead(triple) for triple in triples]
     best = set(sorted(range(len(triples)), key=lambda i: (-lead[i], i))[: max(1, round(share * len(triples)))])
     kept = [triple for i, triple in enumerate(triples) if i in best]
     return kept, {triple.id: "reward_rank" for i, triple in enumerate(triples) if i not in best}
+
+
+def _lead(triple: Triple) -> float:
+    assert triple.scores is not None  # they were set by `with_rewards`, or checked
+    return triple.scores["chosen"] - triple.scores["rejected"]
 
 
 FILTER_CELLS = [
@@ -73,7 +78,7 @@ def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple]
     for triple in triples:
         if triple.scores is None:
             dropped[triple.id] = "no_scores"
-        elif triple.scores["chosen"] - triple.scores["rejected"] < least:
+        elif _lead(triple) < least:
             dropped[triple.id] = "small_score_gap"
         else:
             kept.append(triple)

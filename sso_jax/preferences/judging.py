@@ -39,7 +39,8 @@ def parse_verdict(text: str) -> str | None:
     """Parses a judge's answer, JSON or a few words, as `A`, `B` or `tie`; None if it says none or several of them."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     start = text.find("{")
-    read = json_repair.loads(re.match(r"[^}]*\}?", text[start:]).group()) if start >= 0 else None
+    head, brace, _ = text[start:].partition("}")
+    read = json_repair.loads(head + brace) if start >= 0 else None
     if isinstance(read, dict) and "better" in read:
         text = str(read["better"])
     said = {word.upper() if len(word) == 1 else "tie" for word in re.findall(r"\b(?:A|B)\b|\b[Tt](?:ie|IE)\b", text)}

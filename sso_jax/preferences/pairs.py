@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Triple
 from sso_jax.data.tokenizer import encode_text, tokens_hash
 
+Value = TypeVar("Value")
 SCORED_CELLS = [Cell("plain", "chosen"), Cell("plain", "rejected")]
 
 
@@ -18,16 +20,20 @@ _OTHER = {"chosen": "rejected", "rejected": "chosen", "original": "original"}
 
 def swap(triple: Triple) -> Triple:
     """Swaps chosen and rejected in a triple's texts, ids, scores and log-probs."""
+    ids, log_probs, scores = triple.response_ids, triple.log_probs, triple.scores
+    return dataclasses.replace(
+        triple,
+        chosen=triple.rejected,
+        rejected=triple.chosen,
+        response_ids=None if ids is None else _exchanged(ids),
+        log_probs=None if log_probs is None else {context: _exchanged(row) for context, row in log_probs.items()},
+        scores=None if scores is None else _exchanged(scores),
+        swapped=not triple.swapped,
+    )
 
-    def exchanged(row: dict) -> dict:
-        return {response: row[_OTHER[response]] for response in row}
 
-    ids, scores = (None if row is None else exchanged(row) for row in (triple.response_ids, triple.scores))
-    log_probs = triple.log_probs
-    if log_probs is not None:
-        log_probs = {context: exchanged(row) for context, row in log_probs.items()}
-    changes = dict(chosen=triple.rejected, rejected=triple.chosen, response_ids=ids, log_probs=log_probs, scores=scores)
-    return dataclasses.replace(triple, **changes, swapped=not triple.swapped)
+def _exchanged(row: dict[str, Value]) -> dict[str, Value]:
+    return {response: row[_OTHER[response]] for response in row}
 
 
 def random_order(triples: list[Triple], seed: str) -> list[Triple]:
@@ -53,13 +59,21 @@ def with_log_probs(triple: Triple, cells: list[Cell], sums: list[float]) -> Trip
     return dataclasses.replace(triple, log_probs=table)
 
 
+def ids_of(triple: Triple) -> dict[str, list[int]]:
+    """Returns the token ids of a triple's responses, by response."""
+    assert triple.response_ids is not None  # they were sampled, or set by `given_triples`
+    return triple.response_ids
+
+
 def mean_log_probs(triple: Triple) -> dict[str, dict[str, float]]:
     """Returns log-probs per token, in nats, by context and response.
 
     These are the sums divided by the number of response tokens, end of turn included.
     """
+    ids = ids_of(triple)
+    assert triple.log_probs is not None  # the reference scored the triple
     return {
-        context: {response: value / len(triple.response_ids[response]) for response, value in row.items()}
+        context: {response: value / len(ids[response]) for response, value in row.items()}
         for context, row in triple.log_probs.items()
     }
 
@@ -102,7 +116,7 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list
             dropped[triple.id] = "chosen_is_rejected"
         elif "original" in texts and texts["original"] in (texts["chosen"], texts["rejected"]):
             dropped[triple.id] = "original_is_chosen_or_rejected"
-        elif told and triple.scores["chosen"] == triple.scores["rejected"]:
+        elif told and triple.scores is not None and triple.scores["chosen"] == triple.scores["rejected"]:
             dropped[triple.id] = "equal_scores"
         else:
             kept.append(triple)
@@ -123,7 +137,7 @@ def summarize(triples: list[Triple]) -> dict[str, float | None]:
     """
     if not triples:
         return {"chosen_probability": None, "rejected_probability": None, "response_tokens": None}
-    lengths = [len(ids) for t in triples for ids in t.response_ids.values()]
+    lengths = [len(ids) for t in triples for ids in ids_of(t).values()]
     if any(t.log_probs is None for t in triples):
         return {"chosen_probability": None, "rejected_probability": None, "response_tokens": float(np.mean(lengths))}
     tables = [mean_log_probs(t)["plain"] for t in triples]

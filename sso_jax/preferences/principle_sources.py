@@ -93,6 +93,7 @@ def given_principles(config: PrinciplesConfig, queries: list[Query]) -> dict[str
     """
     if config.source != "file":
         return {}
+    assert config.path is not None  # `PrinciplesConfig` requires it for source `file`
     adjectives = {name: (row.good_adjective, row.bad_adjective) for name, row in feature_table().items()}
     read = load_principles(config.path, queries, adjectives)
     return {name: steer(record) if isinstance(record, PrincipledQuery) else record for name, record in read.items()}

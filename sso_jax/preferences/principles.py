@@ -32,7 +32,7 @@ class Feature(NamedTuple):
 def feature_table() -> dict[str, Feature]:
     """Returns the project's own principles by feature, from `principles.yaml` beside this file."""
     rows = yaml.safe_load(resources.files(__package__).joinpath("principles.yaml").read_text(encoding="utf-8"))
-    return {name: Feature(*row["adjectives"], row["good"], row["bad"]) for name, row in rows.items()}
+    return {name: Feature._make([*row["adjectives"], row["good"], row["bad"]]) for name, row in rows.items()}
 
 
 def nameable_features() -> list[str]:
@@ -112,7 +112,8 @@ def parse_principles(text: str) -> tuple[str, str] | None:
         return None
     rest = text[start:]
     for piece in (rest.split("\n\n")[0], rest):  # text after a blank line is usually no longer the answer
-        sides = _find_sides(json_repair.loads(re.match(r"[^}]*\}?", piece).group()))
+        head, brace, _ = piece.partition("}")
+        sides = _find_sides(json_repair.loads(head + brace))
         if sides is not None:
             return sides
     return None

@@ -4,13 +4,13 @@ import dataclasses
 import random
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
-from sso_jax.preferences.pairs import drop_empty_contrasts
+from sso_jax.preferences.pairs import drop_empty_contrasts, ids_of
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
@@ -89,17 +89,19 @@ def _triple(
     tokenizer: PreTrainedTokenizerBase,
     extra: dict,
 ) -> Triple:
-    texts = {response: decode_text(tokenizer, ids[response]) if response in ids else None for response in RESPONSES}
+    texts = {response: decode_text(tokenizer, own) for response, own in ids.items()}
     return Triple(
         id=query.id,
         query=query.query,
         good_system=query.good_system,
         bad_system=query.bad_system,
+        chosen=texts["chosen"],
+        rejected=texts["rejected"],
+        original=texts.get("original"),
         features=query.features,
         response_ids={response: ids[response] for response in wanted},
         tokens_hash=tokens_hash(tokenizer),
         extra=extra,
-        **texts,
     )
 
 
@@ -132,13 +134,14 @@ def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
     unlabelled: list[Triple] = []
     dropped: Dropped = {}
     for triple in triples:
-        ids = {response: strip_label(tokenizer, sampled) for response, sampled in triple.response_ids.items()}
-        if any(value is None for value in ids.values()):
+        stripped = {response: strip_label(tokenizer, ids) for response, ids in ids_of(triple).items()}
+        left = {response: ids for response, ids in stripped.items() if ids is not None}
+        if len(left) < len(stripped):
             dropped[triple.id] = "label"
         else:
-            texts = {response: decode_text(tokenizer, own) for response, own in ids.items()}
-            unlabelled.append(dataclasses.replace(triple, response_ids=ids, **texts))
-    compared = [Cell("plain", response) for response in (triples[0].response_ids if triples else ())]
+            texts: dict[str, Any] = {response: decode_text(tokenizer, ids) for response, ids in left.items()}
+            unlabelled.append(dataclasses.replace(triple, response_ids=left, **texts))
+    compared = [Cell("plain", response) for response in (ids_of(triples[0]) if triples else ())]
     kept, empty = drop_empty_contrasts(unlabelled, compared)
     reasons = {**dropped, **empty}
     return kept, {triple.id: reasons[triple.id] for triple in triples if triple.id in reasons}

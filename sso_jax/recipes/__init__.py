@@ -1,4 +1,4 @@
-"""The recipe of each name that the config field `recipe` takes."""
+"""The recipes by name, as given by the config field `recipe`."""
 
 from sso_jax.recipes import generator, offline, online, reward, sft
 from sso_jax.recipes.run import Recipe

@@ -1,4 +1,4 @@
-"""Checks of config fields that belong to one recipe or need each other."""
+"""Checks of config fields that belong to one recipe or depend on each other."""
 
 import dataclasses
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def warn_unused_objective(given: ObjectiveConfig) -> None:
-    """Names in the log the fields of the objective that are set though the recipe has a loss of its own."""
+    """Logs the objective fields that are set although the recipe has its own loss."""
     default = ObjectiveConfig()
     names = [declared.name for declared in dataclasses.fields(given)]
     unused = [f"objective.{name}" for name in names if getattr(given, name) != getattr(default, name)]
@@ -33,10 +33,10 @@ def refuse_fields(recipe: str, unused: dict[str, Any]) -> None:
 
 
 def refuse_judge_order(config: Config) -> None:
-    """Raises `InputError` for the judge's order of pairs that were not sampled by the toy policy."""
+    """Raises `InputError` if pairs that the toy policy did not sample are to be ordered by the judge."""
     if config.pairs.control == "judge_order":
         raise InputError(
-            "pairs.control: 'judge_order' is for pairs that the toy policy samples; give 'random_order' or 'none'"
+            "pairs.control: 'judge_order' is for pairs sampled from the toy policy; give 'random_order' or 'none'"
         )
 
 
@@ -45,20 +45,19 @@ def refuse_missing_scores(config: Config, objective: Objective) -> None:
     if any(cell.context.startswith("score_conditioned_") for cell in objective.cells):
         raise InputError(
             f"objective.base: {config.objective.base!r} needs pairs with scores, and recipe {config.recipe!r} samples "
-            "pairs without; "
-            "give recipe offline and a pairs file with scores, or another base"
+            "pairs without; give recipe offline and a pairs file with scores, or another base"
         )
 
 
 def refuse_given_pairs(config: Config) -> None:
-    """Raises `InputError` for fields of pairs that come from a file, and for what `check_sampling` refuses."""
+    """Raises `InputError` for fields of pairs from a file, and for what `check_sampling` refuses."""
     unused = {"pairs.path": config.pairs.path, "demonstrations.path": config.demonstrations.path}
     refuse_fields(config.recipe, unused)
     check_sampling(config)
 
 
 def check_sampling(config: Config) -> None:
-    """Raises `InputError` for the judge's order without a judge, and for a score gap of pairs that nothing scores."""
+    """Raises `InputError` for the judge's order without a judge, or a minimum score gap without scores."""
     if config.pairs.control == "judge_order" and config.model.path != "toy":
         raise InputError(
             "pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control"
@@ -66,5 +65,5 @@ def check_sampling(config: Config) -> None:
     gap = config.filter.min_score_gap
     if gap is not None and config.filter.reward_path is None:
         raise InputError(
-            f"filter.min_score_gap: {gap} of pairs that nobody scores; give filter.reward_path, or leave it out"
+            f"filter.min_score_gap: {gap} needs scores, which sampled pairs lack; give filter.reward_path, or remove it"
         )

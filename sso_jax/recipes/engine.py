@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Engine:
-    """A decoder on a mesh with its tokenizer and its compiled functions; the parameters are passed to them."""
+    """A decoder on a mesh with its tokenizer and compiled functions; the parameters are passed to these."""
 
     model: Transformer
     chat: Chat
@@ -42,17 +42,17 @@ class Engine:
     shardings: dict
     """Sharding of each parameter."""
     max_tokens: int
-    """Limit of prompt plus response: train.max_tokens or the model's positions, whichever is less."""
+    """Maximum tokens of prompt plus response: the lesser of train.max_tokens and the model's positions."""
     seed: int = 0
-    """Of fresh adapters."""
+    """Seed of new adapters."""
 
     def abstract_params(self):
-        """Shapes and types of the parameters."""
+        """Returns the shapes and types of the parameters."""
         return nn.unbox(abstract_params(self.model))
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:
-    """Raises `InputError` if the mesh cannot cut the model's matrices evenly."""
+    """Raises `InputError` if the mesh does not divide the model's matrices evenly."""
     a = architecture
     check_divides(mesh, "heads", "num_attention_heads", a.num_heads)
     check_divides(mesh, "kv_heads", "num_key_value_heads", a.num_kv_heads)
@@ -64,8 +64,13 @@ def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture) -> None:
 def build_decoder(
     architecture: Architecture, model: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh
 ) -> tuple[Transformer, dict]:
-    """Decoder with the types, the attention and the adapters that the config asks for, and the sharding of each
-    parameter.
+    """Builds the decoder that the config describes, and the sharding of each parameter.
+
+    Args:
+      architecture: sizes of the decoder.
+      model: types, attention kernel, rematerialization.
+      lora: adapters; rank 0 for none.
+      mesh: device mesh.
 
     Raises:
       InputError: if the mesh does not divide the model evenly.
@@ -85,11 +90,10 @@ def build_decoder(
 
 
 def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
-    """Builds the model, tokenizer and compiled functions from a config and a Hugging Face folder; no weights are read
-    yet.
+    """Builds the model, tokenizer and compiled functions from a config and a Hugging Face folder; reads no weights yet.
 
     Raises:
-      InputError: for a folder that is incomplete or whose files do not belong together.
+      InputError: if the folder is incomplete, or its files are inconsistent.
     """
     architecture = read_architecture(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -102,8 +106,7 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     if highest >= architecture.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has ids up to {highest}, config.json a vocab_size of {architecture.vocab_size}; "
-            "they do not "
-            "belong together"
+            "they do not belong together, fetch both again"
         )
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
     sampler = build_sampler(model, mesh, config.sampling, stop_ids(tokenizer, folder), max_tokens)
@@ -114,7 +117,7 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
 def build_sampler(
     model: Transformer, mesh: jax.sharding.Mesh, sampling: SamplingConfig, stops: tuple[int, ...], max_tokens: int
 ) -> Sampler:
-    """The compiled sampler of section `sampling`, on a mesh of its own if the section has one."""
+    """Builds the compiled sampler of section `sampling`, on its own mesh if the section has one."""
     own = sampling.mesh
     sampling_mesh = mesh if own is None else make_mesh(own.data, own.fsdp, own.tensor)
     _check_mesh(sampling_mesh, model.architecture)
@@ -133,6 +136,6 @@ def build_sampler(
 
 
 def load_params(folder: str | Path, engine: Engine):
-    """Parameters of a folder, placed on the engine's mesh, with fresh adapters where the engine has any."""
+    """Loads the parameters of a folder onto the engine's mesh, with new adapters if the engine has any."""
     params = flatten_dict(read_params(folder, engine.model, engine.mesh), sep="/")
     return unflatten_dict({**params, **fresh_adapters(engine.model, engine.mesh, engine.seed)}, sep="/")

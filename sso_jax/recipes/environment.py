@@ -1,6 +1,4 @@
-"""A config in, where queries come from and what measures out: the toy world with its judge, or a file of queries
-without one.
-"""
+"""Queries and measurements of a run: the toy world with its judge, or a model from a folder without one."""
 
 import logging
 from collections import Counter
@@ -21,21 +19,23 @@ from sso_jax.toy import world
 from sso_jax.toy.judge import DescriptionJudgement, Judgement, judge
 
 NUM_HELD_OUT = 300
+"""Default number of held-out queries."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What measures: a judge and held-out queries, in the toy world only."""
+    """A judge and held-out queries; both are missing outside the toy world."""
 
     held_out: list[Query]
     judge: Callable[[str, str, bool], Judgement | DescriptionJudgement] | None
-    """(query, response, whether it ended) -> its score and parts."""
+    """(query, response, whether the response ended) -> its score and parts."""
 
 
 def toy_environment(descriptions: bool = False, num_held_out: int = NUM_HELD_OUT) -> Environment:
-    """The toy world's judge, and an even selection of its held-out queries, and a third as many of its `descriptions`,
-    if it has them.
+    """Returns the toy world's judge with an even selection of its held-out queries.
+
+    With `descriptions`, a third as many held-out descriptions are added.
     """
     queries = world.queries("evaluation", descriptions)
     by_group = {group: [q for q in queries if world.group_of(q.query) == group] for group in ("others", "descriptions")}
@@ -49,24 +49,28 @@ def _evenly(queries: list[Query], num: int) -> list[Query]:
 
 
 def no_judge() -> Environment:
-    """Of a model from a folder: nothing measures it."""
+    """Returns the environment of a model from a folder, which nothing measures."""
     return Environment([], None)
 
 
 def toy_queries(descriptions: bool = False) -> list[Query]:
-    """The toy world's queries to align on."""
+    """Returns the toy world's queries for alignment."""
     return world.queries("alignment", descriptions)
 
 
 def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> tuple[list[Query], Counter]:
-    """Queries whose plain prompt leaves room for a response; the others are counted, and refused if they are all."""
+    """Returns the queries whose plain prompt leaves room for a response, and the number of those dropped.
+
+    Raises:
+      InputError: if no query leaves room.
+    """
     fits = map_across_processes(lambda query: engine.sampler.fits(engine.chat.prompt_ids(query.query)), queries)
     fitting = list(compress(queries, fits))
     too_long, limit = len(queries) - len(fitting), engine.max_tokens
     if not fitting:
         raise InputError(
             f"queries.path: none of the {len(queries)} queries of {path} leaves room for a response within {limit} "
-            "tokens"
+            "tokens; give shorter ones, or raise train.max_tokens"
         )
     if too_long:
         log.warning(
@@ -84,15 +88,15 @@ def _ended(engine: Engine, response_ids: list[int]) -> bool:
 
 
 def judged(environment: Environment, engine: Engine, triple: Triple, response: str) -> float:
-    """The judge's score of one response of a triple."""
-    return environment.judge(
-        triple.query, getattr(triple, response), _ended(engine, triple.response_ids[response])
-    ).score
+    """Returns the judge's score of one response of a triple."""
+    ended = _ended(engine, triple.response_ids[response])
+    return environment.judge(triple.query, getattr(triple, response), ended).score
 
 
 def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float]:
-    """Share of pairs whose chosen response the judge scores higher, ties as half; nothing where no judge knows the
-    queries.
+    """Returns the share of pairs whose chosen response has the higher judge score, ties as half, and of ties.
+
+    Empty if there is no judge, or the judge does not know the queries.
     """
     if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
         return {}
@@ -103,10 +107,9 @@ def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple
 
 
 def order_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float | None]:
-    """How often the scores of the triples order a pair as the judge does, a tie of scores as half; pairs that the judge
-    ties are left out.
+    """Returns how often the scores of the triples order a pair like the judge, equal scores as half.
 
-    Nothing where no judge knows the queries.
+    Pairs with equal judge scores are left out and counted. Empty if there is no judge, or it does not know the queries.
     """
     if environment.judge is None or not triples or not all(world.knows(triple.query) for triple in triples):
         return {}
@@ -122,18 +125,19 @@ def order_accuracy(environment: Environment, engine: Engine, triples: list[Tripl
 
 
 class Measured(NamedTuple):
-    """What is known of a held-out answer."""
+    """Measurements of a held-out answer."""
 
     group: str
     judgement: Judgement | DescriptionJudgement
     num_tokens: int
     ended: bool
-    """False of one that ran to the limit of its tokens."""
+    """False if the answer reached its maximum number of tokens."""
 
 
 def measure_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
-    """Judged answers of the unsteered policy to the held-out queries, and their means; nothing where there is no
-    judge.
+    """Samples and judges answers of the unsteered policy to the held-out queries; returns them and their means.
+
+    Without a judge there are no answers, and the quality is None.
     """
     if environment.judge is None:
         return [], {"policy_quality": None}
@@ -149,16 +153,16 @@ def measure_policy(environment: Environment, engine: Engine, params, seed: int, 
 
 
 def held_out_numbers(answers: list[Measured]) -> dict:
-    """Mean score, parts and tokens; a part is the mean over the answers that have it. `held_out_groups`, where there
-    are several, has quality, tokens and the share that ran to the limit of all answers and of each group.
+    """Returns the mean score, parts and tokens of answers; a part's mean is over the answers that have it.
+
+    With several groups of queries, `held_out_groups` has the quality, the tokens and the share that reached the token
+    limit, for all answers and for each group.
     """
-    means, parts = (
-        _means(answers),
-        dict.fromkeys(name for a in answers for name in a.judgement._fields if name != "score"),
-    )
+    means = _means(answers)
+    names = dict.fromkeys(name for a in answers for name in a.judgement._fields if name != "score")
     parts = {
         name: float(np.mean([getattr(a.judgement, name) for a in answers if name in a.judgement._fields]))
-        for name in parts
+        for name in names
     }
     numbers = {"policy_quality": means["quality"], "quality_parts": parts, "held_out_tokens": means["tokens"]}
     groups = {group: _means([a for a in answers if a.group == group]) for group in sorted({a.group for a in answers})}

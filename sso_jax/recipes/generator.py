@@ -1,9 +1,8 @@
-"""Recipe `generator`, version 2 of the paper: a round trains a generator from the policy, and the policy on the
-generator's data.
+"""Recipe `generator`, version 2 of the paper: each round trains a generator, and the policy on the generator's pairs.
 
 The generator starts from the policy and learns L+ + L- (form `generator`) on the policy's own triples. It then answers
-under good and bad principles, and the policy as it was before is trained on these pairs under the plain prompt, with
-the base loss alone.
+under good and bad principles, and the policy from the start of the round is trained on these pairs with the plain
+prompt and the base loss alone.
 """
 
 import dataclasses
@@ -31,21 +30,22 @@ from sso_jax.recipes.summary import summarize
 from sso_jax.runtime.stage_markers import damaged, finished, read_verified
 
 GENERATOR_FOLDER = "generator"
+"""Subfolder of a round for the generator's stages."""
 log = logging.getLogger(__name__)
 
 
 def objectives(config: Config) -> tuple[Objective, Objective]:
-    """Objectives of the generator and of the policy: L+ + L-, and the base loss on the plain pair."""
+    """Returns the objectives of the generator, L+ + L-, and of the policy, the base loss on the plain pair."""
     given = config.objective
     if given.form != "generator":
-        log.warning("recipe 'generator' does not use objective.form %r: it trains a generator by L+ + L-", given.form)
+        log.warning("recipe 'generator' does not use objective.form %r: it trains a generator on L+ + L-", given.form)
     shared = {field: getattr(given, field) for field in ("base", "degree_removal", *LOSS_SETTINGS)}
     of_policy = type(given)(form="pairwise", sft_weight=0.0, **shared)
     return build_objective(dataclasses.replace(given, form="generator")), build_objective(of_policy)
 
 
 def generator_config(config: Config) -> Config:
-    """The config of the generator's training: fields of section `generator` in place of those of the policy's."""
+    """Returns the config of the generator's training: section `generator` overrides the fields of the policy's."""
     own = config.generator
     train = {name: value for name in ("batch_size", "epochs") if (value := getattr(own, name)) is not None}
     rate = {} if own.learning_rate is None else {"learning_rate": own.learning_rate}
@@ -57,7 +57,7 @@ def generator_config(config: Config) -> Config:
 
 
 def read(config: Config) -> QueryRounds:
-    """Reads the queries, after refusing the fields that do not go with this recipe."""
+    """Reads the queries; refuses fields that conflict with this recipe."""
     refuse_missing_scores(config, objectives(config)[1])
     generator_config(config)
     refuse_given_pairs(config)
@@ -65,7 +65,7 @@ def read(config: Config) -> QueryRounds:
 
 
 def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSummary]:
-    """queries -> principles -> generator -> its responses -> pairs -> update of the policy as it was -> policy."""
+    """queries -> principles -> generator -> its responses -> pairs -> update of the round's first policy -> policy."""
     config = this.run.config
     generator_objective, policy_objective = objectives(config)
     generator_round = dataclasses.replace(this, part=GENERATOR_FOLDER)
@@ -79,7 +79,7 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
         generator = train_generator(generator_round, generator_objective, policy, own, prompts)
     wanted = tuple(dict.fromkeys(cell.response for cell in policy_objective.cells))
     sampled = responses(this, policy if generator is None else generator, steered.queries, prompts, wanted)
-    if generator is not None:  # training it used the policy's parameters up
+    if generator is not None:  # its training has consumed the policy's parameters
         policy = start_policy(this.run, this.iteration)
     chosen = score_and_filter(
         this, policy_objective, policy, prompts, lambda: sampled_candidates(this, sampled.triples)
@@ -97,7 +97,10 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
 def train_generator(
     this: Round, objective: Objective, policy: Params, queries: list[SteeredQuery], prompts: dict[str, Prompts]
 ) -> Params:
-    """responses of the policy -> pairs -> update -> generator; the policy's parameters are used up."""
+    """Trains the generator: responses of the policy -> pairs -> update -> generator.
+
+    The policy's parameters are donated.
+    """
     sampled = responses(this, policy, queries, prompts, num_policies=this.run.config.sampling.policies)
     chosen = score_and_filter(this, objective, policy, prompts, lambda: sampled_candidates(this, sampled.triples))
     require_pairs(chosen, len(sampled.triples), this.folder / "responses.jsonl")
@@ -107,7 +110,7 @@ def train_generator(
 
 
 def _seconds(generator_round: Round) -> dict[str, float]:
-    """Seconds of the generator's own stages."""
+    """Returns the seconds of the generator's own stages."""
     stages = ("responses", "pairs", "training")
     return {f"generator_{stage}": finished(generator_round.folder, stage)["seconds"] for stage in stages}
 

@@ -43,41 +43,40 @@ LOSS_SETTINGS = (
 
 @dataclass(frozen=True)
 class Objective:
-    """What a round of training minimises."""
+    """What a round of training minimizes."""
 
     cells: list[Cell]
     """The (context, response) log-probs that it needs."""
     terms: Callable[..., Terms]
+    """(policy, reference, num_tokens) -> terms of each example."""
     beta: float
     degree_weight: float | None = None
-    """gamma of base `spo`, where the cross-entropy of its degree head is added."""
+    """gamma of base `spo`, which adds the cross-entropy of its degree head; None for other bases."""
     degree_removal: str = "keywords"
+    """How the graded variants of base `spo` are made."""
 
 
 ONLINE_FIELDS = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
-
-
+"""Config fields that only form `online` uses."""
 STEERING_FIELDS = ("positive_weight", "negative_weight", "negative_winner")
-
-
+"""Config fields of the steering terms."""
 USED_FIELDS = {"pairwise": (), "generator": STEERING_FIELDS, "online": ONLINE_FIELDS + STEERING_FIELDS}
-"""Config fields that a form uses, of those that belong to forms."""
+"""Of the fields that depend on the form, those that each form uses."""
 
 
-@lru_cache  # so that what is not used is named once, and not each round
+@lru_cache  # so that unused fields are logged once, not every round
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that the config describes; settings that its form does not use are named in the log.
+    """Builds the objective that the config describes; logs settings that its form does not use.
 
     Raises:
-      InputError: for an unknown base, a setting that the base does not use, or form "generator" with both of its
-        weights 0.
+      InputError: for an unknown base, a setting that the base does not use, or form "generator" with both weights 0.
     """
     base, plain, settings, more = _choose_losses(config)
     scale, form = SteeringScale(config.positive_weight, config.negative_weight), config.form
     sft_weight = config.sft_weight if config.sft_weight is not None else 0.1 if form == "generator" else 0.0
     if form == "generator" and not any(scale):
         raise InputError(
-            "objective.positive_weight, objective.negative_weight: both are 0, which leaves form 'generator' nothing; "
+            "objective.positive_weight, objective.negative_weight: both are 0, so form 'generator' has no loss; "
             "raise one"
         )
     _name_unused(config, plain)
@@ -96,9 +95,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 def _choose_losses(
     config: ObjectiveConfig,
 ) -> tuple[BaseLoss, MultiResponseLoss | None, dict[str, float], tuple[Cell, ...]]:
-    """The pairwise loss, the loss of the plain prompt where it is another, the settings in force, and the cells that it
-    needs beside.
-    """
+    """Returns the pairwise loss, the plain prompt's loss if different, the settings, and the extra cells."""
     given = {name: getattr(config, name) for name in LOSS_SETTINGS}
     check_name(config.base, [*BASE_LOSSES, *MULTI_RESPONSE_LOSSES])
     if config.degree_removal != "keywords" and config.base != "spo":
@@ -113,9 +110,7 @@ def _choose_losses(
 
 
 def with_original(objective: Objective) -> Objective:
-    """The objective with the log-prob of y_o under x beside those of the plain pair: it is logged, and no part of the
-    loss.
-    """
+    """Adds the log-prob of y_o under x to the objective's cells, for the log; it does not change the loss."""
     rejected, original = Cell("plain", "rejected"), Cell("plain", "original")
     if rejected not in objective.cells or original in objective.cells:
         return objective
@@ -124,12 +119,13 @@ def with_original(objective: Objective) -> Objective:
 
 
 def round_objective(config: Config) -> Objective:
-    """The objective of section `objective`, with y_o's log-prob if `train.log_original` asks for it."""
+    """Returns the objective of section `objective`, with y_o's log-prob if `train.log_original` is set."""
     objective = build_objective(config.objective)
     return with_original(objective) if config.train.log_original else objective
 
 
 def _name_unused(config: ObjectiveConfig, plain: MultiResponseLoss | None) -> None:
+    """Logs the fields that the form does not use."""
     default, used = ObjectiveConfig(), USED_FIELDS[config.form]
     unused = [
         name for name in USED_FIELDS["online"] if name not in used and getattr(config, name) != getattr(default, name)
@@ -137,6 +133,4 @@ def _name_unused(config: ObjectiveConfig, plain: MultiResponseLoss | None) -> No
     if unused:
         log.warning("form %r does not use %s", config.form, ", ".join(f"objective.{name}" for name in unused))
     if plain is not None and config.form == "generator":
-        log.warning(
-            "form 'generator' has no plain pair, on which base %r acts; its steering terms are dpo", config.base
-        )
+        log.warning("form 'generator' has no plain pair for base %r to act on; its steering terms are dpo", config.base)

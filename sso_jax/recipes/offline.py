@@ -1,5 +1,6 @@
-"""Recipe `offline`: a round trains the policy on given pairs, steered or plain; its reference is the policy at its
-start.
+"""Recipe `offline`: each round trains the policy on given pairs; the reference is the policy at the round's start.
+
+Pairs are steered or plain.
 """
 
 from collections import Counter
@@ -26,13 +27,13 @@ def read(config: Config) -> list[Triple]:
     """Reads the pairs and checks that they have what the objective needs.
 
     Raises:
-      InputError: names the ids of the pairs that lack something.
+      InputError: if pairs lack something; names their ids.
     """
     unused = {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path}
     refuse_fields("offline", unused)
     path, objective = config.pairs.path, build_objective(config.objective)
     if path is None:
-        raise InputError("pairs.path: not given; recipe 'offline' trains on a file or data set of pairs")
+        raise InputError("pairs.path: not given; recipe 'offline' needs a file or data set of pairs")
     refuse_judge_order(config)
     pairs = load_pairs(path, config.pairs.split)
     needed_by = f"objective.form {config.objective.form!r} with base {config.objective.base!r}"
@@ -43,22 +44,25 @@ def read(config: Config) -> list[Triple]:
     if rules.min_score_gap is not None and rules.reward_path is None and all(pair.scores is None for pair in pairs):
         raise InputError(
             f"filter.min_score_gap: no pair of {path} has scores; give pairs with chosen_score and rejected_score, or "
-            "null"
+            "remove the field"
         )
     contrasts, dropped = drop_empty_contrasts(pairs, objective.cells)
     if not contrasts:
         reasons = dict(Counter(dropped.values()))
-        raise InputError(f"pairs.path: none of the {len(pairs)} pairs of {path} has a contrast ({reasons})")
+        raise InputError(
+            f"pairs.path: none of the {len(pairs)} pairs of {path} has a contrast ({reasons}); give pairs with two "
+            "different responses"
+        )
     return pairs
 
 
 def prepare(config: Config, engine: Engine, pairs: list[Triple]) -> tuple[list[Triple], Counter]:
-    """The pairs as token ids; those without a contrast are dropped when a round chooses its pairs."""
+    """Tokenizes the pairs; those without a contrast are dropped later, when a round selects its pairs."""
     return given_triples(engine.chat.tokenizer, pairs), Counter()
 
 
 def run_round(this: Round[list[Triple]], policy: Params) -> tuple[Params, RoundSummary]:
-    """pairs -> update -> policy; each round passes over the same pairs, scored again by the policy at its start."""
+    """pairs -> update -> policy; each round trains on the same pairs, rescored with the policy at its start."""
     config, given = this.run.config, this.run.dataset
     objective = build_objective(config.objective)
     contrasts, dropped = drop_empty_contrasts(given, objective.cells)

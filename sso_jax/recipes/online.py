@@ -1,6 +1,4 @@
-"""Recipe `online`, version 1 of the paper: a round samples triples for its queries and trains the policy on their
-contrast.
-"""
+"""Recipe `online`, version 1 of the paper: each round samples triples and trains the policy on their contrast."""
 
 from sso_jax.config import Config
 from sso_jax.recipes.checks import refuse_given_pairs, refuse_missing_scores
@@ -23,7 +21,7 @@ from sso_jax.recipes.summary import summarize
 
 
 def read(config: Config) -> QueryRounds:
-    """Reads the queries, after refusing the fields that sampling does not use."""
+    """Reads the queries; refuses fields that this recipe does not use."""
     refuse_missing_scores(config, build_objective(config.objective))
     refuse_given_pairs(config)
     return read_queries(config)

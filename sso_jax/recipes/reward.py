@@ -1,6 +1,4 @@
-"""Recipe `reward`: a Bradley-Terry reward model on the policy's decoder, from given pairs or from pairs that the policy
-samples.
-"""
+"""Recipe `reward`: trains a Bradley-Terry reward model on the policy's decoder, from given or sampled pairs."""
 
 import dataclasses
 import hashlib
@@ -48,6 +46,7 @@ from sso_jax.runtime.stage_markers import file_stage, record_stage
 from sso_jax.training.rewards import TokenizedPair, build_reward_fn, reward_losses
 
 PLAIN_PAIR = [Cell("plain", "chosen"), Cell("plain", "rejected")]
+"""Cells of the plain pair."""
 HELD_OUT_FILE = "held_out.jsonl"
 Pair = TypeVar("Pair")
 TokenizedPairs = dict[str, TokenizedPair]
@@ -56,9 +55,7 @@ TokenizedPairs = dict[str, TokenizedPair]
 
 @dataclass(frozen=True)
 class RewardData:
-    """What a reward model is trained on: pairs of a file, or queries to sample pairs for, and annotated pairs to mix
-    in.
-    """
+    """The training data: pairs of a file, or queries to sample pairs for, and annotated pairs to mix in."""
 
     pairs: list[Triple] | None
     queries: QueryRounds | None
@@ -81,7 +78,7 @@ def read(config: Config) -> RewardData:
     """Reads the pairs or queries, and the annotated pairs.
 
     Raises:
-      InputError: for fields that do not go together, and for files that cannot be read.
+      InputError: for conflicting fields, or unreadable files.
     """
     unused = {"demonstrations.path": config.demonstrations.path, "model.reference_path": config.model.reference_path}
     refuse_fields("reward", unused)
@@ -90,7 +87,7 @@ def read(config: Config) -> RewardData:
             f"lora.rank: {config.lora.rank} is not used by recipe 'reward', which trains the whole decoder; remove it"
         )
     if config.run.iterations != 1:
-        raise InputError(f"run.iterations: {config.run.iterations} rounds; recipe 'reward' has one, set it to 1")
+        raise InputError(f"run.iterations: {config.run.iterations} rounds; recipe 'reward' has only one, set it to 1")
     warn_unused_objective(config.objective)
     given, annotated = config.pairs.path, config.reward.annotated_path
     mixed = [] if annotated is None else load_pairs(annotated, config.reward.annotated_split, "reward.annotated_path")
@@ -104,7 +101,7 @@ def read(config: Config) -> RewardData:
 
 
 def prepare(config: Config, engine: Engine, source: RewardData) -> tuple[RewardData, Counter]:
-    """Token ids of the pairs, or the queries of the round; annotated pairs without a contrast are dropped."""
+    """Tokenizes the pairs, or selects the queries of the round; drops annotated pairs without a contrast."""
     tokenizer = engine.chat.tokenizer
     annotated, dropped = drop_empty_contrasts(given_triples(tokenizer, source.annotated), PLAIN_PAIR)
     reasons = Counter(f"annotated_{reason}" for reason in dropped.values())
@@ -115,7 +112,7 @@ def prepare(config: Config, engine: Engine, source: RewardData) -> tuple[RewardD
 
 
 def run_round(this: Round[RewardData], policy: Params) -> tuple[Params, RoundSummary]:
-    """(queries -> principles -> responses ->) pairs -> update on all but the held-out ones -> reward model."""
+    """(queries -> principles -> responses ->) pairs -> update on all except held-out pairs -> reward model."""
     run, data = this.run, this.run.dataset
     own = _sampled_pairs(this, policy) if data.pairs is None else _given_pairs(this)
     require_pairs(own.result, len(data.pairs or data.queries.rounds[0]), this.folder / "pairs.jsonl")
@@ -133,9 +130,7 @@ def run_round(this: Round[RewardData], policy: Params) -> tuple[Params, RoundSum
 
 
 def _given_pairs(this: Round[RewardData]) -> _OwnPairs:
-    """Stage `pairs` of given ones: those with a contrast, within the token limit, filtered by scores or a reward
-    model.
-    """
+    """Stage `pairs` for given pairs: keeps those with a contrast within the token limit, and applies the filters."""
     given, engine = this.run.dataset.pairs, this.run.engine
     contrasts, dropped = drop_empty_contrasts(given, PLAIN_PAIR)
     ordered = in_control_order(this, contrasts)
@@ -165,7 +160,11 @@ def _sampled_pairs(this: Round[RewardData], policy: Params) -> _OwnPairs:
 
 
 def split_pairs(pairs: list[Triple], held_out: float) -> tuple[list[Triple], list[Triple]]:
-    """(pairs to train on, held-out pairs): by the hash of the query, so that no query is on both sides."""
+    """Splits pairs into (training pairs, held-out pairs) by the hash of the query, so that no query is on both sides.
+
+    Raises:
+      InputError: if no pair is left for training.
+    """
 
     def is_held_out(pair: Triple) -> bool:
         text = f"{pair.query}\0{pair.history}".encode()
@@ -175,29 +174,28 @@ def split_pairs(pairs: list[Triple], held_out: float) -> tuple[list[Triple], lis
     train = [pair for pair, out in zip(pairs, sides, strict=True) if not out]
     if not train:
         raise InputError(
-            f"reward.held_out: {held_out} of {len(pairs)} pairs leaves none to train on; lower it, or give more pairs"
+            f"reward.held_out: {held_out} of {len(pairs)} pairs leaves none for training; lower it, or give more pairs"
         )
     return train, [pair for pair, out in zip(pairs, sides, strict=True) if out]
 
 
 def mix(own: list[Pair], annotated: list[Pair], config: RewardConfig, seed: str) -> list[Pair]:
-    """Own and annotated pairs, so many of each that the annotated ones have their share; the seed draws which are left
-    out.
+    """Mixes own and annotated pairs, so that the annotated ones have their share; drops the rest at random by the seed.
 
     Raises:
-      InputError: if the share leaves nothing of one side.
+      InputError: if the share leaves no pairs of one kind.
     """
     if not annotated or config.annotated_share is None:
         return own + annotated
     share = config.annotated_share
-    wanted = int(len(own) * share / (1 - share) + 0.5)  # beside all of our own
+    wanted = int(len(own) * share / (1 - share) + 0.5)  # to go with all of our own
     enough = len(annotated) >= wanted
     num_annotated = wanted if enough else len(annotated)
     num_own = len(own) if enough else min(len(own), int(len(annotated) * (1 - share) / share + 0.5))
     if not num_annotated or not num_own:
         counts = f"{len(own)} own and {len(annotated)} annotated pairs"
         raise InputError(
-            f"reward.annotated_share: {share} of {counts} leaves nothing of one side; give more pairs, or null"
+            f"reward.annotated_share: {share} of {counts} leaves no pairs of one kind; give more pairs, or null"
         )
     draw = random.Random(f"{seed}/mix")
     return draw.sample(own, num_own) + draw.sample(annotated, num_annotated)
@@ -211,7 +209,7 @@ def _scorer(this: Round, engine: Engine, reward: Params) -> RewardScorer:
 def _train(
     this: Round, engine: Engine, reward: Params, pairs: list[TokenizedPair], held_out: list[TokenizedPair]
 ) -> tuple[Params, TrainingResult]:
-    """The trained reward model; with each checkpoint the accuracy on held-out pairs joins the metrics."""
+    """Trains the reward model; the metrics of every checkpointed update include the accuracy on held-out pairs."""
     rules = this.run.config.reward
     losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.center_coefficient)
     scorer = _scorer(this, engine, {})
@@ -226,7 +224,7 @@ def _train(
 
 
 def _export(this: Round, engine: Engine, reward: Params) -> float:
-    """Writes the reward model as a Hugging Face folder; returns the seconds it took."""
+    """Writes the reward model as a Hugging Face folder; returns the seconds this took."""
 
     def write() -> dict:
         dtype, tokenizer = this.run.config.model.export_dtype, this.run.engine.chat.tokenizer
@@ -239,9 +237,7 @@ def _export(this: Round, engine: Engine, reward: Params) -> float:
 def _measure_held_out(
     this: Round, engine: Engine, reward: Params, held_out: list[Triple], tokens: list[TokenizedPair]
 ) -> dict:
-    """Stage `held_out`: accuracy by the pairs' own order and, with a judge, by the judge's; rewards in
-    `held_out.jsonl`.
-    """
+    """Stage `held_out`: accuracy on held-out pairs, by their order and by the judge's; rewards in `held_out.jsonl`."""
 
     def measure() -> dict:
         if not held_out:

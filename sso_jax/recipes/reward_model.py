@@ -1,4 +1,4 @@
-"""Reward models: read from a folder, started from a policy, and used to score pairs."""
+"""Reward models: reads them from a folder, builds them from a policy, and scores pairs."""
 
 import dataclasses
 import logging
@@ -41,7 +41,7 @@ class RewardScorer:
     mesh: jax.sharding.Mesh
 
     def rewards(self, pairs: list[TokenizedPair], stage: str) -> list[tuple[float, float]]:
-        """Rewards of the chosen and the rejected response of every pair, read at their ends of turn."""
+        """Returns the rewards of the chosen and the rejected response of every pair, read at their ends of turn."""
         limit = self.model.architecture.max_positions
         too_long = sum(pair.longest() > limit for pair in pairs)
         if too_long:
@@ -52,12 +52,14 @@ class RewardScorer:
 
 
 def tokenize_pair(chat: Chat, triple: Triple, prompt: list[int] | None = None) -> TokenizedPair:
-    """Token ids of a pair under its plain prompt, each response with an end of turn at its end.
+    """Returns a pair and its plain prompt as token ids; each response ends with an end of turn.
 
-    Sampled ids are used as they are if they are this tokenizer's; otherwise the texts are encoded.
+    Uses the sampled ids if they are from this tokenizer; otherwise encodes the texts.
 
     Args:
-      prompt: ids of the plain prompt, if they are known.
+      chat: chat template and tokenizer.
+      triple: the pair.
+      prompt: ids of the plain prompt, if already known.
     """
     ids, end = triple.response_ids or {}, chat.tokenizer.eos_token_id
     own = triple.tokens_hash == tokens_hash(chat.tokenizer)
@@ -71,11 +73,14 @@ def tokenize_pair(chat: Chat, triple: Triple, prompt: list[int] | None = None) -
 
 
 def find_reward_model(path: str, field: str = "model.path") -> Path:
-    """Folder of a reward model: `path` itself, the newest one of a run directory, or the hub's; errors name the
-    config's `field`.
+    """Returns the folder of a reward model: `path` itself, the newest one of a run directory, or a copy from the hub.
+
+    Args:
+      path: folder, run directory or hub id.
+      field: config field of the path, which errors name.
 
     Raises:
-      InputError: if there is none, or what is there is no reward model with one label.
+      InputError: if there is no such folder, or it has no reward model with one label.
     """
     folder = fetch(newest_folder(path, REWARD_FOLDER), field)
     check_reward_folder(folder)
@@ -83,10 +88,10 @@ def find_reward_model(path: str, field: str = "model.path") -> Path:
 
 
 def open_reward_scorer(path: str, config: ModelConfig, mesh: jax.sharding.Mesh) -> RewardScorer:
-    """The reward model of a folder on a mesh, with the types of `config`.
+    """Loads the reward model of a folder onto a mesh, with the types of `config`.
 
     Raises:
-      InputError: for a folder that is no reward model, is incomplete or does not fit together.
+      InputError: if the folder is not a reward model, is incomplete, or its files are inconsistent.
     """
     folder = find_reward_model(path)
     decoder, _ = build_decoder(read_architecture(folder), config, LoraConfig(), mesh)
@@ -99,27 +104,25 @@ def open_reward_scorer(path: str, config: ModelConfig, mesh: jax.sharding.Mesh) 
 
 
 def as_reward_model(decoder: Transformer) -> RewardModel:
-    """Reward model on a decoder, with the same types and options."""
+    """Returns a reward model on a decoder, with the same types and options."""
     taken = ("architecture", "parent", "name")
-    options = {
-        field.name: getattr(decoder, field.name) for field in dataclasses.fields(decoder) if field.name not in taken
-    }
-    return reward_model(decoder.architecture, **options)
+    names = [field.name for field in dataclasses.fields(decoder) if field.name not in taken]
+    return reward_model(decoder.architecture, **{name: getattr(decoder, name) for name in names})
 
 
 def reward_engine(engine: Engine) -> Engine:
-    """The engine with a reward model on its decoder; what samples and scores is the policy's still."""
+    """Returns the engine with a reward model on its decoder; its sampler and scoring remain the policy's."""
     model = as_reward_model(engine.model)
     return dataclasses.replace(engine, model=model, shardings=param_shardings(abstract_params(model), engine.mesh))
 
 
 def reward_params(params: dict, engine: Engine) -> dict:
-    """A policy's parameters, taken over, without its head and with a row of zeros for the rewards."""
+    """Converts a policy's parameters, without a copy: removes its head and adds a row of zeros for the rewards."""
     score = engine.abstract_params()["score"]
     zeros = jax.device_put(jnp.zeros(score.shape, score.dtype), engine.shardings["score"])
     return {**{name: value for name, value in params.items() if name != "head"}, "score": zeros}
 
 
 def accuracy_of(rewards: list[tuple[float, float]]) -> float:
-    """Share of pairs whose chosen response has the higher reward, ties as half."""
+    """Returns the share of pairs whose chosen response has the higher reward, ties as half."""
     return sum((a > b) + 0.5 * (a == b) for a, b in rewards) / len(rewards)

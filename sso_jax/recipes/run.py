@@ -1,6 +1,4 @@
-"""What the rounds of a run share: the run itself, one round of it, the interface of a recipe, and the summary of a
-round.
-"""
+"""Types that all recipes share: a run, one round of it, the summary of a round, and the interface of a recipe."""
 
 import dataclasses
 from collections import Counter
@@ -17,7 +15,8 @@ from sso_jax.runtime import stage_markers
 from sso_jax.training.metrics import MetricsLog
 from sso_jax.training.row_shapes import RowShape
 
-Dataset, Source = TypeVar("Dataset"), TypeVar("Source")
+Dataset = TypeVar("Dataset")
+Source = TypeVar("Source")
 Params = dict[str, Any]
 """Parameters of a decoder, nested by module."""
 
@@ -31,17 +30,17 @@ class Run(Generic[Dataset]):
     engine: Engine
     environment: Environment
     dataset: Dataset
-    """What the recipe trains on, as its `prepare` returned it."""
+    """The recipe's training data, as returned by its `prepare`."""
     dropped: Counter
-    """Data left out before the first round, by reason."""
+    """Number of data dropped before the first round, by reason."""
     metrics: MetricsLog
     endpoint: Endpoint | None = None
-    """Server that writes principles or judges pairs, if the config asks for one."""
+    """Server that writes principles or judges pairs, if the config has one."""
     programs: dict[str, Callable] = field(default_factory=dict)
     """Compiled updates by stage, shared by all rounds."""
 
     def folder(self, iteration: int) -> Path:
-        """Folder of a round."""
+        """Returns the folder of a round."""
         return self.directory / f"iteration_{iteration}"
 
 
@@ -52,30 +51,30 @@ class Round(Generic[Dataset]):
     run: Run[Dataset]
     iteration: int
     part: str = ""
-    """Subfolder of the round that a part of it writes to: `generator`, or empty for the round itself."""
+    """Subfolder for a part of the round: `generator`, or empty for the round itself."""
 
     @property
     def folder(self) -> Path:
-        """Where the stages of this round, or of this part of it, write."""
+        """Folder of the stages of this round, or of this part of it."""
         folder = self.run.folder(self.iteration)
         return folder / self.part if self.part else folder
 
     @property
     def seed(self) -> str:
-        """Seed of everything that is drawn anew each round."""
+        """Seed of everything that is drawn again in each round."""
         return f"{self.run.config.run.seed}/{self.iteration}"
 
     @property
     def is_last(self) -> bool:
-        """Whether no round follows."""
+        """Whether this is the last round."""
         return self.iteration == self.run.config.run.iterations
 
     def title(self, stage: str) -> str:
-        """Name of a stage in progress bars and messages."""
+        """Returns the name of a stage for progress bars and messages."""
         return f"iteration {self.iteration}: {stage}"
 
     def previous_row_shape(self, stage: str) -> RowShape | None:
-        """Row shape of this stage in the previous round; None if there is none."""
+        """Returns the row shape of this stage in the previous round; None if there is none."""
         before = dataclasses.replace(self, iteration=self.iteration - 1)
         stats = stage_markers.finished(before.folder, stage) or {}
         return RowShape(*stats["row_shape"]) if stats.get("row_shape") else None
@@ -83,7 +82,7 @@ class Round(Generic[Dataset]):
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """A row of summary.json. What a recipe does not have is None."""
+    """A row of summary.json; None for what a recipe does not have."""
 
     num_queries: int | None = None
     num_pairs: int | None = None
@@ -112,11 +111,11 @@ class RoundSummary:
 
 @dataclass(frozen=True)
 class Recipe(Generic[Source, Dataset]):
-    """One way to do a run."""
+    """The functions of a recipe."""
 
     read: Callable[[Config], Source]
     """Checks the fields that this recipe needs or does not use, and reads its data, before anything is written."""
     prepare: Callable[[Config, Engine, Source], tuple[Dataset, Counter]]
-    """The part of the data that the engine can use, and what is dropped by reason."""
+    """Returns the part of the data that the engine can use, and the number of data dropped by reason."""
     run_round: Callable[[Round[Dataset], Params], tuple[Params, RoundSummary]]
     """(round, policy at its start) -> policy at its end, and the round's row of summary.json."""

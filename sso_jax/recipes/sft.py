@@ -1,4 +1,4 @@
-"""Recipe `sft`: a round trains the policy on prompts with a response each, by their mean negative log-prob a token."""
+"""Recipe `sft`: each round trains the policy on prompts with one response, by the mean negative log-prob per token."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ from sso_jax.training.trees import Branch, Tree
 
 
 def read(config: Config) -> list[Demonstration]:
-    """Reads the demonstrations, after refusing the fields of pairs and queries."""
+    """Reads the demonstrations; refuses fields of pairs and queries."""
     unused = {
         "queries.path": config.queries.path,
         "pairs.path": config.pairs.path,
@@ -31,27 +31,31 @@ def read(config: Config) -> list[Demonstration]:
     warn_unused_objective(config.objective)
     if config.demonstrations.path is None:
         raise InputError(
-            "demonstrations.path: not given; recipe 'sft' trains on a file or data set of prompts with responses"
+            "demonstrations.path: not given; recipe 'sft' needs a file or data set of prompts with responses"
         )
     return load_demonstrations(config.demonstrations.path, config.demonstrations.split)
 
 
 def prepare(config: Config, engine: Engine, records: list[Demonstration]) -> tuple[list[Tree], Counter]:
-    """Token trees of the demonstrations; those above the token limit are dropped, and refused if they are all."""
+    """Returns the demonstrations as token trees; drops those above the token limit.
+
+    Raises:
+      InputError: if all are above the limit.
+    """
     rows = [demonstration_ids(engine.chat, record) for record in records]
     limit = engine.max_tokens
     trees = [Tree(p, [Branch(response, 0)]) for p, response in rows if len(p) + len(response) <= limit]
     if not trees:
         raise InputError(
             f"demonstrations.path: none of the {len(rows)} demonstrations of {config.demonstrations.path} fits {limit} "
-            "tokens"
+            "tokens; give shorter ones, or raise train.max_tokens"
         )
     too_long = len(rows) - len(trees)
     return trees, Counter({"demonstration_too_long": too_long} if too_long else {})
 
 
 def run_round(this: Round[list[Tree]], policy: Params) -> tuple[Params, RoundSummary]:
-    """demonstrations -> update -> policy; each round passes over the same ones."""
+    """demonstrations -> update -> policy; each round trains on the same demonstrations."""
     trees = this.run.dataset
     losses = supervised_losses(this.run.engine.model)
     policy, training = train(this, losses, plan_demonstrations(this, trees), policy)

@@ -1,4 +1,4 @@
-"""The summary of a round from the results of its stages."""
+"""Builds the summary of a round from the results of its stages."""
 
 from collections import Counter
 from typing import Any
@@ -20,7 +20,7 @@ def summarize(
     steered: PrinciplesResult | None = None,
     sampled: ResponsesResult | None = None,
 ) -> RoundSummary:
-    """Summary of a round that trained on pairs; `steered` and `sampled` are None where pairs were given."""
+    """Returns the summary of a round that trained on pairs; `steered` and `sampled` are None if pairs were given."""
     counts = steered.counts if steered else None
     stages = {"principles": steered, "responses": sampled, "pairs": chosen, "training": training}
     seconds = {name: result.seconds for name, result in stages.items() if result is not None}

@@ -37,9 +37,10 @@ def files_below(folder: str | Path) -> list[str]:
     Avoids `walk`, which drops the store from the names of an object store's folders (etils 1.15). Skips the empty
     object that some stores keep as a placeholder for a folder.
     """
-    folder, found = epath.Path(folder), []
-    for path in folder.iterdir():
-        if path != folder:
+    root = epath.Path(folder)
+    found: list[str] = []
+    for path in root.iterdir():
+        if path != root:
             found += [f"{path.name}/{below}" for below in files_below(path)] if path.is_dir() else [path.name]
     return sorted(found)
 
@@ -49,18 +50,18 @@ def write_text(text: str, path: str | Path) -> None:
 
     An object store writes whole objects anyway. Does nothing where writing is disabled (`leave_writing_to_another`).
     """
-    path = epath.Path(path)
+    target = epath.Path(path)
     if not _WRITER.here:
         return
-    if is_remote(path):
-        path.write_text(text)
+    if is_remote(target):
+        target.write_text(text)
         return
-    temporary = path.with_name(path.name + ".partial")
+    temporary = target.with_name(target.name + ".partial")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(temporary, target)
 
 
 def append_line(text: str, path: str | Path) -> None:
@@ -68,11 +69,11 @@ def append_line(text: str, path: str | Path) -> None:
 
     Does nothing where writing is disabled (`leave_writing_to_another`).
     """
-    path = epath.Path(path)
-    if is_remote(path):
-        write_text((path.read_text() if path.exists() else "") + text + "\n", path)
+    target = epath.Path(path)
+    if is_remote(target):
+        write_text((target.read_text() if target.exists() else "") + text + "\n", target)
     elif _WRITER.here:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(target, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
 

@@ -6,7 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,9 @@ from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.files import leave_writing_to_another
 from sso_jax.runtime.signals import stop_requested
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Value = TypeVar("Value")
 _SAFE_POINTS = itertools.count()
 _PASSED_ON: list[bool] = []
 """Not empty once this process has passed a stop request on to the others."""
@@ -45,7 +47,8 @@ def join_hosts(
     """
     if not initialize and coordinator is None:
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only used on CPU devices, as in tests
+    # only used on CPU devices, as in tests
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]  # untyped
     try:
         jax.distributed.initialize(
             coordinator,
@@ -83,7 +86,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast_from_first(value):
+def broadcast_from_first(value: Value) -> Value:
     """Returns the first process's `value`, which must be JSON-serializable, in every process.
 
     All processes must call it, in the same order.
@@ -92,10 +95,11 @@ def broadcast_from_first(value):
         return value
     own = _to_bytes(value) if is_first() else np.zeros((0,), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(own.size)))
-    return _from_bytes(multihost_utils.broadcast_one_to_all(_padded(own, size)), size)
+    received: Value = _from_bytes(multihost_utils.broadcast_one_to_all(_padded(own, size)), size)
+    return received
 
 
-def _to_bytes(value) -> np.ndarray:
+def _to_bytes(value: object) -> np.ndarray:
     """Encodes a value as JSON in a byte array, which collectives can exchange."""
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
@@ -106,11 +110,11 @@ def _padded(content: np.ndarray, size: int) -> np.ndarray:
     return padded
 
 
-def _from_bytes(content, size: int):
+def _from_bytes(content: Any, size: int) -> Any:
     return json.loads(np.asarray(content)[:size].astype(np.uint8).tobytes())
 
 
-def on_first_process(make: Callable[[], object]):
+def on_first_process(make: Callable[[], Value]) -> Value:
     """Calls `make` on the first process only and returns its JSON-serializable result in every process.
 
     Raises:
@@ -118,10 +122,11 @@ def on_first_process(make: Callable[[], object]):
     """
     if jax.process_count() == 1:
         return make()
-    return _result(broadcast_from_first(_attempt(make) if is_first() else None))
+    made: Value = _result(broadcast_from_first(_attempt(make) if is_first() else {}))
+    return made
 
 
-def _attempt(make: Callable[[], object]) -> dict:
+def _attempt(make: Callable[[], object]) -> dict[str, Any]:
     """Returns the result or the `InputError` of `make` as a dictionary that can be sent to other processes."""
     try:
         return {"value": make()}
@@ -129,7 +134,7 @@ def _attempt(make: Callable[[], object]) -> dict:
         return {"error": str(error)}
 
 
-def _result(outcome: dict):
+def _result(outcome: dict[str, Any]) -> Any:
     """Returns the value of an `_attempt`, or raises its error."""
     if "error" in outcome:
         raise InputError(outcome["error"])
@@ -152,7 +157,7 @@ def map_across_processes(function: Callable[[Item], Made], items: list[Item]) ->
     return [made[i % num_processes][i // num_processes] for i in range(len(items))]
 
 
-def _gather(value) -> list:
+def _gather(value: object) -> list[Any]:
     """Returns the JSON-serializable `value` of every process, in process order."""
     own = _to_bytes(value)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(own.size))).reshape(-1)
@@ -160,7 +165,7 @@ def _gather(value) -> list:
     return [_from_bytes(content, size) for content, size in zip(gathered, sizes, strict=True)]
 
 
-def require_same(value, what: str) -> None:
+def require_same(value: object, what: str) -> None:
     """Raises `InputError` in every process if `value` (compared by its `repr`) is not the same in all of them.
 
     Checks what each process reads for itself: if it differed, the processes would wait for each other forever, or train
@@ -193,7 +198,7 @@ def stop_now() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_SAFE_POINTS))
 
 
-def own_share(items: list) -> list:
+def own_share(items: list[Item]) -> list[Item]:
     """Returns this process's share of a list that is the same on all processes."""
     return items[jax.process_index() :: jax.process_count()]
 

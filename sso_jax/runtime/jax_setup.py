@@ -17,7 +17,7 @@ def set_matmul_precision(precision: str | None, compute_dtype: str) -> None:
       compute_dtype: type of the decoder's arithmetic.
     """
     exact = "highest" if compute_dtype == "float32" else None
-    jax.config.update("jax_default_matmul_precision", precision or exact)
+    jax.config.update("jax_default_matmul_precision", precision or exact)  # type: ignore[no-untyped-call]  # untyped
 
 
 def prepare_jax(compilation_cache: str = "") -> None:
@@ -29,7 +29,8 @@ def prepare_jax(compilation_cache: str = "") -> None:
     Args:
       compilation_cache: folder that keeps compiled programs between runs; empty for none.
     """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # type: ignore[no-untyped-call]  # untyped
     if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        folder = str(Path(compilation_cache).expanduser())
+        jax.config.update("jax_compilation_cache_dir", folder)  # type: ignore[no-untyped-call]  # untyped
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # type: ignore[no-untyped-call]  # untyped

@@ -4,34 +4,42 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def to_json(record) -> dict:
+Record = TypeVar("Record", bound="DataclassInstance")
+
+
+def to_json(record: "DataclassInstance") -> dict[str, Any]:
     """Converts a record to a JSON object; the keys of `extra` are placed beside the record's own fields."""
     fields = dataclasses.asdict(record)
     extra = fields.pop("extra", {})
     return {**fields, **extra}
 
 
-def from_json(kind: type, fields: dict):
+def from_json(kind: type[Record], fields: dict[str, Any]) -> Record:
     """Restores a record of class `kind` from the result of `to_json`."""
     known = {f.name: f for f in dataclasses.fields(kind) if f.name != "extra"}
-    own = {name: tuple(value) if _is_tuple(known[name]) else value for name, value in fields.items() if name in known}
-    if not any(f.name == "extra" for f in dataclasses.fields(kind)):
-        return kind(**own)
-    return kind(**own, extra={name: value for name, value in fields.items() if name not in known})
+    own: dict[str, Any] = {
+        name: tuple(value) if _is_tuple(known[name]) else value for name, value in fields.items() if name in known
+    }
+    if any(f.name == "extra" for f in dataclasses.fields(kind)):
+        own["extra"] = {name: value for name, value in fields.items() if name not in known}
+    return kind(**own)
 
 
-def _is_tuple(declared: dataclasses.Field) -> bool:
+def _is_tuple(declared: dataclasses.Field[Any]) -> bool:
     return getattr(declared.type, "__origin__", None) is tuple
 
 
-def read_json_lines(path: str | Path) -> list[dict]:
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Returns the objects of a JSON Lines file, skipping empty lines.
 
     Raises:
@@ -40,7 +48,7 @@ def read_json_lines(path: str | Path) -> list[dict]:
     return [row for _, row in read_numbered_lines(path)]
 
 
-def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
+def read_numbered_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """Returns the (line number, object) pairs of a JSON Lines file, skipping empty lines.
 
     Raises:
@@ -58,7 +66,7 @@ def read_numbered_lines(path: str | Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def _parse_object(text: str, place: str) -> dict:
+def _parse_object(text: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     # also raised for numbers with thousands of digits, and for nesting that is too deep
@@ -70,12 +78,12 @@ def _parse_object(text: str, place: str) -> dict:
     return row
 
 
-def read_records(kind: type, path: str | Path) -> list:
+def read_records(kind: type[Record], path: str | Path) -> list[Record]:
     """Reads the records of class `kind` in a file that `write_records` wrote."""
     return [from_json(kind, row) for row in read_json_lines(path)]
 
 
-def write_records(records: Iterable, path: str | Path) -> None:
+def write_records(records: Iterable[Any], path: str | Path) -> None:
     """Writes records or dictionaries atomically as JSON Lines."""
     rows = (record if isinstance(record, dict) else to_json(record) for record in records)
     write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
     return {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform in ("gpu", "cuda") else {}
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> jax.sharding.Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Builds a device mesh of the given sizes; one of them may be -1, which takes the remaining devices.
 
     Raises:
@@ -63,14 +64,17 @@ def check_divides(mesh: jax.sharding.Mesh, logical: str, name: str, size: int) -
 
 def spec(*logical: str | None) -> PartitionSpec:
     """Returns the partition spec of an array whose axes have these logical names."""
-    return PartitionSpec(*(RULES[name] if name else None for name in logical))
+    axes = [RULES[name] if name else None for name in logical]
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]  # untyped
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Constrains the sharding of an intermediate array; returns `x` if no mesh is in context (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*logical))
+    sharding = spec(*logical)
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, sharding)  # type: ignore[no-untyped-call]  # untyped
+    return constrained
 
 
 def gathered(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -95,8 +99,8 @@ _gathered.defvjp(
 
 
 def over_mesh(
-    function: Callable, inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]
-) -> Callable:
+    function: Callable[..., jax.Array], inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]
+) -> Callable[..., jax.Array]:
     """Maps `function` over the shards that each device holds, for kernels that the partitioner cannot split.
 
     Returns `function` itself if no mesh is in context.
@@ -113,10 +117,10 @@ def over_mesh(
     )
 
 
-def param_shardings(boxed_params, mesh: jax.sharding.Mesh):
+def param_shardings(boxed_params: Any, mesh: jax.sharding.Mesh) -> Any:
     """Returns the sharding of each parameter, from the logical axis names in its Linen box."""
 
-    def is_box(leaf):
+    def is_box(leaf: Any) -> bool:
         return isinstance(leaf, nn.LogicallyPartitioned)
 
     return jax.tree.map(lambda box: NamedSharding(mesh, spec(*box.names)), boxed_params, is_leaf=is_box)
@@ -129,10 +133,10 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding that replicates an array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, spec())
 
 
-def place(tree, shardings):
+def place(tree: Any, shardings: Any) -> Any:
     """Places host arrays on a mesh that spans several hosts; each host transfers the shards of its own devices.
 
     All hosts must have the same arrays. On a single-host mesh the arrays are returned unchanged, for the compiled
@@ -143,16 +147,16 @@ def place(tree, shardings):
     if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
         return tree
 
-    def put(leaf, sharding: NamedSharding) -> jax.Array:
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda window: leaf[window])
 
     return jax.tree.map(put, tree, shardings)
 
 
-def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
+def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Returns the number of shards of a batch's first axis."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def batch_shards_in_context() -> int:

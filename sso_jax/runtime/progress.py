@@ -1,6 +1,8 @@
 """Progress of long stages: a tqdm bar on a terminal, a line every ten seconds elsewhere."""
 
 import sys
+from collections.abc import Callable
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -9,7 +11,7 @@ class _LineBar(tqdm):
     """tqdm for logs: prints each update on its own line."""
 
     @staticmethod
-    def status_printer(file):
+    def status_printer(file: TextIO) -> Callable[[str], None]:
         def print_line(text: str) -> None:
             if text.strip():
                 file.write(text.strip() + "\n")

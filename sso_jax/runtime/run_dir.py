@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import filelock
 import yaml
@@ -19,7 +20,9 @@ REMEDY = "give those, or another folder, or choose between the two with run.on_c
 log = logging.getLogger(__name__)
 
 
-def changed_fields(directory: Path, fields: dict, defaults: dict, may_change: Sequence[str]) -> dict[str, tuple]:
+def changed_fields(
+    directory: Path, fields: dict[str, Any], defaults: dict[str, Any], may_change: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
     """Compares a config with that of the run in `directory`: (stored value, present value) by dotted field name.
 
     Args:
@@ -43,19 +46,19 @@ def changed_fields(directory: Path, fields: dict, defaults: dict, may_change: Se
     return _differences(_with_defaults(stored, defaults), fields, may_change)
 
 
-def refuse_changes(directory: Path, changed: dict[str, tuple]) -> None:
+def refuse_changes(directory: Path, changed: dict[str, tuple[Any, Any]]) -> None:
     """Raises an `InputError` that names the changed fields with both values."""
     raise InputError(
         f"run.directory: {directory} was started with other values of {describe_changes(changed)}; {REMEDY}"
     )
 
 
-def describe_changes(changed: dict[str, tuple]) -> str:
+def describe_changes(changed: dict[str, tuple[Any, Any]]) -> str:
     """Formats each changed field as `field (old, now new)`."""
     return ", ".join(f"{field} ({old!r}, now {new!r})" for field, (old, new) in changed.items())
 
 
-def _read_config(path: Path) -> dict:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -65,7 +68,7 @@ def _read_config(path: Path) -> dict:
     return fields
 
 
-def _names(fields: dict, prefix: str = "") -> set[str]:
+def _names(fields: dict[str, Any], prefix: str = "") -> set[str]:
     """Returns the dotted names of all sections and their fields, two levels deep."""
     names = set()
     for name, value in fields.items():
@@ -75,7 +78,7 @@ def _names(fields: dict, prefix: str = "") -> set[str]:
     return names
 
 
-def _with_defaults(fields: dict, defaults: dict) -> dict:
+def _with_defaults(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Fills missing fields in with their defaults."""
     filled = dict(defaults)
     for name, value in fields.items():
@@ -84,8 +87,10 @@ def _with_defaults(fields: dict, defaults: dict) -> dict:
     return filled
 
 
-def _differences(old: dict, new: dict, may_change: Sequence[str], prefix: str = "") -> dict[str, tuple]:
-    changed: dict[str, tuple] = {}
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], may_change: Sequence[str], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    changed: dict[str, tuple[Any, Any]] = {}
     for name in sorted(old.keys() | new.keys()):
         field = prefix + name
         if field in may_change or old.get(name) == new.get(name):
@@ -98,7 +103,7 @@ def _differences(old: dict, new: dict, may_change: Sequence[str], prefix: str = 
 
 
 @contextmanager
-def claim(directory: Path, fields: dict) -> Iterator[None]:
+def claim(directory: Path, fields: dict[str, Any]) -> Iterator[None]:
     """Creates and locks the run directory and writes the resolved config; the lock is released with the process.
 
     An object store has no locks: there only the stored config guards against a second run.
@@ -110,7 +115,7 @@ def claim(directory: Path, fields: dict) -> Iterator[None]:
     Raises:
       InputError: if the directory cannot be written, or another run uses it.
     """
-    lock = nullcontext()
+    lock: filelock.BaseFileLock | nullcontext[None] = nullcontext()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if is_first() and not is_remote(directory):

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 EXIT_STATUS = 75
 """Exit status of a run that stopped on request; the same command resumes it."""
@@ -28,7 +29,7 @@ def stop_requested() -> bool:
 
 def raise_if_stopped() -> None:
     """Raises `Stopped` if a signal has asked for it; call it where no work would be lost."""
-    if stop_requested():
+    if _REQUEST.signal is not None:
         raise Stopped(signal.Signals(_REQUEST.signal).name)
 
 
@@ -36,7 +37,7 @@ def raise_if_stopped() -> None:
 def stop_at_safe_points() -> Iterator[None]:
     """In this context the first SIGTERM or SIGINT only requests a stop; a second one acts at once, as usual."""
 
-    def ask(number: int, frame) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         if not stop_requested():
             _REQUEST.signal = number
             return

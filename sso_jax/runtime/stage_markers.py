@@ -5,11 +5,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sso_jax.runtime.checksums import checksum, checksums, damage
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.hosts import broadcast_from_first, is_first, on_first_process
-from sso_jax.runtime.json_lines import read_records, write_records
+from sso_jax.runtime.json_lines import Record, read_records, write_records
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +19,11 @@ def _marker(folder: Path, name: str) -> Path:
     return folder / "done" / f"{name}.json"
 
 
-def _read_marker(folder: Path, name: str) -> dict | None:
+def _read_marker(folder: Path, name: str) -> dict[str, Any] | None:
     """Reads a stage's marker, which includes the checksums of its files; the result is the same on all processes."""
     marker = _marker(folder, name)
 
-    def read() -> dict | None:
+    def read() -> dict[str, Any] | None:
         try:
             return json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
         except ValueError:
@@ -32,17 +33,17 @@ def _read_marker(folder: Path, name: str) -> dict | None:
     return on_first_process(read)
 
 
-def _without_files(marked: dict) -> dict:
+def _without_files(marked: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in marked.items() if field != "files"}
 
 
-def finished(folder: Path, name: str) -> dict | None:
+def finished(folder: Path, name: str) -> dict[str, Any] | None:
     """Returns the statistics of a finished stage (counts, seconds), None if unfinished; the same on all processes."""
     marked = _read_marker(folder, name)
     return None if marked is None else _without_files(marked)
 
 
-def finish(folder: Path, name: str, stats: dict, files: list[str] | None = None) -> dict:
+def finish(folder: Path, name: str, stats: dict[str, Any], files: list[str] | None = None) -> dict[str, Any]:
     """Marks a stage as finished, with the checksums of `files` in its folder; returns the first process's `stats`."""
     stats = broadcast_from_first(stats)
     digests = on_first_process(lambda: {file: checksum(folder / file) for file in files or []})
@@ -53,8 +54,12 @@ def finish(folder: Path, name: str, stats: dict, files: list[str] | None = None)
 
 
 def record_stage(
-    folder: Path, name: str, kind: type, make: Callable[[], tuple[list, dict]], beside: Sequence[str] = ()
-) -> tuple[list, dict]:
+    folder: Path,
+    name: str,
+    kind: type[Record],
+    make: Callable[[], tuple[list[Record], dict[str, Any]]],
+    beside: Sequence[str] = (),
+) -> tuple[list[Record], dict[str, Any]]:
     """Returns the records and statistics of a stage, which is read from `folder/name.jsonl` if finished, else run.
 
     Args:
@@ -76,7 +81,9 @@ def record_stage(
     return records, finish(folder, name, {**stats, "seconds": time.perf_counter() - start}, files)
 
 
-def file_stage(folder: Path, name: str, make: Callable[[], dict], output: str | None = None) -> dict:
+def file_stage(
+    folder: Path, name: str, make: Callable[[], dict[str, Any]], output: str | None = None
+) -> dict[str, Any]:
     """Like `record_stage`, for a stage without records; `make` itself may write `folder/output`, a file or folder."""
     stats = read_verified(folder, name)
     if stats is not None:
@@ -106,7 +113,7 @@ def reopen(folder: Path, name: str) -> None:
         _marker(folder, name).unlink()
 
 
-def read_verified(folder: Path, name: str) -> dict | None:
+def read_verified(folder: Path, name: str) -> dict[str, Any] | None:
     """Like `finished`, but returns None, and logs why, if a file of the stage is missing or damaged."""
     marked = _read_marker(folder, name)
     harm = None if marked is None else on_first_process(lambda: damage(folder, marked.get("files", {})))

@@ -1,8 +1,8 @@
 """Samples responses to padded prompts [B, P]: prefill, then decode, in one compiled program.
 
-What all prompts start with, the prefix of Q tokens, is run once and fills the first Q slots of the cache. The rest of
-each prompt is padded on the right and fills the next P. The step-th sampled token of every row goes to slot Q + P + step,
-so that all rows write to one place, and a row's own padding is masked by its length.
+The prefix of Q tokens that all prompts share is run once and fills the first Q slots of the cache. The rest of each
+prompt is padded on the right and fills the next P slots. The sampled token of step i goes to slot Q + P + i in every
+row, so that all rows write to the same slot; padding between a row's prompt and response is masked by the row's length.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from sso_jax.sampling.prefill import DecodeState, Prompts, Samples, Weights, pre
 from sso_jax.sampling.sampling_params import SamplingParams
 
 UNROLLED_STEPS = 64
-"""Decode steps of a stage from which unrolled layers repay their compilation; `benchmarks.special_paths` times both."""
+"""Decode steps of a stage from which unrolled layers are worth their compile time; see `benchmarks.special_paths`."""
 
 
 def unrolls_layers(layers: str, platform: str, num_steps: int) -> bool:
-    """Whether a stage of so many decode steps runs with unrolled layers: by `sampling.layers`, or where that is cheaper.
+    """Returns whether a stage with this many decode steps unrolls the layers: as `sampling.layers` says, or if cheaper.
 
-    A scan copies each layer's weights and cache out of their stacks in every step, which on a CPU or GPU takes longer than
-    the step itself. Unrolled layers compile in a time that grows with depth. On a TPU a scan costs nothing.
+    A scan copies each layer's weights and cache out of their stacks in every step, which takes longer than the step
+    itself on a CPU or GPU. The compile time of unrolled layers grows with depth. On a TPU a scan costs nothing.
     """
     if layers != "auto":
         return layers == "unrolled"
@@ -42,16 +42,16 @@ def decode(
     stop_ids: Int[Array, "Z"],
     state: DecodeState,
 ) -> DecodeState:
-    """Draws token after token from where `prefill` ended, until every row has stopped or has all of its tokens.
+    """Samples tokens from where `prefill` ended, until every row has stopped or has `max_new_tokens`.
 
-    The layout of the layers (`model.scanned`) is that of the weights and of the state's cache.
+    Layers are scanned or unrolled as in `model`; the weights and the state's cache must match it.
     """
     prefix_slots, max_new_tokens = prompts.prefix.size, state.samples.tokens.shape[1]
     prompt_slots, lengths = prefix_slots + prompts.tokens.shape[1], prefix_slots + prompts.lengths
     slots = jnp.arange(prompt_slots + max_new_tokens)
 
     def advance(state: DecodeState) -> DecodeState:
-        """Runs the decoder on the last token of each row, then draws the next."""
+        """Runs the decoder on the last token of each row, then samples the next one."""
         slot = prompt_slots + state.step - 1
         visible = (slots[None, :] < lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
         positions = (lengths + state.step - 1)[:, None]
@@ -67,7 +67,7 @@ def decode(
 
 
 def unroll_layers(model: Transformer, weights: Weights, state: DecodeState) -> tuple[Transformer, Weights, DecodeState]:
-    """The decoder with unrolled layers, with its weights and a state laid out for it."""
+    """Returns the decoder with unrolled layers, and its weights and state."""
     cache = unstack_cache(state.cache)
     return model.clone(scanned=False), weights._replace(params=unstack(weights.params)), state._replace(cache=cache)
 
@@ -81,9 +81,9 @@ def generate(
     max_new_tokens: int,
     unrolled: bool = False,
 ) -> Samples:
-    """Samples up to `max_new_tokens` tokens a row; a row ends with the first token of `stop_ids`.
+    """Samples up to `max_new_tokens` tokens per row; a row ends with the first token of `stop_ids`.
 
-    The prompts are run by the scanned decoder; `unrolled` decodes with unrolled layers.
+    Prefill always scans the layers; `unrolled` applies to decoding.
     """
     weights = prepare_weights(model, params)
     state = prefill(model, weights, prompts, strategy, stop_ids, max_new_tokens)
@@ -93,9 +93,10 @@ def generate(
 
 
 def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
-    """`generate` compiled: (params, prompts, sampling params, stop ids, max_new_tokens, unrolled) -> samples.
+    """Compiles `generate`: (params, prompts, sampling params, stop ids, max_new_tokens, unrolled) -> samples.
 
-    Rows are split over the batch axes; weights stay in their sharding. One program for each (Q, B, P, max_new_tokens).
+    Rows are sharded over the batch axes; weights keep their sharding. One program for each (Q, B, P, max_new_tokens,
+    unrolled).
     """
 
     def generate_batch(
@@ -113,13 +114,13 @@ def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings)
 
 
 def prompt_shardings(mesh: jax.sharding.Mesh) -> Prompts:
-    """Where the parts of a batch of prompts lie: cut by rows, the prefix everywhere."""
+    """Returns the shardings of a batch of prompts: rows over the batch axes, the prefix replicated."""
     rows = batch_sharding(mesh)
     return Prompts(replicated(mesh), rows, rows, rows, rows)
 
 
 def state_shardings(model: Transformer, mesh: jax.sharding.Mesh) -> DecodeState:
-    """Shardings of a state between prefill and decode: rows over the batch axes, the cache by heads as well."""
+    """Returns the shardings between prefill and decode: rows over the batch axes, the cache also over heads."""
     rows = batch_sharding(mesh)
     cache = NamedSharding(mesh, spec(*CACHE_AXES))
     return DecodeState(replicated(mesh), cache, rows, rows, Samples(rows, rows))
@@ -128,7 +129,7 @@ def state_shardings(model: Transformer, mesh: jax.sharding.Mesh) -> DecodeState:
 def build_parts(
     model: Transformer, mesh: jax.sharding.Mesh, param_shardings, unrolled: bool = False
 ) -> tuple[Callable[..., DecodeState], Callable[..., DecodeState]]:
-    """`prefill` and `decode` compiled apart, to be measured one by one; decode takes the memory of the state."""
+    """Compiles `prefill` and `decode` separately, to measure each; decode takes the donated state."""
 
     def prefill_batch(params, prompts: Prompts, strategy: SamplingParams, stop_ids, max_new_tokens: int) -> DecodeState:
         return prefill(model, prepare_weights(model, params), prompts, strategy, stop_ids, max_new_tokens)

@@ -1,7 +1,7 @@
-"""Responses as they are sampled in, a file beside the stage's out; read again where the stage was interrupted.
+"""Journals of the responses of unfinished stages, from which an interrupted stage resumes.
 
-A journal belongs to one list of requests, whose fingerprint heads it: another list starts it anew. Every process of a
-run writes what it was given to a part of its own, and reads the parts of all.
+A journal belongs to one list of requests, whose fingerprint is its first line; for another list it is started again.
+Every process of a run writes its share to its own file and reads the files of all processes.
 """
 
 import json
@@ -14,7 +14,7 @@ from sso_jax.runtime.files import is_remote
 
 @dataclass(frozen=True)
 class Journal:
-    """Responses by their position in the list of requests."""
+    """Sampled responses by their index in the list of requests."""
 
     folder: Path
     fingerprint: str
@@ -24,21 +24,21 @@ class Journal:
         return self.folder / f"part_{process}.jsonl"
 
     def read(self) -> dict[int, list[int]]:
-        """Token ids of every response that was written down whole; a line cut short by a kill is left out."""
+        """Returns the token ids of every completely written response; skips a line that was truncated by a kill."""
         found: dict[int, list[int]] = {}
         for part in sorted(self.folder.glob("part_*.jsonl")) if self.folder.is_dir() else ():
             lines = part.read_text().split("\n")
             if lines[0] != self.fingerprint:
                 continue
-            for line in lines[1:-1]:  # what follows the last newline was not written whole
+            for line in lines[1:-1]:  # text after the last newline is a truncated line
                 row = json.loads(line)
                 found.update(zip(row["at"], row["ids"], strict=True))
         return found
 
     def add(self, responses: dict[int, list[int]]) -> None:
-        """Writes responses down, on disk before this returns."""
+        """Appends responses; they are on disk when this returns."""
         if is_remote(self.folder):
-            return  # an object store cannot append: there a stage is repeated from its start
+            return  # an object store cannot append: a stage is repeated from its start there
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._part(self.process)
         line = json.dumps({"at": list(responses), "ids": list(responses.values())})
@@ -49,9 +49,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def _mend(self, path: Path) -> None:
-        """Starts the part anew if it is another list's, and cuts off a last line that was not written whole; reads both
-        ends only.
-        """
+        """Restarts the file if it belongs to another list, and removes a truncated last line; reads only both ends."""
         head = f"{self.fingerprint}\n".encode()
         with open(path, "a+b") as file:
             file.seek(0)

@@ -1,4 +1,4 @@
-"""Runs prompts through the decoder, fills the key/value cache and draws each row's first token."""
+"""Runs prompts through the decoder, fills the key/value cache and samples each row's first token."""
 
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ from sso_jax.sampling.sampling_params import SamplingParams, sample_from_logits
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts; rows that only fill the batch have `used` False."""
+    """A batch of prompts; rows that only fill up the batch have `used` False."""
 
     prefix: Int[Array, "Q"]
-    """What every prompt starts with, of length 0 for nothing; `tokens` and `lengths` are of what follows it."""
+    """Tokens that all prompts start with, possibly none; `tokens` and `lengths` describe what follows it."""
     tokens: Int[Array, "B P"]
     lengths: Int[Array, "B"]
     keys: UInt32[Array, "B 2"]
@@ -24,14 +24,14 @@ class Prompts(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Sampled tokens, end of turn included; what lies behind `num_tokens` is padding."""
+    """Sampled tokens, end of turn included; those after `num_tokens` are padding."""
 
     tokens: Int[Array, "B M"]
     num_tokens: Int[Array, "B"]
 
 
 class DecodeState(NamedTuple):
-    """Of a batch of rows between two tokens: `step` are drawn of each, and the cache holds all but the last."""
+    """State of a batch between two tokens: `step` tokens of each row are sampled, all but the last are in the cache."""
 
     step: Int[Array, ""]
     cache: Cache | tuple[Cache, ...]
@@ -41,14 +41,14 @@ class DecodeState(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters in the type of the arithmetic, and the head's matrix gathered on every device."""
+    """Parameters in the compute type, and the head matrix gathered on every device."""
 
     params: dict
     head: Float[Array, "D V"]
 
 
 def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "B"]:
-    """One number in [0, 1) for each row, from the row's key and the step alone, so that batch layout does not matter."""
+    """Returns a number in [0, 1) per row, from the row's key and the step alone, regardless of batching."""
 
     def row(key):
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))
@@ -57,7 +57,7 @@ def _uniform(keys: UInt32[Array, "B 2"], step: Int[Array, ""]) -> Float[Array, "
 
 
 def prepare_weights(model: Transformer, params) -> Weights:
-    """What prefill and decode multiply with, made once for both."""
+    """Casts the parameters and gathers the head matrix, once for prefill and decode."""
     params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
     return Weights(params, gathered(model.apply({"params": params}, method="head_matrix"), "embed", "vocab"))
 
@@ -69,7 +69,7 @@ def sample_token(
     strategy: SamplingParams,
     stop_ids: Int[Array, "Z"],
 ) -> DecodeState:
-    """Draws token number `state.step` of each row from the logits behind the one before it."""
+    """Samples token number `state.step` of each row from the logits after the previous token."""
     token = jnp.where(state.done, 0, sample_from_logits(logits, _uniform(prompts.keys, state.step), strategy))
     samples = Samples(
         tokens=jax.lax.dynamic_update_slice(state.samples.tokens, token[:, None], (0, state.step)),
@@ -80,8 +80,9 @@ def sample_token(
 
 
 def with_prefix(model: Transformer, weights: Weights, prefix: Int[Array, "Q"], cache):
-    """The cache with these tokens in the first slots of every row; each shard of the batch runs them once, and nothing
-    is sent round.
+    """Writes the keys and values of the prefix to the first slots of every row of the cache.
+
+    Each shard of the batch runs the prefix itself, without communication.
     """
     num_shards, num_slots = batch_shards_in_context(), prefix.size
     tokens, positions = (jnp.broadcast_to(row, (num_shards, num_slots)) for row in (prefix, jnp.arange(num_slots)))
@@ -103,7 +104,7 @@ def prefill(
     stop_ids: Int[Array, "Z"],
     max_new_tokens: int,
 ) -> DecodeState:
-    """Runs the decoder on the prompts and draws each row's first token; there is room for `max_new_tokens`."""
+    """Runs the decoder on the prompts and samples each row's first token; the cache has room for `max_new_tokens`."""
     (prefix_slots,), (batch_size, prompt_slots) = prompts.prefix.shape, prompts.tokens.shape
     cache = make_cache(model, batch_size, prefix_slots + prompt_slots + max_new_tokens)
     if prefix_slots:

@@ -1,6 +1,4 @@
-"""Lengths of prompts in, lengths to pad them to out: those of earlier rounds where they fit, so that nothing is
-compiled again.
-"""
+"""Chooses the lengths that prompts are padded to; reuses those of earlier rounds, so that nothing is recompiled."""
 
 import json
 import math
@@ -13,32 +11,30 @@ from sso_jax.runtime.hosts import on_first_process
 
 PADDING_FILE = "prompt_slots.json"
 HEADROOM, MOST_WASTE = 0.0625, 2
-"""How much longer a batch's longest prompt may get before it is padded to another length, and how many times its bucket
-that may be."""
+"""Share that is added to a new padded length, and most times its bucket that a batch's longest prompt is padded to."""
 
 
 def with_headroom(length: int) -> int:
-    """What prompts of a length not met before are padded to."""
+    """Returns the padded length for prompts of a new length."""
     return bucket(math.ceil(length * (1 + HEADROOM)))
 
 
 @dataclass
 class RoundPadding:
-    """What a round pads prompts to. It follows from what the rounds before it left: a round that is resumed pads to the
-    same.
+    """Padded lengths of a round.
+
+    They depend only on those of earlier rounds and the prompts so far: a resumed round pads to the same lengths.
     """
 
     folder: Path
-    """Of the round."""
+    """Folder of the round."""
     earlier: dict[str, list[int]] = field(default_factory=dict)
-    """Lengths in use before this round, by what else a program depends on (shared prefix and budget of tokens)."""
+    """Lengths used before this round, by what else a program depends on (shared prefix and token budget)."""
     known: dict[str, list[int]] = field(default_factory=dict)
-    """Those and the ones that this round added, as the file in its folder has them for the round after it."""
+    """Those lengths and the ones added in this round, as stored in the round's folder for the next round."""
 
     def __call__(self, length: int, kind: str) -> int:
-        """The least length of earlier rounds that holds `length` and is at most MOST_WASTE buckets, or a new one with
-        room to spare.
-        """
+        """Returns the shortest earlier length that holds `length` within MOST_WASTE buckets, or a new one."""
         fitting = [slots for slots in self.earlier.get(kind, []) if length <= slots <= MOST_WASTE * bucket(length)]
         slots = min(fitting, default=with_headroom(length))
         if slots not in self.known.setdefault(kind, []):
@@ -49,17 +45,15 @@ class RoundPadding:
 
 
 def open_prompt_padding(before: Path, folder: Path) -> RoundPadding:
-    """The slots of the round of `folder`; `before` is the folder of the round before it."""
-    earlier, own = (
-        on_first_process(lambda: _read(before / PADDING_FILE)),
-        on_first_process(lambda: _read(folder / PADDING_FILE)),
-    )
+    """Opens the padding of the round in `folder`; `before` is the folder of the previous round."""
+    earlier = on_first_process(lambda: _read(before / PADDING_FILE))
+    own = on_first_process(lambda: _read(folder / PADDING_FILE))
     known = {kind: list(dict.fromkeys([*earlier.get(kind, []), *own.get(kind, [])])) for kind in [*earlier, *own]}
     return RoundPadding(folder, earlier, known)
 
 
 def _read(path: Path) -> dict[str, list[int]]:
-    """A damaged file is as none: what it costs is a compilation."""
+    """Reads stored lengths; a damaged file counts as missing, because it only costs a compilation."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:

@@ -1,6 +1,4 @@
-"""Prompts as token ids in, responses as token ids out: sorted by length, cut into padded batches, decoded batch by
-batch.
-"""
+"""Samples responses to a list of prompts in padded batches of similar length, with a journal for resuming."""
 
 import hashlib
 import json
@@ -24,40 +22,35 @@ from sso_jax.sampling.prefill import Prompts, Samples
 from sso_jax.sampling.sampling_params import SamplingParams
 
 PREFIX_STEP = 64
-"""What all prompts of a stage start with is run once, in multiples of this many tokens: few shapes, and nothing for a
-few tokens."""
+"""Unit, in tokens, of the shared prefix of a stage's prompts: few shapes, and no tiny prefixes."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to answer, and the key that makes its response its own."""
+    """A prompt to answer, and the random key of its response."""
 
     prompt_ids: list[int]
     key: tuple[int, int]
 
 
 def row_key(seed: int, iteration: int, query_id: str, role: str) -> tuple[int, int]:
-    """Random key of one response, two 32-bit words, from what the response is and not from where it stands in a
-    batch.
-    """
+    """Returns the random key of a response, two 32-bit words, which does not depend on its place in a batch."""
     digest = hashlib.blake2b(f"{seed}\0{iteration}\0{query_id}\0{role}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
 def cut_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Positions of the prompts in batches of like length; what the batches hold follows from the whole list alone."""
+    """Splits prompts into batches of similar length, as indices; depends on the whole list of lengths alone."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def shared_prefix(prompts: list[list[int]]) -> list[int]:
-    """What all prompts start with, such as few-shot examples, in multiples of PREFIX_STEP; every prompt goes on behind
-    it.
+    """Returns the tokens that all prompts start with, such as few-shot examples, in multiples of PREFIX_STEP.
+
+    Every prompt has at least one token after the prefix.
     """
-    first, last = (
-        min(prompts),
-        max(prompts),
-    )  # in the order of their tokens: what these two share, all between them share
+    first, last = min(prompts), max(prompts)  # in lexicographic order, so that all prompts share what these two share
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     most = min(same, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     return first[: most // PREFIX_STEP * PREFIX_STEP]
@@ -66,7 +59,7 @@ def shared_prefix(prompts: list[list[int]]) -> list[int]:
 def pad_prompts(
     requests: list[Request], batch_size: int, prompt_slots: int, prefix: list[int] | None = None
 ) -> Prompts:
-    """The requests, which all start with `prefix`, as arrays, filled up to `batch_size` rows with unused ones."""
+    """Returns the requests, which all start with `prefix`, as arrays, with unused rows up to `batch_size`."""
     prefix = np.asarray(prefix or [], np.int32)
     tokens = np.zeros((batch_size, prompt_slots), np.int32)
     lengths = np.ones((batch_size,), np.int32)
@@ -80,13 +73,13 @@ def pad_prompts(
 
 
 def pad_to_bucket(length: int, kind: str) -> int:
-    """Length that prompts are padded to where no earlier round left lengths to reuse."""
+    """Returns the padded length of prompts when there are no earlier rounds whose lengths to reuse."""
     return bucket(length)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A compiled decoder with the settings of a run."""
+    """A compiled decoder with the sampling settings of a run."""
 
     generate: Callable[..., Samples]
     mesh: jax.sharding.Mesh
@@ -94,34 +87,36 @@ class Sampler:
     stop_ids: tuple[int, ...]
     max_new_tokens: int
     max_tokens: int
-    """Limit of prompt plus response."""
+    """Maximum tokens of prompt plus response."""
     batch_size: int
     shardings: dict | None = None
-    """Where the parameters lie while sampling, if not where they lie anyway: they are copied there for a stage."""
+    """Shardings of the parameters for sampling, to which they are copied for each stage; None uses their own."""
     layers: str = "auto"
-    """How decoding runs the layers, see `unrolls_layers`."""
+    """Whether decoding unrolls the layers, see `unrolls_layers`."""
     journals: Path | None = None
-    """Folder that keeps the responses of stages that are not done yet."""
+    """Folder for the responses of unfinished stages; None keeps no journal."""
     slots: Callable[[int, str], int] = pad_to_bucket
-    """(length of the longest prompt of a batch, what else its program depends on) -> length to which all of them are
-    padded."""
+    """(longest prompt of a batch, what else its program depends on) -> length that its prompts are padded to."""
 
     def fits(self, prompt_ids: list[int]) -> bool:
-        """Whether a prompt leaves room for at least one token of response."""
+        """Returns whether a prompt leaves room for at least one token of response."""
         return len(prompt_ids) < self.max_tokens
 
     def sample(self, params, requests: list[Request], stage: str, max_new_tokens: int | None = None) -> list[list[int]]:
-        """Response ids of each request, in the order of the requests, end of turn included where it was reached.
+        """Samples one response per request, in the order of the requests, end of turn included if it was reached.
 
-        A response is cut after `max_new_tokens` (the run's where None), or where prompt plus response would pass
-        `max_tokens`.
+        With `journals`, each batch is on disk when it is done, and an interrupted stage resumes after the last one.
 
-        With `journals` each batch is on disk when it is done, and a stage that was interrupted goes on behind the last
-        one.
+        Args:
+          params: the policy's parameters.
+          requests: prompts with their random keys.
+          stage: title of the progress bar, used in messages too.
+          max_new_tokens: maximum tokens of a response; None takes the run's. A response also ends where prompt plus
+            response reach `max_tokens`.
 
         Raises:
           InputError: if a prompt leaves no room for a response.
-          Stopped: where a stop was asked for, between two batches.
+          Stopped: between two batches, if a stop was requested.
         """
         shards = num_batch_shards(self.mesh)
         batch_size = -(-self.batch_size // shards) * shards
@@ -164,7 +159,7 @@ class Sampler:
         return [done[i] for i in range(len(requests))]
 
     def _journal(self, params, requests: list[Request], budget: int) -> Journal | None:
-        """Where the responses to these requests by this policy are kept while there are more to come."""
+        """Opens the journal of these requests to this policy, or returns None without a folder for journals."""
         if self.journals is None:
             return None
         settings = [float(number) for number in self.strategy if number is not None]

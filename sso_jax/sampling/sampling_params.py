@@ -1,5 +1,6 @@
-"""Logits [B, V] and one uniform number a row in, the next token of each row out. No sort; every setting is a traced
-value.
+"""Samples the next token of each row from logits [B, V] and a uniform number, without sorting.
+
+Every setting is a traced value.
 """
 
 from functools import partial
@@ -10,37 +11,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 128
-"""Tokens whose masses are first summed up before one of them is drawn."""
+"""Number of tokens in a block: sampling first selects a block by its probability mass, then a token within it."""
 
 WAYS, NUM_LOOKS = 8, 10
-"""On an accelerator: parts into which a look at the vocabulary splits what bounds a threshold, and looks that leave one
-of the 2^30 floats of a probability."""
+"""On an accelerator: parts that each pass over the vocabulary splits the search interval into, and number of passes.
+
+They single out one of the 2^30 floats of a probability.
+"""
 
 
 class SamplingParams(NamedTuple):
-    """How a token is drawn; arrays, so that new values compile nothing anew."""
+    """Sampling settings, as arrays, so that new values do not cause a recompilation."""
 
     temperature: Float[Array, ""]
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; 0 always takes the most likely token."""
     top_p: Float[Array, ""]
-    """Mass of the nucleus."""
+    """Probability mass of the nucleus."""
     top_k: Int[Array, ""] | None = None
-    """Size of the shortlist; None (a structure of its own) for no limit."""
+    """Number of most likely tokens to keep; None, which is another pytree structure, for no limit."""
 
 
 def make_sampling_params(temperature: float, top_p: float, top_k: int | None = None) -> SamplingParams:
-    """Strategy of plain numbers."""
+    """Converts numbers to `SamplingParams`."""
     return SamplingParams(jnp.float32(temperature), jnp.float32(top_p), None if top_k is None else jnp.int32(top_k))
 
 
 def _largest_threshold(holds, low: Float[Array, "B"], high: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Largest float32 t in [low, high], bounds from 0 to 1, for which `holds(t)`, true for small t and false for large;
-    else `low`.
+    """Returns the largest float32 t in [low, high] with `holds(t)`, or `low` if there is none; bounds are in [0, 1].
 
-    Floats of one sign are ordered as their bits, so that a search among the bits finds the threshold exactly. A CPU,
-    which pays for each sum, halves them until all rows are done; an accelerator, which pays for each look at the
-    vocabulary, and a GPU for each time the host asks whether to go on, compares with several thresholds in one look, a
-    fixed number of times.
+    `holds` must be true for small t and false for large. Non-negative floats have the same order as their bits, so that
+    a search over the bits finds the exact threshold. On a CPU, where every sum costs, the search bisects until all rows
+    are done. On an accelerator, where every pass over the vocabulary costs, and on a GPU also every time the host
+    decides whether to continue, it compares several thresholds per pass, for a fixed number of passes.
     """
     bits = tuple(jax.lax.bitcast_convert_type(bound, jnp.int32) for bound in (low, high))
 
@@ -56,14 +58,13 @@ def _largest_threshold(holds, low: Float[Array, "B"], high: Float[Array, "B"]) -
 def _narrowed(
     holds, ways: int, bounds: tuple[Int[Array, "B"], Int[Array, "B"]]
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """The part of the bounds that holds the threshold, of `ways` nearly equal ones; as bits of floats."""
+    """Splits the bounds, bits of floats, into `ways` nearly equal parts and returns the part with the threshold."""
     low, high = bounds
     step = (high - low + ways - 1) // ways
     tried = [jnp.minimum(low + part * step, high) for part in range(1, ways)]
     found = [holds(jax.lax.bitcast_convert_type(bits, jnp.float32)) for bits in tried]
-    for bits, true in zip(
-        tried, found, strict=True
-    ):  # ascending: the last true one bounds from below, the first false one from above
+    # In ascending order, the last true threshold is the new lower bound and the first false one the new upper bound.
+    for bits, true in zip(tried, found, strict=True):
         low = jnp.where(true, bits, low)
     for bits, true in zip(reversed(tried), reversed(found), strict=True):
         high = jnp.where(true, high, bits - 1)
@@ -71,7 +72,7 @@ def _narrowed(
 
 
 def top_k_mask(probs: Float[Array, "B V"], top_k: Int[Array, ""]) -> Bool[Array, "B V"]:
-    """The `top_k` likeliest tokens, and those as likely as the last of them."""
+    """Returns a mask of the `top_k` most likely tokens, and of those that are as likely as the last of them."""
 
     def holds(t):
         return jnp.sum(probs >= t[:, None], axis=-1) >= top_k
@@ -81,10 +82,10 @@ def top_k_mask(probs: Float[Array, "B V"], top_k: Int[Array, ""]) -> Bool[Array,
 
 
 def top_p_mask(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
-    """The nucleus (Holtzman et al. 2020, eq. 2): fewest likeliest tokens with mass at least `top_p`; 1 keeps every
-    token.
+    """Returns a mask of the nucleus: the fewest most likely tokens with mass at least `top_p`.
 
-    Tokens exactly as likely as the last of them are in too; a sort would keep some of them by their ids.
+    Holtzman et al. 2020, eq. 2. Includes all tokens that are exactly as likely as the last one; a sort would keep some
+    of them by their ids. A `top_p` of 1 keeps every token.
     """
 
     def holds(t):
@@ -92,17 +93,16 @@ def top_p_mask(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Arra
 
     highest = jnp.max(probs, axis=-1)
     left_out = jnp.maximum(1.0 - top_p, 0.0)
-    lowest = jnp.minimum(
-        left_out / (2 * probs.shape[1]), highest
-    )  # all tokens below it have at most half of what may be left out
+    # All tokens below `lowest` together have at most half of the mass that may be left out.
+    lowest = jnp.minimum(left_out / (2 * probs.shape[1]), highest)
     return (probs >= _largest_threshold(holds, lowest, highest)[:, None]) | (top_p >= 1.0)
 
 
 def _at(mass: Float[Array, "B N"], before: Float[Array, "B"], target: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The first entry with mass at which `before` and the masses up to it pass `target`; where rounding keeps all
-    below, the last one.
+    """Returns the first entry with mass at which `before` plus the cumulative mass exceeds `target`.
 
-    Only entries with mass are ever taken: rounding must not let a dropped token in.
+    If rounding keeps all sums at or below it, returns the last entry with mass. Entries without mass are never
+    returned: rounding must not let a dropped token in.
     """
     passed = (before[:, None] + jnp.cumsum(mass, axis=-1) > target[:, None]) & (mass > 0)
     last = mass.shape[1] - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
@@ -110,10 +110,10 @@ def _at(mass: Float[Array, "B N"], before: Float[Array, "B"], target: Float[Arra
 
 
 def _draw(mass: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Token of each row whose interval of the masses, ordered by id, holds `uniform` times their sum.
+    """Samples the token of each row whose interval of the masses, ordered by id, contains `uniform` times their sum.
 
-    First the block of tokens, by the sums of all blocks, then the token in it: a running sum over a whole vocabulary is
-    slow anywhere.
+    Selects a block of tokens by the sums of all blocks, then the token within it: a cumulative sum over the whole
+    vocabulary is slow on any device.
     """
     blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % BLOCK))).reshape(mass.shape[0], -1, BLOCK)
     sums = jnp.sum(blocks, axis=-1)  # [B, V/BLOCK]
@@ -122,17 +122,17 @@ def _draw(mass: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "
     block = _at(sums, jnp.zeros_like(target), target)
     before = jnp.take_along_axis(totals - sums, block[:, None], axis=1)[:, 0]
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, BLOCK]
-    return jnp.minimum(
-        block * BLOCK + _at(inside, before, target), mass.shape[1] - 1
-    )  # beyond only where there is no mass: NaN
+    token = block * BLOCK + _at(inside, before, target)
+    return jnp.minimum(token, mass.shape[1] - 1)  # out of range only if there is no mass, that is, for NaN
 
 
 def sample_from_logits(
     logits: Float[Array, "B V"], uniform: Float[Array, "B"], strategy: SamplingParams
 ) -> Int[Array, "B"]:
-    """Token of each row: the one whose interval of the kept, ordered-by-id probabilities holds `uniform` in [0, 1).
+    """Samples a token per row: the one whose interval of the kept probabilities contains `uniform` in [0, 1).
 
-    Temperature, then top-k, then top-p on what is left, as transformers does.
+    Intervals are in the order of the token ids. Applies temperature, then top-k, then top-p on what is left, like
+    transformers.
     """
 
     def drawn() -> Int[Array, "B"]:

@@ -105,7 +105,7 @@ def train_tokenizer(vocab_size: int = 1024, descriptions: bool = False) -> PreTr
     learned = json.loads(tokenizer.to_str())["model"]
     fast = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=[tuple(pair) for pair in learned["merges"]],  # type: ignore[misc]  # mistyped
         eos_token=END_OF_TURN,
         pad_token=PADDING,
         model_max_length=512,

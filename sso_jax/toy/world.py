@@ -158,7 +158,7 @@ def knows(query: str) -> bool:
 
 def group_of(query: str) -> str:
     """Returns the group that a query is measured in: `descriptions`, where longer looks better, or `others`."""
-    return "descriptions" if find(query).family == describing.FAMILY else "others"
+    return "descriptions" if all_items(True)[query].family == describing.FAMILY else "others"
 
 
 def split_of(query: str) -> str:

@@ -1,16 +1,15 @@
-"""Prompts and responses as token ids in, packed rows of fixed shape out. With log_probs.py, the only place that knows
-how rows lie.
+"""Builds update batches: prompt trees of token ids, packed into rows of fixed shape, with weights and references.
 
-A *tree* is a prompt with the responses whose log-probs under that prompt are wanted. A row holds several trees; a
-tree's responses follow its prompt one after another, each with positions that go on from the prompt, each blind to the
-others (`tree_mask`):
+Together with log_probs.py, the only module that knows the row format. A *tree* is a prompt with the responses whose
+log-probs under that prompt are needed. A row holds several trees. A tree's responses follow its prompt one after
+another; the positions of each continue those of the prompt, and responses do not see each other (`tree_mask`):
 
     tokens     p p p a a b b b | q q c c | padding
     tree       1 1 1 1 1 1 1 1 | 2 2 2 2 | 0
     branch     0 0 0 1 1 2 2 2 | 0 0 1 1 | 0
     positions  0 1 2 3 4 3 4 5 | 0 1 2 3 | 0
 
-A prompt is thus run once for all its responses. What a response's log-probs are summed into is its *cell*.
+A prompt is thus run once for all its responses. The log-probs of a response are summed into its *cell*.
 """
 
 from typing import NamedTuple
@@ -25,9 +24,7 @@ from sso_jax.training.trees import Tree, steered_trees
 
 
 class Example(NamedTuple):
-    """What an update needs of one pair: its trees' ids, the reference log-probs of its cells, and where it came
-    from.
-    """
+    """A pair as an update needs it: its id, token ids, and the reference log-probs of its cells."""
 
     id: str
     prompts: dict[str, list[int]]
@@ -39,12 +36,12 @@ class PreferenceBatch(NamedTuple):
     """An update's examples in A microbatches of E examples with C cells each."""
 
     rows: Rows
-    """Leading axis A."""
+    """Packed rows, with leading axis A."""
     num_tokens: Int[np.ndarray, "A E C"]
     reference_log_probs: np.ndarray
     """[A, E, C] sums in nats."""
     weights: np.ndarray
-    """[A, E]; they sum to 1 over the update, and are 0 for examples that only fill it."""
+    """[A, E]; they sum to 1 over the update, and are 0 for examples that only fill it up."""
 
 
 class SupervisedBatch(NamedTuple):
@@ -52,23 +49,23 @@ class SupervisedBatch(NamedTuple):
 
     rows: Rows
     weights: np.ndarray
-    """[A, E]; one over the response tokens of the whole update: the loss is their mean negative log-prob."""
+    """[A, E]; 1 / the number of response tokens in the update, so that the loss is their mean negative log-prob."""
 
 
 def make_example(
     triple: Triple, prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell]
 ) -> Example:
-    """Example of a scored triple."""
+    """Returns the example of a scored triple."""
     return Example(triple.id, prompts, responses, [triple.log_probs[context][response] for context, response in cells])
 
 
 def cut_microbatches(items: list, size: int, num_micro: int) -> list[list]:
-    """Items in `num_micro` lists of at most `size`; the last ones may be short or empty."""
+    """Splits items into `num_micro` lists of at most `size`; the last ones may be short or empty."""
     return [items[i * size : (i + 1) * size] for i in range(num_micro)]
 
 
 def micro_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
-    """Trees of the examples of a microbatch; example e has the cells e*C ... e*C + C-1."""
+    """Returns the trees of a microbatch; example e has the cells e*C ... e*C + C-1."""
     return [
         tree
         for e, example in enumerate(examples)
@@ -79,7 +76,7 @@ def micro_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
 def preference_batch(
     examples: list[Example], cells: list[Cell], micro_size: int, num_micro: int, shape: RowShape
 ) -> PreferenceBatch:
-    """Examples of one update (at most `micro_size * num_micro`) as arrays."""
+    """Builds the batch of an update from at most `micro_size * num_micro` examples."""
     num_cells = micro_size * len(cells)
     num_tokens = np.ones((num_micro, micro_size, len(cells)), np.int32)
     references = np.zeros((num_micro, micro_size, len(cells)), np.float32)
@@ -95,7 +92,7 @@ def preference_batch(
 
 
 def supervised_batch(trees: list[Tree], micro_size: int, num_micro: int, shape: RowShape) -> SupervisedBatch:
-    """Prompt-response trees of one update as arrays; cell e of a microbatch is its example e."""
+    """Builds the batch of an update from prompt-response trees; cell e of a microbatch is its example e."""
     total = sum(_size(tree).targets for tree in trees)
     weights = np.zeros((num_micro, micro_size), np.float32)
     rows = []

@@ -1,6 +1,4 @@
-"""A training state in, an Orbax checkpoint out, and back, onto whatever mesh the shardings name. The only file that
-imports Orbax.
-"""
+"""Saves and restores training states as Orbax checkpoints, on any mesh. The only file that imports Orbax."""
 
 import json
 import logging
@@ -21,40 +19,39 @@ from sso_jax.runtime.hosts import is_first, on_first_process
 from sso_jax.training.update import TrainState
 
 SAVE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
-"""What Orbax and TensorStore raise where a disk is full, read-only or gone."""
+"""What Orbax and TensorStore raise if a disk is full, read-only or missing."""
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one round: Orbax's manager, and a thread that writes down what the files of finished ones sum
-    to.
-    """
+    """The checkpoints of one round: Orbax's manager, and a thread that writes checksums of finished checkpoints."""
 
     manager: ocp.CheckpointManager
     sealer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     sealing: Future | None = None
 
     def wait_until_finished(self) -> None:
-        """Waits for the save under way, and for the checksums of the ones before."""
+        """Waits for the pending save, and for the checksums of earlier ones."""
         self.manager.wait_until_finished()
         if self.sealing is not None:
             self.sealing.result()
             self.sealing = None
 
     def seal(self) -> None:
-        """Has the checksums of every finished checkpoint written down that has none yet, beside what goes on here."""
+        """Starts to write the checksums of every finished checkpoint that has none yet, in the background."""
         if is_first():
             self.sealing = self.sealer.submit(_seal, self.manager.directory, set(self.manager.all_steps()))
 
 
 @contextmanager
 def open_checkpoints(folder: str | Path, keep: int) -> Iterator[Checkpoints]:
-    """The checkpoints of one round, `folder/STEP`, the newest `keep` of them. Leaving its `with` waits for saves under
-    way.
+    """Opens the checkpoints of one round, `folder/STEP`, of which the newest `keep` are kept.
+
+    Waits for pending saves on exit.
 
     Raises:
-      RunError: if a save failed, as where the disk is full.
+      RunError: if a save failed, for example because the disk is full.
     """
     with _failures_told(folder):
         opened = Checkpoints(_open_manager(folder, keep))
@@ -70,14 +67,13 @@ def open_checkpoints(folder: str | Path, keep: int) -> Iterator[Checkpoints]:
 
 @contextmanager
 def _failures_told(folder: str | Path) -> Iterator[None]:
-    """Makes one line of what Orbax raises; what its threads print themselves stands above it."""
+    """Turns errors of Orbax into a one-line `RunError`; its threads may print their own messages before it."""
     try:
         yield
     except SAVE_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"{folder}: a checkpoint could not be written or read ({reason}); mend that, then run the same command "
-            "again"
+            f"{folder}: a checkpoint could not be written or read ({reason}); fix that, then run the same command again"
         ) from error
 
 
@@ -88,8 +84,9 @@ def _open_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: Checkpoints, state: TrainState, num_updates: int, wait: bool = False) -> None:
-    """Starts to save the state after `num_updates` updates, frozen parameters apart; training may go on meanwhile,
-    unless we `wait`.
+    """Starts to save the state after `num_updates` updates, without frozen parameters.
+
+    Training can continue during the save, unless `wait` is set.
     """
     with _failures_told(checkpoints.manager.directory):
         checkpoints.wait_until_finished()
@@ -100,11 +97,13 @@ def save(checkpoints: Checkpoints, state: TrainState, num_updates: int, wait: bo
 
 
 def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState) -> TrainState | None:
-    """The newest whole checkpoint, each part placed by `shardings`, without frozen parameters; None where there is
-    none.
+    """Restores the newest intact checkpoint, without frozen parameters, with the given shardings; None without one.
 
-    A checkpoint whose files are not those that were written is deleted, which the log says, and the one before it is
-    taken. So is one that cannot be read, where its checksums were not written down any more.
+    A checkpoint whose files do not match their checksums is deleted with a warning in the log, and the previous one is
+    restored. So is an unreadable one whose checksums had not been written yet.
+
+    Raises:
+      RunError: if a checkpoint cannot be read although its checksums match, or on several hosts.
     """
     manager = checkpoints.manager
     target = jax.tree.map(
@@ -112,11 +111,9 @@ def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainStat
     )
     for step in sorted(manager.all_steps(), reverse=True):
         expected = on_first_process(lambda step=step: _expected(manager.directory, step))
-        harm = (
-            None
-            if expected is None
-            else on_first_process(lambda step=step, sums=expected: damage(manager.directory / str(step), sums))
-        )
+        harm = None
+        if expected is not None:
+            harm = on_first_process(lambda step=step, sums=expected: damage(manager.directory / str(step), sums))
         if harm is None:
             try:
                 return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(target)))
@@ -124,9 +121,10 @@ def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainStat
                 harm = f"{manager.directory / str(step)} cannot be read ({' '.join(str(error).split())[:200]})"
                 if expected is not None or jax.process_count() > 1:
                     raise RunError(
-                        f"{harm}; mend that, or delete it to go on from the one before, then run the same command again"
+                        f"{harm}; fix that, or delete it to resume from the previous one, then run the same command "
+                        "again"
                     ) from error
-        log.warning("%s; checkpoint %d is left out", harm, step)
+        log.warning("%s; checkpoint %d is skipped", harm, step)
         manager.delete(step)
     return None
 
@@ -136,19 +134,17 @@ def _seal_path(folder: epath.Path, step: int) -> epath.Path:
 
 
 def _expected(folder: epath.Path, step: int) -> dict[str, str] | None:
-    """The checksums of a checkpoint's files; None where it was killed before they were written down, or they are lost
-    themselves.
-    """
+    """Returns the checksums of a checkpoint's files; None if a kill prevented them, or they are lost themselves."""
     path = _seal_path(folder, step)
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError:
-        log.warning("%s is damaged; checkpoint %d is taken to be whole if it can be read", path, step)
+        log.warning("%s is damaged; checkpoint %d is used if it can be read", path, step)
         return None
 
 
 def _seal(folder: epath.Path, steps: set[int]) -> None:
-    """Writes down the checksums of the finished checkpoints `steps`, and forgets those of deleted ones."""
+    """Writes the checksums of the finished checkpoints `steps`, and deletes those of deleted checkpoints."""
     sums = folder / "checksums"
     known = {int(path.stem) for path in sums.glob("*.json")} if sums.exists() else set()
     for step in known - steps:
@@ -158,9 +154,9 @@ def _seal(folder: epath.Path, steps: set[int]) -> None:
         try:
             write_text(json.dumps(checksums(folder / str(step))), _seal_path(folder, step))
         except FileNotFoundError:
-            continue  # deleted meanwhile, for a newer one
+            continue  # deleted in the meantime, for a newer one
 
 
 def _changing(state: TrainState) -> dict:
-    """What updates change, and a checkpoint therefore holds."""
+    """Returns the parts that updates change, which a checkpoint stores."""
     return {"params": state.params, "optimizer": state.optimizer, "step": state.step}

@@ -22,8 +22,14 @@ ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, 
 def cells_of(
     form: str, use_steering: bool, scale: tuple[float, float], negative_winner: str, more: tuple[Cell, ...] = ()
 ) -> list[Cell]:
-    """The (context, response) log-probs that an objective needs: winner before loser in each context; `more` go with
-    the plain pair.
+    """Returns the (context, response) log-probs that an objective needs, winner before loser in each context.
+
+    Args:
+      form: `pairwise`, `online` or `generator`.
+      use_steering: whether form `online` has its steering terms.
+      scale: factors of L+ and L-; the cells of a term with factor 0 are left out.
+      negative_winner: response that wins under x-.
+      more: cells that the loss of the plain pair needs as well.
     """
     plain = [Cell("plain", "chosen"), Cell("plain", "rejected"), *more]
     positive = [Cell("positive", "chosen"), Cell("positive", "rejected")] if scale[0] else []
@@ -33,9 +39,7 @@ def cells_of(
 
 
 def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> ContextValues:
-    """Columns of `values`, one a cell, by context: of a context's responses the winner comes first, then the loser; y_o
-    of x apart.
-    """
+    """Groups the columns of `values`, one per cell, by context: winner first, then loser; y_o of x separately."""
     columns: dict[str, list] = {}
     for i, cell in enumerate(cells):
         columns.setdefault("original" if cell == Cell("plain", "original") else cell[0], []).append(values[:, i])
@@ -47,7 +51,7 @@ def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> Context
 def preference_losses(
     model: Transformer, objective: Callable[..., Terms], cells: list[Cell], beta: float
 ) -> ExampleLosses:
-    """Losses of preference microbatches under `objective`."""
+    """Returns the loss function of preference microbatches under `objective`."""
 
     def losses(params, micro: PreferenceBatch):
         num_examples, num_cells = micro.num_tokens.shape
@@ -62,8 +66,9 @@ def preference_losses(
 
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: PreferenceBatch) -> float:
-    """Loss of a batch where policy and reference are one: what the first update of a round must show, such as ln 2 for
-    DPO.
+    """Returns the loss of a batch whose policy equals the reference, such as ln 2 for DPO.
+
+    The first update of a round must have this loss.
     """
     return float(
         _loss_at_reference(objective, tuple(cells), batch.reference_log_probs, batch.num_tokens, batch.weights)
@@ -74,7 +79,7 @@ def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch:
 def _loss_at_reference(
     objective: Callable[..., Terms], cells: tuple[Cell, ...], reference_log_probs, num_tokens, weights
 ):
-    """One program for a dozen small ones, and the same one in every round."""
+    """Jitted so that every round reuses one program."""
 
     def flat(part):
         return to_context_values(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))
@@ -85,7 +90,10 @@ def _loss_at_reference(
 
 
 def supervised_losses(model: Transformer) -> ExampleLosses:
-    """Negative log-prob sums of supervised microbatches; the batch's weights make them a mean over tokens."""
+    """Returns the loss function of supervised microbatches: negative log-prob sums.
+
+    The batch's weights turn them into a mean over tokens.
+    """
 
     def losses(params, micro: SupervisedBatch):
         nll = -cell_log_probs(model, params, micro.rows, micro.weights.shape[0])

@@ -1,4 +1,4 @@
-"""Packed rows in, log-probs of responses out: one sum a cell. No [B, T, V] is ever held."""
+"""Computes response log-probs from packed rows, summed per cell, without ever holding [B, T, V] logits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,32 +23,33 @@ from sso_jax.runtime.mesh import (
 from sso_jax.training.packing import Rows
 
 LANES = 128
-"""Slices of so many entries or more are multiples of it, as TPUs lay out an array's last axis."""
+"""Slices with at least this many entries are multiples of it, which is how TPUs tile an array's last axis."""
 
 
 def token_log_probs(
     head: Float[Array, "D V"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
 ) -> Float[Array, "R M"]:
-    """`log softmax(hidden head)[target]` in float32, at most `columns` entries of each shard of the vocabulary at a
-    time.
+    """Returns `log softmax(hidden head)[target]` in float32.
+
+    At most `columns` entries of each vocabulary shard are processed at a time.
     """
     parted = head.reshape(head.shape[0], vocab_shards_in_context(), -1)
     return _sliced_log_probs(parted, hidden, target, columns)
 
 
 class _Slice(NamedTuple):
-    """Some entries of each of the S shards of the vocabulary, in the order of the shards; E is S times `size`."""
+    """A slice of `size` entries of each of the S vocabulary shards, in the order of the shards; E = S * `size`."""
 
     start: Int[Array, ""]
-    """Place of the first in its shard. The last slice may start within the one before it."""
+    """Index of the first entry in its shard. The last slice may overlap the previous one."""
     matrix: Float[Array, "D E"]
     is_target: Bool[Array, "R M E"]
     fresh: Bool[Array, "E"] | None
-    """Entries that no slice before has; None is all."""
+    """Entries that are in no earlier slice; None for all."""
 
 
 def _slice_sizes(local_size: int, columns: int) -> tuple[int, int]:
-    """Number of slices of a shard, and the entries of each: nearly even, at most `columns`."""
+    """Returns the number of slices of a shard, and the entries of each: nearly equal, at most `columns`."""
     if columns >= local_size:
         return 1, local_size
     unit = LANES if columns >= LANES else 1
@@ -57,15 +58,14 @@ def _slice_sizes(local_size: int, columns: int) -> tuple[int, int]:
 
 
 def _slice(head: Float[Array, "D S L"], target: Int[Array, "R M"], number: Int[Array, ""] | int, size: int) -> _Slice:
-    """Slice `number` of the head, with all of the width on every device."""
+    """Returns slice `number` of the head, with its embed axis gathered on every device."""
     width, num_shards, local_size = head.shape
     if size == local_size:
         matrix = gathered(head, "embed", "vocab", None).reshape(width, -1)
         return _Slice(jnp.int32(0), matrix, target[..., None] == jnp.arange(matrix.shape[1])[None, None, :], None)
     start = jnp.minimum(number * size, local_size - size)
-    matrix = gathered(jax.lax.dynamic_slice_in_dim(head, start, size, axis=2), "embed", "vocab", None).reshape(
-        width, -1
-    )
+    sliced = jax.lax.dynamic_slice_in_dim(head, start, size, axis=2)
+    matrix = gathered(sliced, "embed", "vocab", None).reshape(width, -1)
     within = start + jnp.arange(size)
     ids = (jnp.arange(num_shards)[:, None] * local_size + within[None, :]).reshape(-1)
     fresh = jnp.broadcast_to(within >= number * size, (num_shards, size)).reshape(-1)
@@ -80,7 +80,7 @@ def _logits(hidden: Float[Array, "R M D"], part: _Slice) -> Float[Array, "R M E"
 
 
 def _log_sum_exp(logits: Float[Array, "R M E"]) -> Float[Array, "R M"]:
-    """`log sum(exp(logits))`; on a GPU, which waits for memory here, by one pass over them in place of two."""
+    """Returns `log sum(exp(logits))`; in one pass instead of two on a GPU, where this is bound by memory bandwidth."""
     plain = partial(jax.nn.logsumexp, axis=-1)
     if vocab_shards_in_context() > 1:
         return plain(logits)
@@ -88,26 +88,24 @@ def _log_sum_exp(logits: Float[Array, "R M E"]) -> Float[Array, "R M"]:
 
 
 def _log_sum_exp_in_one_pass(logits: Float[Array, "R M E"]) -> Float[Array, "R M"]:
-    """With the largest so far, and the sum of exponentials taken against it."""
+    """Reduces (largest value so far, sum of exponentials relative to it) pairs."""
 
     def merged(a, b):
         (top_a, sum_a), (top_b, sum_b) = a, b
         smaller = jnp.exp(-jnp.abs(top_a - top_b))
         return jnp.maximum(top_a, top_b), jnp.where(top_a >= top_b, sum_a + sum_b * smaller, sum_a * smaller + sum_b)
 
-    nothing = (
-        jnp.finfo(logits.dtype).min,
-        jnp.zeros((), logits.dtype),
-    )  # finite: the difference of two infinite ones is no number
+    # The initial maximum is finite, because the difference of two infinities is NaN.
+    nothing = jnp.finfo(logits.dtype).min, jnp.zeros((), logits.dtype)
     top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), nothing, merged, (logits.ndim - 1,))
     return top + jnp.log(total)
 
 
 def _chosen_logits(logits: Float[Array, "R M E"], part: _Slice, target: Int[Array, "R M"]) -> Float[Array, "R M"]:
-    """The target's logit where the slice has it, 0 elsewhere.
+    """Returns the target's logit if it is in the slice, else 0.
 
-    Looked up where the vocabulary is whole, since XLA on a CPU writes all of a masked copy to memory before it sums it;
-    summed where the entries lie on several devices, which then exchange a number a token.
+    Gathers if the vocabulary is not sharded, since XLA on a CPU writes the whole masked copy to memory before summing
+    it. Sums a masked copy if the vocabulary is sharded; the devices then exchange one number per token.
     """
     if vocab_shards_in_context() > 1:
         return jnp.sum(jnp.where(part.is_target, logits, 0.0), axis=-1)
@@ -121,13 +119,12 @@ def _chosen_logits(logits: Float[Array, "R M E"], part: _Slice, target: Int[Arra
 def _sliced_log_probs(
     head: Float[Array, "D S L"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
 ) -> Float[Array, "R M"]:
-    """Log-probs over a vocabulary in S shards of L entries, one slice of every shard after another; one slice's logits
-    are in memory.
+    """Log-probs over a vocabulary in S shards of L entries, one slice of every shard at a time.
 
-    With p the probabilities and g the gradient of a log-prob, that of the logits is `g (onehot(target) - p)`. The
-    backward pass has p from the log-sum-exp that the forward pass kept, and from the logits: kept where all entries are
-    one slice, computed anew otherwise. A slice's part of the head's gradient is whole when the slice is done, so that
-    no float32 sum of all of it is held.
+    Only one slice's logits are in memory. With p the probabilities and g the gradient of a log-prob, that of the logits
+    is `g (onehot(target) - p)`. The backward pass computes p from the log-sum-exp saved by the forward pass and from
+    the logits, which are saved if there is only one slice and recomputed otherwise. The head's gradient of a slice is
+    complete when the slice is done, so that no float32 sum of the whole gradient is needed.
     """
     return _log_probs_forward(head, hidden, target, columns)[0]
 
@@ -160,15 +157,11 @@ def _log_probs_backward(columns, residuals, gradient):
     num, size = _slice_sizes(local_size, columns)
 
     def of_slice(number):
-        """Where the slice starts, its gradient of the head, and its share of that of the hidden states, still apart by
-        shard; float32.
-        """
+        """Returns the slice's start, gradient of the head, and share of the hidden states' by shard, in float32."""
         part = _slice(head, target, number, size)
         probs = jnp.exp((_logits(hidden, part) if logits is None else logits) - log_total[..., None])
         d_logits = gradient[..., None] * (part.is_target - probs)  # [R, M, E]
-        flat = d_logits.astype(head.dtype).reshape(
-            flat_hidden.shape[0], -1
-        )  # [R*M, E], for the reason in `flat_product`
+        flat = d_logits.astype(head.dtype).reshape(flat_hidden.shape[0], -1)  # [R*M, E], see `flat_product`
         d_matrix = jnp.matmul(flat_hidden.T, flat, preferred_element_type=jnp.float32)  # [D, E]
         d_matrix = d_matrix.reshape(width, num_shards, size)
         return part.start, constrain(d_matrix, "embed", "vocab", None), _by_shard(flat, part.matrix, num_shards)
@@ -180,9 +173,8 @@ def _log_probs_backward(columns, residuals, gradient):
         def add(sums, number):
             d_head, d_hidden = sums
             start, d_part, d_more = of_slice(number)
-            so_far = jax.lax.dynamic_slice_in_dim(
-                d_head, start, size, axis=2
-            )  # not 0 only where two slices overlap, and d_part is 0 there
+            # Nonzero only where two slices overlap, and d_part is 0 there.
+            so_far = jax.lax.dynamic_slice_in_dim(d_head, start, size, axis=2)
             d_head = jax.lax.dynamic_update_slice_in_dim(d_head, so_far + d_part.astype(head.dtype), start, axis=2)
             return (constrain(d_head, "embed", "vocab", None), d_hidden + d_more), None
 
@@ -192,8 +184,9 @@ def _log_probs_backward(columns, residuals, gradient):
 
 
 def _by_shard(d_logits: Float[Array, "N E"], matrix: Float[Array, "D E"], num_shards: int) -> Float[Array, "S N D"]:
-    """`d_logits matrix^T` over the entries of each shard apart, in float32: devices add theirs up once, not in every
-    slice.
+    """Returns `d_logits matrix^T` for the entries of each shard separately, in float32.
+
+    Devices then sum their shares once, not in every slice.
     """
     if num_shards == 1:
         return jnp.matmul(d_logits, matrix.T, preferred_element_type=jnp.float32)[None]
@@ -209,20 +202,20 @@ _sliced_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Float[Array, "cells"]:
-    """Sum of the log-probs of each cell's tokens under the model at temperature 1, in nats, float32."""
+    """Returns the sum of the log-probs of each cell's tokens, at temperature 1, in nats, in float32."""
     return _cell_sums(model, params, rows, _hidden_at_sources(model, params, rows), num_cells)
 
 
 def cell_log_probs_and_means(
     model: Transformer, params, rows: Rows, num_cells: int
 ) -> tuple[Float[Array, "cells"], Float[Array, "cells D"]]:
-    """`cell_log_probs`, and the mean of the final hidden states over each cell's tokens but its last, in float32; 0 of
-    a single one.
+    """Returns `cell_log_probs`, and the mean of the final hidden states over each cell's tokens except its last.
+
+    Means are in float32; that of a single-token response is 0.
     """
     hidden = _hidden_at_sources(model, params, rows)
-    inside = (
-        (jnp.take_along_axis(rows.branch, rows.source, axis=1) > 0).astype(jnp.float32).reshape(-1)
-    )  # 0 at the prompt's last token
+    in_response = jnp.take_along_axis(rows.branch, rows.source, axis=1) > 0  # False at the prompt's last token
+    inside = in_response.astype(jnp.float32).reshape(-1)
     flat = hidden.astype(jnp.float32).reshape(-1, hidden.shape[-1])
     totals, counts = (
         jax.ops.segment_sum(values, rows.cell.reshape(-1), num_segments=num_cells + 1)[:num_cells]
@@ -233,7 +226,7 @@ def cell_log_probs_and_means(
 
 
 def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
-    """Final hidden states where response tokens are predicted from."""
+    """Returns the final hidden states from which response tokens are predicted."""
     inputs = rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch)
     return model.apply({"params": params}, *inputs, query_indices=rows.source, sequences=rows.sequences)[0]
 
@@ -250,18 +243,18 @@ def _cell_sums(
 
 
 class Score(NamedTuple):
-    """`cell_log_probs` compiled: rows over the batch axes, one program for each row shape."""
+    """`cell_log_probs` compiled: rows sharded over the batch axes, one program per row shape."""
 
     prepare: Callable[[dict], dict]
-    """The parameters as `log_probs` takes them, made once for all batches."""
+    """Converts the parameters to what `log_probs` takes, once for all batches."""
     log_probs: Callable[..., Float[Array, "cells"]]
     """(prepared parameters, rows, number of cells) -> sums."""
     by_sequence: bool
-    """Whether rows are best given with sequences."""
+    """Whether rows should include sequences."""
 
 
 def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Score:
-    """Compiles the scoring of rows under the model."""
+    """Compiles the scoring of rows with the model."""
 
     def score_batch(params, rows: Rows, num_cells: int):
         return cell_log_probs(model, params, rows, num_cells)

@@ -18,14 +18,14 @@ from sso_jax.training.update import TrainState, batch_shardings
 
 
 class Hooks(NamedTuple):
-    """What happens beside the updates."""
+    """What happens between updates."""
 
     log_metrics: Callable[[dict], None]
     """Takes the metrics of each update, in order."""
     save: Callable[[TrainState, int], None]
-    """Takes the state and the number of updates done, after the updates that `is_saved` names and before a stop."""
+    """Takes the state and the number of updates done, after the updates that `is_saved` selects and before a stop."""
     every_steps: int
-    """Largest number of updates that a kill may repeat."""
+    """Maximum number of updates that are repeated after a kill."""
 
 
 class UpdatePlan(NamedTuple):
@@ -33,7 +33,7 @@ class UpdatePlan(NamedTuple):
 
     make_batch: Callable[[int], NamedTuple]
     num_tokens: Sequence[int]
-    """Tokens of each update, padding not counted."""
+    """Tokens of each update, without padding."""
     rates: Sequence[float]
     """Learning rate of each update."""
     example_ids: Sequence[list[str]]
@@ -41,7 +41,10 @@ class UpdatePlan(NamedTuple):
 
 
 def update_order(num_examples: int, batch_size: int, epochs: int, shuffle: bool, seed: str) -> list[list[int]]:
-    """Positions of the examples of each update. Every epoch sees every example once; its last update may be short."""
+    """Returns the indices of the examples of each update.
+
+    Every epoch visits every example once; its last update may be short.
+    """
     updates = []
     for epoch in range(epochs):
         order = list(range(num_examples))
@@ -52,11 +55,10 @@ def update_order(num_examples: int, batch_size: int, epochs: int, shuffle: bool,
 
 
 def is_saved(done: int, num_updates: int, every_steps: int) -> bool:
-    """Whether there is a checkpoint after `done` updates: at every multiple of `every_steps`, half-way between two, and
-    after the last.
+    """Returns whether to save after `done` updates: every `every_steps`, half-way between, and after the last.
 
-    Half-way too because a checkpoint is written while training goes on, and is of use only once it is whole: the one
-    before it, no more than `every_steps` behind, must then still do.
+    Saves half-way too because a checkpoint is written while training continues and cannot be used before it is
+    complete: the previous one must then be at most `every_steps` updates old.
     """
     return done % every_steps in (0, every_steps // 2) or done == num_updates
 
@@ -75,8 +77,17 @@ def run_updates(
     The metrics of an update are fetched after the next one has been dispatched, so that the device never waits for the
     host.
 
+    Args:
+      update: (state, batch, learning rate) -> (state, metrics), as from `build_update`.
+      state: state before update `start`; donated.
+      plan: the updates.
+      start: number of the first update.
+      mesh: device mesh.
+      hooks: what happens between updates.
+      stage: title of the progress bar, used in messages too.
+
     Raises:
-      RunError: if a number stops being finite; the last checkpoint was made before that.
+      RunError: if a metric is not finite; the last checkpoint is from before that.
       Stopped: if a stop was requested, after a checkpoint.
     """
     num_updates = len(plan.num_tokens)
@@ -117,8 +128,7 @@ def _require_finite(numbers: dict[str, float], step: int, examples: list[str], s
         more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
         shown = f" (examples {', '.join(examples[:8])}{more})" if examples else ""
         raise RunError(
-            f"{stage}: update {step} has {', '.join(broken)}{shown}; the checkpoints are of before it. "
+            f"{stage}: update {step} has {', '.join(broken)}{shown}; the checkpoints are from before it. "
             f"{'Look at these examples, lower' if examples else 'Lower'} optimizer.learning_rate, or set "
-            "model.compute_dtype float32, in a "
-            "new run.directory"
+            "model.compute_dtype float32, in a new run.directory"
         )

@@ -1,8 +1,8 @@
-"""Log-probs of chosen and rejected responses in, one loss a pair out: the base losses, and the table that names them.
+"""Pairwise preference losses: each maps log-probs of chosen and rejected responses to one loss per pair.
 
-Each loss is a function of `(policy, reference, num_tokens)`, all `Pair`s of arrays [B], with its own settings as
-keyword arguments. Notation of the docstrings: lp is the sum of a response's token log-probs in nats, mlp = lp / |y|
-their mean, h = lp_policy - lp_reference, D = h(chosen) - h(rejected).
+Each loss is a function of `(policy, reference, num_tokens)`, all `Pair`s of arrays [B], with its settings as keyword
+arguments. Notation in the docstrings: lp is the sum of a response's token log-probs in nats, mlp = lp / |y| their mean,
+h = lp_policy - lp_reference, D = h(chosen) - h(rejected).
 """
 
 import difflib
@@ -20,48 +20,49 @@ from sso_jax.runtime.errors import InputError
 
 
 class Pair(NamedTuple):
-    """One number for the chosen and one for the rejected response of each pair: log-prob sums, or counts of tokens."""
+    """A value for the chosen and the rejected response of each pair: log-prob sums, or numbers of tokens."""
 
     chosen: Float[Array, "B"]
     rejected: Float[Array, "B"]
 
 
 class ContextValues(NamedTuple):
-    """The numbers of an example by context; what an objective does not use is None."""
+    """The values of an example by context; None for those that the objective does not use."""
 
     plain: Pair | None = None
     """(x; y+, y-)"""
     positive: Pair | None = None
     """(x+; y+, y-)"""
     negative: Pair | None = None
-    """(x-; y_o, y+), or y- in place of y_o"""
+    """(x-; y_o, y+), or y- instead of y_o"""
     original: Float[Array, "B"] | None = None
     """(x; y_o)"""
     score_conditioned_chosen: Pair | None = None
-    """(x told the score of y+; y+, y-)"""
+    """(x with the score of y+ in its system message; y+, y-)"""
     score_conditioned_rejected: Pair | None = None
-    """(x told the score of y-; y-, y+)"""
+    """(x with the score of y- in its system message; y-, y+)"""
 
 
 def log_ratios(policy: Pair, reference: Pair) -> Pair:
-    """h = lp_policy - lp_reference of both responses, in nats."""
+    """Returns h = lp_policy - lp_reference of both responses, in nats."""
     return Pair(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
 
 
 def margin(policy: Pair, reference: Pair) -> Float[Array, "B"]:
-    """D = h(chosen) - h(rejected), in nats."""
+    """Returns D = h(chosen) - h(rejected), in nats."""
     ratios = log_ratios(policy, reference)
     return ratios.chosen - ratios.rejected
 
 
 def mean_log_probs(policy: Pair, num_tokens: Pair) -> Pair:
-    """mlp = lp / |y| of both responses, in nats a token."""
+    """Returns mlp = lp / |y| of both responses, in nats per token."""
     return Pair(policy.chosen / num_tokens.chosen, policy.rejected / num_tokens.rejected)
 
 
 def dpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`-log sigmoid(beta * D)` on sums (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). At policy = reference it is ln
-    2.
+    """`-log sigmoid(beta * D)` on sums (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+
+    At policy = reference it is ln 2.
     """
     del num_tokens  # sums, not means
     return -jax.nn.log_sigmoid(beta * margin(policy, reference))
@@ -81,8 +82,9 @@ def ipo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0
 def cdpo_loss(
     policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1
 ) -> Float[Array, "B"]:
-    """`-(1-e) log sigmoid(beta*D) - e log sigmoid(-beta*D)`: a share e of labels is wrong (Mitchell 2023, conservative
-    DPO; sums).
+    """`-(1-e) log sigmoid(beta*D) - e log sigmoid(-beta*D)` on sums, where a share e of the labels is wrong.
+
+    Mitchell 2023, conservative DPO.
     """
     del num_tokens
     logit = beta * margin(policy, reference)
@@ -92,10 +94,9 @@ def cdpo_loss(
 def robust_loss(
     policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1
 ) -> Float[Array, "B"]:
-    """`[-(1-e) log sigmoid(beta*D) + e log sigmoid(-beta*D)] / (1-2e)`, e < 1/2, sums: its mean over flipped labels is
-    DPO's.
+    """`[-(1-e) log sigmoid(beta*D) + e log sigmoid(-beta*D)] / (1-2e)`, e < 1/2, on sums.
 
-    Chowdhury et al. 2024, arXiv 2403.00409.
+    Its mean over labels flipped with probability e is the DPO loss (Chowdhury et al. 2024, arXiv 2403.00409).
     """
     del num_tokens
     logit = beta * margin(policy, reference)
@@ -104,8 +105,9 @@ def robust_loss(
 
 
 def hinge_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`max(0, 1 - beta*D)` on sums (SLiC as a pairwise loss; Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv
-    2309.06657).
+    """`max(0, 1 - beta*D)` on sums.
+
+    SLiC as a pairwise loss (Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv 2309.06657).
     """
     del num_tokens
     return jax.nn.relu(1.0 - beta * margin(policy, reference))
@@ -135,25 +137,23 @@ def orpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 
 
 
 def _log1mexp(x: Float[Array, "B"]) -> Float[Array, "B"]:
-    """`log(1 - exp(x))` for x < 0, accurate at both ends; x is kept from 0, where a response is certain and the odds
-    infinite.
+    """Returns `log(1 - exp(x))` for x < 0, accurately at both ends.
+
+    Clips x below 0, where a response is certain and its odds are infinite.
     """
     x = jnp.minimum(x, -1e-6)
     near_zero = x > -math.log(2.0)
-    safe = (
-        jnp.where(near_zero, x, -1.0),
-        jnp.where(near_zero, -1.0, x),
-    )  # the branch not taken must have a finite gradient too
+    # The branch that is not taken must have a finite gradient too.
+    safe = jnp.where(near_zero, x, -1.0), jnp.where(near_zero, -1.0, x)
     return jnp.where(near_zero, jnp.log(-jnp.expm1(safe[0])), jnp.log1p(-jnp.exp(safe[1])))
 
 
 def exo_loss(
     policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3
 ) -> Float[Array, "B"]:
-    """`q (log q - log(1-e)) + (1-q) (log(1-q) - log e)`, q = sigmoid(beta*D), e > 0, on sums: the reverse KL of the
-    preference.
+    """`q (log q - log(1-e)) + (1-q) (log(1-q) - log e)`, q = sigmoid(beta*D), e > 0, on sums.
 
-    Ji et al. 2024, arXiv 2402.00856.
+    The reverse KL divergence of the preference (Ji et al. 2024, arXiv 2402.00856).
     """
     del num_tokens
     logit = beta * margin(policy, reference)
@@ -162,10 +162,10 @@ def exo_loss(
 
 
 def nca_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.01) -> Float[Array, "B"]:
-    """`-log sigmoid(beta*a) - 1/2 log sigmoid(-beta*a) - 1/2 log sigmoid(-beta*b)`, a = h(chosen), b = h(rejected), on
-    sums.
+    """`-log sigmoid(beta*a) - 1/2 log sigmoid(-beta*a) - 1/2 log sigmoid(-beta*b)`, on sums.
 
-    It holds the chosen response's likelihood up (Chen et al. 2024, arXiv 2402.05369).
+    With a = h(chosen), b = h(rejected). Keeps the likelihood of the chosen response from falling (Chen et al. 2024,
+    arXiv 2402.05369).
     """
     del num_tokens
     a, b = (beta * ratio for ratio in log_ratios(policy, reference))
@@ -173,8 +173,9 @@ def nca_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0
 
 
 def sppo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.001) -> Float[Array, "B"]:
-    """`(h(chosen) - 1/(2 beta))^2 + (h(rejected) + 1/(2 beta))^2`, on sums (Wu et al. 2024, arXiv 2405.00675, hard
-    labels).
+    """`(h(chosen) - 1/(2 beta))^2 + (h(rejected) + 1/(2 beta))^2`, on sums.
+
+    Wu et al. 2024, arXiv 2405.00675, with hard labels.
     """
     del num_tokens
     ratios = log_ratios(policy, reference)
@@ -182,8 +183,9 @@ def sppo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 
 
 
 def apo_zero_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`1 - sigmoid(beta*h(chosen)) + sigmoid(beta*h(rejected))`, on sums: chosen up, rejected down (arXiv 2408.06266,
-    APO-zero).
+    """`1 - sigmoid(beta*h(chosen)) + sigmoid(beta*h(rejected))`, on sums: raises chosen, lowers rejected.
+
+    APO-zero (arXiv 2408.06266).
     """
     del num_tokens
     ratios = log_ratios(policy, reference)
@@ -191,8 +193,9 @@ def apo_zero_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: floa
 
 
 def apo_down_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """`sigmoid(beta*h(chosen)) + 1 - sigmoid(beta*D)`, on sums: both down, rejected further (arXiv 2408.06266,
-    APO-down).
+    """`sigmoid(beta*h(chosen)) + 1 - sigmoid(beta*D)`, on sums: lowers both, rejected more.
+
+    APO-down (arXiv 2408.06266).
     """
     del num_tokens
     ratios = log_ratios(policy, reference)
@@ -202,17 +205,14 @@ def apo_down_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: floa
 def discopop_loss(
     policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.05, tau: float = 0.05
 ) -> Float[Array, "B"]:
-    """`(1-m) log(1+exp(-u)) + m exp(-u)`, u = beta*D, m = sigmoid(u/tau), on sums (Lu et al. 2024, arXiv 2406.08414,
-    eq. 5).
+    """`(1-m) log(1+exp(-u)) + m exp(-u)`, u = beta*D, m = sigmoid(u/tau), on sums.
 
-    At the default tau the slope at zero margin is positive, so that a pair without margin is pushed the wrong way; it
-    is negative for tau >= 0.11.
+    Lu et al. 2024, arXiv 2406.08414, eq. 5. At the default tau the slope at zero margin is positive, so that a pair
+    without a margin is pushed in the wrong direction; the slope is negative for tau >= 0.11.
     """
     del num_tokens
     u = beta * margin(policy, reference)
-    exponential = jnp.exp(
-        jax.nn.log_sigmoid(u / tau) - u
-    )  # m exp(-u), which would be 0 times infinity at a large negative u
+    exponential = jnp.exp(jax.nn.log_sigmoid(u / tau) - u)  # m exp(-u), without 0 * infinity at a large negative u
     return jax.nn.sigmoid(-u / tau) * jax.nn.softplus(-u) + exponential
 
 
@@ -226,13 +226,12 @@ def aps_loss(
     t_min: float = 0.1,
     t_max: float = 5.0,
 ) -> Float[Array, "B"]:
-    """`min over t in [t_min, t_max] of -t log sigmoid(z/t) + (rho - ln 2) t`, z = beta*D, on sums: each pair has a
-    scale of its own.
+    """`min over t in [t_min, t_max] of -t log sigmoid(z/t) + (rho - ln 2) t`, z = beta*D, on sums.
 
-    Adaptive preference scaling (Hong et al. 2024, arXiv 2406.02764, "Ada-DPO"). The slope in t is `H(sigmoid(z/t)) +
-    rho - ln 2` with the entropy H in nats, so the minimum lies at `t* = clip(|z|/u*, t_min, t_max)` with
-    `H(sigmoid(u*)) = ln 2 - rho`. t* takes no
-    gradient: where it is not clipped the loss is level in t.
+    Adaptive preference scaling: each pair has its own scale t (Hong et al. 2024, arXiv 2406.02764, "Ada-DPO"). The
+    slope in t is `H(sigmoid(z/t)) + rho - ln 2` with the entropy H in nats, so the minimum is at `t* = clip(|z|/u*,
+    t_min, t_max)` with `H(sigmoid(u*)) = ln 2 - rho`. No gradient flows through t*: where it is not clipped, the
+    derivative with respect to t is 0.
     """
     del num_tokens
     z = beta * margin(policy, reference)
@@ -241,24 +240,22 @@ def aps_loss(
 
 
 def _logit_of_entropy(entropy: float) -> float:
-    """The u > 0 with `H(sigmoid(u)) = entropy`, for an entropy in (0, ln 2), by bisection."""
+    """Returns the u > 0 with `H(sigmoid(u)) = entropy`, for an entropy in (0, ln 2), by bisection."""
     low, high = 0.0, 100.0
     while high - low > 1e-12 * high:
         u = (low + high) / 2
-        low, high = (
-            (u, high) if math.log1p(math.exp(-u)) + u * math.exp(-u) / (1.0 + math.exp(-u)) > entropy else (low, u)
-        )
+        entropy_of_u = math.log1p(math.exp(-u)) + u * math.exp(-u) / (1.0 + math.exp(-u))
+        low, high = (u, high) if entropy_of_u > entropy else (low, u)
     return (low + high) / 2
 
 
 def clipped_loss(
     policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1, clip: float = 2.0
 ) -> Float[Array, "B"]:
-    """`-log sigmoid(min(beta*h(chosen), c) - max(beta*h(rejected), -c))`, on sums: a reward beyond c earns nothing
-    more.
+    """`-log sigmoid(min(beta*h(chosen), c) - max(beta*h(rejected), -c))`, on sums: rewards beyond c gain nothing.
 
-    This is this project's own reading of TSO (arXiv 2409.02118), of which only a reward clipped on both sides is known;
-    so is c = 2.
+    This project's reading of TSO (arXiv 2409.02118), of which only the reward clipped on both sides is known; c = 2 is
+    this project's choice too.
     """
     del num_tokens
     a, b = (beta * ratio for ratio in log_ratios(policy, reference))
@@ -282,29 +279,29 @@ BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "aps": aps_loss,
     "clipped": clipped_loss,
 }
-"""Losses of a pair in any context; multi_response_losses.py has those that need more."""
+"""Losses of a pair in any context; multi_response_losses.py has those that need more than a pair."""
 
 
 def loss_settings(name: str) -> dict[str, float]:
-    """Settings of a pairwise loss with their defaults; raises `InputError` for an unknown name."""
+    """Returns the settings of a pairwise loss with their defaults; raises `InputError` for an unknown name."""
     check_name(name, BASE_LOSSES)
     return keyword_settings(BASE_LOSSES[name])
 
 
 def keyword_settings(loss: Callable) -> dict[str, float]:
-    """Settings of a loss function with their defaults: its keyword-only arguments."""
+    """Returns the settings of a loss function with their defaults: its keyword-only arguments."""
     return {p.name: p.default for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def check_name(name: str, names: Iterable[str]) -> None:
-    """Raises `InputError` with the nearest names if `name` is none of the losses."""
+    """Raises `InputError` with the closest names if `name` is not among the losses."""
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)
-        raise InputError(f"objective.base: no loss is called {name!r}; nearest: {', '.join(near)}")
+        raise InputError(f"objective.base: there is no loss {name!r}; give one such as {', '.join(near)}")
 
 
 def bind_loss(name: str, loss: Callable, given: dict[str, float | None]) -> tuple[Callable, dict[str, float]]:
-    """The loss with the settings `given` (None takes the default), and the settings in force.
+    """Binds the settings `given` (None takes the default) to a loss; returns it with the resulting settings.
 
     Raises:
       InputError: for a setting that this loss does not use, or a value that makes it infinite.
@@ -313,8 +310,8 @@ def bind_loss(name: str, loss: Callable, given: dict[str, float | None]) -> tupl
     for field, value in given.items():
         if value is not None and field not in settings:
             raise InputError(
-                f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; remove "
-                "it"
+                f"objective.{field}: {value!r} is not used by base {name!r}, which takes {', '.join(settings)}; "
+                "remove it"
             )
         if value is not None:
             settings[field] = value
@@ -323,17 +320,15 @@ def bind_loss(name: str, loss: Callable, given: dict[str, float | None]) -> tupl
             "objective.label_smoothing: 0.0 makes base 'exo' infinite; give a share above 0, such as 0.001"
         )
     if name == "aps" and settings["t_min"] > settings["t_max"]:
-        raise InputError(
-            f"objective.t_min: {settings['t_min']} is above objective.t_max {settings['t_max']}; give less"
-        )
+        raise InputError(f"objective.t_min: {settings['t_min']} is above objective.t_max {settings['t_max']}; lower it")
     return partial(loss, **settings), settings
 
 
 def base_loss(name: str, given: dict[str, float | None]) -> tuple[Callable[..., Float[Array, "B"]], dict[str, float]]:
-    """The pairwise loss `name` with the settings `given` (None takes the default), and the settings in force.
+    """Returns the pairwise loss `name` with the settings `given` (None takes the default), and the resulting settings.
 
     Raises:
-      InputError: for an unknown name, or a setting that this loss does not use.
+      InputError: for an unknown name, a setting that this loss does not use, or a value that makes it infinite.
     """
     check_name(name, BASE_LOSSES)
     return bind_loss(name, BASE_LOSSES[name], given)

@@ -1,4 +1,4 @@
-"""One line of numbers an update in; `metrics.jsonl`, TensorBoard scalars and, if asked for, Weights & Biases out."""
+"""Writes the metrics of each update to `metrics.jsonl`, TensorBoard and, if configured, Weights & Biases."""
 
 import json
 from dataclasses import dataclass
@@ -27,19 +27,19 @@ LINE_FIELDS = (
     "learning_rate",
     "tokens_per_second",
 )
-"""Fields of every line; one that the objective does not have is null."""
+"""Fields of every line; null for those that the objective does not have."""
 
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """Where the lines go."""
+    """The open destinations of the metrics."""
 
     path: Path
     tensorboard: Any | None
     wandb: Any | None
 
     def rewind(self, iteration: int, step: int) -> None:
-        """Drops the lines of `iteration` from update `step` on: a resumed run writes them again."""
+        """Removes the lines of `iteration` from update `step` on, which a resumed run writes again."""
         if self.path.is_file():
             kept = [row for row in read_json_lines(self.path) if row["iteration"] != iteration or row["step"] < step]
             write_records(kept, self.path)
@@ -57,7 +57,7 @@ class MetricsLog:
             self.wandb.log({f"train/{name}": value for name, value in scalars.items()}, step=step)
 
     def close(self) -> None:
-        """Flushes what is buffered."""
+        """Flushes buffered metrics."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
@@ -65,19 +65,19 @@ class MetricsLog:
 
 
 def check_logging(config: LoggingConfig) -> None:
-    """Raises `InputError` if Weights & Biases is asked for and not installed."""
+    """Raises `InputError` if Weights & Biases is configured but not installed."""
     if config.wandb_project is not None:
         try:
             import wandb  # noqa: F401
         except ImportError as error:
             raise InputError(
-                f"logging.wandb_project: {config.wandb_project!r} needs the wandb package; pip install wandb, or leave "
-                "it out"
+                f"logging.wandb_project: {config.wandb_project!r} needs the wandb package; run pip install wandb, or "
+                "remove the field"
             ) from error
 
 
 def open_metrics(directory: Path, config: LoggingConfig, run_config: dict, writes: bool) -> MetricsLog:
-    """Opens the sinks that the config asks for; none but the file where another process `writes`."""
+    """Opens the configured destinations, or only sets the path if another process `writes`."""
     tensorboard = wandb_run = None
     if not writes:
         return MetricsLog(directory / "metrics.jsonl", None, None)

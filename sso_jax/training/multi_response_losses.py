@@ -1,9 +1,8 @@
-"""Log-probs under the plain prompt in, of more than a pair, one loss an example out; and the table that names these
-losses.
+"""Losses of the plain prompt that need more than a pair of responses, and the table that names them.
 
-Each loss is a function of `(policy, reference, num_tokens)`, all `ContextValues`, with its own settings as keyword
-arguments. Inside SSO it takes the place of the base loss of the plain pair; the steering terms are then dpo with the
-same beta. Notation as in losses.py.
+Each loss is a function of `(policy, reference, num_tokens)`, all `ContextValues`, with its settings as keyword
+arguments; it returns one loss per example. Within SSO it replaces the base loss of the plain pair; the steering terms
+are then dpo with the same beta. Notation as in losses.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from sso_jax.data.records import Cell
 from sso_jax.training.losses import ContextValues, bind_loss, dpo_loss, log_ratios
 
 RANKS = (2.0, 1.0, 0.0)
-"""opo's labels psi of y+, y_o and y-: their order. The numbers are this project's choice."""
+"""opo's labels psi of y+, y_o and y-: their order is the paper's; the numbers are this project's choice."""
 SINKHORN_STEPS, SINKHORN_TOLERANCE = 50, 1e-6
 
 
@@ -30,11 +29,10 @@ def rpo_loss(
     beta: float = 0.01,
     eta: float = 0.005,
 ) -> Float[Array, "B"]:
-    """`-log sigmoid(beta*D) - eta*beta*lp(chosen)`, on sums: DPO with an adversarial regulariser, which comes out as a
-    supervised term.
+    """`-log sigmoid(beta*D) - eta*beta*lp(chosen)`, on sums: DPO with an adversarial regularizer.
 
-    Liu et al. 2024, arXiv 2405.16436, eq. 4.8. The term is on the sum; on the mean the same eta would be equal near 100
-    tokens only.
+    The regularizer turns out to be a supervised term (Liu et al. 2024, arXiv 2405.16436, eq. 4.8). The term is on the
+    sum; with the mean instead, the same eta would be equivalent only near 100 tokens.
     """
     return dpo_loss(policy.plain, reference.plain, num_tokens.plain, beta=beta) - eta * beta * policy.plain.chosen
 
@@ -47,11 +45,10 @@ def selm_loss(
     beta: float = 0.01,
     alpha: float = 0.001,
 ) -> Float[Array, "B"]:
-    """`-log sigmoid(beta*D) + alpha*beta*lp(y_o)`, on sums: mass moves away from what the reference says anyway, to
-    explore.
+    """`-log sigmoid(beta*D) + alpha*beta*lp(y_o)`, on sums: explores by moving mass away from likely responses.
 
-    Zhang et al. 2024, arXiv 2405.19332, eq. 4.2, whose response sampled from the reference is y_o here: the reference
-    is the policy at the start of the round, which sampled it.
+    Zhang et al. 2024, arXiv 2405.19332, eq. 4.2. The paper's response sampled from the reference is y_o here: the
+    reference is the policy at the start of the round, which y_o was sampled from.
     """
     return dpo_loss(policy.plain, reference.plain, num_tokens.plain, beta=beta) + alpha * beta * policy.original
 
@@ -59,11 +56,10 @@ def selm_loss(
 def reward_conditioned_loss(
     policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, *, beta: float = 0.01
 ) -> Float[Array, "B"]:
-    """Mean of dpo on two rows: the prompt told the score of y+, order kept, and the prompt told the score of y-, order
-    reversed.
+    """Mean of dpo on two prompts: with the score of y+ in its order, and with the score of y- in reverse order.
 
-    Zhang et al. 2024, arXiv 2410.08067. The reference is given the same prompts. Pairs with equal scores are dropped
-    before.
+    Zhang et al. 2024, arXiv 2410.08067. The reference gets the same prompts. Pairs with equal scores are dropped
+    earlier.
     """
     kept = dpo_loss(
         policy.score_conditioned_chosen,
@@ -83,17 +79,16 @@ def reward_conditioned_loss(
 def opo_loss(
     policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, *, beta: float = 0.1, tau: float = 1.0
 ) -> Float[Array, "B"]:
-    """`-NDCG` of the order y+, y_o, y- by the scores s = beta*h on sums, made smooth by NeuralSort (Zhao et al. 2024,
-    arXiv 2410.04346).
+    """`-NDCG` of the order y+, y_o, y- by the scores s = beta*h on sums, made smooth with NeuralSort, in float32.
 
-    Gains are 2^psi - 1, discounts 1/log2(i+1) by place i. In float32.
+    Gains are 2^psi - 1, discounts 1/log2(i+1) for rank i (Zhao et al. 2024, arXiv 2410.04346).
     """
     del num_tokens
     ratios = log_ratios(policy.plain, reference.plain)
     scores = beta * jnp.stack([ratios.chosen, policy.original - reference.original, ratios.rejected], axis=-1)  # [B, K]
     gains = 2.0 ** np.array(RANKS, np.float32) - 1.0
     discounts = 1.0 / np.log2(np.arange(len(RANKS), dtype=np.float32) + 2.0)
-    ideal = float(np.sum(discounts * gains))  # the ranks are in their ideal order already
+    ideal = float(np.sum(discounts * gains))  # the ranks are already in ideal order
     places = sinkhorn(neural_sort(scores.astype(jnp.float32), tau))
     return -jnp.einsum("i,bij,j->b", jnp.asarray(discounts), places, jnp.asarray(gains)) / ideal
 
@@ -106,16 +101,18 @@ def spo_loss(
     beta: float = 0.1,
     degree_weight: float = 0.1,
 ) -> Float[Array, "B"]:
-    """The alignment loss of SPO, dpo (arXiv 2409.17791); `degree_weight` times the cross-entropy of `degree.py` is
-    added to the whole.
+    """The alignment loss of SPO, which is dpo (arXiv 2409.17791).
+
+    `degree_weight` times the cross-entropy of `spo_head.py` is added to the total loss.
     """
     del degree_weight
     return dpo_loss(policy.plain, reference.plain, num_tokens.plain, beta=beta)
 
 
 def neural_sort(scores: Float[Array, "B K"], tau: float) -> Float[Array, "B K K"]:
-    """`P_ij = softmax_j([(K+1-2i) s_j - sum_m |s_j - s_m|] / tau)`: row i is where the i-th largest score is (Grover et
-    al. 2019).
+    """`P_ij = softmax_j([(K+1-2i) s_j - sum_m |s_j - s_m|] / tau)`: row i locates the i-th largest score.
+
+    Grover et al. 2019.
     """
     num = scores.shape[-1]
     factors = num + 1.0 - 2.0 * jnp.arange(1, num + 1, dtype=scores.dtype)  # [K]
@@ -124,7 +121,7 @@ def neural_sort(scores: Float[Array, "B K"], tau: float) -> Float[Array, "B K K"
 
 
 def sinkhorn(matrix: Float[Array, "B K K"]) -> Float[Array, "B K K"]:
-    """The matrix scaled, columns then rows, until both sum to 1 within 1e-6, at most 50 times."""
+    """Scales the columns, then the rows, until both sum to 1 within 1e-6, at most 50 times."""
     tiny = jnp.finfo(matrix.dtype).tiny
 
     def scaled(current, _):
@@ -137,7 +134,7 @@ def sinkhorn(matrix: Float[Array, "B K K"]) -> Float[Array, "B K K"]:
 
 
 class MultiResponseEntry(NamedTuple):
-    """A loss of this file and the (context, response) log-probs that it needs beside those of the plain pair."""
+    """A loss of this file and the (context, response) log-probs that it needs besides those of the plain pair."""
 
     loss: Callable[..., Float[Array, "B"]]
     cells: tuple[Cell, ...]
@@ -157,12 +154,11 @@ MULTI_RESPONSE_LOSSES: dict[str, MultiResponseEntry] = {
     "reward_conditioned": MultiResponseEntry(reward_conditioned_loss, TOLD),
     "spo": MultiResponseEntry(spo_loss, ()),
 }
+"""Losses by name."""
 
 
 def multi_response_loss(
     name: str, given: dict[str, float | None]
 ) -> tuple[Callable[..., Float[Array, "B"]], dict[str, float]]:
-    """The loss `name` of the table with the settings `given`, and the settings in force; raises `InputError` as
-    `base_loss` does.
-    """
+    """Returns the loss `name` with the settings `given`, and the resulting settings; raises like `base_loss`."""
     return bind_loss(name, MULTI_RESPONSE_LOSSES[name].loss, given)

@@ -1,4 +1,4 @@
-"""Log-probs under x, x+ and x- in, one loss an example out: SSO's objectives, composed of a base loss.
+"""SSO's objectives: compose base losses of the contexts x, x+ and x- into one loss per example.
 
 The pairs of the paper (arXiv 2410.17131): plain (x; y+ over y-), positive (x+; y+ over y-), negative (x-; y_o over y+).
 """
@@ -18,16 +18,16 @@ MultiResponseLoss = Callable[[ContextValues, ContextValues, ContextValues], Floa
 
 
 class Terms(NamedTuple):
-    """What `metrics.jsonl` shows of an objective, per example; parts that the objective lacks are None."""
+    """The parts of an objective, per example, as logged in `metrics.jsonl`; None for those that it does not have."""
 
     loss: Float[Array, "B"]
     base_loss: Float[Array, "B"] | None = None
     positive_loss: Float[Array, "B"] | None = None
     negative_loss: Float[Array, "B"] | None = None
     weight: Float[Array, "B"] | None = None
-    """W, or 1 where it is not used."""
+    """W, or 1 if it is not used."""
     sft_loss: Float[Array, "B"] | None = None
-    """The supervised part before gamma."""
+    """The supervised term, before multiplication by gamma."""
 
 
 class SteeringScale(NamedTuple):
@@ -38,7 +38,7 @@ class SteeringScale(NamedTuple):
 
 
 class OnlineWeights(NamedTuple):
-    """How version 1 weighs its steering terms: `L_base + W*g*G`."""
+    """Weights of version 1's steering terms: `L_base + W*g*G`."""
 
     steering_weight: float = 0.1
     """g."""
@@ -47,31 +47,32 @@ class OnlineWeights(NamedTuple):
     use_weight: bool = True
     """False sets W to 1."""
     use_steering: bool = True
-    """False leaves G out; W then multiplies the base loss, as in the authors' code."""
+    """False omits G; W then multiplies the base loss, as in the authors' code."""
     detach_weight: bool = False
-    """True stops the gradient through W, as WPO does; the authors' code lets it flow."""
+    """True stops the gradient through W, as in WPO; the authors' code does not."""
     scale: SteeringScale = SteeringScale()
 
 
 def policy_weight(policy: Pair, num_tokens: Pair, alpha: float) -> Float[Array, "B"]:
-    """`W = sigmoid(-(a * mlp(y+|x) + (1-a) * mlp(y-|x)))` in (1/2, 1): the less likely the pair, the larger.
+    """`W = sigmoid(-(a * mlp(y+|x) + (1-a) * mlp(y-|x)))` in (1/2, 1): larger for less likely pairs.
 
-    With mlp in nats a token: mlp = -ln 3 for both responses gives W = sigmoid(ln 3) = 3/4.
+    With mlp in nats per token: mlp = -ln 3 for both responses gives W = sigmoid(ln 3) = 3/4.
     """
     mean_log_prob = alpha * policy.chosen / num_tokens.chosen + (1.0 - alpha) * policy.rejected / num_tokens.rejected
     return jax.nn.sigmoid(-mean_log_prob)
 
 
 def negative_log_likelihood(log_prob: Float[Array, "B"], num_tokens: Float[Array, "B"]) -> Float[Array, "B"]:
-    """`-mlp`, the mean over response tokens."""
+    """Returns `-mlp`, the mean over response tokens."""
     return -log_prob / num_tokens
 
 
 def steering_terms(
     base: BaseLoss, policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, scale: SteeringScale
 ) -> tuple[Float[Array, "B"] | None, Float[Array, "B"] | None, Float[Array, "B"]]:
-    """L+ = base(x+, y+, y-), L- = base(x-, y_o, y+), and their scaled sum; a term of scale 0 is None and costs
-    nothing.
+    """Returns L+ = base(x+, y+, y-), L- = base(x-, y_o, y+), and their scaled sum.
+
+    A term with scale 0 is None and is not computed.
     """
     positive = base(policy.positive, reference.positive, num_tokens.positive) if scale.positive else None
     negative = base(policy.negative, reference.negative, num_tokens.negative) if scale.negative else None
@@ -80,7 +81,7 @@ def steering_terms(
 
 
 def steered_likelihoods(policy: ContextValues, num_tokens: ContextValues, scale: SteeringScale) -> Float[Array, "B"]:
-    """`NLL(y+|x+)` and `NLL(y_o|x-)`, each with the factor of its steering term."""
+    """Returns the sum of `NLL(y+|x+)` and `NLL(y_o|x-)`, each times the factor of its steering term."""
     contexts = [(factor, name) for factor, name in zip(scale, ("positive", "negative"), strict=True) if factor]
     return sum(
         f * negative_log_likelihood(getattr(policy, n).chosen, getattr(num_tokens, n).chosen) for f, n in contexts
@@ -94,7 +95,7 @@ def plain_term(
     reference: ContextValues,
     num_tokens: ContextValues,
 ) -> Float[Array, "B"]:
-    """`L_base(x, y+, y-)`, or the loss `plain` where one takes its place."""
+    """Returns `L_base(x, y+, y-)`, or the loss `plain` if it replaces the base loss."""
     if plain is not None:
         return plain(policy, reference, num_tokens)
     return base(policy.plain, reference.plain, num_tokens.plain)
@@ -109,7 +110,12 @@ def pairwise_objective(
     plain: MultiResponseLoss | None = None,
     sft_weight: float = 0.0,
 ) -> Terms:
-    """`L_base(x, y+, y-) + gamma * NLL(y+|x)`: plain principle-based alignment (PBAA)."""
+    """`L_base(x, y+, y-) + gamma * NLL(y+|x)`: plain principle-based alignment (PBAA).
+
+    Args:
+      plain: replaces the base loss of the plain pair.
+      sft_weight: gamma.
+    """
     plain = plain_term(base, plain, policy, reference, num_tokens)
     sft = negative_log_likelihood(policy.plain.chosen, num_tokens.plain.chosen)
     return Terms(plain + sft_weight * sft, base_loss=plain, sft_loss=sft)
@@ -127,10 +133,10 @@ def online_objective(
 ) -> Terms:
     """`L = L_base(x, y+, y-) + W*g*G`, version 1 (arXiv 2410.17131v1), and its ablations.
 
-    The supervised term is `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, its last two parts with G only.
+    The supervised term is `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, the last two parts only with G.
 
     Args:
-      plain: takes the place of the base loss of the plain pair.
+      plain: replaces the base loss of the plain pair.
       sft_weight: gamma.
     """
     loss = plain_term(base, plain, policy, reference, num_tokens)
@@ -155,8 +161,9 @@ def generator_objective(
     scale: SteeringScale = SteeringScale(),
     sft_weight: float = 0.1,
 ) -> Terms:
-    """`L = L+ + L-`, L+ = base(x+, y+, y-) + gamma*NLL(y+|x+), L- = base(x-, y_o, y+) + gamma*NLL(y_o|x-): version 2's
-    generator.
+    """`L = L+ + L-`: version 2's generator.
+
+    L+ = base(x+, y+, y-) + gamma*NLL(y+|x+), L- = base(x-, y_o, y+) + gamma*NLL(y_o|x-).
     """
     positive, negative, total = steering_terms(base, policy, reference, num_tokens, scale)
     sft = steered_likelihoods(policy, num_tokens, scale)
@@ -166,9 +173,7 @@ def generator_objective(
 def pair_metrics(
     terms: Terms, policy: ContextValues, reference: ContextValues, beta: float
 ) -> dict[str, Float[Array, "B"]]:
-    """Per-example numbers of a metrics line: the terms that are there, and log-probs, margin and accuracy of the plain
-    pair.
-    """
+    """Returns the metrics of each example: available terms, and log-probs, margin and accuracy of the plain pair."""
     metrics = {name: value for name, value in terms._asdict().items() if value is not None}
     if policy.plain is not None:
         ratios = log_ratios(policy.plain, reference.plain)

@@ -6,14 +6,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def decayed(params) -> dict:
-    """True for matrices, False for norms and biases."""
+    """Returns the weight-decay mask: True for matrices, False for norms and biases."""
     flat = flatten_dict(params, sep="/")
     return unflatten_dict({path: path.split("/")[-1] not in ("scale", "bias") for path in flat}, sep="/")
 
 
 def learning_rates(peak: float, kind: str, warmup_ratio: float, num_updates: int) -> list[float]:
-    """Learning rate of each update: a linear warm-up from 0 over `warmup_ratio` of them, then a cosine to 0 or the peak
-    kept.
+    """Returns the learning rate of each update: linear warm-up from 0, then a cosine decay to 0 or a constant.
+
+    Args:
+      peak: learning rate after the warm-up.
+      kind: `constant` or `cosine`.
+      warmup_ratio: share of the updates that warm up.
+      num_updates: number of updates.
     """
     warmup = round(warmup_ratio * num_updates)
     if kind == "constant":
@@ -27,10 +32,10 @@ def learning_rates(peak: float, kind: str, warmup_ratio: float, num_updates: int
 def make_optimizer(
     b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """The step of AdamW at learning rate 1, with float32 moments (Loshchilov & Hutter 2019, alg. 2), after clipping the
-    global norm.
+    """Returns AdamW at learning rate 1 (Loshchilov & Hutter 2019, alg. 2), after clipping by the global norm.
 
-    Moments are float32 whatever the parameters are: a second one of type bfloat16 would never fall at b2 = 0.999.
+    Moments are float32 regardless of the type of the parameters: at b2 = 0.999 a bfloat16 second moment would never
+    decrease.
     """
     adamw = optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed, mu_dtype=jnp.float32)
     optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

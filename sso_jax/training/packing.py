@@ -10,11 +10,9 @@ from sso_jax.training.trees import Tree, first_fit
 
 
 class Rows(NamedTuple):
-    """Packed rows [R, T] and, for each row, its up to M response tokens: where each is predicted from, what it is, its
-    cell.
+    """Packed rows [R, T], with the source, target and cell of the up to M response tokens of each row.
 
-    Where their shape has sequences, also each response behind its prompt as a sequence of its own, for attention that
-    takes no mask.
+    If the row shape has sequences, also each prompt and response as a sequence, for attention without a mask.
     """
 
     tokens: Int[np.ndarray, "R T"]
@@ -22,14 +20,17 @@ class Rows(NamedTuple):
     tree: Int[np.ndarray, "R T"]
     branch: Int[np.ndarray, "R T"]
     source: Int[np.ndarray, "R M"]
+    """Column from which each response token is predicted."""
     target: Int[np.ndarray, "R M"]
+    """Token id of each response token."""
     cell: Int[np.ndarray, "R M"]
+    """Cell of each response token."""
     sequences: Int[np.ndarray, "R Z U"]
-    """Columns of the tokens of each, -1 behind its last."""
+    """Columns of the tokens of each sequence, -1 after its end."""
 
 
 def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
-    """Packs trees into rows first-fit. Unused targets point to the cell `num_cells`, which nobody reads.
+    """Packs trees into rows first-fit. Unused targets have the cell `num_cells`, which is never read.
 
     Raises:
       ValueError: if the trees need more rows, tokens, targets or sequences than `shape` has.
@@ -37,7 +38,7 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
     sizes = [tree.num_tokens() for tree in trees]
     if trees and not _holds(shape, [trees]):
         needed = f"{len(trees)} trees of {sum(sizes)} tokens, the longest of {max(sizes)}"
-        raise ValueError(f"{needed}, do not pack into {shape}; take row_shape of all batches")
+        raise ValueError(f"{needed}, do not fit into {shape}; use the row_shape of all batches")
     bins = first_fit(sizes, shape.num_tokens)
 
     def of_tokens():
@@ -64,7 +65,7 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
 
 
 class _Free(NamedTuple):
-    """The first of a row's columns, targets and sequences that are free."""
+    """The first free column, target and sequence of a row."""
 
     column: int
     target: int
@@ -72,7 +73,7 @@ class _Free(NamedTuple):
 
 
 def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _Free:
-    """Writes a tree and its targets from the free places of a row on; returns the next free ones."""
+    """Writes a tree and its targets to the free places of a row; returns the next free places."""
     at, targets, _ = free
     trunk = len(tree.prompt_ids)
     trunk_end = at + trunk
@@ -98,5 +99,5 @@ def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _
 
 
 def stack_rows(rows: list[Rows]) -> Rows:
-    """Rows of microbatches, which come first."""
+    """Stacks the rows of microbatches on a new first axis."""
     return Rows(*(np.stack(parts) for parts in zip(*rows, strict=True)))

@@ -1,5 +1,4 @@
-"""Rewards of pairs in, the Bradley-Terry loss out; and the batches that both are made from: packed rows with the end of
-each response.
+"""Rewards of pairs: their batches, the Bradley-Terry loss, and scoring.
 
 A reward is read at the last token of a response, its end of turn.
 """
@@ -24,35 +23,37 @@ from sso_jax.training.row_shapes import RowShape
 from sso_jax.training.trees import Branch, Tree, first_fit
 
 SHORTEST_ROW = 128
+"""Length of the shortest rows for scoring."""
 
 
 class TokenizedPair(NamedTuple):
-    """A prompt and the two responses to it, as token ids; each response ends with an end of turn."""
+    """A prompt and two responses as token ids; each response ends with an end of turn."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
 
     def num_tokens(self) -> int:
-        """Tokens of the prompt and both responses."""
+        """Returns the number of tokens of the prompt and both responses."""
         return sum(map(len, self))
 
     def longest(self) -> int:
-        """Tokens of the prompt and the longer response."""
+        """Returns the number of tokens of the prompt and the longer response."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 class RewardBatch(NamedTuple):
-    """An update's pairs in A microbatches of E pairs; ends are [chosen of pair 0, rejected of pair 0, chosen of pair 1,
-    ...].
+    """An update's pairs in A microbatches of E pairs.
+
+    Ends are in the order [chosen of pair 0, rejected of pair 0, chosen of pair 1, ...].
     """
 
     rows: Rows
-    """Leading axis A."""
+    """Packed rows, with leading axis A."""
     ends: Int[np.ndarray, "A 2E 2"]
     """Row and column of the last token of each response."""
     weights: np.ndarray
-    """[A, E]; they sum to 1 over the update, and are 0 for pairs that only fill it."""
+    """[A, E]; they sum to 1 over the update, and are 0 for pairs that only fill it up."""
 
 
 def bradley_terry_loss(
@@ -60,10 +61,10 @@ def bradley_terry_loss(
 ) -> Float[Array, "E"]:
     """`-(1-e) log sigmoid(d - m) - e log sigmoid(-d - m) + c (r_chosen + r_rejected)^2`, d = r_chosen - r_rejected.
 
-    e = 0, m = 0, c = 0 is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1, and ln 2 where both rewards are equal. The
-    margin m is that of Touvron et al. 2023 (2307.09288), eq. 2; the centring term c that of Eisenstein et al. 2023
-    (2312.09244), sec. 3, which keeps rewards near 0, where differences alone would let them drift; e is the share of
-    labels that are taken to be wrong.
+    With e = m = c = 0 it is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1, and ln 2 if both rewards are equal. The
+    margin m is that of Touvron et al. 2023 (2307.09288), eq. 2; the centering term c that of Eisenstein et al. 2023
+    (2312.09244), sec. 3, which keeps rewards near 0, since a loss of differences alone lets them drift; e is the share
+    of labels that are assumed to be wrong.
     """
     gap = rewards.chosen - rewards.rejected
     kept = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap - margin)
@@ -72,7 +73,7 @@ def bradley_terry_loss(
 
 
 def pair_trees(pairs: list[TokenizedPair]) -> list[Tree]:
-    """One tree a pair: the prompt with both responses, which are cells 2e and 2e + 1."""
+    """Returns one tree per pair: the prompt with both responses, which are cells 2e and 2e + 1."""
     return [
         Tree(p.prompt_ids, [Branch(p.chosen_ids, 2 * e), Branch(p.rejected_ids, 2 * e + 1)])
         for e, p in enumerate(pairs)
@@ -80,8 +81,9 @@ def pair_trees(pairs: list[TokenizedPair]) -> list[Tree]:
 
 
 def branch_ends(trees: list[Tree], shape: RowShape, num_cells: int) -> Int[np.ndarray, "cells 2"]:
-    """Row and column of the last token of each cell's response, where `pack(trees, shape, ...)` puts it; [0, 0] for
-    cells not there.
+    """Returns row and column of the last token of each cell's response, as placed by `pack(trees, shape, ...)`.
+
+    Missing cells have [0, 0].
     """
     ends = np.zeros((num_cells, 2), np.int32)
     for row, members in enumerate(first_fit([tree.num_tokens() for tree in trees], shape.num_tokens)):
@@ -95,7 +97,7 @@ def branch_ends(trees: list[Tree], shape: RowShape, num_cells: int) -> Int[np.nd
 
 
 def reward_batch(pairs: list[TokenizedPair], micro_size: int, num_micro: int, shape: RowShape) -> RewardBatch:
-    """Pairs of one update (at most `micro_size * num_micro`) as arrays."""
+    """Builds the batch of an update from at most `micro_size * num_micro` pairs."""
     rows, ends = [], []
     weights = np.zeros((num_micro, micro_size), np.float32)
     for a, micro in enumerate(cut_microbatches(pairs, micro_size, num_micro)):
@@ -107,7 +109,7 @@ def reward_batch(pairs: list[TokenizedPair], micro_size: int, num_micro: int, sh
 
 
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
-    """Rewards at the ends of responses, float32."""
+    """Returns the rewards at the ends of responses, in float32."""
     mask = tree_mask(rows.tree, rows.branch)
     hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask, sequences=rows.sequences)
     return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")
@@ -116,8 +118,9 @@ def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"])
 def reward_losses(
     model: RewardModel, label_smoothing: float, margin: float, center_coefficient: float
 ) -> ExampleLosses:
-    """Bradley-Terry losses of reward microbatches, with the rewards, their gap and how often it is above 0 (ties as
-    half).
+    """Returns the loss function of reward microbatches: Bradley-Terry losses.
+
+    Metrics are the rewards, their gap, and the accuracy (share of gaps above 0, ties as half).
     """
 
     def losses(params, micro: RewardBatch):
@@ -141,7 +144,7 @@ def reward_losses(
 
 
 def build_reward_fn(model: RewardModel, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Float[Array, "C"]]:
-    """`end_rewards` compiled: rows over the batch axes. One program for each row shape."""
+    """Compiles `end_rewards`: rows sharded over the batch axes, one program per row shape."""
 
     def rate_batch(params, rows: Rows, ends: Int[Array, "C 2"]):
         return end_rewards(model, params, rows, ends)
@@ -153,9 +156,9 @@ def build_reward_fn(model: RewardModel, mesh: jax.sharding.Mesh, param_shardings
 def compute_rewards(
     rate: Callable, mesh: jax.sharding.Mesh, params, pairs: list[TokenizedPair], tokens_at_once: int, stage: str
 ) -> list[tuple[float, float]]:
-    """(reward of chosen, reward of rejected) of every pair.
+    """Returns (reward of chosen, reward of rejected) of every pair.
 
-    A row holds one response, or of the shortest as many as fit; longer ones come in smaller batches.
+    A row has one response, or as many of the shortest as fit; longer responses are in smaller batches.
     """
     shards = num_batch_shards(mesh)
     trees = [Tree(p.prompt_ids, [Branch(response, 0)]) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
@@ -166,9 +169,8 @@ def compute_rewards(
     with progress_bar(stage, len(trees), "response") as bar:
         for length, members in sorted(lengths.items()):
             num_rows = -(-max(1, tokens_at_once // length) // shards) * shards
-            alone = (
-                (1, length) if length > SHORTEST_ROW else ()
-            )  # a response is longer than half of its row, but in the shortest
+            # Except in the shortest rows, a response takes more than half of its row and is therefore alone.
+            alone = (1, length) if length > SHORTEST_ROW else ()
             shape = RowShape(num_rows, length, length, *alone)
             for start in range(0, len(members), num_rows):
                 batch = members[start : start + num_rows]
@@ -176,10 +178,9 @@ def compute_rewards(
                     Tree(trees[i].prompt_ids, [trees[i].branches[0]._replace(cell=cell)])
                     for cell, i in enumerate(batch)
                 ]
+                packed, ends = pack(rows, shape, num_rows), branch_ends(rows, shape, num_rows)
                 with jax.set_mesh(mesh):
-                    values = jax.device_get(
-                        rate(params, pack(rows, shape, num_rows), branch_ends(rows, shape, num_rows))
-                    )
+                    values = jax.device_get(rate(params, packed, ends))
                 rewards[batch] = values[: len(batch)]
                 bar.update(len(batch))
     return [(float(a), float(b)) for a, b in rewards.reshape(-1, 2)]

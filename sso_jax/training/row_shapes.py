@@ -6,34 +6,28 @@ from typing import NamedTuple
 from sso_jax.training.trees import Tree, first_fit
 
 ROW_STEP, TARGET_STEP = 32, 64
-
-
+"""Row lengths and numbers of targets are multiples of these."""
 ATTENTION_LENGTH = 4096
-"""About the length of row at which attending costs as much as all products with weights."""
-
-
+"""Approximate row length at which attention costs as much as all products with weights."""
 MOST_COPIES = 4
-"""Sequences of a row may have room for so many times its tokens; where they would need more, there are none."""
-
-
+"""Maximum tokens of a row's sequences relative to its own tokens; beyond that, rows have no sequences."""
 HEADROOM, MOST_WASTE = 0.0625, 0.5
-"""Shares: how much longer trees may get before the shape of a run's rows changes, and how much dearer than need be it
-may get."""
-
-
+"""Share by which trees may grow before the row shape changes, and share by which a shape may exceed the least cost."""
 COMPILE_STEPS = 100
-"""To compile a step takes about as long as so many steps: a round of many more would lose by padding what it saves by
-not compiling."""
+"""Number of steps that take as long as compiling one.
+
+In a round of many more steps, padding would cost more than the compilation that it saves.
+"""
 
 
 class RowShape(NamedTuple):
-    """Fixed shape of the rows of a stage, so that it compiles once."""
+    """Fixed shape of a stage's rows."""
 
     num_rows: int
     num_tokens: int
     num_targets: int
     num_sequences: int = 0
-    """Responses of a row that are also sequences of their own; 0 where attention goes by the mask."""
+    """Number of responses of a row that are also sequences; 0 if attention uses the mask."""
     sequence_tokens: int = 0
 
 
@@ -42,7 +36,7 @@ def _round_up(value: int, step: int) -> int:
 
 
 class _Size(NamedTuple):
-    """What a tree takes of a row."""
+    """What a tree takes up in a row."""
 
     tokens: int
     targets: int
@@ -52,8 +46,9 @@ class _Size(NamedTuple):
 
 
 def _size(tree: Tree, spare: float = 0.0) -> _Size:
-    """That of a tree which is longer by the share `spare`; its targets by four times that, for those of a row vary
-    most.
+    """Returns the size of a tree that is longer by the share `spare`.
+
+    Its targets grow by four times that share, because the targets in a row vary most.
     """
     lengths = [len(branch.response_ids) for branch in tree.branches]
     longest = len(tree.prompt_ids) + max(lengths, default=0)
@@ -65,12 +60,17 @@ def _size(tree: Tree, spare: float = 0.0) -> _Size:
 def row_shape(
     batches: list[list[Tree]], row_multiple: int = 1, spare: float = 0.0, by_sequence: bool = False
 ) -> RowShape:
-    """Cheapest rounded shape into which every one of these batches packs; rows come in multiples of `row_multiple`.
+    """Returns the cheapest rounded shape that fits every one of these batches.
 
-    Rows are one to four times as long as the longest tree: where trees are of uneven length, longer rows leave less of
-    them empty. The same batches with trees longer by the share `spare` pack into it too. That they pack themselves does
-    not follow: of shorter trees a row may hold more, and with them more targets. `by_sequence` gives it sequences,
-    unless they would be most of them padding.
+    Rows are one to four times as long as the longest tree: if trees differ in length, longer rows leave less padding.
+    The shape fits both the batches and the same batches with trees longer by the share `spare`; the second does not
+    imply the first, because a row holds more of the shorter trees, and thus possibly more targets.
+
+    Args:
+      batches: trees of each batch.
+      row_multiple: number of rows that the shape has a multiple of.
+      spare: headroom for longer trees.
+      by_sequence: whether the shape has sequences, unless these would mostly be padding.
     """
     sizes = [[_size(tree, longer) for tree in trees] for longer in dict.fromkeys((0.0, spare)) for trees in batches]
     longest = max(size.tokens for of_batch in sizes for size in of_batch)
@@ -84,12 +84,11 @@ def row_shape(
 def stable_row_shape(
     batches: list[list[Tree]], row_multiple: int, earlier: RowShape | None, is_last: bool, by_sequence: bool = False
 ) -> RowShape:
-    """Shape of the rows of a round: that of the round before where these batches pack into it, so that nothing is
-    compiled again.
+    """Returns the row shape of a round: the previous round's if these batches fit it, so that nothing is recompiled.
 
-    Otherwise, and where the earlier one would cost more than a compilation does, or more than MOST_WASTE above the
-    cheapest, it is decided anew, with room to spare unless the round `is_last`. It follows from the batches and the
-    shape before it alone: a round that is resumed cuts the same rows.
+    Chooses a new shape if they do not fit, or if the earlier one would cost more than a compilation, or more than
+    MOST_WASTE above the cheapest; the new shape has headroom unless the round `is_last`. The result depends only on the
+    batches and the earlier shape: a resumed round has the same rows.
     """
     waste = min(MOST_WASTE, COMPILE_STEPS / len(batches))
     fits = earlier is not None and earlier.num_rows % row_multiple == 0 and _holds(earlier, batches)
@@ -103,16 +102,17 @@ def _longer(size: int, spare: float) -> int:
 
 
 def _cost(shape: RowShape) -> float:
-    """Work of a shape: its tokens, and attention, which grows with the length of their rows."""
+    """Returns the work of a shape: its tokens, and attention, which grows with the row length."""
     return shape.num_rows * shape.num_tokens * (1.0 + shape.num_tokens / ATTENTION_LENGTH)
 
 
 def _shape_of_length(
     sizes: list[list[_Size]], num_tokens: int, row_multiple: int, spare: float, by_sequence: bool
 ) -> RowShape:
-    """Rounded shape of rows of `num_tokens` for batches of trees of these sizes."""
+    """Returns the rounded shape with rows of `num_tokens` for batches of trees of these sizes."""
     num_rows, num_targets, num_sequences = _filled(sizes, num_tokens)
-    step = max(1, 2 ** (num_rows.bit_length() - 3))  # within a quarter of a power of two: few shapes, little padding
+    # A quarter of the largest power of two that is not above num_rows: few shapes, little padding.
+    step = max(1, 2 ** (num_rows.bit_length() - 3))
     num_sequences = int(num_sequences * (1.0 + 4 * spare))
     longest = _round_up(max(size.longest for of_batch in sizes for size in of_batch), ROW_STEP)
     sequences = (num_sequences, longest) if by_sequence and num_sequences * longest <= MOST_COPIES * num_tokens else ()
@@ -122,7 +122,7 @@ def _shape_of_length(
 
 
 def _filled(sizes: list[list[_Size]], num_tokens: int) -> tuple[int, int, int]:
-    """(rows, targets in a row, branches in a row) that the fullest of these batches takes."""
+    """Returns the most rows of any batch, and the most targets and branches of any row."""
     num_rows, num_targets, num_branches = 1, 1, 1
     for of_batch in sizes:
         bins = [[of_batch[i] for i in bin_] for bin_ in first_fit([size.tokens for size in of_batch], num_tokens)]
@@ -133,7 +133,7 @@ def _filled(sizes: list[list[_Size]], num_tokens: int) -> tuple[int, int, int]:
 
 
 def _holds(shape: RowShape, batches: list[list[Tree]]) -> bool:
-    """Whether every one of these batches packs into the shape."""
+    """Returns whether every one of these batches fits the shape."""
     sizes = [[_size(tree) for tree in trees] for trees in batches]
     if max(size.tokens for of_batch in sizes for size in of_batch) > shape.num_tokens:
         return False

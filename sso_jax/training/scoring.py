@@ -1,4 +1,4 @@
-"""Prompts and responses of examples in, their log-prob sums out, scored in packed batches of one shape."""
+"""Computes log-prob sums of examples in packed batches of one shape."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Scorable(NamedTuple):
 
 
 def scoring_batches(items: list[Scorable], cells: list[Cell], batch_size: int) -> list[list[Tree]]:
-    """Trees of each batch of at most `batch_size` items; cells count from 0 in every batch."""
+    """Returns the trees of each batch of at most `batch_size` items; cells start from 0 in every batch."""
     return [
         [
             tree
@@ -42,9 +42,17 @@ def score_examples(
     stage: str,
     shape: RowShape | None = None,
 ) -> list[list[float]]:
-    """For each item the log-prob sum of every cell (context, response), in nats, by the training forward pass.
+    """Returns the log-prob sum of every cell (context, response) of each item, in nats, from the training forward pass.
 
-    Rows have `shape` where it is given, which must hold every batch, and the cheapest otherwise.
+    Args:
+      score: compiled scoring.
+      mesh: device mesh.
+      params: the model's parameters.
+      items: examples.
+      cells: cells of each example.
+      batch_size: items per batch.
+      stage: title of the progress bar.
+      shape: row shape, which must fit every batch; None takes the cheapest.
     """
     batches = scoring_batches(items, cells, batch_size)
     if not batches:
@@ -60,7 +68,7 @@ def score_examples(
             bar.update(count)
 
         running = None
-        for trees in batches:  # the device works on the next one while the host takes what the one before it gave
+        for trees in batches:  # the device computes a batch while the host fetches the previous one
             with jax.set_mesh(mesh):
                 rows = place(pack(trees, shape, num_cells), batch_sharding(mesh))
                 running, before = score.log_probs(params, rows, num_cells), running

@@ -1,10 +1,9 @@
-"""Mean hidden states of graded responses in, the cross-entropy of their grade out: the self-supervised part of base
-`spo`.
+"""The self-supervised part of base `spo`: a head that predicts the degree of a graded response.
 
-Wang et al. 2024, arXiv 2409.17791 (SPO). Of the paper are: key content found by RAKE and removed step by step, a
-classifier on the model's own representation that predicts the step, its cross-entropy added to the alignment loss, both
-trained together. This project's choices are: shares 0, 1/3, 2/3, 1 of the phrases of y+, the mean of the final hidden
-states over the response tokens before the end of turn, a head of two layers as wide as the model, weight 0.1.
+Wang et al. 2024, arXiv 2409.17791 (SPO). From the paper: key content found by RAKE and removed in steps, a classifier
+on the model's own representation that predicts the step, its cross-entropy added to the alignment loss, both trained
+together. This project's choices: shares 0, 1/3, 2/3, 1 of the phrases of y+, the mean of the final hidden states over
+the response tokens before the end of turn, a head of two layers of the model's width, weight 0.1.
 """
 
 import jax
@@ -21,11 +20,11 @@ from sso_jax.training.objectives import Terms, pair_metrics
 HEAD = "degree_head"
 NUM_DEGREES = 4
 DEGREE_CELLS = [Cell("plain", f"degree_{k}") for k in range(1, NUM_DEGREES)]
-"""The variants of y+; y+ itself is degree 0."""
+"""The graded variants of y+; y+ itself has degree 0."""
 
 
 def init_head(seed: int, width: int) -> dict:
-    """Parameters of the head: `D -> D -> degrees`, kernels with variance 1/D, biases 0."""
+    """Initializes the head: `D -> D -> degrees`, kernels with variance 1/D, biases 0."""
     first, second = jax.random.split(jax.random.key(seed))
 
     def draw(key, shape):
@@ -38,14 +37,15 @@ def init_head(seed: int, width: int) -> dict:
 
 
 def degree_logits(head: dict, means: Float[Array, "E K D"]) -> Float[Array, "E K K"]:
-    """`gelu(m W1 + b1) W2 + b2` for each graded response."""
+    """Returns `gelu(m W1 + b1) W2 + b2` for each graded response."""
     hidden = jax.nn.gelu(means @ head["hidden"]["kernel"] + head["hidden"]["bias"][None, None, :])
     return hidden @ head["out"]["kernel"] + head["out"]["bias"][None, None, :]
 
 
 def degree_terms(head: dict, means: Float[Array, "E K D"]) -> tuple[Float[Array, "E"], Float[Array, "E"]]:
-    """Cross-entropy of the true degree 0, 1, ... of each example's responses in nats, and the share told right; means
-    over degrees.
+    """Returns the cross-entropy of the degrees 0, 1, ... of each example's responses in nats, and the accuracy.
+
+    Both are means over degrees.
     """
     logits = degree_logits(head, means)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
@@ -54,7 +54,7 @@ def degree_terms(head: dict, means: Float[Array, "E K D"]) -> tuple[Float[Array,
 
 
 def spo_losses(model: Transformer, objective, cells: list[Cell], beta: float, weight: float) -> ExampleLosses:
-    """`L_align + gamma * CE` of preference microbatches; `objective` reads the cells that are no degrees."""
+    """Returns the loss function `L_align + gamma * CE`; `objective` gets the cells that are not degrees."""
     own = [cell for cell in cells if cell not in DEGREE_CELLS]
     graded = [cells.index(Cell("plain", "chosen")), *(cells.index(cell) for cell in DEGREE_CELLS)]
     columns = jnp.array([cells.index(cell) for cell in own])

@@ -19,16 +19,20 @@ class Tree(NamedTuple):
     branches: list[Branch]
 
     def num_tokens(self) -> int:
+        """Returns the number of tokens of the prompt and all responses."""
         return len(self.prompt_ids) + sum(len(branch.response_ids) for branch in self.branches)
 
 
 def steered_trees(
     prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell], start: int
 ) -> list[Tree]:
-    """Trees of one example: for each context its prompt with the responses that `cells` names; cells count on from
-    `start`.
+    """Returns the trees of one example: each context's prompt with the responses that `cells` names for it.
 
-    `cells` is a list of (context, response): one log-prob each.
+    Args:
+      prompts: prompts by context.
+      responses: responses by name.
+      cells: (context, response) of each log-prob.
+      start: cell of the first of them; the others follow.
     """
     contexts = dict.fromkeys(context for context, _ in cells)
     return [
@@ -38,7 +42,7 @@ def steered_trees(
 
 
 def first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Positions of the items in bins of `capacity`, larger items first, each into the first bin with room."""
+    """Returns the indices of the items in each bin of `capacity`: largest first, each in the first bin with room."""
     bins: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

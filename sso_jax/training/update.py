@@ -1,4 +1,4 @@
-"""A training state and a batch in, the updated state and its metrics out, in one compiled, sharded and donated step."""
+"""The training update: a compiled, sharded step that donates the old state and returns the new state and metrics."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,24 +18,24 @@ from sso_jax.training.example_losses import ExampleLosses
 
 
 class TrainState(NamedTuple):
-    """What an update changes, and what it only reads."""
+    """What an update changes, and the parameters that it only reads."""
 
     params: dict
-    """All parameters, or the adapters alone where there are any."""
+    """All parameters, or only the adapters if there are any."""
     optimizer: optax.OptState
     step: Int[Array, ""]
     frozen: dict = {}  # noqa: RUF012 (an empty tree of arrays)
-    """The parameters beneath the adapters."""
+    """The parameters that the adapters modify."""
 
     def all_params(self) -> dict:
-        """The decoder's parameters, as sampling and scoring take them."""
+        """Returns the decoder's parameters, for sampling and scoring."""
         return join(self.params, self.frozen)
 
 
 def state_shardings(
     params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """Sharding of each part of the state: moments lie as their parameters, counters everywhere."""
+    """Returns the shardings of the state: moments like their parameters, counters replicated."""
     trainable, _ = split_trainable(params)
     placed, frozen = split_trainable(param_shardings)
     abstract = jax.eval_shape(optimizer.init, trainable)
@@ -47,7 +47,7 @@ def state_shardings(
 
 
 def init_state(params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """State before the first update; `params` are taken over, not copied."""
+    """Returns the state before the first update; takes over `params` without a copy."""
     trainable, frozen = split_trainable(params)
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
     step = jax.device_put(place(np.int32(0), shardings.step), shardings.step)
@@ -55,8 +55,9 @@ def init_state(params, optimizer: optax.GradientTransformation, shardings: Train
 
 
 def batch_shardings(batch: NamedTuple, mesh: jax.sharding.Mesh):
-    """Rows over the batch axes (their second axis, behind the microbatches); the small arrays of examples on every
-    device.
+    """Returns the shardings of a batch: rows over the batch axes on their second axis, small arrays replicated.
+
+    The first axis of rows is that of the microbatches.
     """
     rows = NamedSharding(mesh, PartitionSpec(None, *spec("batch")))
     whole = replicated(mesh)
@@ -71,16 +72,20 @@ def build_update(
     batch: NamedTuple,
     cast: Callable[[dict], dict] = lambda params: params,
 ) -> Callable[[TrainState, NamedTuple, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state's memory is
-    given to the new.
+    """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state is donated.
 
-    The rate is an argument and `optimizer` gives the step at rate 1, so that rounds with other numbers of updates share
-    a program. The loss is `sum_i weights_i * loss_i` over all microbatches; their gradients are summed in float32
-    before the one update. Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
+    The rate is an argument, and `optimizer` has learning rate 1, so that rounds with different numbers of updates share
+    a program. The loss is `sum_i weights_i * loss_i` over all microbatches, whose gradients are summed in float32
+    before the update. Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
 
     Args:
-      cast: what the losses are given of the parameters (`cast_to_compute`), once for all microbatches; gradients have
-        its types until they are summed.
+      example_losses: losses and metrics of a microbatch.
+      optimizer: optimizer with learning rate 1.
+      mesh: device mesh.
+      shardings: shardings of the state.
+      batch: a batch with the shapes to compile for.
+      cast: converts the parameters for the losses (`cast_to_compute`), once for all microbatches; gradients have the
+        resulting types until they are summed.
     """
 
     def weighted(params, frozen, micro):
@@ -89,14 +94,14 @@ def build_update(
         return jnp.sum(micro.weights * losses), means
 
     def gradient_of(params, frozen, micro):
-        """Gradient of one microbatch in float32, and its share of the metrics."""
+        """Returns the gradient of one microbatch in float32, and its share of the metrics."""
         (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(params, frozen, micro)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), means
 
     def update_batch(state: TrainState, batch: NamedTuple, rate):
         of_micro = partial(gradient_of, cast(state.params), cast(state.frozen))
         first = jax.tree.map(lambda part: part[0], batch)
-        if batch.weights.shape[0] == 1:  # nothing to add up, and no second gradient in memory
+        if batch.weights.shape[0] == 1:  # no sum, and no second gradient in memory
             gradient, means = of_micro(first)
         else:
             zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(of_micro, first))
@@ -120,10 +125,9 @@ def build_update(
 
 
 def compile_ahead(update: Callable, state: TrainState, batch: NamedTuple, mesh: jax.sharding.Mesh) -> None:
-    """Compiles what `build_update` gave for a state and batches like these, and gives the system what compiling leaves
-    in the heap.
+    """Compiles the result of `build_update` for a state and a batch, and returns freed heap memory to the OS.
 
-    The update finds the program when it is called; its arrays would otherwise come on top of that.
+    The first call then reuses the program; otherwise its arrays would be allocated on top of the compiler's memory.
     """
     with jax.set_mesh(mesh):
         update.lower(state, place(batch, batch_shardings(batch, mesh)), np.float32(0.0)).compile()

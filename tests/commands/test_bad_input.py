@@ -208,7 +208,7 @@ CASES = {
     "directory_below_a_file": Case(("run.directory", "taken"), {"--run.directory": f"{FILE}/run"}, ("taken", "mine")),
     "descriptions_without_the_toy": config(("toy.descriptions", "True", "toy world"), toy__descriptions="true"),
     "size_of_a_toy_that_is_not_used": config(("toy.width", "32", "toy world"), toy__width="32"),
-    "queries_of_a_toy": config(("queries.path", "queries of its own"), model__path="toy"),
+    "queries_of_a_toy": config(("queries.path", "its own queries"), model__path="toy"),
     "no_queries": Case(("queries.path", "not given"), {"--queries.path": None}),
     "more_rounds_than_queries": config(("queries.path", "2 usable queries for 3 rounds"), run__iterations="3"),
     "pairs_that_are_not_used": config(("pairs.path", "p.jsonl", "online"), pairs__path="p.jsonl"),
@@ -383,7 +383,7 @@ CASES = {
     "sampling_for_malformed_queries": queries(("q.jsonl, line 1", "not valid JSON"), "{", command="sample"),
     "sampling_for_no_query_at_all": queries(("no queries",), "", command="sample"),
     "policy_as_a_reward_model": Case(
-        ("config.json", "no reward model"), {"--pairs.path": FILE}, ("p.jsonl", line(**PAIR)), command="evaluate"
+        ("config.json", "not a reward model"), {"--pairs.path": FILE}, ("p.jsonl", line(**PAIR)), command="evaluate"
     ),
     "rating_without_pairs": Case(("pairs.path", "not given"), command="evaluate"),
     "rating_into_a_folder": Case(

@@ -21,7 +21,7 @@ def test_a_sound_round_is_not_warned_of():
     ("change", "words"),
     [
         ({"response_tokens": 40.0}, "grown from 20.0 tokens in the first round to 40.0"),
-        ({"chosen_probability": 0.049}, "0.0490 a token, below 0.05"),
+        ({"chosen_probability": 0.049}, "0.0490 per token, below 0.05"),
         ({"num_pairs": 9}, "only 9 of 100 queries"),
     ],
 )

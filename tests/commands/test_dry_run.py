@@ -105,15 +105,11 @@ def test_a_mesh_of_its_own_to_sample_on_holds_a_second_copy_of_the_parameters(fo
     assert program.cache_bytes == shared.cache_bytes  # 8 rows over 8 devices, or over 4 by 2 heads
     assert program.flops == shared.flops
     assert program.fits and not (tight := programs.compiled(traced, "prefill", device_bytes=whole)).fits
-    assert "prefill does not fit: set sampling.mesh null, which holds no second copy" in dry_run.table(plan, [tight])
+    assert "prefill does not fit: set sampling.mesh null, which needs no second copy" in dry_run.table(plan, [tight])
 
 
 def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
-    """Counted by hand: matrices and attention over all slots for each token, the head once a row and token drawn.
-
-    The last layer of prefill gives keys and values for each token and all else for the last one of each row, as layers
-    do on a CPU.
-    """
+    """Counted by hand: matrices and attention over all slots for each token, the head once a row and token drawn."""
     plan, compiled = online
     a, rows, slots, new = plan.model.architecture, 8, 32, 8
     attention = a.embed_dim * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads)
@@ -123,9 +119,7 @@ def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
         return 2 * a.num_heads * a.head_size * tokens
 
     head = a.embed_dim * a.vocab_size
-    keys_and_values = 2 * a.embed_dim * a.head_size * a.num_kv_heads
-    last_layer = slots * keys_and_values + (layer - keys_and_values) + seen(slots)
-    prefill = 2 * rows * (slots * (a.num_layers - 1) * (layer + seen(slots)) + last_layer + head)
+    prefill = 2 * rows * (slots * a.num_layers * (layer + seen(slots)) + head)
     step = 2 * rows * (a.num_layers * (layer + seen(slots + new)) + head)
     assert compiled["prefill"].flops == prefill
     assert compiled["decode"].flops == (new - 1) * step
@@ -134,23 +128,17 @@ def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
 def test_operations_of_scoring_and_of_the_update_are_the_hand_count(online):
     """A microbatch of 4 examples is 12 trees of 16 + 48 + 48 tokens, in 4 rows of 352 with 320 places for targets.
 
-    Queries go 64 at a time with the keys up to their block's end. Scoring on a CPU runs the last layer for the targets'
-    sources alone, whose queries see all keys. The update computes all layers anew in its backward pass, but for what
-    their last projection gives: with two products backward that is four of each; of attention's, two forward, two
-    again, and five backward.
+    Queries go 64 at a time with the keys up to their block's end. The update computes all layers again in its backward
+    pass, but for what their last projection gives: with two products backward that is four of each; of attention's, two
+    forward, two again, and five backward.
     """
     plan, compiled = online
     a, rows, tokens, targets, num_micro = plan.model.architecture, 4, 352, 320, 2
     layer = a.embed_dim * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads) + 3 * a.embed_dim * a.mlp_dim
-    down, keys_and_values, head = (
-        a.embed_dim * a.mlp_dim,
-        2 * a.embed_dim * a.head_size * a.num_kv_heads,
-        a.embed_dim * a.vocab_size,
-    )
+    down, head = a.embed_dim * a.mlp_dim, a.embed_dim * a.vocab_size
     attended = 2 * a.num_heads * a.head_size  # multiply-adds for each pair of tokens: scores, values
     pairs = 64 * (64 + 128 + 192 + 256 + 320) + 32 * 352
-    last = tokens * keys_and_values + targets * (layer - keys_and_values) + targets * tokens * attended
-    forward = (a.num_layers - 1) * (tokens * layer + pairs * attended) + last + targets * head
+    forward = a.num_layers * (tokens * layer + pairs * attended) + targets * head
     assert compiled["scoring"].flops == 2 * rows * forward
     of_layers = a.num_layers * (tokens * (4 * layer - down) + 9 * pairs * attended // 2)
     assert compiled["update"].flops == num_micro * 2 * rows * (of_layers + 3 * targets * head)
@@ -212,14 +200,14 @@ def test_the_table_names_what_does_not_fit_and_says_what_to_do(online):
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "4x4", "v5e:4"])
 def test_what_is_no_topology_is_refused(topology):
     with pytest.raises(
-        InputError, match=r"dry_run: .* is no topology; give GENERATION:SIZES with one of v4, v5e, v5p, v6e"
+        InputError, match=r"dry_run: .* is not a topology; give GENERATION:SIZES with one of v4, v5e, v5p, v6e"
     ):
         dry_run.find_devices(topology)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_one_line_says_what_to_install():
-    with pytest.raises(InputError, match=r"dry_run: 'v5e:2x2' cannot be compiled for .*requirements-dry-run.txt"):
+    with pytest.raises(InputError, match=r"dry_run: cannot compile for 'v5e:2x2' .*requirements-dry-run.txt"):
         dry_run.find_devices("v5e:2x2")
 
 

@@ -132,7 +132,7 @@ def refusal(capsys, status: int, *argv: str) -> str:
 
 def test_a_signal_stops_a_run_with_status_75_and_the_same_command_ends_it_alike(arguments, whole, tmp_path):
     command = [sys.executable, "train.py", *arguments, "--run.directory", str(tmp_path / "run")]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = dict(os.environ)
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     waited_for = tmp_path / "run" / "iteration_1" / "done" / "queries.json"
     while not waited_for.exists() and process.poll() is None:
@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(arguments,
     newest = directory / "iteration_1" / "checkpoints" / "3"
     flip_a_bit(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
     assert train.main([*arguments, "--run.directory", str(directory)]) == 0
-    assert "checkpoint 3 is left out" in caplog.text
+    assert "checkpoint 3 is skipped" in caplog.text
     assert same_end(directory, whole)
 
 
@@ -254,14 +254,14 @@ def test_a_number_that_is_not_finite_stops_training_by_name(one_device):
         return run_updates(update, {}, plan, 0, one_device, hooks, "updates")
 
     known = (
-        r"updates: update 2 has loss nan \(examples q2, r\); the checkpoints are of "
+        r"updates: update 2 has loss nan \(examples q2, r\); the checkpoints are from "
         r"before it. Look at these examples, lower opt"
     )
     with pytest.raises(RunError, match=known):
         run(plan)
     assert saved == [1, 2] and [line["step"] for line in written] == [0, 1]
     with pytest.raises(
-        RunError, match=r"update 2 has loss nan; the checkpoints are of before it. Lower optimizer.learning_rate"
+        RunError, match=r"update 2 has loss nan; the checkpoints are from before it. Lower optimizer.learning_rate"
     ):
         run(plan._replace(example_ids=[[]] * 4))  # demonstrations have no ids
 
@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(argument
     """A limit on the size of files plays the full disk: none may pass 100 KiB, and the weights do."""
     command = [sys.executable, "train.py", *arguments, "--run.directory", str(tmp_path / "run")]
     limited = ["bash", "-c", 'ulimit -S -f 100; exec "$@"', "bash", *command]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = dict(os.environ)
     done = subprocess.run(limited, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
     told = re.findall(
         r"train\.py: .*checkpoints: a checkpoint could not be written or read .*run the same command again", done.stderr
@@ -335,7 +335,7 @@ def test_a_folder_that_turned_read_only_is_one_line_and_the_run_goes_on_once_it_
         "--run.directory",
         str(directory),
     ]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = dict(os.environ)
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     finally:

@@ -158,7 +158,7 @@ def test_stale_log_probs_of_the_reference_are_computed_anew_and_whole_ones_are_n
         assert len(scored) == 1
         scale_weights(other / "model.safetensors", 1.5)
         assert train.main(argv) == 75
-    assert len(scored) == 2 and "are computed anew" in caplog.text
+    assert len(scored) == 2 and "are computed again" in caplog.text
     assert not np.allclose(before[0]["plain"]["chosen"], log_probs()[0]["plain"]["chosen"], rtol=1e-3)
     save = checkpoints.save
 
@@ -170,7 +170,7 @@ def test_stale_log_probs_of_the_reference_are_computed_anew_and_whole_ones_are_n
         stopped.setattr(checkpoints, "save", save_and_stop)
         assert train.main(argv) == 75
     scale_weights(other / "model.safetensors", 1.5)
-    assert train.main(argv) == 1 and "updates were made with them" in capsys.readouterr().err
+    assert train.main(argv) == 1 and "updates have used them" in capsys.readouterr().err
     assert len(scored) == 2
     shutil.rmtree(pairs.parent / "checkpoints")
     assert train.main(argv) == 0 and len(scored) == 3
@@ -300,7 +300,7 @@ def test_a_damaged_checkpoint_of_a_generator_is_left_out_and_its_last_update_don
     newest = max((folder / "generator" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     flip_a_bit(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
     assert train.main(argv) == 0
-    assert f"checkpoint {newest.name} is left out" in caplog.text
+    assert f"checkpoint {newest.name} is skipped" in caplog.text
     assert generator_end(run) == generator_end(generated[0])
     assert without_times(lines(run / "metrics.jsonl")) == without_times(lines(generated[0] / "metrics.jsonl"))
 

@@ -262,7 +262,7 @@ def test_other_bad_arguments_are_told_in_one_line(model_folder, reward_run, tmp_
     pairs = write(tmp_path / "p.jsonl", polite_pairs(2))
     out = ["--out", str(tmp_path / "out.json")]
     line = refusal(evaluate.main, ["--model.path", str(model_folder), "--pairs.path", pairs, *out], capsys)
-    assert "no reward model" in line and "config.json" in line
+    assert "is not a reward model" in line and "config.json" in line
     assert "pairs.path" in refusal(evaluate.main, ["--model.path", str(model_folder), *out], capsys)
     assert "no_such.jsonl" in refusal(
         evaluate.main, ["--model.path", str(model_folder), "--pairs.path", "no_such.jsonl", *out], capsys

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from toys import toy_model, toy_params
+from toys import QUICKLY, toy_model, toy_params
 
 import train
 from sso_jax.config import OptimizerConfig
@@ -50,7 +50,11 @@ def start_process(arguments: list[str], port: int, number: int, log: Path) -> su
         "--hosts.process_id",
         str(number),
     ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=4",
+    }
     with open(log, "w") as file:
         command = [sys.executable, "train.py", *arguments, *hosts]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -190,7 +194,7 @@ except InputError as error:
 
 
 def test_processes_that_read_different_things_are_refused_in_all_of_them():
-    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY}
     command = [sys.executable, "-c", COMPARE, str(port)]
     both = [
         subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -225,7 +229,7 @@ except InputError as error:
 
 
 def test_each_process_works_out_its_own_share_and_all_have_the_whole():
-    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY}
     command = [sys.executable, "-c", SHARING, str(port)]
     both = [
         subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -285,7 +289,7 @@ def test_a_notice_of_preemption_stops_all_joined_processes_at_one_point(notices)
     """JAX takes SIGTERM, by which the notice comes, from Python once processes are joined, even a single one; SIGINT is
     passed on.
     """
-    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY}
 
     def start(i):
         return [sys.executable, "-c", STOPPING, str(port), str(len(notices)), str(i), notices[i]]

@@ -242,7 +242,7 @@ def test_inside_sso_it_takes_the_plain_place_and_steering_is_dpo(name):
 
 
 def test_names_and_settings_of_all_tables_are_checked_alike():
-    with pytest.raises(InputError, match=r"objective\.base: no loss is called 'sellm'; nearest: selm"):
+    with pytest.raises(InputError, match=r"objective\.base: there is no loss 'sellm'; give one such as selm"):
         build_objective(ObjectiveConfig(base="sellm"))
     with pytest.raises(
         InputError, match=r"objective\.label_smoothing: 0\.1 is not used by base 'selm', which takes beta, alpha"

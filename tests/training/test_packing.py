@@ -290,7 +290,7 @@ def test_rows_that_do_not_hold_their_trees_are_refused():
     shape = RowShape(num_rows=2, num_tokens=20, num_targets=10, num_sequences=2, sequence_tokens=16)
     assert pack([tree, tree], shape, 2).tree.all()
     for field in RowShape._fields:
-        with pytest.raises(ValueError, match="2 trees of 40 tokens, the longest of 20, do not pack into RowShape"):
+        with pytest.raises(ValueError, match="2 trees of 40 tokens, the longest of 20, do not fit into RowShape"):
             pack([tree, tree], shape._replace(**{field: getattr(shape, field) - 1}), 2)
 
 

@@ -301,7 +301,7 @@ def test_rewards_rank_pairs_and_count_ties_as_half():
     [
         (
             {"architectures": ["Qwen2ForCausalLM"]},
-            r"config.json: architectures \['Qwen2ForCausalLM'\] is no reward model",
+            r"config.json: architectures \['Qwen2ForCausalLM'\] is not a reward model",
         ),
         (
             {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},

@@ -17,12 +17,12 @@ STYLE = {
     "ytick.color": MUTED,
     "svg.hashsalt": "sso_jax",
 }
-"""Of every figure; the salt makes equal runs write equal files."""
+"""Style of every figure; with the fixed salt, equal runs write equal files."""
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed")
 
 
 def figure_uri(panels: list[tuple[str, str, list[tuple[str, list, list]]]], columns: int) -> str:
-    """An SVG of panels (title, x label, curves as (name, xs, ys)), as a data URI."""
+    """Draws panels (title, x label, curves as (name, xs, ys)) as an SVG; returns it as a data URI."""
     rows = -(-len(panels) // columns)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -50,12 +50,13 @@ def figure_uri(panels: list[tuple[str, str, list[tuple[str, list, list]]]], colu
 
 
 def _curve(rows: list[dict], name: str, field: str, x: str | None = None) -> tuple[str, list, list]:
-    """(name, xs, ys) of a field, rows without it left out; x is a field, or the row's number."""
+    """Returns (name, xs, ys) of a field, without rows that lack it; x is a field, or None for the row index."""
     points = [(i if x is None else row[x], row[field]) for i, row in enumerate(rows) if row.get(field) is not None]
     return name, [p[0] for p in points], [p[1] for p in points]
 
 
 def panels_of_rounds(summary: list[dict]) -> list:
+    """Returns the panels of a run's rounds, from the rows of summary.json; panels without data are left out."""
     parts = [{"iteration": row["iteration"], **(row["quality_parts"] or {})} for row in summary]
     names = [name for name in parts[0] if name != "iteration"]
     panels = [
@@ -82,6 +83,7 @@ def panels_of_rounds(summary: list[dict]) -> list:
 
 
 def panels_of_updates(metrics: list[dict]) -> list:
+    """Returns the panels of a run's updates, from the lines of metrics.jsonl; curves without data are left out."""
     losses = [("loss", "loss"), ("base", "base_loss"), ("L+", "positive_loss"), ("L-", "negative_loss")]
     panels = [
         ("Loss", [_curve(metrics, name, field) for name, field in losses]),

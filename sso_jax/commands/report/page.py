@@ -1,4 +1,4 @@
-"""A run directory in, `report.html` (one self-contained file) and the table of a round out."""
+"""Writes `report.html`, a self-contained page with the curves and triples of a run."""
 
 import json
 from importlib import resources

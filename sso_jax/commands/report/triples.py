@@ -1,6 +1,4 @@
-"""A run directory in, the triples of its report's page out: kept and dropped ones, with principles, log-probs and what
-judged them.
-"""
+"""The triples on the report page: kept and dropped ones, with principles, log-probs and judgments."""
 
 import json
 from pathlib import Path
@@ -10,11 +8,11 @@ from sso_jax.data.records import RESPONSES, Triple
 from sso_jax.runtime.json_lines import read_json_lines, read_records
 
 MAX_ROWS, MAX_CHARACTERS = 2000, 3000
-"""Triples of a page, spread over what a run has, and the longest text of one; both keep the page quick."""
+"""Maximum triples of a page and maximum characters of a text, which keep the page responsive."""
 
 
 def page_rows(directory: Path, iterations: list[int]) -> list[dict]:
-    """Rows of the page, newest round first, at most `MAX_ROWS`, an even selection where there are more."""
+    """Returns the rows of the page, newest round first; an even selection if there are more than `MAX_ROWS`."""
     rows = [
         row
         for iteration in sorted(iterations, reverse=True)
@@ -25,7 +23,7 @@ def page_rows(directory: Path, iterations: list[int]) -> list[dict]:
 
 
 def script_json(value) -> str:
-    """JSON that may stand inside a <script> element: no character of it can end the element or start another."""
+    """Returns JSON that is safe inside a <script> element: no character can end the element or start another."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -37,14 +35,13 @@ def _read(path: Path) -> list[dict]:
 
 
 def _round_rows(folder: Path, iteration: int) -> list[dict]:
-    """The kept pairs of a round, then the dropped ones whose responses are known."""
+    """Returns the kept pairs of a round, then the dropped ones whose responses are known."""
     if not (folder / "pairs.jsonl").is_file():
         return []
     kept = read_records(Triple, folder / "pairs.jsonl")
     reasons = {row["id"]: row["reason"] for row in _read(folder / DROPPED_FILE)}
-    sampled = (
-        read_records(Triple, folder / "responses.jsonl") if reasons and (folder / "responses.jsonl").is_file() else []
-    )
+    responses = folder / "responses.jsonl"
+    sampled = read_records(Triple, responses) if reasons and responses.is_file() else []
     judged = {row["id"]: row["outcome"] for row in _read(folder / "judgments.jsonl")}
     rows = [_row(triple, iteration, "kept", judged.get(triple.id)) for triple in kept]
     return rows + [_row(triple, iteration, reasons[triple.id], None) for triple in sampled if triple.id in reasons]

@@ -32,23 +32,24 @@ from sso_jax.training.trees import Tree
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The updates of a round: how many tokens each has, and how its batch is made."""
+    """The updates of a round: the number of tokens of each, and how to make its batch."""
 
     num_tokens: list[int]
     make_batch: Callable[[int], PreferenceBatch | SupervisedBatch | RewardBatch]
+    """Number of an update -> its batch."""
     ids: list[list[str]]
     """Ids of the examples of each update, for messages."""
     shape: RowShape
     """Row shape of every microbatch."""
     first_loss: float | None = None
-    """Loss that the first update must have, if policy and reference are the same then."""
+    """Loss that the first update must have, if the policy then equals the reference; else None."""
 
 
 def plan_preferences(this: Round, objective: Objective, pairs: list[Triple], prompts: dict[str, Prompts]) -> BatchPlan:
-    """Order and shape of the batches of pairs.
+    """Plans the batches of pairs.
 
-    They follow from the pairs, the seed and the previous round's row shape alone, so that a resumed round makes the
-    same.
+    The plan depends only on the pairs, the seed and the previous round's row shape, so that a resumed round makes the
+    same batches.
     """
     config, cells = this.run.config, trained_cells(objective)
     examples = [make_example(triple, prompts[triple.id], triple.response_ids, objective.cells) for triple in pairs]
@@ -70,7 +71,7 @@ def plan_preferences(this: Round, objective: Objective, pairs: list[Triple], pro
 
 
 def plan_demonstrations(this: Round, trees: list[Tree]) -> BatchPlan:
-    """Order and shape of the batches of prompts with one response each."""
+    """Plans the batches of prompts with one response each."""
     cut = _cut(this, trees)
     shape = _row_shape(this, cut.micros)
     num_tokens = [sum(tree.num_tokens() for tree in update) for update in cut.updates]
@@ -82,7 +83,7 @@ def plan_demonstrations(this: Round, trees: list[Tree]) -> BatchPlan:
 
 
 def plan_rewards(this: Round, pairs: list[TokenizedPair]) -> BatchPlan:
-    """Order and shape of the batches of a reward model's pairs."""
+    """Plans the batches of a reward model's pairs."""
     cut = _cut(this, pairs)
     shape = _row_shape(this, [pair_trees(part) for part in cut.micros])
     num_tokens = [sum(pair.num_tokens() for pair in update) for update in cut.updates]
@@ -94,56 +95,53 @@ def plan_rewards(this: Round, pairs: list[TokenizedPair]) -> BatchPlan:
 
 
 def trained_cells(objective: Objective) -> list[Cell]:
-    """The (context, response) log-probs of an update: the objective's, and those of the graded variants of base
-    `spo`.
-    """
+    """Returns the (context, response) log-probs of an update: the objective's, and those of base `spo`'s variants."""
     return objective.cells if objective.degree_weight is None else [*objective.cells, *DEGREE_CELLS]
 
 
 def losses_of(model: Transformer, objective: Objective) -> ExampleLosses:
-    """The objective as losses of microbatches whose cells are `trained_cells`."""
+    """Returns the loss function of microbatches whose cells are `trained_cells`."""
     if objective.degree_weight is None:
         return preference_losses(model, objective.terms, objective.cells, objective.beta)
     return spo_losses(model, objective.terms, trained_cells(objective), objective.beta, objective.degree_weight)
 
 
 def degree_ids(engine: Engine, triple: Triple, removal: str, seed: int) -> dict[str, list[int]]:
-    """Token ids of the graded variants of y+, end of turn included, by the response's name in DEGREE_CELLS."""
-    texts = (
-        graded_variants(triple.chosen)
-        if removal == "keywords"
-        else random_variants(triple.chosen, f"{seed}/{triple.id}")
-    )
+    """Returns the token ids of the graded variants of y+, end of turn included, by response name in DEGREE_CELLS."""
+    if removal == "keywords":
+        texts = graded_variants(triple.chosen)
+    else:
+        texts = random_variants(triple.chosen, f"{seed}/{triple.id}")
     tokenizer = engine.chat.tokenizer
     ids = [[*encode_text(tokenizer, text), tokenizer.eos_token_id] for text in texts]
     return {response: own for (_, response), own in zip(DEGREE_CELLS, ids, strict=True)}
 
 
 def with_degrees(example: Example, variants: dict[str, list[int]]) -> Example:
-    """The example with its variants; they have no reference, for no log-ratio is taken of them."""
+    """Adds the graded variants to an example, with reference log-probs of 0, because no log-ratio uses them."""
     references = [*example.reference_log_probs, *([0.0] * len(variants))]
     return example._replace(responses={**example.responses, **variants}, reference_log_probs=references)
 
 
 def _row_shape(this: Round, micros: list[list[Tree]]) -> RowShape:
-    """Row shape of a round's microbatches: the previous round's if they fit."""
+    """Returns the row shape of a round's microbatches: the previous round's if they fit."""
     engine, previous = this.run.engine, this.previous_row_shape("training")
     return stable_row_shape(micros, num_batch_shards(engine.mesh), previous, this.is_last, engine.model.by_sequence)
 
 
 class _Cut(NamedTuple):
-    """The items of a round, cut into updates and microbatches."""
+    """The items of a round, split into updates and microbatches."""
 
     updates: list[list]
     micros: list[list]
-    """Microbatches that hold any items."""
+    """Microbatches that are not empty."""
     micro_size: int
     num_micro: int
-    """Microbatches of an update."""
+    """Microbatches per update."""
 
 
 def _cut(this: Round, items: list) -> _Cut:
-    """The items of each update and of each microbatch, in the order that follows from the seed."""
+    """Splits the items into updates and microbatches, in the order that follows from the seed."""
     train = this.run.config.train
     order = update_order(len(items), train.batch_size, train.epochs, train.shuffle, this.seed)
     batch_size = min(train.batch_size, len(items))

@@ -1,6 +1,4 @@
-"""Measurements: the policy on held-out queries, and an endpoint's judgment of a sample of the pairs. Nothing trains on
-them.
-"""
+"""Measures the policy on held-out queries, and has an endpoint judge a sample of pairs; never trained on."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,12 +19,13 @@ from sso_jax.runtime.stage_markers import file_stage
 from sso_jax.training.scoring import Scorable, score_examples
 
 SCORING_BATCH = 64
+"""Answers scored per batch."""
 EVALUATION_FILE, JUDGMENTS_FILE = "evaluation.jsonl", "judgments.jsonl"
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Result of stage `evaluation`; without a judge the qualities are None."""
+    """Result of stage `evaluation`; the qualities are None without a judge."""
 
     policy_quality: float | None
     seconds: float
@@ -34,20 +33,20 @@ class EvaluationResult:
     held_out_tokens: float | None = None
     held_out_groups: dict[str, dict[str, float]] | None = None
     held_out_log_prob: float | None = None
-    """Mean log-prob a token of the first policy's answers, which are in no pair, in nats."""
+    """Mean log-prob per token of the initial policy's answers, which are in no pair, in nats."""
 
     @classmethod
     def of_stage(cls, stats: dict) -> "EvaluationResult":
-        """From the statistics of the finished stage."""
+        """Builds the result from the statistics of the finished stage."""
         return cls(**stats)
 
     def numbers(self) -> dict[str, Any]:
-        """What a round's summary says about the policy."""
+        """Returns the fields for a round's summary."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "seconds"}
 
 
 def evaluate(this: Round, policy: Params) -> EvaluationResult:
-    """Stage `evaluation`: answers of the unsteered policy to held-out queries, judged, in `evaluation.jsonl`."""
+    """Stage `evaluation`: the unsteered policy's judged answers to held-out queries, in `evaluation.jsonl`."""
     run = this.run
 
     def measure() -> dict:
@@ -65,7 +64,7 @@ def evaluate(this: Round, policy: Params) -> EvaluationResult:
 
 
 def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> float:
-    """Mean log-prob a token, in nats, of answers (`query`, `response`) under the plain prompt."""
+    """Returns the mean log-prob per token, in nats, of answers (`query`, `response`) under the plain prompt."""
     engine, tokenizer = run.engine, run.engine.chat.tokenizer
     ids = [[*encode_text(tokenizer, row["response"]), tokenizer.eos_token_id] for row in rows]
     prompts = [engine.chat.prompt_ids(row["query"]) for row in rows]
@@ -75,9 +74,7 @@ def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> fl
 
 
 def judge_by_endpoint(this: Round, pairs: list[Triple]) -> dict[str, Any] | None:
-    """Stage `judgments`: what the endpoint says about a sample of the pairs, in `judgments.jsonl`; None if it is not
-    asked.
-    """
+    """Stage `judgments`: the endpoint's judgments of a sample of the pairs, in `judgments.jsonl`; None without one."""
     run = this.run
     if not run.config.judging.pairs or not pairs:
         return None

@@ -1,6 +1,4 @@
-"""Policies on disk: the one that a round starts from, those that earlier rounds exported, and the export of this
-round.
-"""
+"""Policies on disk: the one that a round starts from, those of earlier rounds, and the export of this round's."""
 
 from pathlib import Path
 
@@ -14,12 +12,12 @@ from sso_jax.runtime.stage_markers import file_stage
 
 
 def source_folder(config: Config) -> Path:
-    """Folder of the model that the run starts from; not for the toy, which trains its own."""
+    """Returns the folder of the model that the run starts from; the toy has none, because the run trains it."""
     return fetch(find_policy(config.model.path))
 
 
 def start_policy(run: Run, iteration: int) -> Params:
-    """Policy at the start of a round: the model folder's, or that of the last checkpoint of the previous round."""
+    """Loads the policy at the start of a round: from the model folder, or the previous round's last checkpoint."""
 
     def first() -> Params:
         toy = run.config.model.path == "toy"
@@ -31,14 +29,14 @@ def start_policy(run: Run, iteration: int) -> Params:
 
 
 def exported_policy(run: Run, iteration: int) -> Params:
-    """Policy that a finished round exported; for round 0 the one that the run started from."""
+    """Loads the policy that a finished round exported; for round 0 the one that the run started from."""
     if iteration == 0:
         return start_policy(run, 0)
     return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine)
 
 
 def export(this: Round, policy: Params) -> float:
-    """Writes the policy of the round as a Hugging Face folder; returns the seconds it took."""
+    """Writes the policy of the round as a Hugging Face folder; returns the seconds this took."""
     engine = this.run.engine
 
     def write() -> dict:

@@ -1,4 +1,4 @@
-"""Stage `prompts`: renders and tokenises each prompt of a round once; later stages look the ids up."""
+"""Stage `prompts`: renders and tokenizes each prompt of a round once; later stages look up the ids."""
 
 import hashlib
 import json
@@ -11,12 +11,13 @@ from sso_jax.runtime.hosts import map_across_processes
 from sso_jax.runtime.stage_markers import read_verified, record_stage, reopen
 
 KEY = "prompts_key"
+"""Field of the stage's statistics with the hash of what the prompts depend on."""
 
 
 def render_prompts(this: Round, records: list[SteeredQuery] | list[Triple]) -> dict[str, Prompts]:
-    """Token ids of the prompts x, x+, x- of each record, by record id and context; kept in `prompts.jsonl`.
+    """Returns the token ids of the prompts x, x+, x- of each record, by record id and context.
 
-    They are rendered again if the tokenizer, its template or a text has changed since.
+    They are stored in `prompts.jsonl`, and rendered again if the tokenizer, its template or a text has changed.
     """
     chat = this.run.engine.chat
     texts = [[r.id, r.query, r.good_system, r.bad_system, *_of_triple(r)] for r in records]
@@ -35,5 +36,5 @@ def render_prompts(this: Round, records: list[SteeredQuery] | list[Triple]) -> d
 
 
 def _of_triple(record: SteeredQuery | Triple) -> list:
-    """What else the prompts of a given pair depend on."""
+    """Returns what else the prompts of a given pair depend on."""
     return [record.history, record.scores] if isinstance(record, Triple) else []

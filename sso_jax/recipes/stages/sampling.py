@@ -33,9 +33,9 @@ class QueryRounds:
     """The queries of a recipe that samples."""
 
     rounds: list[list[Query]]
-    """Queries of each round; before they are prepared, all of them in one list."""
+    """Queries of each round; a single list of all queries until they are prepared."""
     principles: dict[str, SteeredQuery]
-    """Given principles by query id, for principles.source `file`."""
+    """Given principles by query id, if principles.source is `file`."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,21 @@ class ResponsesResult:
 
     triples: list[Triple]
     dropped: dict[str, int]
-    """Number of queries left out, by reason."""
+    """Number of queries dropped, by reason."""
     tokens_per_second: float
     seconds: float
 
 
 def read_queries(config: Config) -> QueryRounds:
-    """The toy world's queries, or those of the file, and the principles given for them.
+    """Reads the toy world's queries or those of the file, and the principles given for them.
 
     Raises:
-      InputError: for a file that is missing, not needed or not readable, or with fewer queries than rounds.
+      InputError: if the file is missing, not used, not readable, or has fewer queries than there are rounds.
     """
     toy, path = config.model.path == "toy", config.queries.path
     if toy and path is not None:
         raise InputError(
-            f"queries.path: {path!r} does not go with model.path toy, which has queries of its own; leave it out"
+            f"queries.path: {path!r} is not used with model.path toy, which has its own queries; remove it"
         )
     if not toy and path is None:
         raise InputError("queries.path: not given; a model from a folder needs a file or data set of queries")
@@ -77,7 +77,7 @@ def read_queries(config: Config) -> QueryRounds:
 
 
 def prepare_queries(config: Config, engine: Engine, source: QueryRounds) -> tuple[QueryRounds, Counter]:
-    """The queries of each round; those without room for a response are dropped and counted."""
+    """Assigns queries to rounds; drops and counts those without room for a response."""
     fitting, dropped = fitting_queries(engine, source.rounds[0], config.queries.path)
     rounds = deal(fitting, config.queries.per_iteration, config.run.iterations, config.run.seed)
     return QueryRounds(rounds, source.principles), dropped
@@ -90,12 +90,11 @@ def round_queries(this: Round[QueryRounds]) -> list[Query]:
 
 
 def principles(this: Round[QueryRounds], policy: Params, queries: list[Query]) -> PrinciplesResult:
-    """Stage `principles`: each query with a good and a bad system message, in `principles.jsonl`."""
+    """Stage `principles`: adds a good and a bad system message to each query, in `principles.jsonl`."""
     run = this.run
-    source = PrincipleSource(
-        run.config.principles, run.dataset.principles, run.endpoint, run.config.endpoint.temperature
-    )
-    key = SampleKey(run.config.run.seed, this.iteration)
+    config, given = run.config, run.dataset.principles
+    source = PrincipleSource(config.principles, given, run.endpoint, config.endpoint.temperature)
+    key = SampleKey(config.run.seed, this.iteration)
 
     def make() -> tuple[list[SteeredQuery], dict]:
         steered, counts = steer_from_source(run.engine, policy, queries, source, key, this.folder)
@@ -108,10 +107,15 @@ def principles(this: Round[QueryRounds], policy: Params, queries: list[Query]) -
 def steer_from_source(
     engine: Engine, policy: Params, queries: list[Query], source: PrincipleSource, key: SampleKey, folder: Path | None
 ) -> tuple[list[SteeredQuery], SteeringCounts]:
-    """The queries with principles from the source: a file, the endpoint or the policy itself.
+    """Adds principles to the queries, from a file, the endpoint or the policy itself.
 
     Args:
-      folder: keeps the endpoint's answers and what could not be read; None keeps nothing.
+      engine: the policy's engine.
+      policy: the policy's parameters.
+      queries: queries to steer.
+      source: where the principles come from.
+      key: seed and iteration, from which the random keys derive.
+      folder: folder for the endpoint's answers and for those that could not be parsed; None stores nothing.
     """
     if source.rules.source == "file":
         return [source.given[query.id] for query in queries], SteeringCounts()
@@ -130,8 +134,9 @@ def sample_fitting(
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
 ) -> tuple[list[Triple], Dropped]:
-    """Triples of the queries whose prompts all leave room for a response; the others are dropped. See
-    `sample_triples`.
+    """Samples triples for the queries whose prompts all leave room for a response, and drops the others.
+
+    See `sample_triples`.
     """
     fits = engine.sampler.fits
     fitting = [query for query in queries if all(fits(prompt) for prompt in prompts[query.id].values())]
@@ -148,14 +153,13 @@ def responses(
     wanted: Sequence[str] = RESPONSES,
     num_policies: int = 1,
 ) -> ResponsesResult:
-    """Stage `responses`: y+ from x+, y- from x- and y_o from x, as far as `wanted`, in `responses.jsonl`.
+    """Stage `responses`: samples y+ from x+, y- from x- and y_o from x, those that are `wanted`, in `responses.jsonl`.
 
-    With more than one policy, y+ and y- come from those of the last `num_policies` rounds, this one's included.
+    With more than one policy, y+ and y- come from the policies of the last `num_policies` rounds, including this one.
     """
     run = this.run
-    earlier = [
-        partial(exported_policy, run, this.iteration - 1 - back) for back in range(1, min(num_policies, this.iteration))
-    ]
+    rounds_back = range(1, min(num_policies, this.iteration))
+    earlier = [partial(exported_policy, run, this.iteration - 1 - back) for back in rounds_back]
 
     def make() -> tuple[list[Triple], dict]:
         key = SampleKey(run.config.run.seed, this.iteration)

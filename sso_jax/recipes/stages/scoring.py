@@ -1,8 +1,8 @@
-"""Stage `pairs`: orders triples, scores them with the reference, filters them, and keeps the pairs that are left.
+"""Stage `pairs`: orders triples, scores them with the reference, and filters them.
 
-The reference scores every pair once, right after sampling. The marker of the finished stage holds a key of the
-reference's weights, the tokenizer and the token ids; if they have changed since, the log-probs are stale and are
-computed again.
+The reference scores every pair once, right after sampling. The marker of the finished stage has a key of the
+reference's weights, the tokenizer and the token ids; if these have changed, the log-probs are stale and are computed
+again.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
 PAIRS_FILE = "pairs.jsonl"
 log = logging.getLogger(__name__)
 Candidates = tuple[list[Triple], Dropped]
-"""Clean triples, and what was dropped on the way to them."""
+"""Clean triples, and those dropped before them."""
 
 
 @dataclass(frozen=True)
 class PairNumbers:
-    """What is reported about a set of pairs."""
+    """Statistics of a set of pairs."""
 
     chosen_probability: float | None = None
     rejected_probability: float | None = None
@@ -60,20 +60,20 @@ class PairsResult:
     pairs: list[Triple]
     numbers: PairNumbers
     dropped: dict[str, int] = field(default_factory=dict)
-    """Number of triples left out, by reason."""
+    """Number of triples dropped, by reason."""
     before_filter: dict[str, Any] | None = None
-    """`num_pairs` and the numbers of the pairs before the filters, if there are any."""
+    """`num_pairs` and the statistics of the pairs before the filters; None without filters."""
     seconds: float = 0.0
 
     @classmethod
     def of_stage(cls, pairs: list[Triple], stats: dict) -> "PairsResult":
-        """From the records and the statistics of the finished stage."""
+        """Builds the result from the records and the statistics of the finished stage."""
         numbers = PairNumbers(**{f.name: stats.get(f.name) for f in dataclasses.fields(PairNumbers)})
         return cls(pairs, numbers, stats["dropped"], stats.get("before_filter"), stats["seconds"])
 
 
 def reference_cells(objective: Objective | None, filter_enabled: bool) -> list[Cell]:
-    """The log-probs that the reference computes of every pair."""
+    """Returns the log-probs that the reference computes for every pair."""
     cells = {
         *pair_rules.SCORED_CELLS,
         *(objective.cells if objective else ()),
@@ -83,7 +83,7 @@ def reference_cells(objective: Objective | None, filter_enabled: bool) -> list[C
 
 
 def in_control_order(this: Round, triples: list[Triple]) -> list[Triple]:
-    """The triples in the order of chosen and rejected that `pairs.control` asks for."""
+    """Orders the chosen and rejected response of each triple as `pairs.control` says."""
     control = this.run.config.pairs.control
     if control == "random_order":
         return pair_rules.random_order(triples, this.seed)
@@ -94,7 +94,7 @@ def in_control_order(this: Round, triples: list[Triple]) -> list[Triple]:
 
 
 def sampled_candidates(this: Round, triples: list[Triple]) -> Candidates:
-    """Sampled triples, cleaned and in control order, and what was dropped."""
+    """Cleans sampled triples and puts them in control order; returns them and those dropped."""
     clean, dropped = clean_triples(this.run.engine.chat.tokenizer, triples)
     return in_control_order(this, clean), dropped
 
@@ -106,16 +106,18 @@ def score_and_filter(
     prompts: dict[str, Prompts],
     candidates: Callable[[], Candidates],
 ) -> PairsResult:
-    """Stage `pairs`: the candidates, scored by the reference and filtered, in `pairs.jsonl`.
+    """Stage `pairs`: scores the candidates with the reference and filters them, in `pairs.jsonl`.
 
     Args:
-      objective: whose log-probs are needed; None for those of the plain pair alone.
-      policy: the reference, unless `model.reference_path` names another one.
-      candidates: called only if the stage is not done yet.
+      this: the round.
+      objective: objective whose log-probs are needed; None for those of the plain pair alone.
+      policy: the reference, unless `model.reference_path` names another.
+      prompts: prompts by query id and context.
+      candidates: returns the candidates; called only if the stage is not finished.
 
     Raises:
-      RunError: if no candidate is kept, or the stored log-probs are of another reference and updates were made with
-        them.
+      RunError: if a log-prob is not finite, or the stored log-probs are from another reference and updates have already
+        used them.
     """
     cells = reference_cells(objective, this.run.config.filter.enabled)
     stored, trained = read_verified(this.folder, "pairs"), finished(this.folder, "training") is not None
@@ -129,17 +131,14 @@ def score_and_filter(
         triples, dropped = candidates()
         scored, shape = _score(this, reference, triples, cells, prompts, dropped)
         kept, stats = apply_filters(this, scored, dropped)
-        return kept, {
-            **stats,
-            "row_shape": shape,
-            "reference_key": _reference_key(this, reference, cells, kept, prompts),
-        }
+        key = _reference_key(this, reference, cells, kept, prompts)
+        return kept, {**stats, "row_shape": shape, "reference_key": key}
 
     return PairsResult.of_stage(*record_stage(this.folder, "pairs", Triple, make))
 
 
 def _reference(this: Round, policy: Params) -> Params:
-    """The policy as it is now, or the model that `model.reference_path` names."""
+    """Returns the current policy, or the model at `model.reference_path`."""
     path = this.run.config.model.reference_path
     return policy if path is None else load_params(fetch(path), this.run.engine)
 
@@ -147,24 +146,23 @@ def _reference(this: Round, policy: Params) -> Params:
 def _discard_stale_pairs(
     this: Round, reference: Params, cells: list[Cell], prompts: dict[str, Prompts], stored: dict
 ) -> None:
-    """Reopens the finished stage if its log-probs are not those of this reference, tokenizer and token ids."""
+    """Reopens the finished stage if its log-probs are not from this reference, tokenizer and token ids."""
     path = this.folder / PAIRS_FILE
     if _reference_key(this, reference, cells, read_records(Triple, path), prompts) == stored.get("reference_key"):
         return
     if on_first_process(lambda: (this.folder / "checkpoints").exists()):
         raise RunError(
-            f"{path}: its log-probs are not of this reference, tokenizer and pairs, and updates were made with them; "
-            "put back what was "
-            f"changed, or delete {this.folder / 'checkpoints'} to do them again"
+            f"{path}: its log-probs are not from this reference, tokenizer and pairs, and updates have used them; "
+            f"restore what was changed, or delete {this.folder / 'checkpoints'} to run the updates again"
         )
-    log.warning("%s: its log-probs are not of this reference, tokenizer and pairs; they are computed anew", path)
+    log.warning("%s: its log-probs are not from this reference, tokenizer and pairs; they are computed again", path)
     reopen(this.folder, "pairs")
 
 
 def _reference_key(
     this: Round, reference: Params, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]
 ) -> str:
-    """Hash of everything that the reference's log-probs depend on: weights, tokenizer, cells and token ids."""
+    """Returns a hash of what the reference's log-probs depend on: weights, tokenizer, cells and token ids."""
     rows = [[prompts.get(triple.id), triple.response_ids] for triple in pairs]
     content = json.dumps([fingerprint(reference), tokens_hash(this.run.engine.chat.tokenizer), cells, rows])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
@@ -178,8 +176,9 @@ def _score(
     prompts: dict[str, Prompts],
     dropped: Dropped,
 ) -> tuple[list[Triple], RowShape | None]:
-    """The triples that fit the token limit with the reference's log-probs, and the row shape; the others are added to
-    `dropped`.
+    """Scores the triples within the token limit with the reference; returns them and the row shape.
+
+    The other triples are added to `dropped`.
     """
     engine, train = this.run.engine, this.run.config.train
     fitting = [t for t in triples if pair_rules.fits(prompts[t.id], t.response_ids, cells, engine.max_tokens)]
@@ -200,6 +199,7 @@ def _score(
 
 
 def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[Cell]) -> None:
+    """Raises `RunError` that names the pairs whose log-probs are not finite."""
     broken = [
         f"{triple.id} ({cell.response} under {cell.context}: {value})"
         for triple, row in zip(triples, sums, strict=True)
@@ -208,15 +208,12 @@ def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[
     ]
     if broken:
         raise RunError(
-            f"reference log-probs that are not finite, of {', '.join(broken[:5])}: the policy is broken; take an "
-            "earlier one"
+            f"reference log-probs are not finite, for {', '.join(broken[:5])}: the policy is broken; use an earlier one"
         )
 
 
 def apply_filters(this: Round, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
-    """The pairs that pass the filters, and the statistics of the stage; with a filter on, also the numbers before
-    it.
-    """
+    """Returns the pairs that pass the filters, and the statistics of the stage, including those before the filters."""
     rules, kept, least = this.run.config.filter, scored, this.run.config.filter.min_score_gap
     if rules.reward_path is not None and kept:
         scorer = open_reward_scorer(rules.reward_path, this.run.config.model, this.run.engine.mesh)
@@ -244,11 +241,10 @@ def _numbers(this: Round, pairs: list[Triple]) -> dict:
 
 
 def require_pairs(result: PairsResult, count: int, path: Path) -> PairsResult:
-    """The result itself; raises `RunError` with the reasons if none of `count` candidates was kept."""
+    """Returns the result; raises `RunError` with the reasons if none of `count` candidates was kept."""
     if not result.pairs:
         raise RunError(
-            f"{path.parent}: none of {count} triples was kept ({result.dropped}); look at {path}, and start anew with "
-            "other settings or "
-            "queries"
+            f"{path.parent}: none of {count} triples was kept ({result.dropped}); look at {path}, and start again with "
+            "other settings or queries"
         )
     return result

@@ -1,4 +1,4 @@
-"""Stage `training`: the updates of a round, continued from its newest checkpoint."""
+"""Stage `training`: the updates of a round, resumed from its newest checkpoint."""
 
 import logging
 import time
@@ -33,7 +33,7 @@ from sso_jax.training.update import TrainState, build_update, compile_ahead, ini
 
 log = logging.getLogger(__name__)
 FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest difference between the first loss and its expected value, relative if that is above 1, by compute type."""
+"""Maximum error of the first loss, relative if its expected value is above 1, by compute type."""
 
 
 @dataclass(frozen=True)
@@ -42,52 +42,49 @@ class TrainingResult:
 
     updates: int
     padding: float
-    """Share of the tokens of all updates that are padding."""
+    """Share of padding among the tokens of all updates."""
     row_shape: RowShape
     seconds: float
     tokens_per_second: float
 
     @classmethod
     def of_stage(cls, stats: dict) -> "TrainingResult":
-        """From the statistics of the finished stage."""
+        """Builds the result from the statistics of the finished stage."""
         return cls(**{**stats, "row_shape": RowShape(*stats["row_shape"])})
 
 
 def new_parts(model: Transformer, config: Config) -> dict:
-    """Parameters that a round trains beside the decoder's and that end with it: the degree head of base `spo`."""
+    """Returns parameters that exist only while a round trains, besides the decoder's: the degree head of base `spo`."""
     if config.recipe in ("sft", "reward") or config.objective.base != "spo":
         return {}
     return {HEAD: init_head(config.run.seed, model.architecture.embed_dim)}
 
 
-@lru_cache  # one object for all rounds: JAX finds again what it compiled for it
+@lru_cache  # one object for all rounds, so that JAX reuses what it compiled for it
 def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The AdamW of the config, at learning rate 1."""
+    """Builds AdamW from the config, at learning rate 1."""
     return make_optimizer(config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm)
 
 
 def abstract_state(
     params, param_shardings, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of the state, from those of the parameters."""
+    """Returns the shapes and shardings of the state, from those of the parameters."""
     trainable, frozen = split_trainable(params)
-    shapes = TrainState(
-        trainable, jax.eval_shape(optimizer.init, trainable), jax.ShapeDtypeStruct((), np.int32), frozen
-    )
+    moments = jax.eval_shape(optimizer.init, trainable)
+    shapes = TrainState(trainable, moments, jax.ShapeDtypeStruct((), np.int32), frozen)
     return shapes, state_shardings(params, param_shardings, optimizer, mesh)
 
 
 def _shapes_with(parts: dict, engine: Engine, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of the state of the decoder's parameters and these parts, which lie on every device."""
+    """Returns the shapes and shardings of the state with additional parameters `parts`, which are replicated."""
     whole = jax.tree.map(lambda _: replicated(engine.mesh), parts)
-    abstract = jax.eval_shape(lambda: parts)
-    return abstract_state(
-        {**engine.abstract_params(), **abstract}, {**engine.shardings, **whole}, optimizer, engine.mesh
-    )
+    params = {**engine.abstract_params(), **jax.eval_shape(lambda: parts)}
+    return abstract_state(params, {**engine.shardings, **whole}, optimizer, engine.mesh)
 
 
 def without_parts(params: Params, parts: Params) -> Params:
-    """The decoder's own parameters."""
+    """Returns the decoder's own parameters."""
     return {name: part for name, part in params.items() if name not in parts}
 
 
@@ -99,7 +96,7 @@ def train_on_pairs(
     prompts: dict[str, Prompts],
     first_step: int = 0,
 ) -> tuple[Params, TrainingResult]:
-    """The policy after the updates of a round on its pairs; as `train` otherwise."""
+    """Trains the policy on the pairs of a round; see `train`."""
     engine = this.run.engine
     plan = plan_preferences(this, objective, pairs, prompts)
     return train(this, losses_of(engine.model, objective), plan, policy, first_step)
@@ -114,13 +111,20 @@ def train(
     engine: Engine | None = None,
     eval_fn: Callable[[Params], dict] | None = None,
 ) -> tuple[Params, TrainingResult]:
-    """The parameters after the updates of a round; those given are used up. Metrics are written line by line.
+    """Runs the updates of a round and returns the resulting parameters; `params` are donated.
 
     Args:
-      first_step: number of the first update in metrics.jsonl; the second training of a round continues the first one's.
+      this: the round, whose metrics are written line by line.
+      losses: losses and metrics of a microbatch.
+      plan: the updates.
+      params: parameters to start from.
+      first_step: number of the first update in metrics.jsonl, which continues those of the round's earlier training.
       engine: the run's engine, unless another model than the policy is trained.
-      eval_fn: called with the parameters after every `checkpoint.every_steps` updates; what it returns joins the
-        metrics line of that update.
+      eval_fn: maps the parameters to metrics, which are added to the line of every `checkpoint.every_steps`-th update.
+
+    Raises:
+      RunError: if a metric is not finite, the first loss is wrong, or a checkpoint cannot be written or read.
+      Stopped: if a stop was requested, after a checkpoint.
     """
     run, engine = this.run, engine or this.run.engine
     stage = "updates of the generator" if this.part else "updates"
@@ -154,7 +158,7 @@ def train(
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
     result = TrainingResult(len(plan.num_tokens), padding, plan.shape, seconds, rate)
-    stats = finished(this.folder, "training")  # of a resumed round that was done, the first figures stay
+    stats = finished(this.folder, "training")  # a resumed round that had finished keeps its first statistics
     stats = finish(this.folder, "training", asdict(result)) if stats is None else stats
     return without_parts(state.all_params(), parts), TrainingResult.of_stage(stats)
 
@@ -164,7 +168,7 @@ def _learning_rates(config: OptimizerConfig, num_updates: int) -> list[float]:
 
 
 def _without_stale_params(state: TrainState, params: Params) -> TrainState:
-    """The state of a checkpoint with the frozen parameters given; the trainable ones given, now stale, are freed."""
+    """Returns a checkpoint's state with the given frozen parameters; frees the trainable ones, which are now stale."""
     trainable, frozen = split_trainable(params)
     for leaf in jax.tree.leaves(trainable):
         leaf.delete()
@@ -178,7 +182,7 @@ def _hooks(
     first_step: int,
     eval_fn: Callable[[Params], dict] | None,
 ) -> Hooks:
-    """What happens beside the updates: metrics lines, checkpoints, the check of the first loss, and evaluations."""
+    """Returns the hooks of a round: metrics lines, checkpoints, the check of the first loss, and evaluations."""
     run, every_steps = this.run, this.run.config.checkpoint.every_steps
     updates_before = sum(_num_updates(run.folder(k)) for k in range(1, this.iteration))
 
@@ -197,7 +201,7 @@ def _hooks(
 
 
 def evaluating_hooks(hooks: Hooks, eval_fn: Callable[[Params], dict], num_updates: int) -> Hooks:
-    """Hooks that hold back the metrics of every `every_steps`-th update until `eval_fn` has seen the parameters."""
+    """Wraps hooks: holds the metrics of every `every_steps`-th update until `eval_fn` has evaluated the parameters."""
     held: list[dict] = []
 
     def log_metrics(numbers: dict) -> None:
@@ -216,27 +220,32 @@ def evaluating_hooks(hooks: Hooks, eval_fn: Callable[[Params], dict], num_update
 
 
 def _check_first_loss(loss: float, expected: float, dtype: str, stage: str) -> None:
-    """Raises `RunError` if the first loss is not that of a policy that is its own reference."""
+    """Raises `RunError` if the first loss is not that of a policy that equals its reference."""
     if abs(loss - expected) > FIRST_LOSS_TOLERANCE[dtype] * max(1.0, abs(expected)):
         raise RunError(
-            f"{stage}: the first loss is {loss:.6f}, and {expected:.6f} for a policy that is its own reference: the "
-            "stored log-probs are "
-            "not this policy's. Delete the round's folder to compute them again; if it happens again, report it"
+            f"{stage}: the first loss is {loss:.6f} instead of {expected:.6f}, the loss of a policy that equals its "
+            "reference: the stored log-probs are not this policy's. Delete the round's folder to compute them again; "
+            "if it happens again, report it"
         )
 
 
 def _num_updates(folder: Path) -> int:
-    """Updates of a finished round: the policy's, and its generator's if it had one."""
+    """Returns the updates of a finished round: the policy's, and its generator's if it had one."""
     stats = [finished(part, "training") for part in (folder / "generator", folder)]
     return sum(own["updates"] for own in stats if own is not None)
 
 
 def restore_params(engine: Engine, config: Config, folder: Path, base: Callable[[], Params]) -> Params:
-    """Parameters of the newest checkpoint of a finished round; `base` loads those of its start, for what training left
-    frozen.
+    """Restores the parameters of the newest checkpoint of a finished round.
+
+    Args:
+      engine: the run's engine.
+      config: the run's config.
+      folder: folder of the checkpoints.
+      base: loads the parameters that training started from, for those that it left frozen.
 
     Raises:
-      InputError: if the folder holds none.
+      InputError: if the folder has no checkpoint.
     """
     optimizer = build_optimizer(config.optimizer)
     parts = new_parts(engine.model, config)
@@ -245,7 +254,7 @@ def restore_params(engine: Engine, config: Config, folder: Path, base: Callable[
         state = checkpoints.restore(manager, shapes, shardings)
     if state is None:
         raise InputError(
-            f"{folder}: no checkpoint, though the round is marked as done; delete {folder.parent} to do it again"
+            f"{folder}: no checkpoint, although the round is marked as done; delete {folder.parent} to run it again"
         )
     frozen = split_trainable(base())[1] if shapes.frozen else {}
     return without_parts(state._replace(frozen=frozen).all_params(), parts)
