@@ -24,6 +24,37 @@ from sso_jax.toy.pretraining import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+SLOW = {
+    "test_attention",
+    "test_bad_input",
+    "test_dry_run",
+    "test_end_to_end",
+    "test_examples",
+    "test_hf_weights",
+    "test_hosts",
+    "test_interruptions",
+    "test_layer_layout",
+    "test_offline_steps",
+    "test_packing",
+    "test_recipes",
+    "test_reward_run",
+    "test_rewards",
+    "test_sampler",
+    "test_sampling_params",
+    "test_spo_head",
+    "test_steering_benchmark",
+    "test_tiny_reward",
+    "test_update",
+}
+"""Files whose tests run a recipe or compile a whole model. Tests of all other files are marked `quick`."""
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what belongs to the inner loop."""
+    for item in items:
+        if item.path.stem not in SLOW:
+            item.add_marker(pytest.mark.quick)
+
 
 def pytest_sessionfinish(session):
     """Deletes the compiled programs once all processes are done."""
