@@ -35,7 +35,7 @@ def read_turns(value: Any, key: str, place: str) -> Messages:
     turns = []
     for turn in listed:
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise InputError(
                 f"{place}: {key} has a turn of role {role!r} with {type(text).__name__}; give text of one of the roles "
                 f"{', '.join(ROLES)}"

@@ -110,11 +110,12 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list
     dropped: Dropped = {}
     for triple in triples:
         texts = {response: getattr(triple, response).strip() for response in compared}
+        sides = [texts[side] for side in ("chosen", "rejected") if side in texts]
         if not all(texts.values()):
             dropped[triple.id] = "empty"
-        elif texts["chosen"] == texts["rejected"]:
+        elif len(set(sides)) < len(sides):
             dropped[triple.id] = "chosen_is_rejected"
-        elif "original" in texts and texts["original"] in (texts["chosen"], texts["rejected"]):
+        elif texts.get("original") in sides:
             dropped[triple.id] = "original_is_chosen_or_rejected"
         elif told and triple.scores is not None and triple.scores["chosen"] == triple.scores["rejected"]:
             dropped[triple.id] = "equal_scores"

@@ -141,6 +141,10 @@ BAD = {
         {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
         ("line 1", "'tool'", "user"),
     ),
+    "list_as_role": (
+        {"prompt": [{"role": ["user"], "content": "x"}], "chosen": "a", "rejected": "b"},
+        ("line 1", "['user']", "assistant"),
+    ),
     "number_as_text": ({"prompt": "q", "chosen": 3, "rejected": "b"}, ("line 1", "chosen is int")),
     "score_as_text": (
         {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": "9", "rejected_score": 1},

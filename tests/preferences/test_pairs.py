@@ -10,9 +10,18 @@ from fractions import Fraction
 
 import pytest
 
-from sso_jax.data.records import Triple
+from sso_jax.data.records import Cell, Triple
 from sso_jax.preferences.filters import FILTER_CELLS, filter_pairs
-from sso_jax.preferences.pairs import fits, judge_order, mean_log_probs, random_order, summarize, swap, with_log_probs
+from sso_jax.preferences.pairs import (
+    drop_empty_contrasts,
+    fits,
+    judge_order,
+    mean_log_probs,
+    random_order,
+    summarize,
+    swap,
+    with_log_probs,
+)
 
 CONTEXT = {"o": "plain", "p": "positive", "n": "negative"}
 
@@ -74,6 +83,13 @@ def test_judge_order_puts_the_better_response_first_and_leaves_ties():
     ordered = judge_order([triple(name) for name in scores], lambda t, response: scores[t.id][response])
     assert {t.id: t.swapped for t in ordered} == {"worse": True, "tie": False, "better": False}
     assert ordered[0] == swap(triple("worse"))
+
+
+def test_a_response_that_no_cell_compares_does_not_count_as_equal():
+    cells = [Cell("negative", "original"), Cell("negative", "chosen")]  # generator form without its positive part
+    good = dataclasses.replace(triple("good"), rejected="yes")
+    same = dataclasses.replace(triple("same"), original="yes")
+    assert drop_empty_contrasts([good, same], cells) == ([good], {"same": "original_is_chosen_or_rejected"})
 
 
 def test_a_pair_fits_when_prompt_and_response_of_every_needed_cell_do():
