@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,7 +103,9 @@ class Sampler:
         """Returns whether a prompt leaves room for at least one token of response."""
         return len(prompt_ids) < self.max_tokens
 
-    def sample(self, params, requests: list[Request], stage: str, max_new_tokens: int | None = None) -> list[list[int]]:
+    def sample(
+        self, params: dict[str, Any], requests: list[Request], stage: str, max_new_tokens: int | None = None
+    ) -> list[list[int]]:
         """Samples one response per request, in the order of the requests, end of turn included if it was reached.
 
         With `journals`, each batch is on disk when it is done, and an interrupted stage resumes after the last one.

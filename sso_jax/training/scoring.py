@@ -1,6 +1,6 @@
 """Computes log-prob sums of examples in packed batches of one shape."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -35,7 +35,7 @@ def scoring_batches(items: list[Scorable], cells: list[Cell], batch_size: int) -
 def score_examples(
     score: Score,
     mesh: jax.sharding.Mesh,
-    params,
+    params: dict[str, Any],
     items: list[Scorable],
     cells: list[Cell],
     batch_size: int,
