@@ -1,10 +1,10 @@
-"""What a reward model learns from PBAA's pairs and from SSO's: `python -m benchmarks.reward_pairs` trains both and
-prints the table.
+"""Compares reward models trained on PBAA's pairs with those trained on SSO's.
 
-On the toy world, PBAA (form `pairwise`) and SSO (form `online`) each go through their rounds from one supervised start.
-On the pairs of each round a reward model is trained from that start, as `configs/tiny_reward.yaml` says; all are
-measured on the same held-out pairs: answers of the start policy to held-out queries, in the judge's order. Whatever is
-done is not done again.
+    python -m benchmarks.reward_pairs
+
+Runs PBAA (form `pairwise`) and SSO (form `online`) on the toy world from one supervised start. Trains a reward model
+from that start on the pairs of each round, with `configs/tiny_reward.yaml`, and evaluates all of them on the same
+held-out pairs: answers of the start policy to held-out queries, ordered by the judge. Finished runs are not repeated.
 """
 
 import argparse
@@ -29,22 +29,25 @@ NUM_HELD_OUT = 300
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reward_pairs", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--directory", type=Path, default=Path("runs/reward_pairs"), help="where runs are kept (default: %(default)s)"
+        "--directory", type=Path, default=Path("runs/reward_pairs"), help="directory of the runs (default: %(default)s)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="default: 1 2")
-    parser.add_argument("--queries", type=int, default=256, help="queries of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="seeds (default: 1 2)")
+    parser.add_argument("--queries", type=int, default=256, help="queries per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per run (default: %(default)s)")
     return parser.parse_args()
 
 
 def run(main, *parts) -> None:
-    """Runs one of the scripts; raises if it fails."""
+    """Runs the `main` of a script; raises SystemExit if it fails."""
     if main([str(part) for part in parts]) != 0:
         raise SystemExit(f"failed: {parts}")
 
 
 def align(root: Path, seed: int, method: str, options: argparse.Namespace) -> Path:
-    """A run of the method, from the one supervised start that all share."""
+    """Runs the method from the supervised start that all runs share, and returns the run directory.
+
+    The first run trains that start.
+    """
     directory, start = root / f"seed{seed}" / method, root / "start"
     if start.is_dir() and not directory.is_dir():
         shutil.copytree(start, directory / "iteration_0")
@@ -69,8 +72,10 @@ def align(root: Path, seed: int, method: str, options: argparse.Namespace) -> Pa
 
 
 def held_out_pairs(root: Path) -> Path:
-    """Answers of the start policy under good and bad principles to held-out queries, in the judge's order; what it ties
-    is left out.
+    """Returns the file of held-out pairs, after creating it if it is missing.
+
+    The pairs are answers of the start policy to held-out queries under good and bad principles, ordered by the judge;
+    ties are dropped.
     """
     path = root / "held_out.jsonl"
     if not path.is_file():
@@ -98,7 +103,7 @@ def held_out_pairs(root: Path) -> Path:
 
 
 def accuracy(root: Path, aligned: Path, iteration: int, seed: int, held_out: Path) -> float:
-    """Accuracy on the held-out pairs of a reward model trained on the pairs of a round."""
+    """Trains a reward model on the pairs of a round and returns its accuracy on the held-out pairs."""
     directory, pairs = aligned / f"reward_{iteration}", aligned / f"iteration_{iteration}" / "pairs.jsonl"
     common = [
         "--config",
@@ -116,7 +121,7 @@ def accuracy(root: Path, aligned: Path, iteration: int, seed: int, held_out: Pat
 
 
 def main() -> None:
-    """Runs what is missing and prints the table."""
+    """Runs all unfinished runs and prints the table."""
     options = arguments()
     root = options.directory
     numbers: dict[tuple[str, int], list[tuple[float, float]]] = {}
@@ -129,10 +134,10 @@ def main() -> None:
                 measured = accuracy(root, aligned, iteration, seed, held_out)
                 numbers.setdefault((method, iteration), []).append((summary[iteration]["pair_accuracy"], measured))
     print(
-        f"{len(read_json_lines(held_out))} held-out pairs in the judge's order; {len(options.seeds)} seeds, mean +- "
+        f"{len(read_json_lines(held_out))} held-out pairs ordered by the judge; {len(options.seeds)} seeds, mean +- "
         "standard deviation"
     )
-    print("| round | pairs | their accuracy by the judge | reward model on held-out pairs |\n|---|---|---|---|")
+    print("| round | pairs | pair accuracy by the judge | reward model on held-out pairs |\n|---|---|---|---|")
     for iteration in range(1, options.rounds + 1):
         for method in METHODS:
             values = np.array(numbers[method, iteration])

@@ -1,8 +1,8 @@
-"""Times each special path of this project off and on: wall time with compilation counted in, and peak memory.
+"""Measures runs without each special path of this project: wall time, including compilation, and peak memory.
 
-`python -m benchmarks.special_paths --model FOLDER --queries FILE` runs one round of recipe online for each path in a
-process of its own, with nothing compiled before, on the toy world and on the model of the folder; `--paths NAME ...`
-names some of them.
+`python -m benchmarks.special_paths --model FOLDER --queries FILE` runs one round of recipe online without each path,
+on the toy world and on the model in FOLDER. Each run is a separate process without a compilation cache.
+`--paths NAME ...` selects paths; `nothing` is the run with all of them.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 SHARE = 1.15
-"""A path stays where without it a run takes this many times as long, or a third more memory."""
+"""Minimum slowdown without a path for which the path is kept; a third more peak memory also suffices."""
 
 
 def _nothing(*_) -> None:
-    """Stands for a step that is left out."""
+    """Does nothing; replaces a skipped step."""
 
 
 def _never(*_) -> bool:
-    """Stands for a condition that chooses a path."""
+    """Returns False; replaces a condition that selects a path."""
     return False
 
 
@@ -110,7 +110,7 @@ PATHS: dict[str, Callable[[], None]] = {
     "few_arenas": _without_few_arenas,
     "synchronous_dispatch": _without_synchronous_dispatch,
 }
-"""What takes a path away, by its name."""
+"""Functions that disable a path, by path name."""
 
 
 def _arguments(case: str, model: str, queries: str, directory: Path) -> list[str]:
@@ -131,7 +131,7 @@ def _arguments(case: str, model: str, queries: str, directory: Path) -> list[str
 
 
 def _run(path: str, case: str, model: str, queries: str) -> dict:
-    """Seconds by stage, in all and at most held bytes of a run without one path."""
+    """Runs one case without one path; returns its seconds, in total and by stage, and its peak memory in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         arguments = _arguments(case, model, queries, directory)
@@ -159,7 +159,7 @@ def _run(path: str, case: str, model: str, queries: str) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the paths one after another and prints a line for each."""
+    """Runs every case without each path, one after another, and prints a JSON line for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.special_paths", description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--queries")

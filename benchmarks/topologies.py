@@ -1,11 +1,10 @@
-"""Dry runs of 7B and 8B updates on TPU topologies in, the tables of docs/hardware.md of bytes a chip out. Needs
-requirements-dry-run.txt, no TPU.
+"""Compiles 7B and 8B updates for TPU topologies and prints the tables of bytes per chip in docs/hardware.md.
 
     JAX_PLATFORMS=cpu python -m benchmarks.topologies --out docs/topologies.json
 
-One pair a chip of 2,048 tokens, both recipes' objectives without the logged log-prob of y_o, bfloat16 arithmetic on
-float32 masters, fsdp over all chips. What is compiled is kept in the file, and a second call goes on where the first
-one stopped.
+Needs requirements-dry-run.txt, but no TPU. Updates have one pair of 2,048 tokens per chip, the objective of either
+recipe without the logged log-prob of y_o, bfloat16 arithmetic on float32 masters, and fsdp over all chips. Results are
+saved to the file after each compilation; a second call compiles only those that are missing.
 """
 
 import argparse
@@ -26,24 +25,26 @@ from sso_jax.runtime.progress import progress_bar
 
 MODELS = ("Qwen/Qwen2-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
 FORMS = {"online": ObjectiveConfig(base="ipo", beta=0.2), "generator": ObjectiveConfig(base="dpo", form="generator")}
-ASKED = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4")
+REQUESTED = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4")
 SMALLER = ("v5p:2x2x1", "v6e:2x4")
-"""Half the chips, for the objective that needs more; half a v5e:4x4 cannot even hold parameters, moments and
-gradient."""
+"""Half the chips, for the objective that needs more memory.
+
+Half of v5e:4x4 is omitted: it cannot even hold parameters, moments and gradient.
+"""
 SCALING = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 Cell = tuple[str, str, str]
 """Model, objective, topology."""
 
 
 def cells() -> list[Cell]:
-    """Every update to compile: what is asked for first, then smaller topologies, then the scaling of one model."""
-    asked = [(model, form, topology) for topology in ASKED for model in MODELS for form in FORMS]
+    """Returns the updates to compile: requested topologies, then the scaling of one model, then smaller topologies."""
+    requested = [(model, form, topology) for topology in REQUESTED for model in MODELS for form in FORMS]
     smaller = [(model, "online", topology) for topology in SMALLER for model in MODELS]
-    return list(dict.fromkeys([*asked, *((MODELS[0], "online", topology) for topology in SCALING), *smaller]))
+    return list(dict.fromkeys([*requested, *((MODELS[0], "online", topology) for topology in SCALING), *smaller]))
 
 
 def compile_cell(cell: Cell) -> dict:
-    """Bytes a chip of one update of as many pairs as there are chips."""
+    """Compiles an update of one pair per chip and returns its bytes per chip."""
     model, form, topology = cell
     devices = dry_run.find_devices(topology)
     config = Config(
@@ -58,7 +59,7 @@ def compile_cell(cell: Cell) -> dict:
 
 
 def compile_missing(path: Path) -> dict[Cell, dict]:
-    """All cells, those that the file holds read from it, the others compiled and added to it one by one."""
+    """Returns the results of all cells, after compiling those that the file lacks and adding them one by one."""
     done = {tuple(row["cell"]): row for row in json.loads(path.read_text())} if path.is_file() else {}
     missing = [cell for cell in cells() if cell not in done]
     with progress_bar("updates", len(missing), "program") as bar:
@@ -75,8 +76,9 @@ def compile_missing(path: Path) -> dict[Cell, dict]:
 
 
 def layers_share(model: str) -> float:
-    """Share of a model's parameters that lies in its layers: a step casts those whole, embedding and head as it comes
-    to them.
+    """Returns the share of a model's parameters that are in its layers.
+
+    An update casts all layers at once, but embedding and head only when they are used.
     """
     params = nn.unbox(abstract_params(Transformer(PRESETS[model])))
 
@@ -87,13 +89,13 @@ def layers_share(model: str) -> float:
 
 
 def tables(done: dict[Cell, dict]) -> str:
-    """Both tables in Markdown."""
+    """Returns both tables in Markdown."""
     lines = [
         "| model | recipe | topology | chips | parameters | optimizer | activations and the rest | GiB a chip | of the "
         "chip | fits |"
     ]
     lines.append("|---" * 10 + "|")
-    for cell in (cell for cell in done if cell[2] in ASKED + SMALLER):
+    for cell in (cell for cell in done if cell[2] in REQUESTED + SMALLER):
         row, chip = done[cell], dry_run.chip_gib(cell[2])
         parts = [row[name] / programs.GIB for name in ("params_bytes", "optimizer_bytes", "other_bytes", "total_bytes")]
         sizes = " | ".join(f"{part:.2f}" for part in parts)
@@ -108,9 +110,8 @@ def tables(done: dict[Cell, dict]) -> str:
     layers = layers_share(MODELS[0])
     for topology in SCALING:
         row = done[MODELS[0], "online", topology]
-        params = (
-            row["params_bytes"] / programs.GIB
-        )  # float32; the gradient is as large, and the layers' copy in bfloat16 half of theirs
+        # Parameters are float32. The gradient is as large; the bfloat16 copy of the layers is half their size.
+        params = row["params_bytes"] / programs.GIB
         held = 2 * params + row["optimizer_bytes"] / programs.GIB + layers * params / 2
         rest = row["total_bytes"] / programs.GIB - held
         lines.append(f"| {topology} | {row['chips']} | {held:.3f} | {held * row['chips']:.1f} | {rest:.2f} |")
@@ -120,7 +121,7 @@ def tables(done: dict[Cell, dict]) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/topologies.json"), help="file that keeps what is compiled"
+        "--out", type=Path, default=Path("docs/topologies.json"), help="JSON file of the results (default: %(default)s)"
     )
     logging.basicConfig(level=logging.WARNING)
     print(tables(compile_missing(parser.parse_args(argv).out)))

@@ -1,11 +1,11 @@
-"""A small run killed at random moments until it is done, many times over: is the end always the same, and what was done
-twice?
+"""Kills small runs at random moments and checks that they still end like an undisturbed run.
 
     python -m benchmarks.kills --runs 100
 
-One run is left alone; its weights, pairs and summary (times aside) are what every other run must end with. Each of the
-others is started, killed by SIGKILL at a random moment, and started again, until it was killed `--kills` times or ends
-by itself. The same command goes on behind the last run that was done.
+The weights, pairs and summary (without times) of one undisturbed reference run are what every other run must end with.
+Each of the others is started, killed by SIGKILL at a random moment and restarted, until it ends; after `--kills` kills
+it is left to finish. Updates and sample batches that were repeated are counted. The same command continues after the
+last finished run.
 """
 
 import argparse
@@ -25,120 +25,131 @@ from sso_jax.runtime.files import append_line, write_text
 from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.runtime.progress import progress_bar
 
-TIMES = ("seconds", "tokens_per_second")
-KEPT = ("policy/", "queries.jsonl", "principles.jsonl", "responses.jsonl", "pairs.jsonl", "evaluation.jsonl", "start/")
+TIME_FIELDS = ("seconds", "tokens_per_second")
+COMPARED = (
+    "policy/",
+    "queries.jsonl",
+    "principles.jsonl",
+    "responses.jsonl",
+    "pairs.jsonl",
+    "evaluation.jsonl",
+    "start/",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run went."""
+    """Result of one killed run."""
 
     number: int
     stages: list[str]
-    """What the run was about at each kill."""
+    """Stage of the run at each kill."""
     half_written: int
-    """Kills that left a checkpoint half written."""
+    """Number of kills that left an incomplete checkpoint."""
     updates: list[int]
-    """Updates done again after each kill."""
+    """Updates repeated after each kill."""
     batches: list[int]
-    """Batches of samples done again after each kill."""
+    """Sample batches repeated after each kill."""
     seconds: float
-    """Of processor time, all its starts together."""
+    """Processor time of all its starts."""
     differs: list[str]
-    """Files and rows that are not those of the run left alone."""
+    """Files and summary rows that differ from those of the reference run."""
 
 
-def end_of(directory: Path) -> dict[str, str]:
-    """What must be the same: digests of weights and stage files, and the rows of the summary without times."""
+def final_state(directory: Path) -> dict[str, str]:
+    """Returns what must be equal: digests of weights and stage files, and the summary rows without times."""
     files = {
         f"{folder.name}/{name}": digest
         for folder in sorted(directory.glob("iteration_*"))
         for name, digest in checksums(folder).items()
-        if name.startswith(KEPT)
+        if name.startswith(COMPARED)
     }
     rows = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    untimed = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    untimed = [{name: value for name, value in row.items() if name not in TIME_FIELDS} for row in rows]
     return {**files, **{f"summary.json, row {i}": json.dumps(row, sort_keys=True) for i, row in enumerate(untimed)}}
 
 
-def run_killed(number: int, root: Path, seed: int, most_kills: int, alone: Start, expected: dict[str, str]) -> Outcome:
-    """The outcome of one run; its directory is left where the end differs."""
-    directory, draw = root / f"run_{number}", random.Random(f"{seed}/{number}")
+def run_killed(
+    number: int, root: Path, seed: int, max_kills: int, reference: Start, expected: dict[str, str]
+) -> Outcome:
+    """Runs one killed run to its end and returns its outcome; keeps its directory if the end differs."""
+    directory, rng = root / f"run_{number}", random.Random(f"{seed}/{number}")
     shutil.rmtree(directory, ignore_errors=True)
     stages, updates, batches, done, seconds, half_written = [], [], [], set(), 0.0, 0
     while True:
-        moment = draw_moment(draw, alone) if len(stages) < most_kills else None
+        moment = draw_moment(rng, reference) if len(stages) < max_kills else None
         start = start_run(directory, moment)
         seconds += start.seconds
-        again = Counter(kind for kind, which in start.did if (kind, which) in done)
+        repeated = Counter(kind for kind, which in start.did if (kind, which) in done)
         if stages:
-            updates.append(again["update"])
-            batches.append(again["batch"])
+            updates.append(repeated["update"])
+            batches.append(repeated["batch"])
         done.update(start.did)
         if not start.killed:
             break
-        stages.append(start.where())
+        stages.append(start.stage_at_end())
         half_written += any(directory.glob("iteration_*/checkpoints/*tmp*"))
     if start.status != 0:
         raise RuntimeError(f"{directory} ended with status {start.status} after kills in {stages}:\n{start.error}")
-    end = end_of(directory)
-    differs = sorted(name for name in end.keys() | expected.keys() if end.get(name) != expected.get(name))
+    state = final_state(directory)
+    differs = sorted(name for name in state.keys() | expected.keys() if state.get(name) != expected.get(name))
     if not differs:
         shutil.rmtree(directory)
     return Outcome(number, stages, half_written, updates, batches, seconds, differs)
 
 
-def left_alone(root: Path) -> Start:
-    """The run that nothing kills, in `root/whole`, timed with a full compilation cache; it is done once for all goes of
-    the command.
+def reference_run(root: Path) -> Start:
+    """Returns the record of the undisturbed run in `root/whole`, after running it if it is missing.
+
+    A first run fills the compilation cache, so that the reference run is timed without compilation.
     """
-    told = root / "alone.json"
-    if told.is_file():
-        return Start(**json.loads(told.read_text()))
+    path = root / "alone.json"
+    if path.is_file():
+        return Start(**json.loads(path.read_text()))
     for name in ("compile", "whole"):
         shutil.rmtree(root / name, ignore_errors=True)
         start = start_run(root / name, None)
         if start.status != 0:
-            raise RuntimeError(f"the run left alone ended with status {start.status}:\n{start.error}")
-    if end_of(root / "compile") != end_of(root / "whole"):
-        raise RuntimeError(f"two runs that nothing killed differ: {root / 'compile'} and {root / 'whole'}")
-    write_text(json.dumps(dataclasses.asdict(start)), told)
+            raise RuntimeError(f"the reference run ended with status {start.status}:\n{start.error}")
+    if final_state(root / "compile") != final_state(root / "whole"):
+        raise RuntimeError(f"two undisturbed runs differ: {root / 'compile'} and {root / 'whole'}")
+    write_text(json.dumps(dataclasses.asdict(start)), path)
     return start
 
 
-def code_of() -> str:
-    """Changes where the code or the config does."""
+def code_version() -> str:
+    """Returns a string that changes if the code or the config changes."""
     return json.dumps([*sorted(checksums(ROOT / "sso_jax").items()), checksum(ROOT / CONFIG)])
 
 
-def claim(root: Path) -> list[Outcome]:
-    """Outcomes that are there already; those of other code are thrown away."""
-    code, told = root / "code.json", root / "outcomes.jsonl"
-    if not code.is_file() or code.read_text() != code_of():
+def read_outcomes(root: Path) -> list[Outcome]:
+    """Returns the outcomes of earlier runs of this code; clears the directory if it is from other code."""
+    version, results = root / "code.json", root / "outcomes.jsonl"
+    if not version.is_file() or version.read_text() != code_version():
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
-        code.write_text(code_of())
-    return [Outcome(**row) for row in read_json_lines(told)] if told.is_file() else []
+        version.write_text(code_version())
+    return [Outcome(**row) for row in read_json_lines(results)] if results.is_file() else []
 
 
-def summary(outcomes: list[Outcome], alone: Start, bound: int) -> str:
-    """The result in a few lines."""
+def summary(outcomes: list[Outcome], reference: Start, bound: int) -> str:
+    """Returns the results in a few lines."""
     stages = Counter(stage for outcome in outcomes for stage in outcome.stages)
     kills, seconds = stages.total(), sum(outcome.seconds for outcome in outcomes)
     updates, batches = (sorted(n for o in outcomes for n in getattr(o, name)) or [0] for name in ("updates", "batches"))
     differing = [f"run {o.number} ({', '.join(o.differs[:3])})" for o in outcomes if o.differs]
-    where = ", ".join(f"{stage} {count}" for stage, count in stages.most_common())
+    by_stage = ", ".join(f"{stage} {count}" for stage, count in stages.most_common())
     return "\n".join(
         [
-            f"{len(outcomes)} runs, {kills} kills, {sum(o.half_written for o in outcomes)} of them with a checkpoint "
-            "half written",
-            f"kills by stage: {where}",
-            f"updates done again: {sum(updates)}, at most {updates[-1]} after a kill (bound: {bound}, "
+            f"{len(outcomes)} runs, {kills} kills, {sum(o.half_written for o in outcomes)} of which left an "
+            "incomplete checkpoint",
+            f"kills by stage: {by_stage}",
+            f"updates repeated: {sum(updates)}, at most {updates[-1]} after a kill (bound: {bound}, "
             "checkpoint.every_steps)",
-            f"batches of samples done again: {sum(batches)}, at most {batches[-1]} after a kill (bound: 1)",
-            f"processor time: {alone.seconds:.1f} s for a run left alone, {seconds / len(outcomes):.1f} s for all "
-            "starts of a killed one",
-            "runs whose end (weights, stage files, summary without times) is not that of the run left alone: "
+            f"sample batches repeated: {sum(batches)}, at most {batches[-1]} after a kill (bound: 1)",
+            f"processor time: {reference.seconds:.1f} s for the reference run, {seconds / len(outcomes):.1f} s for all "
+            "starts of a killed run",
+            "runs that ended differently from the reference run (weights, stage files, summary without times): "
             + ("; ".join(differing) or "none"),
         ]
     )
@@ -146,28 +157,29 @@ def summary(outcomes: list[Outcome], alone: Start, bound: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=100, help="runs to kill (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=4, help="kills of one run at most (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=100, help="number of killed runs (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=4, help="maximum kills per run (default: %(default)s)")
     parser.add_argument(
-        "--directory", type=Path, default=Path("runs/kills_benchmark"), help="where they are (default: %(default)s)"
+        "--directory",
+        type=Path,
+        default=Path("runs/kills_benchmark"),
+        help="directory of the runs (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times (default: %(default)s)")
     options = parser.parse_args()
     root = options.directory.absolute()
-    outcomes = claim(root)[: options.runs]
-    alone = left_alone(root)
-    expected, bound = (
-        end_of(root / "whole"),
-        parse(Config, ["--config", str(ROOT / CONFIG)], "", "").checkpoint.every_steps,
-    )
+    outcomes = read_outcomes(root)[: options.runs]
+    reference = reference_run(root)
+    expected = final_state(root / "whole")
+    bound = parse(Config, ["--config", str(ROOT / CONFIG)], "", "").checkpoint.every_steps
     with progress_bar("killed runs", options.runs, "run", initial=len(outcomes)) as bar:
         for number in range(len(outcomes), options.runs):
-            outcomes.append(run_killed(number, root, options.seed, options.kills, alone, expected))
+            outcomes.append(run_killed(number, root, options.seed, options.kills, reference, expected))
             append_line(json.dumps(dataclasses.asdict(outcomes[-1])), root / "outcomes.jsonl")
             bar.update()
-    print(summary(outcomes, alone, bound))
-    too_much = any(max(o.updates, default=0) > bound or max(o.batches, default=0) > 1 for o in outcomes)
-    return 1 if too_much or any(o.differs for o in outcomes) else 0
+    print(summary(outcomes, reference, bound))
+    over_bound = any(max(o.updates, default=0) > bound or max(o.batches, default=0) > 1 for o in outcomes)
+    return 1 if over_bound or any(o.differs for o in outcomes) else 0
 
 
 if __name__ == "__main__":

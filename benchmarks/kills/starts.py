@@ -1,6 +1,4 @@
-"""A run's command started once, and killed by SIGKILL at a moment drawn at random: what it was about then, and what it
-had begun.
-"""
+"""Starts a run, kills it by SIGKILL at a random moment, and records its stages and the work that it began."""
 
 import json
 import os
@@ -19,15 +17,15 @@ POLL_SECONDS = 0.002
 CHILD = (
     "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('benchmarks.kills.watched', run_name='__main__')"
 )
-"""Without PyTorch, on which transformers would spend two seconds of every start; it is here for the tests only."""
+"""Hides PyTorch, which only tests need, because transformers would import it, at two seconds per start."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill a start: after so many seconds of processor time, or so many seconds after it entered a stage for
-    the n-th time.
+    """When to kill a start.
 
-    Processor time, because a machine that others share is not equally fast from one start to the next.
+    Either after `seconds` of processor time, because the speed of a shared machine varies between starts, or `seconds`
+    after it enters `stage` for the `entry`-th time.
     """
 
     seconds: float
@@ -37,28 +35,28 @@ class Moment:
 
 @dataclass
 class Start:
-    """What one start did."""
+    """Record of one start."""
 
     stages: list[str] = field(default_factory=list)
-    """The stages under way, the innermost last."""
+    """Stages in progress, the innermost last."""
     entered: dict[str, list[float]] = field(default_factory=dict)
-    """When each stage was entered."""
+    """Times at which each stage was entered."""
     lasted: dict[str, float] = field(default_factory=dict)
-    """Longest time in each stage, in seconds."""
+    """Longest duration of each stage, in seconds."""
     did: list[tuple[str, str]] = field(default_factory=list)
-    """(kind, which) of every update and batch of samples that was begun."""
+    """(kind, id) of every update and sample batch that was begun."""
     killed: bool = False
     status: int = 0
     seconds: float = 0.0
-    """Of processor time."""
+    """Processor time."""
     error: str = ""
 
-    def where(self) -> str:
-        """Stage that the start was in at its end."""
+    def stage_at_end(self) -> str:
+        """Returns the stage in progress when the start ended."""
         return self.stages[-1] if self.stages else "between stages" if self.entered else "start-up"
 
-    def take(self, note: dict, now: float) -> None:
-        """Takes a note of the run, read at `now`."""
+    def record(self, note: dict, now: float) -> None:
+        """Records a note of the run that was read at time `now`."""
         if "enter" in note:
             self.stages.append(note["enter"])
             self.entered.setdefault(note["enter"], []).append(now)
@@ -69,20 +67,20 @@ class Start:
             self.did.append((note["did"], note["which"]))
 
 
-def draw_moment(draw: random.Random, alone: Start) -> Moment:
-    """A third of all moments fall anywhere in the time of the run left `alone`; the others in a stage, so that short
-    ones are met too.
+def draw_moment(rng: random.Random, reference: Start) -> Moment:
+    """Returns a random moment to kill a start.
 
-    For these a stage is drawn, then which of the times that it is entered, then a moment of it.
+    A third of the moments are uniform over the time of the reference run. For the others, a stage is drawn first, then
+    one of its entries, then a time within it, so that short stages are hit too.
     """
-    if draw.random() < 1 / 3:
-        return Moment(draw.uniform(0.0, alone.seconds))
-    stage = draw.choice(sorted(alone.lasted))
-    return Moment(draw.uniform(0.0, alone.lasted[stage]), stage, draw.randint(1, len(alone.entered[stage])))
+    if rng.random() < 1 / 3:
+        return Moment(rng.uniform(0.0, reference.seconds))
+    stage = rng.choice(sorted(reference.lasted))
+    return Moment(rng.uniform(0.0, reference.lasted[stage]), stage, rng.randint(1, len(reference.entered[stage])))
 
 
 def start_run(directory: Path, moment: Moment | None) -> Start:
-    """Starts the command, or what is left of its run, and kills it at the moment, if it does not end before."""
+    """Starts or resumes a run, kills it at the moment unless it ends earlier, and returns the record of this start."""
     reading, writing = os.pipe()
     target = "" if moment is None or moment.stage is None else json.dumps([moment.stage, moment.entry, moment.seconds])
     command = [sys.executable, "-c", CHILD, str(writing), target, "--config", CONFIG, "--run.directory", str(directory)]
@@ -104,14 +102,15 @@ def start_run(directory: Path, moment: Moment | None) -> Start:
 
 
 def _processor_seconds(pid: int) -> float:
-    """Time that all threads of a process have had so far."""
+    """Returns the processor time that all threads of a process have used so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _follow(process: subprocess.Popen, reading: int, moment: Moment | None) -> Start:
-    """Reads the notes to their end; a process with a moment in no stage is killed on the way, one with a stage kills
-    itself.
+    """Records notes until the process ends.
+
+    Kills the process if the moment has no stage; otherwise the process kills itself.
     """
     start, rest = Start(), b""
     while True:
@@ -119,9 +118,9 @@ def _follow(process: subprocess.Popen, reading: int, moment: Moment | None) -> S
             os.kill(process.pid, signal.SIGKILL)
         if not select.select([reading], [], [], POLL_SECONDS)[0]:
             continue
-        part = os.read(reading, 65536)
-        if not part:
+        chunk = os.read(reading, 65536)
+        if not chunk:
             return start
-        *lines, rest = (rest + part).split(b"\n")
+        *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            start.take(json.loads(line), time.perf_counter())
+            start.record(json.loads(line), time.perf_counter())

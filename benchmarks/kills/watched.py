@@ -1,12 +1,11 @@
-"""A file descriptor and train.py's arguments in, that run out, with a note to the descriptor of everything that it
-begins.
+"""Runs train.py and writes a note to a file descriptor for each stage, update and sample batch.
 
     python -m benchmarks.kills.watched FD TARGET --config configs/kills.yaml --run.directory DIR
 
-TARGET is empty, or `[STAGE, N, SECONDS]`: the process kills itself so long after it entered the stage for the N-th
-time. From outside, stages of a millisecond would never be met. A note is a JSON line: `{"enter": STAGE}`, `{"leave":
-STAGE}`, and `{"did": KIND, "which": ...}` for the updates and the batches of samples that a kill may make be done
-again. It is written before the thing itself; a pipe keeps it when the process is killed.
+TARGET is empty or `[STAGE, N, SECONDS]`: the process kills itself SECONDS after it enters the stage for the N-th time,
+because a kill from outside would never hit a stage of a millisecond. A note is a JSON line: `{"enter": STAGE}`,
+`{"leave": STAGE}`, or `{"did": KIND, "which": ...}` for an update or sample batch, which a kill may cause to be
+repeated. Notes are written before the work begins; a pipe keeps them if the process is killed.
 """
 
 import dataclasses
@@ -39,99 +38,98 @@ STAGES = {
     "evaluation": (evaluation, "measure_policy"),
     "report": (train_command, "write_report"),
 }
-"""The function of each stage, and the module in which it is looked up; questions to the policy are in ASKED."""
-ASKED = ("features", "principles")
+"""Module and name under which the function of each stage is looked up."""
+"""Stages in which the policy is asked questions, noted by `note_questions`."""
 Note = Callable[..., None]
 
 
 class Killer:
-    """Kills this process by SIGKILL at its moment, if it has one."""
+    """Kills this process by SIGKILL at its target moment, if it has one."""
 
     def __init__(self, target: str):
         self.stage, self.entries, self.seconds = json.loads(target) if target else (None, 0, 0.0)
-        sys.setswitchinterval(
-            1e-5
-        )  # the thread that kills is not kept waiting for longer than the shortest stage lasts
+        # The killing thread must not wait for longer than the shortest stage lasts.
+        sys.setswitchinterval(1e-5)
 
-    def entered(self, stage: str) -> None:
-        """Told of every stage that is entered; starts the clock at the entry that is meant."""
+    def on_enter(self, stage: str) -> None:
+        """Starts the timer if this is the target entry; called on entry to every stage."""
         self.entries -= stage == self.stage
         if stage == self.stage and self.entries == 0:
             threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
-def tell_stage(note: Note, killer: Killer, holder, name: str, stage: str) -> None:
-    """Makes `holder.name` tell when it is entered and left."""
-    setattr(holder, name, _told(getattr(holder, name), note, killer, lambda *_: stage))
+def note_stage(note: Note, killer: Killer, holder, name: str, stage: str) -> None:
+    """Wraps `holder.name` so that it notes when it is entered and left."""
+    setattr(holder, name, _noted(getattr(holder, name), note, killer, lambda *_: stage))
 
 
-def tell_questions(note: Note, killer: Killer) -> None:
-    """Makes the policy's `ask` tell which questions it is asked: for features, or for principles."""
+def note_questions(note: Note, killer: Killer) -> None:
+    """Wraps the policy's `ask` so that it notes the stage of its questions: features or principles."""
     make_ask = sampling.policy_asker
 
     def policy_asker(*args):
-        return _told(make_ask(*args), note, killer, lambda questions, stage, *_: stage)
+        return _noted(make_ask(*args), note, killer, lambda questions, stage, *_: stage)
 
     sampling.policy_asker = policy_asker
 
 
-def _told(function: Callable, note: Note, killer: Killer, stage_of: Callable[..., str]) -> Callable:
+def _noted(function: Callable, note: Note, killer: Killer, stage_of: Callable[..., str]) -> Callable:
     @functools.wraps(function)
-    def told(*args, **kwargs):
+    def wrapped(*args, **kwargs):
         stage = stage_of(*args, **kwargs)
         note(enter=stage)
-        killer.entered(stage)
+        killer.on_enter(stage)
         try:
             return function(*args, **kwargs)
         finally:
             note(leave=stage)
 
-    return told
+    return wrapped
 
 
-def tell_updates(note: Note, holder) -> None:
-    """Makes `holder.run_updates` tell every update before it is handed to the device."""
+def note_updates(note: Note, holder) -> None:
+    """Wraps `holder.run_updates` so that it notes every update before dispatching it."""
     run_updates = holder.run_updates
 
-    def told(update, state, plan, start, mesh, hooks, stage):
+    def wrapped(update, state, plan, start, mesh, hooks, stage):
         steps = itertools.count(start)
 
-        def told_update(*args):
+        def noted_update(*args):
             note(did="update", which=f"{stage}, {next(steps)}")
             return update(*args)
 
-        return run_updates(told_update, state, plan, start, mesh, hooks, stage)
+        return run_updates(noted_update, state, plan, start, mesh, hooks, stage)
 
-    holder.run_updates = told
+    holder.run_updates = wrapped
 
 
-def tell_batches(note: Note) -> None:
-    """Makes samplers tell every batch before it is sampled."""
+def note_batches(note: Note) -> None:
+    """Wraps `Sampler.sample` so that it notes every batch before sampling it."""
     sample = Sampler.sample
 
-    def told(sampler, params, requests, stage, *args):
+    def wrapped(sampler, params, requests, stage, *args):
         def generate(params, prompts, *rest):
             note(did="batch", which=f"{stage}, {hashlib.sha256(bytes(prompts.keys)).hexdigest()[:16]}")
             return sampler.generate(params, prompts, *rest)
 
         return sample(dataclasses.replace(sampler, generate=generate), params, requests, stage, *args)
 
-    Sampler.sample = told
+    Sampler.sample = wrapped
 
 
 def main(descriptor: int, target: str, argv: list[str]) -> int:
-    """Exit status of the run."""
+    """Runs train.py with notes and returns its exit status."""
     killer = Killer(target)
 
     def note(**fields) -> None:
         os.write(descriptor, (json.dumps(fields) + "\n").encode())
 
     for holder in (pretraining, update_stage):
-        tell_updates(note, holder)
-    tell_batches(note)
-    tell_questions(note, killer)
+        note_updates(note, holder)
+    note_batches(note)
+    note_questions(note, killer)
     for stage, (holder, name) in STAGES.items():
-        tell_stage(note, killer, holder, name, stage)
+        note_stage(note, killer, holder, name, stage)
     return train.main(argv)
 
 

@@ -1,10 +1,11 @@
-"""Speed of sampling and of the update beside the peers': `python -m benchmarks.speed` runs all in one go and prints a
-table.
+"""Times sampling and the update, here and in peer projects, and prints a table.
 
-Everything is timed in a process of its own, so that its peak memory is its own; medians are over `--repeats` calls
-after one that warms up and compiles. A peer and this project take turns, call by call, so that what else the machine
-does meets both alike; the ratio is that of their medians in these turns. The bound beside each figure is what this
-machine's measured operations and bytes a second would allow.
+    python -m benchmarks.speed
+
+Every measurement runs in a separate process, so that peak memory is measured per implementation. Medians are over
+`--repeats` calls after a first call that compiles. A peer and this project take turns, call by call, so that other load
+on the machine affects both equally; ratios compare their medians over these turns. The bound of each figure follows
+from the operations and bytes per second measured on this machine.
 """
 
 import argparse
@@ -27,58 +28,62 @@ DEFAULT_SHAPES = {"cpu": ["57m"], "gpu": ["0.5b", "1.5b", "7b"]}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=DEFAULT_SHAPES, default="cpu", help="what computes (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=DEFAULT_SHAPES, default="cpu", help="device to run on (default: %(default)s)"
+    )
     parser.add_argument(
         "--shapes", nargs="+", choices=shapes.SHAPES, help="default: 57m on a CPU; 0.5b 1.5b 7b on a GPU"
     )
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="what to time (default: %(default)s)")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="peers to time as well (default: none)")
     parser.add_argument(
-        "--peers", nargs="*", choices=PEERS, default=[], help="whom to time beside this project (default: nobody)"
+        "--tunix_python", default=sys.executable, help="Python with google-tunix installed (default: this one)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument(
+        "--profile", type=Path, help="folder for profiler traces of one call each, for TensorBoard or Perfetto"
     )
     parser.add_argument(
-        "--tunix_python", default=sys.executable, help="Python that has google-tunix (default: this one)"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="calls that are timed (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of one call each, for TensorBoard or Perfetto")
-    parser.add_argument(
-        "--tiny", action="store_true", help="on a model that runs in a second, to try the command itself"
+        "--tiny", action="store_true", help="use a model that runs in a second, to test the benchmark itself"
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 TORCH_MACHINE = "transformers/machine"
-"""The cell that measures PyTorch's products."""
+"""Cell that measures PyTorch's matrix products."""
 SHARED_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-"""So that a peer in another process finds memory on the same GPU."""
+"""Environment variables that leave GPU memory for a peer in another process."""
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
-"""What errors say where an accelerator's memory is too small: the other cells are measured all the same."""
+"""Texts of errors that mean too little device memory; the other cells are still measured."""
 
 
 def run_cell(cell: str, device: str, shape: shapes.Shape, repeats: int, profile: Path | None) -> dict:
-    """One measurement, in this process."""
-    who, _, what = cell.partition("/")
-    if who in ("machine", "ours"):
+    """Measures one cell in this process."""
+    implementation, _, task = cell.partition("/")
+    if implementation in ("machine", "ours"):
         from benchmarks.speed import machine, ours
         from sso_jax.runtime.jax_setup import prepare_jax
 
         prepare_jax()
         machine.require(device)
-        return machine.measure(shape.dtype) if who == "machine" else ours.profiled(what, shape, repeats, profile)
-    peer = importlib.import_module(f"benchmarks.speed.peer_{who}")
-    return getattr(peer, what)(shape, repeats)
+        if implementation == "machine":
+            return machine.measure(shape.dtype)
+        return ours.profiled(task, shape, repeats, profile)
+    peer = importlib.import_module(f"benchmarks.speed.peer_{implementation}")
+    return getattr(peer, task)(shape, repeats)
 
 
 def child(cell: str, options: argparse.Namespace) -> None:
-    """Runs one cell and prints its figures as the last line of standard output."""
+    """Measures one cell and prints its results as the last line of standard output."""
     shape = shapes.SHAPES[options.shapes[0]]
     try:
         result = run_cell(
             cell, options.device, shapes.smaller(shape) if options.tiny else shape, options.repeats, options.profile
         )
-    except RuntimeError as error:  # JAX's and PyTorch's own are kinds of it
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
+    except RuntimeError as error:  # base class of JAX's and PyTorch's errors
+        if not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         print(f"{cell} on {shape}: {error}", file=sys.stderr)
         result = {"out_of_memory": True}
@@ -86,7 +91,7 @@ def child(cell: str, options: argparse.Namespace) -> None:
 
 
 def command(cell: str, name: str, options: argparse.Namespace) -> list[str]:
-    """What runs one cell on one shape in a process of its own."""
+    """Returns the command that measures one cell on one shape in a separate process."""
     python = options.tunix_python if cell.startswith("tunix/") else sys.executable
     parts = [python, "-m", "benchmarks.speed", "--cell", cell, "--device", options.device, "--shapes", name]
     parts += ["--repeats", str(options.repeats)]
@@ -95,21 +100,23 @@ def command(cell: str, name: str, options: argparse.Namespace) -> list[str]:
 
 
 def _to_next_turn(process: subprocess.Popen) -> str | None:
-    """Waits until the process asks for a turn (None) or ends (its last line); raises `SystemExit` where it fails."""
+    """Waits until the process asks for a turn or ends; returns None or its last line.
+
+    Raises:
+      SystemExit: if the process fails.
+    """
     last = ""
     for line in process.stdout:
         if line.strip() == READY:
             return None
         last = line
     if process.wait():
-        raise SystemExit(
-            f"{' '.join(process.args)} failed with exit status {process.returncode}; its error stands above"
-        )
+        raise SystemExit(f"{' '.join(process.args)} failed with exit status {process.returncode}; its error is above")
     return last
 
 
 def in_turns(commands: dict[str, list[str]]) -> dict[str, dict]:
-    """What each of the commands prints as its last line, run side by side, one call of one of them at a time."""
+    """Runs the commands side by side, one call at a time in turn, and returns the results that they print."""
     environment, running, results = {**os.environ, TURNS_VARIABLE: "1"}, {}, {}
     with ExitStack() as stack:
         for cell, parts in commands.items():
@@ -118,44 +125,41 @@ def in_turns(commands: dict[str, list[str]]) -> dict[str, dict]:
             )
             stack.enter_context(running[cell])
             stack.callback(running[cell].kill)
-        told = False  # at first each gets as far as its first turn by itself
+        started = False  # a process reaches its first turn without being asked
         while running:
             for cell, process in list(running.items()):
-                if told:
+                if started:
                     print(file=process.stdin, flush=True)
                 last = _to_next_turn(process)
                 if last is not None:
                     results[cell] = json.loads(last)
                     del running[cell]
-            told = True
+            started = True
     return results
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:
-    """The figures of all cells on one shape; those of a peer have the seconds that this project took beside it."""
+    """Measures all cells on one shape; results of a peer include this project's seconds in the same turns."""
     cells = in_turns({"machine": command("machine", name, options)})
-    if "transformers" in options.peers:  # what its ratio owes to its products
+    if "transformers" in options.peers:  # shows how much of the ratio is due to matrix products
         torch = in_turns({TORCH_MACHINE: command(TORCH_MACHINE, name, options)})[TORCH_MACHINE]
         cells["machine"]["torch_flops"] = torch["flops"]
-    for what in options.work:
-        ours, together, peers = f"ours/{what}", [], {}
+    for task in options.work:
+        ours, ours_results, peers = f"ours/{task}", [], {}
         for peer in options.peers or [None]:
-            names = [ours] if peer is None else [ours, f"{peer}/{what}"]
+            names = [ours] if peer is None else [ours, f"{peer}/{task}"]
             print(f"{' and '.join(names)} on {name} ...", file=sys.stderr, flush=True)
-            found = in_turns({cell: command(cell, name, options) for cell in names})
-            together.append(found.pop(ours))
-            peers |= {cell: {**result, "beside": together[-1].get("seconds", [])} for cell, result in found.items()}
-        cells |= {
-            ours: {**together[0], "seconds": [second for one in together for second in one.get("seconds", [])]},
-            **peers,
-        }
+            results = in_turns({cell: command(cell, name, options) for cell in names})
+            ours_results.append(results.pop(ours))
+            beside = ours_results[-1].get("seconds", [])
+            peers |= {cell: {**result, "beside": beside} for cell, result in results.items()}
+        seconds = [second for result in ours_results for second in result.get("seconds", [])]
+        cells |= {ours: {**ours_results[0], "seconds": seconds}, **peers}
     return cells
 
 
 def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> dict:
-    """What is reported of a shape: rates by implementation, ratios to this project's, fractions of the machine's
-    bound.
-    """
+    """Returns the results of a shape: rates, ratios to this project's seconds and fractions of the machine's bound."""
     shape = shapes.smaller(shapes.SHAPES[name]) if options.tiny else shapes.SHAPES[name]
     machine = cells["machine"]
     tokens = shape.sample_rows * shape.sample_new
@@ -169,24 +173,23 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
     }
     rows = {}
     for cell, result in cells.items():
-        what = cell.partition("/")[2]
-        if what and "out_of_memory" not in result:
+        task = cell.partition("/")[2]
+        if task and "out_of_memory" not in result:
             seconds = statistics.median(result["seconds"])
-            rate = (tokens if what == "sample" else shape.update_examples) / seconds
+            rate = (tokens if task == "sample" else shape.update_examples) / seconds
             peak = result.get("device_peak_bytes") or result["host_peak_bytes"]
             rows[cell] = {
                 "seconds": seconds,
                 "rate": rate,
-                "of_bound": rate / bounds[what],
+                "of_bound": rate / bounds[task],
                 "peak_bytes": peak,
                 "first_seconds": result["first"],
             }
     for cell, row in rows.items():
-        beside = (
-            [row["seconds"]] if cell.startswith("ours/") else cells[cell]["beside"]
-        )  # empty where this project ran out of memory
+        # Empty if this project ran out of memory.
+        beside = [row["seconds"]] if cell.startswith("ours/") else cells[cell]["beside"]
         row["ours_over_it"] = row["seconds"] / statistics.median(beside) if beside else None
-    made = {
+    report = {
         "shape": name,
         "compile_s": sum(
             row["first_seconds"] - row["seconds"] for cell, row in rows.items() if cell.startswith("ours")
@@ -199,11 +202,11 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
     if "ours/sample" in rows:
         seconds = statistics.median(cells["ours/sample"]["decode_seconds"])
         rate = shapes.needed_decode_bytes(shape) / seconds
-        made |= {"generate_tok_s": rows["ours/sample"]["rate"], "decode_seconds": seconds, "decode_bytes_s": rate}
+        report |= {"generate_tok_s": rows["ours/sample"]["rate"], "decode_seconds": seconds, "decode_bytes_s": rate}
     if "ours/update" in rows:
         row, needed = rows["ours/update"], shapes.needed_update_flops(shape)["shared"]
         datasheet = machine.get("datasheet_flops")
-        made |= {
+        report |= {
             "sso_examples_s": row["rate"],
             "peak_bytes": row["peak_bytes"],
             "update_flops": cells["ours/update"]["flops"],
@@ -212,11 +215,11 @@ def figures(name: str, cells: dict[str, dict], options: argparse.Namespace) -> d
             "update_flops_s": needed / row["seconds"],
             "update_mfu": needed / row["seconds"] / datasheet if datasheet else None,
         }
-    return made
+    return report
 
 
 def show(result: dict) -> None:
-    """The table of one shape."""
+    """Prints the table of one shape."""
     machine = result["machine"]
     kinds = {"read_bytes": "read", "copy_bytes": "copied"}
     measured = [
@@ -249,13 +252,13 @@ def show(result: dict) -> None:
     if "update_flops" in result:
         ratio = result["update_flops"] / result["update_flops_needed"]
         print(
-            f"operations of the traced update and scoring: {ratio:.3f} of what arithmetic needs; padding "
+            f"operations of the traced update and scoring: {ratio:.3f} of the required minimum; padding "
             f"{result['update_padding']:.1%}"
         )
         if result["update_mfu"]:
             peak = f"the {machine['datasheet_flops'] / 1e12:.0f} TFLOP/s of its datasheet"
             print(
-                f"update: {result['update_flops_s'] / 1e12:.0f} TFLOP/s that arithmetic needs, MFU "
+                f"update: {result['update_flops_s'] / 1e12:.0f} TFLOP/s of required operations, MFU "
                 f"{result['update_mfu']:.1%} of {peak}"
             )
 
@@ -266,10 +269,10 @@ def main() -> int:
     if options.cell:
         child(options.cell, options)
         return 0
-    unlike = [name for name in options.shapes if options.peers and shapes.SHAPES[name].adapter_rank]
-    if unlike:
+    with_adapters = [name for name in options.shapes if options.peers and shapes.SHAPES[name].adapter_rank]
+    if with_adapters:
         raise SystemExit(
-            f"--peers: they train all weights where {' and '.join(unlike)} has adapters; leave --peers or the shape out"
+            f"--peers: peers train all weights, but shape {' and '.join(with_adapters)} trains adapters; omit either"
         )
     os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else SHARED_GPU
     results = []

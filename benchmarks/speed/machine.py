@@ -1,6 +1,4 @@
-"""What this machine can do: operations a second of a large matrix product, bytes a second read and copied; what its
-maker says.
-"""
+"""Measures this machine: operations per second of a large matrix product, and bytes per second read and copied."""
 
 import time
 
@@ -8,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 DATASHEET_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
-"""Operations a second of dense bfloat16 products by NVIDIA's datasheets (SXM), by a part of the device's name."""
+"""Operations per second of dense bfloat16 products in NVIDIA's datasheets (SXM), by a part of the device's name."""
 
 
 def require(device: str) -> None:
-    """Ends the program where JAX does not compute on this kind of device, "cpu" or "gpu"."""
+    """Exits if JAX does not run on this kind of device, "cpu" or "gpu"."""
     found = jax.default_backend()
     if found != device:
         raise SystemExit(
@@ -21,14 +19,14 @@ def require(device: str) -> None:
 
 
 def device_peak_bytes() -> int:
-    """The most memory that this process has held on its first device so far; 0 on a CPU, which does not say."""
+    """Returns the peak memory of this process on its first device; 0 on a CPU, which does not report it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def _best(work, repeats: int) -> float:
-    """Seconds of a call, the fastest of the repeats: what the machine can do, not what it did beside other work.
+    """Returns the seconds of the fastest call, which other load on the machine affects least.
 
-    An accelerator is given several at a time, so that the host's part of a call is not counted.
+    On an accelerator several calls are dispatched at a time, which excludes the host's share of a call.
     """
     calls = 1 if jax.default_backend() == "cpu" else 4
     jax.block_until_ready(work())
@@ -43,8 +41,10 @@ def _best(work, repeats: int) -> float:
 
 
 def measure(dtype: str, repeats: int = 10) -> dict:
-    """A second's `flops` of [N, N] @ [N, N], `read_bytes` of 16 vectors times a matrix (as decoding reads weights), and
-    `copy_bytes`.
+    """Measures operations and bytes per second.
+
+    `flops` is for [N, N] @ [N, N], `read_bytes` for 16 vectors times a matrix (as decoding reads weights), and
+    `copy_bytes` for a copy.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = 2048 if on_cpu else 8192
@@ -60,7 +60,7 @@ def measure(dtype: str, repeats: int = 10) -> dict:
     few = random(2, (rows, size))
     read = tall.nbytes / _best(lambda: product(few, tall), repeats)
     copy = jax.jit(lambda a: a + 1)
-    tall = tall.astype(jnp.float32)  # of two bytes an entry XLA copies more slowly
+    tall = tall.astype(jnp.float32)  # XLA copies two-byte entries more slowly
     copied = 2 * tall.nbytes / _best(lambda: copy(tall), repeats)
     kind = jax.devices()[0].device_kind
     datasheet = next((peak for name, peak in DATASHEET_FLOPS.items() if name in kind and dtype == "bfloat16"), None)

@@ -1,4 +1,4 @@
-"""A shape in, seconds and bytes of this project's sampling and of its update out."""
+"""Times this project's sampling and update on a shape."""
 
 import functools
 import time
@@ -44,7 +44,7 @@ NUM_DECODES = 3
 
 
 def make_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, jax.sharding.Mesh]:
-    """Decoder of the shape without its adapters, and a mesh of these devices (all of them where None)."""
+    """Builds the decoder of the shape without adapters, and a mesh of these devices (all devices if None)."""
     architecture = Architecture(
         model_type="qwen2",
         embed_dim=shape.width,
@@ -66,14 +66,12 @@ def make_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, 
 
 
 def random_params(model: Transformer, shardings):
-    """Parameters as a fresh model has them."""
+    """Returns freshly initialized parameters."""
     return jax.jit(lambda: nn.unbox(init_params(model, jax.random.key(SEED))), out_shardings=shardings)()
 
 
 def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
-    """A call that answers a batch of prompts through the sampler of a run; and the seconds that decoding alone
-    takes.
-    """
+    """Returns a function that samples responses as a run does, and one that returns the seconds of decoding alone."""
     model, mesh = make_model(shape)
     shardings = param_shardings(abstract_params(model), mesh)
     params = random_params(model, shardings)
@@ -81,7 +79,7 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
         generate=build_generate(model, mesh, shardings),
         mesh=mesh,
         strategy=make_sampling_params(TEMPERATURE, TOP_P),
-        stop_ids=(),  # the end of turn is never sampled
+        stop_ids=(),  # no response ends early
         max_new_tokens=shape.sample_new,
         max_tokens=4096,
         batch_size=shape.sample_rows,
@@ -94,7 +92,7 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     def work():
         answers = sampler.sample(params, requests, "sampling")
         if [len(ids) for ids in answers] != [shape.sample_new] * shape.sample_rows:
-            raise AssertionError("a response is shorter than was asked for")
+            raise AssertionError("a response is shorter than requested")
 
     return work, lambda: {
         "decode_seconds": decode_seconds(
@@ -106,7 +104,7 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
 def decode_seconds(
     parts: tuple[Callable, Callable], mesh: jax.sharding.Mesh, params, prompts: Prompts, shape: Shape
 ) -> list[float]:
-    """Seconds of decoding without its prefill, three times."""
+    """Returns the seconds of decoding without prefill, for NUM_DECODES calls."""
     prefill, decode = parts
     inputs = (params, prompts, make_sampling_params(TEMPERATURE, TOP_P), np.zeros((0,), np.int32))
     seconds = []
@@ -116,11 +114,11 @@ def decode_seconds(
             start = time.perf_counter()
             jax.block_until_ready(decode(*inputs, state))
             seconds.append(time.perf_counter() - start)
-    return seconds[1:]  # the first one compiled
+    return seconds[1:]  # the first call compiles
 
 
-class Updating(NamedTuple):
-    """What an update of the shape consists of: version 1 with IPO."""
+class UpdateParts(NamedTuple):
+    """Functions and inputs of an update of the shape: version 1 with IPO."""
 
     model: Transformer
     mesh: jax.sharding.Mesh
@@ -132,11 +130,11 @@ class Updating(NamedTuple):
     score: Score
     update: Callable
     batch_of: Callable[[list[list[float]]], PreferenceBatch]
-    """The batch of the examples with these log-probs of the reference."""
+    """Builds the batch of the examples from the reference's log-probs."""
 
 
-def make_updating(shape: Shape, devices: list | None = None) -> Updating:
-    """The programs of scoring and of the update; nothing is compiled or allocated."""
+def make_update_parts(shape: Shape, devices: list | None = None) -> UpdateParts:
+    """Builds scoring and the update, without compiling or allocating anything."""
     model, mesh = make_model(shape, devices)
     if shape.adapter_rank:
         adapters = Adapters(shape.adapter_rank, 2.0 * shape.adapter_rank, LoraConfig().targets)
@@ -167,16 +165,16 @@ def make_updating(shape: Shape, devices: list | None = None) -> Updating:
         functools.partial(cast_to_compute, model),
     )
     score = build_score(model, mesh, shardings)
-    return Updating(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
+    return UpdateParts(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
 
 
 def no_log_probs(items: list, cells: list) -> list[list[float]]:
-    """Zeros in the place of the reference's log-probs, where shapes alone matter."""
+    """Returns zeros in place of the reference's log-probs, for use when only shapes matter."""
     return [[0.0] * len(cells) for _ in items]
 
 
-def traced(parts: Updating) -> dict:
-    """Operations of scoring and update as traced, and the share of the update's rows that is padding."""
+def traced(parts: UpdateParts) -> dict:
+    """Returns the operations of traced scoring and update, and the share of padding in the update's rows."""
     batch = parts.batch_of(no_log_probs(parts.items, parts.cells))
     num_cells = len(parts.items) * len(parts.cells)
     trees = [
@@ -191,11 +189,13 @@ def traced(parts: Updating) -> dict:
 
 
 def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
-    """A call that scores the reference and does one update; and its operations as traced."""
-    parts = make_updating(shape)
+    """Returns a function that scores the reference and runs one update, and one that returns its traced operations."""
+    parts = make_update_parts(shape)
     params = random_params(parts.model, param_shardings(abstract_params(parts.model), parts.mesh))
     held = {"state": init_state(params, parts.optimizer, parts.shardings)}
-    batch = parts.batch_of(no_log_probs(parts.items, parts.cells))  # rows are packed ahead of the device in a run
+    batch = parts.batch_of(
+        no_log_probs(parts.items, parts.cells)
+    )  # not timed: a run packs rows while the device is busy
 
     def work():
         params, size = held["state"].all_params(), shape.update_microbatch
@@ -203,7 +203,7 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
         scored = batch._replace(
             reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape)
         )
-        if held["state"].step == 0:  # as a round begins
+        if held["state"].step == 0:  # as at the start of a round
             compile_ahead(parts.update, held["state"], scored, parts.mesh)
         with jax.set_mesh(parts.mesh):
             held["state"], metrics = parts.update(held["state"], scored, RATE)
@@ -212,13 +212,11 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     return work, lambda: traced(parts)
 
 
-def profiled(what: str, shape: Shape, repeats: int, profile: Path | None) -> dict:
-    """`sample` or `update`, then one call of it more under JAX's profiler where `profile` names a folder; the device's
-    peak memory.
-    """
-    work, facts = {"sample": start_sampling, "update": start_updates}[what](shape)
+def profiled(task: str, shape: Shape, repeats: int, profile: Path | None) -> dict:
+    """Times `sample` or `update`; if `profile` is a folder, profiles one more call into it."""
+    work, extra_results = {"sample": start_sampling, "update": start_updates}[task](shape)
     result = {**timed(work, repeats), "device_peak_bytes": device_peak_bytes()}
     if profile is not None:
-        with jax.profiler.trace(str(profile / what)):
+        with jax.profiler.trace(str(profile / task)):
             work()
-    return {**result, **facts()}
+    return {**result, **extra_results()}

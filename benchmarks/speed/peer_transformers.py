@@ -1,7 +1,7 @@
-"""A shape in, seconds of the same sampling and the same update by transformers with PyTorch out.
+"""Times the same sampling and update with transformers on PyTorch.
 
-It is timed as its users run it: `generate` for sampling, and for the update what the SSO releases do, a row for each of
-the six log-probs of an example, logits of every token, policy and reference. PyTorch comes with requirements-test.txt.
+Runs it as its users do: `generate` for sampling and, as in the SSO releases, an update with one row for each of the six
+log-probs of an example, logits of every token, and both policy and reference. PyTorch is in requirements-test.txt.
 """
 
 from collections.abc import Callable
@@ -38,13 +38,13 @@ def _model(shape: Shape):
 
 
 def _wait() -> None:
-    """Returns when the device has done all it was given."""
+    """Waits until the device has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _timed(work: Callable[[], None], repeats: int) -> dict:
-    """As `timed`, with the device's peak memory, 0 for a CPU."""
+    """Returns the results of `timed` with the device's peak memory, 0 on a CPU."""
     return {
         **timed(work, repeats),
         "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -52,7 +52,7 @@ def _timed(work: Callable[[], None], repeats: int) -> dict:
 
 
 def machine(shape: Shape, repeats: int) -> dict:
-    """A second's `flops` of PyTorch's [N, N] @ [N, N], as `machine.measure` has those of XLA's."""
+    """Measures `flops` per second of PyTorch's [N, N] @ [N, N], as `machine.measure` does with XLA."""
     size = 2048 if _device() == "cpu" else 8192
     square = torch.randn(size, size, device=_device(), dtype=getattr(torch, shape.dtype))
 
@@ -64,7 +64,7 @@ def machine(shape: Shape, repeats: int) -> dict:
 
 
 def sample(shape: Shape, repeats: int) -> dict:
-    """transformers' `generate` with its key/value cache."""
+    """Times `generate` with its key/value cache."""
     model = _model(shape).eval()
     ids = torch.tensor(prompt_ids(shape, shape.sample_rows, shape.sample_prompt), device=model.device)
     settings = dict(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0, max_new_tokens=shape.sample_new)
@@ -74,15 +74,13 @@ def sample(shape: Shape, repeats: int) -> dict:
             out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         _wait()
         if out.shape[1] != shape.sample_prompt + shape.sample_new:
-            raise AssertionError("a response is shorter than was asked for")
+            raise AssertionError("a response is shorter than requested")
 
     return _timed(work, repeats)
 
 
 def update(shape: Shape, repeats: int) -> dict:
-    """The releases' update of version 1 with IPO: six rows an example, all their logits, the reference beside the
-    policy.
-    """
+    """Times the releases' update of version 1 with IPO: six rows per example, all logits, policy and reference."""
     policy = _model(shape).train()
     reference = _model(shape).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
@@ -92,7 +90,7 @@ def update(shape: Shape, repeats: int) -> dict:
     length = float(shape.update_response)
 
     def log_probs(model):
-        """[examples, cells] sums over the response."""
+        """Returns sums over the response, [examples, cells]."""
         logits = model(ids).logits[:, :-1].float().log_softmax(-1)
         of_tokens = logits.gather(-1, ids[:, 1:, None])[..., 0]
         return of_tokens[:, shape.update_prompt - 1 :].sum(-1).view(len(examples), len(CELLS))

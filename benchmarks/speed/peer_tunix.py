@@ -1,9 +1,8 @@
-"""A shape in, seconds of the same sampling and the same update by google-tunix out.
+"""Times the same sampling and update with google-tunix.
 
-Its own sampler, model and DPO loss are used as they come. The update is the releases' six rows an example, as three
-pairs of tunix's kind: the reference's log-probs of every step computed anew beside the policy's, all logits.
-google-tunix is in no requirements file: install it into an environment of its own, and name that one's Python by
---tunix_python.
+Uses its sampler, model and DPO loss unchanged. The update has the releases' six rows per example, as three of tunix's
+pairs; every step recomputes the reference's log-probs, with all logits. google-tunix is in no requirements file:
+install it in a separate environment and pass the Python of that environment as --tunix_python.
 """
 
 from collections.abc import Callable
@@ -42,9 +41,7 @@ def _model(shape: Shape) -> Qwen2:
 
 
 class _Prompts:
-    """What tunix's sampler takes for a tokenizer: a prompt's text is its number, its end of turn an id that no
-    vocabulary has.
-    """
+    """Tokenizer for tunix's sampler: the text of a prompt is its index, and the end of turn is never sampled."""
 
     def __init__(self, prompts: list[list[int]]):
         self.prompts = prompts
@@ -56,22 +53,22 @@ class _Prompts:
         return str(len(ids))
 
     def bos_id(self) -> int:
-        return 0  # nothing is put before a prompt
+        return 0  # not used
 
     def eos_id(self) -> int:
         return -2
 
     def pad_id(self) -> int:
-        return -1  # so that no token of a prompt counts as padding
+        return -1  # no token of a prompt counts as padding
 
 
 def _timed(work: Callable[[], None], repeats: int) -> dict:
-    """As `timed`, with the device's peak memory, 0 for a CPU."""
+    """Returns the results of `timed` with the device's peak memory, 0 on a CPU."""
     return {**timed(work, repeats), "device_peak_bytes": device_peak_bytes()}
 
 
 def sample(shape: Shape, repeats: int) -> dict:
-    """tunix's `Sampler`."""
+    """Times tunix's `Sampler`."""
     prompts = prompt_ids(shape, shape.sample_rows, shape.sample_prompt)
     slots = shape.sample_prompt + shape.sample_new
     sampler = Sampler(
@@ -81,15 +78,15 @@ def sample(shape: Shape, repeats: int) -> dict:
     settings = dict(max_prompt_length=shape.sample_prompt, temperature=TEMPERATURE, top_p=TOP_P, seed=SEED)
 
     def work():
-        answered = sampler(texts, shape.sample_new, **settings)
-        if [len(tokens) for tokens in answered.tokens] != [shape.sample_new] * len(prompts):
-            raise AssertionError("a response is shorter than was asked for")
+        output = sampler(texts, shape.sample_new, **settings)
+        if [len(tokens) for tokens in output.tokens] != [shape.sample_new] * len(prompts):
+            raise AssertionError("a response is shorter than requested")
 
     return _timed(work, repeats)
 
 
 def update(shape: Shape, repeats: int) -> dict:
-    """tunix's DPO loss on the rows of the releases: winners of all contexts, then their losers."""
+    """Times an update with tunix's DPO loss on the releases' rows: winners of all contexts, then losers."""
     policy, reference = _model(shape), _model(shape)
     optimizer = nnx.Optimizer(
         policy, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0)), wrt=nnx.Param

@@ -1,4 +1,4 @@
-"""The shapes that are timed: model sizes, prompts and examples, the same for every implementation."""
+"""Defines the timed shapes: model sizes, prompts and examples, the same for every implementation."""
 
 import dataclasses
 import random
@@ -15,12 +15,12 @@ CELLS = [
     ("negative", "original"),
     ("negative", "chosen"),
 ]
-"""What version 1 needs the log-probs of, winner before loser; in the releases each is a row of its own."""
+"""(context, response) of each log-prob that version 1 needs, winner before loser; in the releases, one row each."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of Qwen2's kind with an untied head, and the work that is timed on it."""
+    """Sizes of a Qwen2 decoder with an untied head, and of the work that is timed on it."""
 
     width: int
     num_layers: int
@@ -37,25 +37,23 @@ class Shape:
     update_prompt: int = 256
     update_response: int = 128
     update_microbatch: int = 1
-    """Examples of a device step, this project's train.microbatch_size."""
+    """Examples per device step (train.microbatch_size of this project)."""
     max_logits: int = 2**25
-    """This project's model.max_logits."""
+    """model.max_logits of this project."""
     adapter_rank: int = 0
-    """Where it is not 0, adapters of this rank on all projections are trained, on frozen weights of the type of the
-    arithmetic."""
+    """Rank of the trained adapters on all projections; weights are then frozen and in `dtype`. 0 trains all weights."""
 
     @property
     def adapter_params(self) -> int:
-        """Entries of the adapters' matrices in all layers."""
+        """Number of adapter parameters in all layers."""
         heads, kv_heads = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        ends = (
-            2 * (self.width + heads) + 2 * (self.width + kv_heads) + 3 * (self.width + self.hidden)
-        )  # inputs and outputs of projections
+        # Inputs and outputs of all projections of a layer.
+        ends = 2 * (self.width + heads) + 2 * (self.width + kv_heads) + 3 * (self.width + self.hidden)
         return self.num_layers * self.adapter_rank * ends
 
     @property
     def layer_params(self) -> int:
-        """Entries of the matrices of all layers."""
+        """Number of parameters in the matrices of all layers."""
         heads = self.num_heads * self.head_size
         attention = self.width * (2 * heads + 2 * self.num_kv_heads * self.head_size)
         return self.num_layers * (attention + 3 * self.width * self.hidden)
@@ -66,7 +64,7 @@ class Shape:
 
     @property
     def num_params(self) -> int:
-        """Of all matrices; the table of embeddings is read by row."""
+        """Number of parameters in all matrices, including embedding and head."""
         return self.layer_params + 2 * self.head_params
 
 
@@ -89,12 +87,14 @@ SHAPES = {
     "1.5b": Shape(1536, 28, 12, 2, 8960, 151936, 128, **LARGE),
     "7b": Shape(3584, 28, 28, 4, 18944, 152064, 128, **{**LARGE, "update_microbatch": 1}, adapter_rank=64),
 }
-"""By name; the larger ones have the sizes of Qwen2's family and are for a GPU. All weights of the largest and their
-moments would take 122 GB: its update trains adapters."""
+"""Shapes by name. The larger ones have the sizes of Qwen2 models and need a GPU.
+
+All weights of the largest and their moments would take 122 GB, so its update trains adapters.
+"""
 
 
 def smaller(shape: Shape) -> Shape:
-    """The same work on a model that runs in a second, to try the benchmark itself."""
+    """Returns the shape with a model that runs in a second, to test the benchmark itself."""
     return dataclasses.replace(
         shape,
         width=64,
@@ -109,13 +109,13 @@ def smaller(shape: Shape) -> Shape:
 
 
 def prompt_ids(shape: Shape, num: int, length: int) -> list[list[int]]:
-    """`num` prompts of random tokens."""
+    """Returns `num` prompts of random tokens."""
     draw = random.Random(SEED)
     return [[draw.randrange(shape.vocab_size) for _ in range(length)] for _ in range(num)]
 
 
 def example_ids(shape: Shape) -> list[tuple[dict[str, list[int]], dict[str, list[int]]]]:
-    """Prompts by context and responses by name of each example of the update."""
+    """Returns the prompts by context and the responses by name of each example of the update."""
     draw = random.Random(SEED + 1)
 
     def ids(length):
@@ -131,70 +131,66 @@ def example_ids(shape: Shape) -> list[tuple[dict[str, list[int]], dict[str, list
 
 
 def needed_update_flops(shape: Shape) -> dict[str, float]:
-    """Operations that one update needs by arithmetic, two a multiply-add: products with parameters, and attention to
-    what is visible.
+    """Returns the minimum operations of one update: products with parameters, and attention to visible tokens.
 
-    Forward and backward are three forward passes, the reference a fourth; of products with frozen weights forward and
-    backward are two.
-      shared:   each context's prompt once for its two responses; the tokens that response tokens are predicted from
-                meet the vocabulary, and of the others the last layer computes keys and values alone.
-      releases: a row for each of the six log-probs, every token meets the vocabulary.
+    A multiply-add counts as two. Forward and backward pass cost three forward passes, or two for products with frozen
+    weights; the reference costs one more.
+
+    Returns:
+      shared: each context's prompt runs once for its two responses. Only tokens that predict a response token meet the
+        vocabulary; for the others, the last layer computes only keys and values.
+      releases: each of the six log-probs has a separate row, and every token meets the vocabulary.
     """
     prompt, response = shape.update_prompt, shape.update_response
     trees, rows, length = 3 * shape.update_examples, 6 * shape.update_examples, prompt + response
-    attended = (
-        2 * shape.num_heads * shape.head_size
-    )  # of a layer, multiply-adds for each visible pair of tokens: scores, values
+    # Multiply-adds of a layer for each visible pair of tokens: scores and values.
+    attended = 2 * shape.num_heads * shape.head_size
 
-    def seen(tokens, before=0):
+    def visible_pairs(tokens, before=0):
         return tokens * before + tokens * (tokens + 1) // 2
 
-    pairs = seen(prompt) + 2 * seen(response, prompt)
-    pairs_of_sources = 2 * (
-        prompt + seen(response - 1, prompt)
-    )  # the prompt's last token, and all but the last of the response
-    of_layer, keys_and_values = (
-        shape.layer_params / shape.num_layers,
-        2 * shape.width * shape.num_kv_heads * shape.head_size,
-    )
+    pairs = visible_pairs(prompt) + 2 * visible_pairs(response, prompt)
+    # In the last layer, only the prompt's last token and all but the last of each response attend.
+    last_layer_pairs = 2 * (prompt + visible_pairs(response - 1, prompt))
+    of_layer = shape.layer_params / shape.num_layers
+    keys_and_values = 2 * shape.width * shape.num_kv_heads * shape.head_size
     passes = 3 if shape.adapter_rank else 4
-    of_adapters, of_their_keys_and_values = (
-        shape.adapter_params / shape.num_layers,
-        2 * shape.adapter_rank * (shape.width + shape.num_kv_heads * shape.head_size),
-    )
+    of_adapters = shape.adapter_params / shape.num_layers
+    adapter_keys_and_values = 2 * shape.adapter_rank * (shape.width + shape.num_kv_heads * shape.head_size)
 
-    def met(of_layer: float, keys_and_values: float) -> float:
-        """Entries of layers times the tokens of a tree that meet them."""
+    def layer_products(of_layer: float, keys_and_values: float) -> float:
+        """Returns the multiply-adds of a tree's tokens with parameters of all layers."""
         below_last = (shape.num_layers - 1) * of_layer + keys_and_values
         return (prompt + 2 * response) * below_last + 2 * response * (of_layer - keys_and_values)
 
-    products = met(of_layer, keys_and_values) + 2 * response * shape.head_params
-    attention = ((shape.num_layers - 1) * pairs + pairs_of_sources) * attended
-    shared = passes * products + 4 * (met(of_adapters, of_their_keys_and_values) + attention)
+    products = layer_products(of_layer, keys_and_values) + 2 * response * shape.head_params
+    attention = ((shape.num_layers - 1) * pairs + last_layer_pairs) * attended
+    shared = passes * products + 4 * (layer_products(of_adapters, adapter_keys_and_values) + attention)
     whole_rows = passes * length * (shape.layer_params + shape.head_params) + 4 * length * shape.adapter_params
     return {
         "shared": 2.0 * trees * shared,
-        "releases": 2.0 * rows * (whole_rows + 4 * seen(length) * shape.num_layers * attended),
+        "releases": 2.0 * rows * (whole_rows + 4 * visible_pairs(length) * shape.num_layers * attended),
     }
 
 
 def needed_sample_bytes(shape: Shape) -> float:
-    """Bytes that decoding must read: each weight once a step."""
+    """Returns the bytes of weights that decoding must read: each weight once per step."""
     size = 2 if shape.dtype == "bfloat16" else 4
     return float(size * (shape.layer_params + shape.head_params) * (shape.sample_new - 1))
 
 
 def needed_decode_bytes(shape: Shape) -> float:
-    """Bytes that decoding must read in all: the weights, and at each step the keys and values of the tokens before."""
+    """Returns the bytes that decoding must read: weights and, at each step, the keys and values of earlier tokens."""
     size = 2 if shape.dtype == "bfloat16" else 4
     tokens = sum(range(shape.sample_prompt + 1, shape.sample_prompt + shape.sample_new))
-    cached = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * size  # of one token
+    cached = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * size  # per token
     return needed_sample_bytes(shape) + float(shape.sample_rows * tokens * cached)
 
 
 def needed_sample_flops(shape: Shape) -> float:
-    """Operations of decoding and of prefill: of its tokens all but each row's last need the last layer's keys and
-    values alone.
+    """Returns the minimum operations of prefill and decoding.
+
+    In prefill, the last layer computes only keys and values, except for the last token of each row.
     """
     keys_and_values = 2 * shape.width * shape.num_kv_heads * shape.head_size
     before_last = shape.layer_params * (shape.num_layers - 1) / shape.num_layers + keys_and_values

@@ -1,6 +1,4 @@
-"""A call in, its seconds and the process' memory out; one call at a time in turn with others where whoever started this
-one asks for it.
-"""
+"""Times calls and measures peak memory; optionally takes turns with other processes, call by call."""
 
 import os
 import resource
@@ -9,21 +7,20 @@ import time
 from collections.abc import Callable
 
 TURNS_VARIABLE = "SPEED_TAKES_TURNS"
-"""Where the environment has it, each call waits for its turn."""
+"""Environment variable; if it is set, each call waits for its turn."""
 READY = "ready for a turn"
 
 
 def wait_for_turn() -> None:
-    """Says on standard output that the next call may begin, and waits for a line on standard input."""
+    """Announces the next call on standard output and waits for a line on standard input."""
     print(READY, flush=True)
     sys.stdin.readline()
 
 
 def timed(work: Callable[[], object], repeats: int) -> dict:
-    """Seconds of the first call, which warms up and compiles, and of each of the repeats, and the peak memory behind
-    them.
+    """Returns the seconds of a first call, which compiles, the seconds of each repeat, and the peak memory.
 
-    `work` returns when all is done.
+    `work` must return only when its computation is complete.
     """
     seconds = []
     for _ in range(repeats + 1):

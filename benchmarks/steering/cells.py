@@ -1,4 +1,4 @@
-"""A cell in, its finished rounds on disk out, resumed where they stopped; and what a finished cell says, read back."""
+"""Runs cells, resuming those that were stopped, and reads the results of finished cells."""
 
 import dataclasses
 import logging
@@ -28,30 +28,30 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """When to start nothing more."""
+    """Time after which nothing new is started; None for no limit."""
 
     end: float | None
 
-    def up(self) -> bool:
+    def expired(self) -> bool:
         return self.end is not None and time.time() >= self.end
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What cells of one width and one toy world share: compiled functions, and what measures."""
+    """Compiled functions and evaluation that cells of one width and one toy world share."""
 
     engine: Engine
     environment: Environment
 
 
 def start_folder(root: Path, cell: Cell) -> Path:
-    """Folder of what the cells of a seed, width and world start from: `start/`, the policy, and its numbers."""
+    """Returns the folder of the start policy (`start/`) of a seed, width and world, and of its results."""
     width = "" if cell.width == 64 else f"_width_{cell.width}"
     return root / f"start_{cell.seed}{width}{'_descriptions' if cell.descriptions else ''}"
 
 
 def start_policy(root: Path, cell: Cell) -> Path:
-    """Folder of the policy that a cell starts from; trained where it is not there yet."""
+    """Returns the folder of the policy that a cell starts from, after training it if it is missing."""
     folder = start_folder(root, cell)
     curriculum = pretraining.Curriculum(width=cell.width, descriptions=cell.descriptions)
 
@@ -65,12 +65,12 @@ def start_policy(root: Path, cell: Cell) -> Path:
 
 
 def make_world(root: Path, config: Config, cell: Cell, held_out: int) -> World:
-    """Engine and judge for cells like this one; the tokenizer and the shapes are the same for every seed."""
+    """Builds engine and judge for cells like this one; tokenizer and shapes are the same for every seed."""
     return World(build_engine(start_policy(root, cell), config), toy_environment(cell.descriptions, held_out))
 
 
 def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock) -> bool:
-    """Does the rounds of a cell that are left, and says whether the cell is whole."""
+    """Runs the remaining rounds of a cell and returns whether all rounds are finished."""
     directory, recipe = root / cell.name, RECIPES[config.recipe]
     link = directory / "iteration_0" / "start"
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock)
         this = Round(run, iteration)
         if stages.finished(this.folder, "round") is not None:
             continue
-        if clock.up():
+        if clock.expired():
             return False
         policy = policies.start_policy(run, iteration) if policy is None else policy
         policy, summary = recipe.run_round(this, policy)
@@ -95,7 +95,7 @@ def run_cell(root: Path, world: World, cell: Cell, config: Config, clock: Clock)
 
 
 def measure_start(root: Path, world: World, cell: Cell, config: Config) -> None:
-    """Quality of the policy of a seed before any update, once a seed."""
+    """Measures the quality of the start policy of a cell, unless it has been measured."""
     directory = start_policy(root, cell).parent
     metrics = open_metrics(directory, config.logging, {}, writes=True)
     run = Run(config, directory, world.engine, world.environment, None, None, metrics)
@@ -104,12 +104,13 @@ def measure_start(root: Path, world: World, cell: Cell, config: Config) -> None:
 
 
 def steerability(run: Run, iteration: int) -> dict[str, float]:
-    """How far the policy at the start of the round still follows principles: the judge's score of y+ less that of y-,
-    all triples.
+    """Returns how well the policy at the start of the round still follows principles.
+
+    This is the judge's score of y+ minus that of y-, averaged over all triples.
     """
     folder = run.folder(iteration)
-    own = folder / "generator" / "responses.jsonl"
-    triples = read_records(Triple, own if own.is_file() else folder / "responses.jsonl")
+    generator_responses = folder / "generator" / "responses.jsonl"
+    triples = read_records(Triple, generator_responses if generator_responses.is_file() else folder / "responses.jsonl")
     gaps = [
         judged(run.environment, run.engine, t, "chosen") - judged(run.environment, run.engine, t, "rejected")
         for t in triples
@@ -118,9 +119,7 @@ def steerability(run: Run, iteration: int) -> dict[str, float]:
 
 
 def pair_tokens(run: Run, iteration: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean tokens of the chosen and the rejected response of the pairs that the round trained on, all of them and by
-    group of queries.
-    """
+    """Returns the mean tokens of chosen and rejected responses in the round's pairs, overall and by query group."""
     pairs = read_records(Triple, run.folder(iteration) / "pairs.jsonl")
     groups = {"all": pairs}
     for pair in pairs:
@@ -128,13 +127,14 @@ def pair_tokens(run: Run, iteration: int) -> dict[str, dict[str, dict[str, float
     sides = ("chosen", "rejected")
     return {
         "pair_tokens": {
-            g: {s: float(np.mean([len(p.response_ids[s]) for p in of])) for s in sides} for g, of in groups.items()
+            group: {side: float(np.mean([len(pair.response_ids[side]) for pair in members])) for side in sides}
+            for group, members in groups.items()
         }
     }
 
 
 def rounds_of(root: Path, cell: Cell) -> list[dict] | None:
-    """The rows of a cell, the start as the first; None where rounds are missing."""
+    """Returns the rows of a cell, the start first, or None if rounds are missing."""
     start = start_folder(root, cell) / "iteration_0"
     rows = [stages.finished(start, "evaluation")]
     rows += [stages.finished(root / cell.name / f"iteration_{k}", "round") for k in range(1, cell.iterations + 1)]

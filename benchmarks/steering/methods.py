@@ -1,4 +1,4 @@
-"""Names in, configs out: the methods that are compared, the studies that compare them, and the cells of each."""
+"""Defines the compared methods, the studies that compare them, and the config of each cell."""
 
 import dataclasses
 from pathlib import Path
@@ -7,27 +7,29 @@ from typing import Any
 from sso_jax.config import Config, LoggingConfig
 
 CHOOSING_SEED = 0
-"""Seed on which learning rates are chosen; it is in no table."""
+"""Seed for choosing learning rates; not reported in any study."""
 ITERATIONS = 3
-"""Of study main, and of what chooses the rates: the rate that is ahead after two may have worn the policy out after
-three."""
+"""Iterations of study main, and of the cells that choose rates.
+
+Two would not be enough for choosing: the rate that is best after two may have degraded the policy after three.
+"""
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 
 IPO, DPO = {"objective.base": "ipo", "objective.beta": 0.2}, {"objective.base": "dpo", "objective.beta": 0.2}
 REACHABLE = {"objective.base": "ipo", "objective.beta": 1.0}
-"""IPO whose target, 1/(2 beta) = 0.5 nats a token, its updates can reach; at the paper's 0.2 it is 2.5."""
+"""IPO with a target that its updates can reach: 1/(2 beta) = 0.5 nats per token; at the paper's 0.2 it is 2.5."""
 PBAA, V1 = {"objective.form": "pairwise"}, {"objective.form": "online"}
 V1_DPO = {**V1, **DPO}
 STRONG = {**V1_DPO, "objective.steering_weight": 1.0}
-"""With the steering terms as heavy as the base loss, so that what they do shows."""
+"""Steering terms with the same weight as the base loss, so that their effect is visible."""
 V2 = {"recipe": "generator", "objective.form": "generator", "objective.base": "dpo", "objective.beta": 0.1}
 NO_W = {"objective.use_weight": False, "objective.steering_weight": 0.059}
-"""W is near 0.59 here: without it, g is scaled by that, or the ablation would be of g."""
+"""W is near 0.59 here: g is scaled by 0.59 so that only W is ablated, not the size of the steering terms."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a method is called, whose learning rate it takes, and the config fields that make it."""
+    """Title of a method, the family whose learning rate it uses, and its config fields."""
 
     title: str
     family: str
@@ -64,13 +66,13 @@ GROUPS = (
     ("v2_positive", "v2_negative", "v2_naive"),
     ("pbaa_ipo_1", "v1_ipo_1"),
 )
-"""The order of study main: every seed of a group before the next group."""
+"""Order of study main: all seeds of a group run before the next group."""
 FAMILIES = ("pbaa_ipo", "pbaa_dpo", "v1_ipo", "v1_dpo", "v2")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a table: a method from the start of a seed."""
+    """One run of a study: a method from the start of a seed."""
 
     study: str
     method: str
@@ -78,14 +80,14 @@ class Cell:
     iterations: int
     queries: int
     rate: float | None = None
-    """Learning rate; None is the one chosen for the method's family."""
+    """Learning rate; None means the rate chosen for the method's family."""
     width: int = 64
     descriptions: bool = False
-    """Whether the world has the family in which longer looks better."""
+    """Whether the world has the family in which longer answers look better."""
 
     @property
     def name(self) -> str:
-        """Folder of the cell under the benchmark's."""
+        """Folder of the cell, relative to the benchmark's directory."""
         rate = "" if self.rate is None else f"_rate_{self.rate:g}"
         return f"{self.study}/{self.method}_queries_{self.queries}{rate}/seed_{self.seed}"
 
@@ -100,7 +102,7 @@ STUDIES = {
 
 
 def cells_of_study(study: str, seeds: list[int], queries: int) -> list[Cell]:
-    """The cells of a study, in the order in which they are run."""
+    """Returns the cells of a study in the order in which they are run."""
     if study == "main":
         return [
             Cell(study, method, seed, ITERATIONS, queries) for group in GROUPS for seed in seeds for method in group
@@ -127,16 +129,14 @@ def cells_of_study(study: str, seeds: list[int], queries: int) -> list[Cell]:
 
 
 def choosing_cells(queries: int) -> list[Cell]:
-    """The cells by which learning rates are chosen: each family's own method at every rate, over as many iterations as
-    study main has.
-    """
+    """Returns the cells for choosing learning rates: each family at every rate, with the iterations of study main."""
     return [Cell("rates", family, CHOOSING_SEED, ITERATIONS, queries, rate) for family in FAMILIES for rate in RATES]
 
 
 def cell_config(cell: Cell, rate: float, directory: Path) -> Config:
-    """The config of a cell: that of configs/tiny.yaml in sizes, with the method's own fields.
+    """Returns the config of a cell: the sizes of configs/tiny.yaml and the fields of the method.
 
-    The learning rate is constant, so that its schedule does not follow the number of pairs that a method keeps.
+    The learning rate is constant because a schedule would depend on the number of pairs that a method keeps.
     """
     fields = {
         "run.directory": str(directory),

@@ -1,7 +1,7 @@
-"""Finished cells in, tables of means and spreads over seeds and a figure out. A table with cells missing says so first.
+"""Builds tables of means and deviations over seeds, and a figure, from finished cells.
 
-What pairs say in a round (accuracy, ties, probabilities, steerability, tokens) is of the policy at its start; quality
-is after it.
+The tables of an unfinished study begin with a list of missing cells. Numbers of a round's pairs (accuracy, ties,
+probabilities, steerability, tokens) describe the policy at the start of the round; quality is measured after it.
 """
 
 from functools import reduce
@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PARTS = ("truth", "completeness", "politeness", "concision")
-OF_PAIRS = (
+PAIR_FIELDS = (
     "pair_accuracy",
     "pair_ties",
     "chosen_probability",
@@ -28,26 +28,26 @@ OF_PAIRS = (
 )
 TITLES = ("pair accuracy", "ties", "P(chosen)", "P(rejected)", "steerability", "tokens sampled")
 BY_ITERATION = tuple(
-    (field, title, 1 if field == "response_tokens" else 2) for field, title in zip(OF_PAIRS, TITLES, strict=True)
+    (field, title, 1 if field == "response_tokens" else 2) for field, title in zip(PAIR_FIELDS, TITLES, strict=True)
 )
 BY_ITERATION += tuple((f"quality_parts.{part}", part, 2) for part in PARTS) + (
     ("held_out_tokens", "tokens, unsteered", 1),
 )
-"""What is shown of every iteration beside quality: field, title, digits."""
+"""Numbers shown for every iteration besides quality: field, title, digits."""
 MATCHED_QUALITY = 0.65
 BASELINES = {"pbaa_ipo": "pbaa_ipo", "v1_ipo": "pbaa_ipo", "pbaa_ipo_1": "pbaa_ipo_1", "v1_ipo_1": "pbaa_ipo_1"}
-"""What a method is compared with, seed by seed; PBAA with DPO where nothing else is named."""
+"""Method that a method is compared with, seed by seed; PBAA with DPO if it is not listed."""
 
-WHOLES = {part: "v1_g_1" for part in ("v1_positive", "v1_negative", "v1_naive")}
-WHOLES |= {part: "v2" for part in ("v2_positive", "v2_negative", "v2_naive")}
-"""The objective that an ablation of G is a part or a variant of."""
+FULL_OBJECTIVES = {part: "v1_g_1" for part in ("v1_positive", "v1_negative", "v1_naive")}
+FULL_OBJECTIVES |= {part: "v2" for part in ("v2_positive", "v2_negative", "v2_naive")}
+"""Full objective of each ablation of G."""
 
 Runs = dict[tuple[str, int], dict[int, list[dict]]]
 """(method, queries) -> seed -> rows, the start first."""
 
 
 EVERY_GROUP = ("all", "descriptions", "others")
-OF_LENGTH = (
+LENGTH_TABLES = (
     ("Tokens of the chosen responses that a round trains on", "pair_tokens.{}.chosen", EVERY_GROUP, 1),
     ("Tokens of the rejected ones", "pair_tokens.{}.rejected", EVERY_GROUP, 1),
     ("Tokens of held-out answers, unsteered, after the iteration", "held_out_groups.{}.tokens", EVERY_GROUP, 1),
@@ -61,16 +61,16 @@ OF_LENGTH = (
         3,
     ),
 )
-"""Tables of study length: title, where the number stands in a row, groups of queries, digits."""
+"""Tables of study length: title, path of the number in a row, groups of queries, digits."""
 
 
 def value(row: dict, path: str) -> float | None:
-    """The number of a row under these names; None where it is not there."""
+    """Returns the number at a dotted path in a row, or None if it is missing."""
     return reduce(lambda part, name: (part or {}).get(name), path.split("."), row)
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """`mean +- sample standard deviation`; the mean alone of one value, `-` of none."""
+    """Formats `mean ± sample standard deviation`; only the mean for one value, `-` for none."""
     if not values or any(v is None for v in values):
         return "-"
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
@@ -78,7 +78,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table with columns of one width."""
+    """Formats a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row):
@@ -88,7 +88,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def finished_runs(root: Path, cells: list[Cell]) -> Runs:
-    """The rows of every cell that is whole."""
+    """Returns the rows of every finished cell."""
     runs: Runs = {}
     for cell in cells:
         rows = rounds_of(root, cell)
@@ -98,7 +98,7 @@ def finished_runs(root: Path, cells: list[Cell]) -> Runs:
 
 
 def rates_table(root: Path, cells: list[Cell], rates: dict[str, float]) -> str:
-    """Quality after the choosing cells by family and rate, and what was chosen."""
+    """Returns the table of final quality by family and rate, with the chosen rates."""
     rows = []
     for family in FAMILIES:
         found = {cell.rate: rounds_of(root, cell) for cell in cells if cell.method == family}
@@ -115,7 +115,7 @@ def rates_table(root: Path, cells: list[Cell], rates: dict[str, float]) -> str:
 
 
 def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
-    """All tables of a study."""
+    """Returns all tables of a study."""
     runs = finished_runs(root, cells)
     done = sum(len(of_seeds) for of_seeds in runs.values())
     lines = [f"## Study {study}: {STUDIES[study]}", ""]
@@ -145,8 +145,13 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
     ]
     lines += ["### Pairs and policy, iteration by iteration", "", _by_iteration_table(runs, name), ""]
     lines += ["### Less PBAA with the same base loss, seed by seed", "", _differences_table(runs, name), ""]
-    if any(_difference(runs, key, baselines=WHOLES) != "-" for key in runs):
-        lines += ["### Parts of G less the whole, seed by seed", "", _differences_table(runs, name, WHOLES), ""]
+    if any(_difference(runs, key, baselines=FULL_OBJECTIVES) != "-" for key in runs):
+        lines += [
+            "### Parts of G less the whole, seed by seed",
+            "",
+            _differences_table(runs, name, FULL_OBJECTIVES),
+            "",
+        ]
     if study == "length":
         lines += _length_tables(runs, name)
     lines += [
@@ -157,7 +162,7 @@ def study_tables(root: Path, study: str, cells: list[Cell]) -> str:
 
 
 def _iterations(runs: Runs) -> list[int]:
-    """Up to five iterations to show, the last among them."""
+    """Returns up to five iterations to show, including the last."""
     num = max(len(rows) - 1 for of_seeds in runs.values() for rows in of_seeds.values())
     return sorted({round(k) for k in np.linspace(1, num, min(num, 5))})
 
@@ -177,11 +182,9 @@ def _quality_table(runs: Runs, name) -> str:
 def _difference(
     runs: Runs, key: tuple[str, int], field: str = "policy_quality", baselines: dict[str, str] | None = None
 ) -> str:
-    """A number of the last round less the baseline's, seed by seed: mean and spread, and in how many seeds it is
-    above.
-    """
-    wanted = BASELINES.get(key[0], "pbaa_dpo") if baselines is None else baselines.get(key[0])
-    baseline = runs.get((wanted, key[1]), {})
+    """Formats the differences from the baseline in the last round: mean, deviation, and number of seeds above it."""
+    baseline_method = BASELINES.get(key[0], "pbaa_dpo") if baselines is None else baselines.get(key[0])
+    baseline = runs.get((baseline_method, key[1]), {})
     common = sorted(runs[key].keys() & baseline.keys())
     if not common or runs[key] is baseline:
         return "-"
@@ -204,13 +207,14 @@ def _differences_table(runs: Runs, name, baselines: dict[str, str] | None = None
 
 
 def _over_iterations(of_seeds: dict[int, list[dict]], path: str, shown: tuple[int, ...], digits: int) -> list[str]:
-    """The number under these names at each of the iterations, over the seeds."""
+    """Formats the number at a path for each of the iterations, over the seeds."""
     return [spread([value(rows[k], path) for rows in of_seeds.values()], digits) for k in shown]
 
 
 def _by_iteration_table(runs: Runs, name) -> str:
-    """A row a method and number, a column an iteration: the pairs' numbers as they are made, those of the policy after
-    it.
+    """Returns a table with a row per method and number, and a column per iteration.
+
+    Numbers of pairs are from the iteration in which they are made; those of the policy are from after it.
     """
     shown, table = (0, *_iterations(runs)), []
     for key, of_seeds in runs.items():
@@ -220,11 +224,9 @@ def _by_iteration_table(runs: Runs, name) -> str:
 
 
 def _length_tables(runs: Runs, name) -> list[str]:
-    """A table of every number by which a drift of lengths is seen: a row a method and group of queries, a column an
-    iteration.
-    """
+    """Returns the tables that show length drift: a row per method and query group, and a column per iteration."""
     shown, lines = (0, *_iterations(runs)), []
-    for title, path, groups, digits in OF_LENGTH:
+    for title, path, groups, digits in LENGTH_TABLES:
         rows = [
             [name(key), group, *_over_iterations(of_seeds, path.format(group), shown, digits)]
             for key, of_seeds in runs.items()
@@ -244,7 +246,7 @@ def _pairs_table(runs: Runs, name) -> str:
     for key, of_seeds in runs.items():
         last = [rows[-1] for rows in of_seeds.values()]
         values = [
-            spread([row.get(field) for row in last], 1 if field == "response_tokens" else 2) for field in OF_PAIRS
+            spread([row.get(field) for row in last], 1 if field == "response_tokens" else 2) for field in PAIR_FIELDS
         ]
         kept = spread([row["num_pairs"] for row in last], 0)
         rows.append([name(key), kept, *values, spread([row["held_out_tokens"] for row in last], 1)])
@@ -252,26 +254,29 @@ def _pairs_table(runs: Runs, name) -> str:
 
 
 def _matched_table(runs: Runs, name) -> str:
-    """Linear in quality between rounds; a seed that never samples from a policy that good is left out."""
+    """Returns the table at matched quality, without seeds in which no sampling policy reaches that quality."""
     rows = []
     for key, of_seeds in runs.items():
-        reached = {field: [] for field in OF_PAIRS}
+        reached = {field: [] for field in PAIR_FIELDS}
         for of_rounds in of_seeds.values():
-            for field in OF_PAIRS:
+            for field in PAIR_FIELDS:
                 value = _at_quality(of_rounds, field)
                 reached[field] += [] if value is None else [value]
         rows.append(
             [
                 name(key),
-                str(len(reached[OF_PAIRS[0]])),
-                *(spread(reached[f], 1 if f == "response_tokens" else 2) for f in OF_PAIRS),
+                str(len(reached[PAIR_FIELDS[0]])),
+                *(spread(reached[f], 1 if f == "response_tokens" else 2) for f in PAIR_FIELDS),
             ]
         )
     return markdown(["method", "seeds", *TITLES], rows)
 
 
 def _at_quality(of_rounds: list[dict], field: str) -> float | None:
-    """A number of the pairs where the quality of the policy that sampled them first crosses MATCHED_QUALITY."""
+    """Interpolates a number of the pairs to where the sampling policy's quality first crosses MATCHED_QUALITY.
+
+    Returns None if it never does.
+    """
     points = [(before["policy_quality"], after[field]) for before, after in pairwise(of_rounds)]
     for (low, first), (high, second) in pairwise(points):
         if low < MATCHED_QUALITY <= high:
@@ -290,7 +295,7 @@ PANELS = (
     ("held_out_tokens", "Tokens, unsteered"),
 )
 
-PANELS_OF_LENGTH = (
+LENGTH_PANELS = (
     ("held_out_groups.descriptions.tokens", "Tokens of descriptions, unsteered"),
     ("held_out_groups.others.tokens", "Tokens of the others"),
     ("pair_tokens.descriptions.chosen", "Descriptions: tokens, chosen"),
@@ -303,13 +308,13 @@ PANELS_OF_LENGTH = (
 
 
 def write_figure(root: Path, study: str, cells: list[Cell]) -> None:
-    """Curves of every method over iterations, means over its seeds with their range, to `study.svg`."""
+    """Writes curves over iterations to `STUDY.svg`: mean and range over the seeds of each method."""
     runs = finished_runs(root, cells)
     if not runs:
         return
     shown = [key for key in runs if study != "main" or key[0] in (*FAMILIES, "random", "judge")]
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
-    for axis, (field, title) in zip(axes.flat, PANELS_OF_LENGTH if study == "length" else PANELS, strict=True):
+    for axis, (field, title) in zip(axes.flat, LENGTH_PANELS if study == "length" else PANELS, strict=True):
         for color, key in zip(plt.cm.tab10(np.linspace(0, 1, 10)), shown, strict=False):
             values = np.array(
                 [[value(row, field) for row in rows] for rows in runs[key].values()], float

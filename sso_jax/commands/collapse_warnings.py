@@ -38,15 +38,15 @@ def collapse_warnings(
 
 def _falling_chosen(lines: Sequence[dict]) -> list[str]:
     """Warns if chosen responses lose probability from the first to the last quarter, which a growing margin hides."""
-    told = [line for line in lines if line.get("chosen_log_prob") is not None and line.get("margin") is not None]
-    quarter = len(told) // 4
+    complete = [line for line in lines if line.get("chosen_log_prob") is not None and line.get("margin") is not None]
+    quarter = len(complete) // 4
     if quarter == 0:
         return []
 
     def mean(part, name):
         return sum(line[name] for line in part) / len(part)
 
-    start, end = told[:quarter], told[-quarter:]
+    start, end = complete[:quarter], complete[-quarter:]
     fall = mean(end, "chosen_log_prob") - mean(start, "chosen_log_prob")
     growth = mean(end, "margin") - mean(start, "margin")
     if fall >= -1.0 or growth <= 0:

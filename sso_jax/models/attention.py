@@ -95,7 +95,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        turn: Rotation,
+        rotation: Rotation,
         mask: Bool[Array, "#B T S"],
         cache: Cache | None,
         layer: Int[Array, ""] | None,
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         if a.qk_norm:
             queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(save_for_backward(queries))
             keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(save_for_backward(keys))
-        queries, keys = (save_for_backward(apply_rope(part, turn)) for part in (queries, keys))
+        queries, keys = (save_for_backward(apply_rope(part, rotation)) for part in (queries, keys))
         grouped = queries.reshape(batch, a.num_kv_heads, -1, length, a.head_size)  # [B, K, G, T, H]
         grouped = constrain(grouped, "batch", "kv_heads", None, None, None)
         if cache is not None:

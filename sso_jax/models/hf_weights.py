@@ -49,7 +49,7 @@ RULES: dict[str, TensorRule] = {
     "score": TensorRule("score.weight"),
     "final_norm/scale": TensorRule("model.norm.weight"),
     "layers/attention_norm/scale": TensorRule("model.layers.{}.input_layernorm.weight"),
-    "layers/unit_norm/scale": TensorRule("model.layers.{}.post_attention_layernorm.weight"),
+    "layers/mlp_norm/scale": TensorRule("model.layers.{}.post_attention_layernorm.weight"),
     "layers/attention/query/kernel": TensorRule("model.layers.{}.self_attn.q_proj.weight", True),
     "layers/attention/key/kernel": TensorRule("model.layers.{}.self_attn.k_proj.weight", True),
     "layers/attention/value/kernel": TensorRule("model.layers.{}.self_attn.v_proj.weight", True),
@@ -59,9 +59,9 @@ RULES: dict[str, TensorRule] = {
     "layers/attention/query_norm/scale": TensorRule("model.layers.{}.self_attn.q_norm.weight"),
     "layers/attention/key_norm/scale": TensorRule("model.layers.{}.self_attn.k_norm.weight"),
     "layers/attention/out/kernel": TensorRule("model.layers.{}.self_attn.o_proj.weight", True, num_inputs=2),
-    "layers/unit/gate/kernel": TensorRule("model.layers.{}.mlp.gate_proj.weight", True),
-    "layers/unit/up/kernel": TensorRule("model.layers.{}.mlp.up_proj.weight", True),
-    "layers/unit/down/kernel": TensorRule("model.layers.{}.mlp.down_proj.weight", True),
+    "layers/mlp/gate/kernel": TensorRule("model.layers.{}.mlp.gate_proj.weight", True),
+    "layers/mlp/up/kernel": TensorRule("model.layers.{}.mlp.up_proj.weight", True),
+    "layers/mlp/down/kernel": TensorRule("model.layers.{}.mlp.down_proj.weight", True),
 }
 """Rule of each parameter, by path."""
 

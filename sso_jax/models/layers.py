@@ -162,8 +162,8 @@ def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) 
     if scaling is not None:
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         span = scaling.high_freq_factor - scaling.low_freq_factor
-        save_for_backward = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
-        frequencies = frequencies * (save_for_backward + (1 - save_for_backward) / scaling.factor)
+        unscaled = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        frequencies = frequencies * (unscaled + (1 - unscaled) / scaling.factor)
     return frequencies.astype(np.float32)
 
 

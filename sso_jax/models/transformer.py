@@ -20,7 +20,7 @@ from sso_jax.runtime.mesh import constrain, gathered
 class LayerInputs(NamedTuple):
     """What every layer reads besides the activations."""
 
-    turn: Rotation
+    rotation: Rotation
     mask: Bool[Array, "#B T S"]
     slot: Int[Array, ""]
     """Cache slot of the first token."""
@@ -51,10 +51,10 @@ class Layer(nn.Module):
         options = projection_options(self)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
         attention = Attention(self.architecture, **options, attend=self.attend, name="attention")
-        attended, cache = attention(normed, inputs.turn, inputs.mask, cache, layer, inputs.slot, inputs.sequences)
+        attended, cache = attention(normed, inputs.rotation, inputs.mask, cache, layer, inputs.slot, inputs.sequences)
         x = save_for_backward(x + attended)
-        normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="unit_norm")(x)
-        return (x + SwiGLU(self.architecture, **options, name="unit")(normed), cache), None
+        normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="mlp_norm")(x)
+        return (x + SwiGLU(self.architecture, **options, name="mlp")(normed), cache), None
 
 
 class Transformer(nn.Module):

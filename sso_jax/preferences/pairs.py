@@ -105,7 +105,7 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list
     If the prompts state scores, pairs with equal scores are dropped too.
     """
     compared = {response for _, response in cells}
-    told = any(context.startswith("score_conditioned_") for context, _ in cells)
+    states_scores = any(context.startswith("score_conditioned_") for context, _ in cells)
     kept: list[Triple] = []
     dropped: Dropped = {}
     for triple in triples:
@@ -117,7 +117,7 @@ def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list
             dropped[triple.id] = "chosen_is_rejected"
         elif texts.get("original") in sides:
             dropped[triple.id] = "original_is_chosen_or_rejected"
-        elif told and triple.scores is not None and triple.scores["chosen"] == triple.scores["rejected"]:
+        elif states_scores and triple.scores is not None and triple.scores["chosen"] == triple.scores["rejected"]:
             dropped[triple.id] = "equal_scores"
         else:
             kept.append(triple)

@@ -42,13 +42,13 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._part(self.process)
         line = json.dumps({"at": list(responses), "ids": list(responses.values())})
-        self._mend(path)
+        self._repair(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _mend(self, path: Path) -> None:
+    def _repair(self, path: Path) -> None:
         """Restarts the file if it belongs to another list, and removes a truncated last line; reads only both ends."""
         head = f"{self.fingerprint}\n".encode()
         with open(path, "a+b") as file:

@@ -53,12 +53,12 @@ def open_checkpoints(folder: str | Path, keep: int) -> Iterator[Checkpoints]:
     Raises:
       RunError: if a save failed, for example because the disk is full.
     """
-    with _failures_told(folder):
+    with _as_run_error(folder):
         opened = Checkpoints(_open_manager(folder, keep))
     try:
         yield opened
     finally:
-        with _failures_told(folder), opened.sealer:
+        with _as_run_error(folder), opened.sealer:
             opened.wait_until_finished()
             opened.seal()
             opened.wait_until_finished()
@@ -66,7 +66,7 @@ def open_checkpoints(folder: str | Path, keep: int) -> Iterator[Checkpoints]:
 
 
 @contextmanager
-def _failures_told(folder: str | Path) -> Iterator[None]:
+def _as_run_error(folder: str | Path) -> Iterator[None]:
     """Turns errors of Orbax into a one-line `RunError`; its threads may print their own messages before it."""
     try:
         yield
@@ -88,7 +88,7 @@ def save(checkpoints: Checkpoints, state: TrainState, num_updates: int, wait: bo
 
     Training can continue during the save, unless `wait` is set.
     """
-    with _failures_told(checkpoints.manager.directory):
+    with _as_run_error(checkpoints.manager.directory):
         checkpoints.wait_until_finished()
         checkpoints.seal()
         checkpoints.manager.save(num_updates, args=ocp.args.StandardSave(_changing(state)))

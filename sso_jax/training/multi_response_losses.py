@@ -141,7 +141,7 @@ class MultiResponseEntry(NamedTuple):
 
 
 ORIGINAL = Cell("plain", "original")
-TOLD = (
+SCORE_CONDITIONED_CELLS = (
     Cell("score_conditioned_chosen", "chosen"),
     Cell("score_conditioned_chosen", "rejected"),
     Cell("score_conditioned_rejected", "rejected"),
@@ -151,7 +151,7 @@ MULTI_RESPONSE_LOSSES: dict[str, MultiResponseEntry] = {
     "rpo": MultiResponseEntry(rpo_loss, ()),
     "selm": MultiResponseEntry(selm_loss, (ORIGINAL,)),
     "opo": MultiResponseEntry(opo_loss, (ORIGINAL,)),
-    "reward_conditioned": MultiResponseEntry(reward_conditioned_loss, TOLD),
+    "reward_conditioned": MultiResponseEntry(reward_conditioned_loss, SCORE_CONDITIONED_CELLS),
     "spo": MultiResponseEntry(spo_loss, ()),
 }
 """Losses by name."""

@@ -73,7 +73,7 @@ def spo_losses(model: Transformer, objective, cells: list[Cell], beta: float, we
         of_degrees = means.reshape(num_examples, num_cells, -1)[:, jnp.array(graded)]
         degree_loss, degree_accuracy = degree_terms(params[HEAD], of_degrees)
         total = terms._replace(loss=terms.loss + weight * degree_loss)
-        told = {"degree_loss": degree_loss, "degree_accuracy": degree_accuracy}
-        return total.loss, {**pair_metrics(total, policy, reference, beta), **told}
+        of_degree = {"degree_loss": degree_loss, "degree_accuracy": degree_accuracy}
+        return total.loss, {**pair_metrics(total, policy, reference, beta), **of_degree}
 
     return losses

@@ -13,7 +13,7 @@ from flax import linen as nn
 from benchmarks.speed import __main__ as main
 from benchmarks.speed import machine, shapes
 from benchmarks.speed.__main__ import figures, in_turns
-from benchmarks.speed.ours import make_model, make_updating, traced
+from benchmarks.speed.ours import make_model, make_update_parts, traced
 from sso_jax.models.transformer import abstract_params
 
 
@@ -61,7 +61,7 @@ def test_the_traced_update_runs_little_more_than_it_must():
     """Within 1.15: what is above it are logits computed anew in the backward pass, and the corners of attention's
     blocks.
     """
-    counted = traced(make_updating(shapes.CPU, jax.devices()[:1]))
+    counted = traced(make_update_parts(shapes.CPU, jax.devices()[:1]))
     assert 1.0 <= counted["flops"] / shapes.needed_update_flops(shapes.CPU)["shared"] <= 1.15
     assert counted["padding"] == 0.0
 
@@ -157,5 +157,5 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_peers_that_would_train_something_else_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["speed", "--device", "gpu", "--peers", "transformers"])
-    with pytest.raises(SystemExit, match="they train all weights where 7b has adapters"):
+    with pytest.raises(SystemExit, match="peers train all weights, but shape 7b trains adapters"):
         main.main()

@@ -103,11 +103,11 @@ def test_the_export_merges_adapters_into_the_weights(trained, one_device, tmp_pa
     plain = toy_model()
     merged = read_params(tmp_path, plain, one_device)
     np.testing.assert_allclose(logits(plain, merged), logits(model, state.all_params()), atol=1e-5)
-    kernel, adapters = state.frozen["layers"]["unit"]["down"]["kernel"], state.params["layers"]["unit"]["down"]
+    kernel, adapters = state.frozen["layers"]["mlp"]["down"]["kernel"], state.params["layers"]["mlp"]["down"]
     by_hand = np.asarray(kernel[1]) + 4.0 * np.asarray(adapters["adapter_a"][1]) @ np.asarray(
         adapters["adapter_b"][1]
     )  # alpha/rank = 4
-    np.testing.assert_allclose(merged["layers"]["unit"]["down"]["kernel"][1], by_hand, atol=1e-6)
+    np.testing.assert_allclose(merged["layers"]["mlp"]["down"]["kernel"][1], by_hand, atol=1e-6)
 
 
 def test_split_and_join_are_inverse_and_without_adapters_everything_is_trained(one_device):

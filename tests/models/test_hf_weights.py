@@ -190,7 +190,7 @@ def test_round_trip_is_byte_identical(folders, eight_devices, tmp_path, name, dt
 
 def test_a_device_holds_its_part_only(folders, eight_devices):
     _, params = load(folders / "qwen2", eight_devices)
-    kernel = params["layers"]["unit"]["gate"]["kernel"]  # [layers, width over fsdp, hidden over tensor]
+    kernel = params["layers"]["mlp"]["gate"]["kernel"]  # [layers, width over fsdp, hidden over tensor]
     assert kernel.addressable_shards[0].data.shape == (3, 64 // 2, 96 // 2)
     tensors = load_file(folders / "qwen2" / WEIGHTS_FILE)
     np.testing.assert_array_equal(np.asarray(kernel)[1], tensors["model.layers.1.mlp.gate_proj.weight"].T)

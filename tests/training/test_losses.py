@@ -14,7 +14,7 @@ betas = pytest.mark.parametrize("beta", [0.1, 0.5])
 
 
 def numpy_loss(name, policy, reference, num_tokens, beta):
-    """The formulas of OBJECTIVES.md in float64; each argument is [chosen or rejected, B]."""
+    """The formulas of docs/objectives.md in float64; each argument is [chosen or rejected, B]."""
     h = policy - reference
     if name == "dpo":  # -log sigmoid(z) = log(1 + exp(-z))
         return np.logaddexp(0.0, -beta * (h[0] - h[1]))
@@ -166,7 +166,7 @@ def test_a_setting_of_none_is_as_if_not_given():
 
 @names
 def test_beta_is_a_tenth_unless_given(name):
-    """OBJECTIVES.md: dpo and ipo default to beta 0.1; called without settings, the function agrees with its table."""
+    """dpo and ipo default to beta 0.1 (docs/objectives.md), in the table and in the function called without settings."""
     policy, reference, num_tokens = random_pairs(seed=4)
     args = pair(*policy), pair(*reference), pair(*num_tokens)
     assert loss_settings(name) == {"beta": 0.1}

@@ -88,7 +88,7 @@ def differences(name, policy, reference, settings):
 
 
 def test_the_table_holds_these_losses():
-    assert set(MULTI_RESPONSE_LOSSES) == {*DEFAULTS, "spo"}  # spo: test_degree.py
+    assert set(MULTI_RESPONSE_LOSSES) == {*DEFAULTS, "spo"}  # spo: test_spo_head.py
 
 
 @names
