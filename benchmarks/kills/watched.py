@@ -39,7 +39,6 @@ STAGES = {
     "report": (train_command, "write_report"),
 }
 """Module and name under which the function of each stage is looked up."""
-"""Stages in which the policy is asked questions, noted by `note_questions`."""
 Note = Callable[..., None]
 
 

@@ -47,6 +47,6 @@ def steered_prompts(chat: Chat, record: SteeredQuery | Triple) -> dict[str, list
     contexts = {context: systems[context] for context in CONTEXTS if context == "plain" or systems[context] is not None}
     if scores is not None:
         own = [history[0]["content"]] if history and history[0]["role"] == "system" else []
-        conditioned = {f"score_conditioned_{r}": "\n\n".join([*own, target_score(scores[r])]) for r in ("chosen", "rejected")}
-        contexts |= conditioned
+        for side in ("chosen", "rejected"):
+            contexts[f"score_conditioned_{side}"] = "\n\n".join([*own, target_score(scores[side])])
     return {context: chat.prompt_ids(record.query, system, history) for context, system in contexts.items()}

@@ -166,7 +166,7 @@ def test_a_setting_of_none_is_as_if_not_given():
 
 @names
 def test_beta_is_a_tenth_unless_given(name):
-    """dpo and ipo default to beta 0.1 (docs/objectives.md), in the table and in the function called without settings."""
+    """dpo and ipo default to beta 0.1, in the table and in the function called without settings."""
     policy, reference, num_tokens = random_pairs(seed=4)
     args = pair(*policy), pair(*reference), pair(*num_tokens)
     assert loss_settings(name) == {"beta": 0.1}
