@@ -84,14 +84,14 @@ def main() -> int:
     shutil.rmtree(options.directory, ignore_errors=True)
     if options.start is not None:
         copy_start(options.start / "iteration_0", options.directory / "iteration_0")
-    soak, release_memory = Soak(), train_command.release_memory
+    soak, write_report = Soak(), train_command.write_report
     jax.monitoring.register_event_duration_secs_listener(soak.on_compile)
 
-    def release_and_record() -> None:
-        release_memory()
+    def report_and_record(directory) -> None:
+        write_report(directory)
         soak.record_iteration()
 
-    train_command.release_memory = release_and_record  # called at the end of every round
+    train_command.write_report = report_and_record  # called at the end of every round
     fields = {**SMALL, "run.iterations": options.iterations, "run.directory": options.directory}
     arguments = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
     status = train.main(["--config", str(ROOT / "configs" / "tiny.yaml"), *arguments])

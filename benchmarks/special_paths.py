@@ -29,26 +29,6 @@ def _never(*_) -> bool:
     return False
 
 
-def _without_release_memory() -> None:
-    from sso_jax.commands import train
-    from sso_jax.training import update
-
-    train.release_memory = update.release_memory = _nothing
-
-
-def _without_few_arenas() -> None:
-    from sso_jax.commands import cli
-
-    cli.keep_few_arenas = _nothing
-
-
-def _without_compile_ahead() -> None:
-    from sso_jax.recipes.stages import update
-    from sso_jax.toy import pretraining
-
-    update.compile_ahead = pretraining.compile_ahead = _nothing
-
-
 def _without_unrolled_decoding() -> None:
     from sso_jax.sampling import sampler
 
@@ -66,49 +46,10 @@ def _without_flat_product() -> None:
     layers.flat_product = product
 
 
-def _without_synchronous_dispatch() -> None:
-    from sso_jax.commands import train
-    from sso_jax.runtime import jax_setup
-
-    def prepare(cache: str = "") -> None:
-        import jax
-
-        jax_setup.prepare_jax(cache)
-        jax.config.update("jax_cpu_enable_async_dispatch", True)
-
-    train.prepare_jax = prepare
-
-
-def _without_gated() -> None:
-    from flax import linen as nn
-
-    from sso_jax.models import layers
-
-    def gated(gate, up):
-        return nn.silu(gate) * up
-
-    layers.gated = gated
-
-
-def _without_shared_prefix() -> None:
-    from sso_jax.sampling import sampler
-
-    def nothing_shared(prompts):
-        return []
-
-    sampler.shared_prefix = nothing_shared
-
-
 PATHS: dict[str, Callable[[], None]] = {
     "nothing": _nothing,
     "unrolled_decoding": _without_unrolled_decoding,
-    "shared_prefix": _without_shared_prefix,
     "flat_product": _without_flat_product,
-    "gated": _without_gated,
-    "compile_ahead": _without_compile_ahead,
-    "release_memory": _without_release_memory,
-    "few_arenas": _without_few_arenas,
-    "synchronous_dispatch": _without_synchronous_dispatch,
 }
 """Functions that disable a path, by path name."""
 

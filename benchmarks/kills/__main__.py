@@ -4,7 +4,7 @@
 
 The weights, pairs and summary (without times) of one undisturbed reference run are what every other run must end with.
 Each of the others is started, killed by SIGKILL at a random moment and restarted, until it ends; after `--kills` kills
-it is left to finish. Updates and sample batches that were repeated are counted. The same command continues after the
+it is left to finish. Updates and responses that were repeated are counted. The same command continues after the
 last finished run.
 """
 
@@ -48,8 +48,8 @@ class Outcome:
     """Number of kills that left an incomplete checkpoint."""
     updates: list[int]
     """Updates repeated after each kill."""
-    batches: list[int]
-    """Sample batches repeated after each kill."""
+    responses: list[int]
+    """Responses sampled again after each kill."""
     seconds: float
     """Processor time of all its starts."""
     differs: list[str]
@@ -75,7 +75,7 @@ def run_killed(
     """Runs one killed run to its end and returns its outcome; keeps its directory if the end differs."""
     directory, rng = root / f"run_{number}", random.Random(f"{seed}/{number}")
     shutil.rmtree(directory, ignore_errors=True)
-    stages, updates, batches, done, seconds, half_written = [], [], [], set(), 0.0, 0
+    stages, updates, responses, done, seconds, half_written = [], [], [], set(), 0.0, 0
     while True:
         moment = draw_moment(rng, reference) if len(stages) < max_kills else None
         start = start_run(directory, moment)
@@ -83,7 +83,7 @@ def run_killed(
         repeated = Counter(kind for kind, which in start.did if (kind, which) in done)
         if stages:
             updates.append(repeated["update"])
-            batches.append(repeated["batch"])
+            responses.append(repeated["response"])
         done.update(start.did)
         if not start.killed:
             break
@@ -95,7 +95,7 @@ def run_killed(
     differs = sorted(name for name in state.keys() | expected.keys() if state.get(name) != expected.get(name))
     if not differs:
         shutil.rmtree(directory)
-    return Outcome(number, stages, half_written, updates, batches, seconds, differs)
+    return Outcome(number, stages, half_written, updates, responses, seconds, differs)
 
 
 def reference_run(root: Path) -> Start:
@@ -132,11 +132,13 @@ def read_outcomes(root: Path) -> list[Outcome]:
     return [Outcome(**row) for row in read_json_lines(results)] if results.is_file() else []
 
 
-def summary(outcomes: list[Outcome], reference: Start, bound: int) -> str:
+def summary(outcomes: list[Outcome], reference: Start, config: Config) -> str:
     """Returns the results in a few lines."""
     stages = Counter(stage for outcome in outcomes for stage in outcome.stages)
     kills, seconds = stages.total(), sum(outcome.seconds for outcome in outcomes)
-    updates, batches = (sorted(n for o in outcomes for n in getattr(o, name)) or [0] for name in ("updates", "batches"))
+    updates, responses = (
+        sorted(n for o in outcomes for n in getattr(o, name)) or [0] for name in ("updates", "responses")
+    )
     differing = [f"run {o.number} ({', '.join(o.differs[:3])})" for o in outcomes if o.differs]
     by_stage = ", ".join(f"{stage} {count}" for stage, count in stages.most_common())
     return "\n".join(
@@ -144,9 +146,10 @@ def summary(outcomes: list[Outcome], reference: Start, bound: int) -> str:
             f"{len(outcomes)} runs, {kills} kills, {sum(o.half_written for o in outcomes)} of which left an "
             "incomplete checkpoint",
             f"kills by stage: {by_stage}",
-            f"updates repeated: {sum(updates)}, at most {updates[-1]} after a kill (bound: {bound}, "
-            "checkpoint.every_steps)",
-            f"sample batches repeated: {sum(batches)}, at most {batches[-1]} after a kill (bound: 1)",
+            f"updates repeated: {sum(updates)}, at most {updates[-1]} after a kill (bound: "
+            f"{config.checkpoint.every_steps}, checkpoint.every_steps)",
+            f"responses repeated: {sum(responses)}, at most {responses[-1]} after a kill (bound: "
+            f"{config.sampling.batch_size}, sampling.batch_size)",
             f"processor time: {reference.seconds:.1f} s for the reference run, {seconds / len(outcomes):.1f} s for all "
             "starts of a killed run",
             "runs that ended differently from the reference run (weights, stage files, summary without times): "
@@ -171,14 +174,15 @@ def main() -> int:
     outcomes = read_outcomes(root)[: options.runs]
     reference = reference_run(root)
     expected = final_state(root / "whole")
-    bound = parse(Config, ["--config", str(ROOT / CONFIG)], "", "").checkpoint.every_steps
+    config = parse(Config, ["--config", str(ROOT / CONFIG)], "", "")
     with progress_bar("killed runs", options.runs, "run", initial=len(outcomes)) as bar:
         for number in range(len(outcomes), options.runs):
             outcomes.append(run_killed(number, root, options.seed, options.kills, reference, expected))
             append_line(json.dumps(dataclasses.asdict(outcomes[-1])), root / "outcomes.jsonl")
             bar.update()
-    print(summary(outcomes, reference, bound))
-    over_bound = any(max(o.updates, default=0) > bound or max(o.batches, default=0) > 1 for o in outcomes)
+    print(summary(outcomes, reference, config))
+    updates, responses = config.checkpoint.every_steps, config.sampling.batch_size
+    over_bound = any(max(o.updates, default=0) > updates or max(o.responses, default=0) > responses for o in outcomes)
     return 1 if over_bound or any(o.differs for o in outcomes) else 0
 
 

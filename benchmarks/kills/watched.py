@@ -10,7 +10,6 @@ repeated. Notes are written before the work begins; a pipe keeps them if the pro
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -102,16 +101,20 @@ def note_updates(note: Note, holder) -> None:
     holder.run_updates = wrapped
 
 
-def note_batches(note: Note) -> None:
-    """Wraps `Sampler.sample` so that it notes every batch before sampling it."""
+def note_responses(note: Note) -> None:
+    """Wraps `Sampler.sample` so that it notes every response before sampling it."""
     sample = Sampler.sample
 
     def wrapped(sampler, params, requests, stage, *args):
-        def generate(params, prompts, *rest):
-            note(did="batch", which=f"{stage}, {hashlib.sha256(bytes(prompts.keys)).hexdigest()[:16]}")
-            return sampler.generate(params, prompts, *rest)
+        programs = sampler.programs
 
-        return sample(dataclasses.replace(sampler, generate=generate), params, requests, stage, *args)
+        def admit(weights, state, prompts, *rest):
+            for key in prompts.keys[prompts.slots < state.last.shape[0]].tolist():
+                note(did="response", which=f"{stage}, {key}")
+            return programs.admit(weights, state, prompts, *rest)
+
+        own = dataclasses.replace(sampler, programs=programs._replace(admit=admit))
+        return sample(own, params, requests, stage, *args)
 
     Sampler.sample = wrapped
 
@@ -125,7 +128,7 @@ def main(descriptor: int, target: str, argv: list[str]) -> int:
 
     for holder in (pretraining, update_stage):
         note_updates(note, holder)
-    note_batches(note)
+    note_responses(note)
     note_questions(note, killer)
     for stage, (holder, name) in STAGES.items():
         note_stage(note, killer, holder, name, stage)

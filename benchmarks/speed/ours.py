@@ -1,5 +1,6 @@
 """Times this project's sampling and update on a shape."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -25,9 +26,8 @@ from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.recipes.objective import build_objective
 from sso_jax.recipes.stages.update import abstract_state
 from sso_jax.runtime.mesh import make_mesh, num_batch_shards, param_shardings
-from sso_jax.sampling.decode import build_generate, build_parts
-from sso_jax.sampling.prefill import Prompts
-from sso_jax.sampling.sampler import Request, Sampler, pad_prompts
+from sso_jax.sampling.decode import build_programs
+from sso_jax.sampling.sampler import Request, Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
 from sso_jax.training.batches import Example, PreferenceBatch, cut_microbatches, micro_trees, preference_batch
 from sso_jax.training.example_losses import preference_losses
@@ -37,7 +37,7 @@ from sso_jax.training.packing import pack
 from sso_jax.training.row_shapes import row_shape
 from sso_jax.training.scoring import Scorable, score_examples
 from sso_jax.training.trees import steered_trees
-from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state
+from sso_jax.training.update import TrainState, build_update, init_state
 
 RATE = np.float32(1e-6)
 NUM_DECODES = 3
@@ -76,45 +76,41 @@ def start_sampling(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     shardings = param_shardings(abstract_params(model), mesh)
     params = random_params(model, shardings)
     sampler = Sampler(
-        generate=build_generate(model, mesh, shardings),
+        programs=build_programs(model, mesh),
         mesh=mesh,
         strategy=make_sampling_params(TEMPERATURE, TOP_P),
         stop_ids=(),  # no response ends early
         max_new_tokens=shape.sample_new,
         max_tokens=4096,
-        batch_size=shape.sample_rows,
+        num_slots=shape.sample_rows,
     )
     requests = [
         Request(ids, (SEED, row)) for row, ids in enumerate(prompt_ids(shape, shape.sample_rows, shape.sample_prompt))
     ]
-    parts = build_parts(model, mesh, shardings, unrolled=True)
 
     def work():
-        answers = sampler.sample(params, requests, "sampling")
+        answers = sampler.sample(params, requests, "sampling").responses
         if [len(ids) for ids in answers] != [shape.sample_new] * shape.sample_rows:
             raise AssertionError("a response is shorter than requested")
 
-    return work, lambda: {
-        "decode_seconds": decode_seconds(
-            parts, mesh, params, pad_prompts(requests, len(requests), shape.sample_prompt), shape
-        )
-    }
+    return work, lambda: {"decode_seconds": decode_seconds(sampler, params, requests)}
 
 
-def decode_seconds(
-    parts: tuple[Callable, Callable], mesh: jax.sharding.Mesh, params, prompts: Prompts, shape: Shape
-) -> list[float]:
-    """Returns the seconds of decoding without prefill, for NUM_DECODES calls."""
-    prefill, decode = parts
-    inputs = (params, prompts, make_sampling_params(TEMPERATURE, TOP_P), np.zeros((0,), np.int32))
-    seconds = []
-    with jax.set_mesh(mesh):
-        for _ in range(1 + NUM_DECODES):
-            state = jax.block_until_ready(prefill(*inputs, shape.sample_new))
-            start = time.perf_counter()
-            jax.block_until_ready(decode(*inputs, state))
-            seconds.append(time.perf_counter() - start)
-    return seconds[1:]  # the first call compiles
+def decode_seconds(sampler: Sampler, params, requests: list[Request]) -> list[float]:
+    """Returns the seconds that the windows of decode steps take, for NUM_DECODES calls of the sampler."""
+    totals = []
+
+    def window(*arguments):
+        start = time.perf_counter()
+        result = jax.block_until_ready(sampler.programs.window(*arguments))
+        totals[-1] += time.perf_counter() - start
+        return result
+
+    timed_sampler = dataclasses.replace(sampler, programs=sampler.programs._replace(window=window))
+    for _ in range(NUM_DECODES):
+        totals.append(0.0)
+        timed_sampler.sample(params, requests, "decoding")
+    return totals
 
 
 class UpdateParts(NamedTuple):
@@ -203,8 +199,6 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
         scored = batch._replace(
             reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape)
         )
-        if held["state"].step == 0:  # as at the start of a round
-            compile_ahead(parts.update, held["state"], scored, parts.mesh)
         with jax.set_mesh(parts.mesh):
             held["state"], metrics = parts.update(held["state"], scored, RATE)
         jax.block_until_ready((held["state"], metrics))

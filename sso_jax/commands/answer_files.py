@@ -52,7 +52,8 @@ def converse(engine: Engine, params, questions: list[BenchmarkQuestion], seed: i
         }
         fitting = [i for i in asked if engine.sampler.fits(prompts[i])]
         requests = [Request(prompts[i], row_key(seed, turn, str(questions[i].id), "answer")) for i in fitting]
-        sampled = dict(zip(fitting, engine.sampler.sample(params, requests, f"answers, turn {turn + 1}"), strict=True))
+        samples = engine.sampler.sample(params, requests, f"answers, turn {turn + 1}")
+        sampled = dict(zip(fitting, samples.responses, strict=True))
         for i in asked:
             answers[i].append(decode_text(chat.tokenizer, sampled[i]) if i in sampled else "")
         unanswered += len(asked) - len(fitting)

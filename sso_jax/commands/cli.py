@@ -7,7 +7,6 @@ import sys
 
 from sso_jax.config import Config, EvaluateConfig, SampleConfig, parse
 from sso_jax.runtime.errors import InputError, RunError
-from sso_jax.runtime.host_memory import keep_few_arenas
 from sso_jax.runtime.signals import EXIT_STATUS, Stopped, stop_at_safe_points
 
 
@@ -43,7 +42,6 @@ def run_command(program: str, description: str, config_class: type, module: str,
         and 1 for a run that cannot continue.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no warning about the missing PyTorch
-    keep_few_arenas()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sso_jax").setLevel(logging.INFO)
     try:

@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 
+from sso_jax.data.records import RESPONSES
+
+MOST_CUT = 0.1
+"""Share of responses cut at the limit of tokens above which a role is named."""
+
 
 def collapse_warnings(
     rows: Sequence[dict],
@@ -33,7 +38,16 @@ def collapse_warnings(
     queries, pairs = last.get("num_queries"), last.get("num_pairs")
     if queries and pairs is not None and pairs < min_pairs_share * queries:
         found.append(f"only {pairs} of {queries} queries yielded pairs, below a share of {min_pairs_share}")
-    return found + _falling_chosen(lines)
+    return found + _cut_responses(last.get("sampling") or {}) + _falling_chosen(lines)
+
+
+def _cut_responses(roles: dict[str, dict]) -> list[str]:
+    """Warns of roles whose responses often reach the limit of tokens: they are trained on without their ends."""
+    return [
+        f"{numbers['cut']:.0%} of {role} responses were cut at the limit of tokens; raise sampling.max_new_tokens"
+        for role, numbers in roles.items()
+        if numbers["cut"] > MOST_CUT and role in RESPONSES
+    ]
 
 
 def _falling_chosen(lines: Sequence[dict]) -> list[str]:

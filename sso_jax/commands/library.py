@@ -81,7 +81,7 @@ def sample(
     engine = policy.engine
     prompts = [engine.chat.prompt_ids(query, system) for query in queries]
     requests = [Request(prompt, row_key(seed, 0, str(i), "library")) for i, prompt in enumerate(prompts)]
-    sampled = engine.sampler.sample(policy.params, requests, "responses", max_new_tokens)
+    sampled = engine.sampler.sample(policy.params, requests, "responses", max_new_tokens).responses
     return [decode_text(engine.chat.tokenizer, ids) for ids in sampled]
 
 

@@ -1,7 +1,6 @@
 """Traces and compiles the programs of a run without weights, to report operations and the memory of each device.
 
-Prefill and decode are compiled separately, to report each, although a run compiles them as one program
-(`sampling.decode.generate`).
+The programs are those of a run; prompts and responses are as long as they can be.
 """
 
 import dataclasses
@@ -19,11 +18,13 @@ from flax import linen as nn
 
 from sso_jax.commands.flops import count_flops
 from sso_jax.config import Config
+from sso_jax.data.buckets import bucket
 from sso_jax.data.records import Cell
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_config import CONFIG_FILE, read_architecture
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.layer_layout import cast_to_compute
+from sso_jax.models.paged_cache import chunk_size, page_size_of
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
@@ -36,10 +37,11 @@ from sso_jax.recipes.stages.update import abstract_state, build_optimizer, new_p
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
 from sso_jax.runtime.mesh import make_mesh, num_batch_shards, param_shardings, replicated
-from sso_jax.sampling.decode import build_parts, state_shardings
-from sso_jax.sampling.prefill import DecodeState, Prompts
-from sso_jax.sampling.prompt_padding import with_headroom
+from sso_jax.sampling.decode import build_programs, state_shardings, weights_shardings
+from sso_jax.sampling.prefill import DecodeState, Prompts, Weights, empty_state
 from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.sampling.slots import PoolShape, Size, Slots
+from sso_jax.sampling.stage import pool_shape, prompts_at_once
 from sso_jax.training.batches import Example, micro_trees, preference_batch, supervised_batch
 from sso_jax.training.example_losses import ExampleLosses, supervised_losses
 from sso_jax.training.log_probs import build_score
@@ -208,46 +210,65 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
     return Program(name, params_bytes, traced.optimizer_bytes, traced.cache_bytes, total, fits, traced.flops, seconds)
 
 
-def _sampling_inputs(plan: Plan) -> tuple[tuple, int]:
-    """Returns the arguments of prefill and decode, and the number of new tokens.
+def _sampling_shape(plan: Plan) -> PoolShape:
+    """Returns the slots and pages of a stage whose prompts and responses are as long as they can be."""
+    limit = min(plan.config.sampling.max_new_tokens, plan.response_tokens)
+    size = Size(plan.prompt_tokens, limit)
+    page_size = page_size_of(plan.sampling.mesh.devices.flat[0].platform)
+    return pool_shape([size], plan.config.sampling.batch_size, num_batch_shards(plan.sampling.mesh), page_size)
 
-    The arguments are the parameters, prompts, sampling params and stop ids.
-    """
-    sampling, shards = plan.config.sampling, num_batch_shards(plan.sampling.mesh)
-    rows, slots = -(-sampling.batch_size // shards) * shards, with_headroom(plan.prompt_tokens)
+
+def _sampling_inputs(plan: Plan) -> tuple[Weights, DecodeState, tuple]:
+    """Returns the shapes of the weights, the state, and the sampling params with two stop ids."""
+    sampling, model, shape = plan.config.sampling, plan.model, _sampling_shape(plan)
+    params = jax.eval_shape(partial(cast_to_compute, model), plan.params)
+    head = jax.eval_shape(lambda params: model.apply({"params": params}, method="head_matrix"), params)
+    state = jax.eval_shape(lambda: empty_state(model, shape))
+    strategy = _shapes(make_sampling_params(sampling.temperature, sampling.top_p, sampling.top_k))
+    return Weights(params, head), state, (strategy, jax.ShapeDtypeStruct((2,), jnp.int32))
+
+
+def _trace_sampling(plan: Plan, name: str, inputs: tuple, trips: int) -> Traced:
+    """Traces one of `SamplerPrograms`."""
+    mesh, (weights, state, settings) = plan.sampling.mesh, _sampling_inputs(plan)
+
+    def on_mesh(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    weights = jax.tree.map(on_mesh, weights, weights_shardings(plan.model, mesh))
+    is_copy = plan.sampling is not plan.training or plan.model.dtype != plan.model.param_dtype
+    sizes = {
+        "cache_bytes": _bytes(state.cache, state_shardings(mesh).cache),
+        "beside_bytes": _bytes(plan.params, plan.training.shardings) if is_copy else 0,
+    }
+    program = getattr(build_programs(plan.model, mesh), name)
+    return _trace(plan, plan.sampling, program, (weights, state, inputs, *settings), trips, **sizes)
+
+
+def trace_prefill(plan: Plan) -> Traced:
+    """Traces the admission of prompts: through the decoder into the cache, and the first token of each response."""
+    shape, length = _sampling_shape(plan), bucket(plan.prompt_tokens)
+    rows = prompts_at_once(length, shape)
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    keys, used = jax.ShapeDtypeStruct((rows, 2), jnp.uint32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    prompts = Prompts(ints(0), ints(rows, slots), ints(rows), keys, used)
-    strategy = _shapes(make_sampling_params(sampling.temperature, sampling.top_p, sampling.top_k))
-    return (plan.params, prompts, strategy, ints(2)), min(sampling.max_new_tokens, plan.response_tokens)
-
-
-def _sampling_bytes(plan: Plan, start: Callable, inputs: tuple, new_tokens: int) -> tuple[DecodeState, dict]:
-    """Returns the shapes of the state after prefill, and the bytes of its cache and of the parameters' second copy."""
-    state = jax.eval_shape(lambda *args: start(*args, new_tokens), *inputs)
-    sharding = state_shardings(plan.model, plan.sampling.mesh).cache
-    cache_bytes = _bytes(state.cache, jax.tree.map(lambda _: sharding, state.cache))
-    beside = 0 if plan.sampling is plan.training else _bytes(plan.params, plan.training.shardings)
-    return state, {"cache_bytes": cache_bytes, "beside_bytes": beside}
-
-
-def trace_prefill(plan: Plan) -> Traced:
-    """Traces the prefill: prompts through the decoder, and the first token of each response."""
-    start, _ = build_parts(plan.model, plan.sampling.mesh, plan.sampling.shardings)
-    inputs, new_tokens = _sampling_inputs(plan)
-    _, sizes = _sampling_bytes(plan, start, inputs, new_tokens)
-    return _trace(plan, plan.sampling, start, (*inputs, new_tokens), **sizes)
+    prompts = Prompts(
+        tokens=ints(rows, length),
+        lengths=ints(rows),
+        keys=jax.ShapeDtypeStruct((rows, 2), jnp.uint32),
+        limits=ints(rows),
+        slots=ints(rows),
+        pages=ints(rows, shape.pages_for(length)),
+    )
+    return _trace_sampling(plan, "admit", prompts, 1)
 
 
 def trace_decode(plan: Plan) -> Traced:
-    """Traces the decoding of the remaining tokens; counts operations as if all responses reach the limit."""
-    start, go_on = build_parts(plan.model, plan.sampling.mesh, plan.sampling.shardings)
-    inputs, new_tokens = _sampling_inputs(plan)
-    state, sizes = _sampling_bytes(plan, start, inputs, new_tokens)
-    return _trace(plan, plan.sampling, go_on, (*inputs, state), new_tokens - 1, **sizes)
+    """Traces a window of decode steps; counts operations as if all pages were in use."""
+    shape = _sampling_shape(plan)
+    trips = -(-shape.shard_pages // chunk_size(shape.shard_pages, plan.model.attend))
+    return _trace_sampling(plan, "window", _shapes(Slots([], [], shape).window()), trips)
 
 
 def _examples(plan: Plan, count: int, cells: list[Cell]) -> list[Example]:

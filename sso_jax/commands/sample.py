@@ -22,6 +22,7 @@ from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import prepare_jax
 from sso_jax.runtime.json_lines import to_json, write_records
 from sso_jax.sampling.sampler import Request, row_key
+from sso_jax.sampling.stage import SamplingStats, total_stats
 from sso_jax.training.scoring import Scorable, score_examples
 
 NINE_CELLS = [Cell(context, response) for context in CONTEXTS for response in RESPONSES]
@@ -39,14 +40,21 @@ def run(config: SampleConfig) -> None:
     """
     _check_fields(config)
     prepare_jax(config.run.compilation_cache)
-    if config.form == "records":
-        _write_records(config)
-        return
+    history = _write_records(config) if config.form == "records" else _write_benchmark_answers(config)
+    stats = total_stats(history)
+    rate, used = stats.num_tokens / max(stats.seconds, 1e-9), 100 * (stats.share_used or 0.0)
+    line = "sampled %d tokens in %.1f s (%.0f tokens/s), %.0f%% of row-steps used"
+    log.info(line, stats.num_tokens, stats.seconds, rate, used)
+
+
+def _write_benchmark_answers(config: SampleConfig) -> list[SamplingStats]:
+    """Writes answers to the questions of a benchmark; returns what sampling cost."""
     questions = load_questions(config.queries.path, config.queries.split)
     check_form(config.form, config.out, questions)
     engine, policy = _open_policy(config)
     answers = converse(engine, policy, questions, config.run.seed)
     write_answers(config.form, questions, answers, config.generator or Path(config.model.path).name, config.out)
+    return engine.sampler.history
 
 
 def _check_fields(config: SampleConfig) -> None:
@@ -81,8 +89,8 @@ def _open_policy(config: SampleConfig) -> tuple[Engine, Params]:
     return engine, load_params(folder, engine)
 
 
-def _write_records(config: SampleConfig) -> None:
-    """Writes answers or triples as records to a file, or prints them for a single query."""
+def _write_records(config: SampleConfig) -> list[SamplingStats]:
+    """Writes answers or triples as records to a file, or prints them for a single query; returns what sampling cost."""
     path = config.queries.path
     queries = [Query("0", config.query)] if path is None else load_queries(path, config.queries.split)
     endpoint = open_endpoint(config.endpoint, config.principles.source)
@@ -106,6 +114,7 @@ def _write_records(config: SampleConfig) -> None:
     if config.out is not None:
         write_records(rows, config.out)
         log.info("%d records -> %s", len(rows), config.out)
+    return engine.sampler.history
 
 
 def _fitting(engine: Engine, queries: list[Query]) -> list[Query]:
@@ -145,7 +154,7 @@ def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: Sample
     requests = [
         Request(prompt, row_key(*key, query.id, "original")) for prompt, query in zip(prompts, queries, strict=True)
     ]
-    sampled = engine.sampler.sample(policy, requests, "answers")
+    sampled = engine.sampler.sample(policy, requests, "answers").responses
     items = [Scorable({"plain": prompt}, {"original": ids}) for prompt, ids in zip(prompts, sampled, strict=True)]
     cells = [Cell("plain", "original")]
     sums = score_examples(engine.score, engine.mesh, policy, items, cells, SCORING_BATCH, "log-probs")
@@ -164,7 +173,7 @@ def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: Sample
 def steered_rows(engine: Engine, policy: Params, queries: list[SteeredQuery], key: SampleKey) -> list[dict]:
     """Returns pairs records with `mean_log_probs` of the three responses in the three contexts, in nats per token."""
     prompts = {query.id: steered_prompts(engine.chat, query) for query in queries}
-    triples, _ = sample_fitting(engine, [policy], queries, prompts, key)
+    (triples, _), _ = sample_fitting(engine, [policy], queries, prompts, key)
     limit = engine.max_tokens
     fitting = [triple for triple in triples if fits(prompts[triple.id], triple.response_ids, NINE_CELLS, limit)]
     if len(fitting) < len(queries):

@@ -30,14 +30,12 @@ from sso_jax.recipes.stages.evaluation import evaluate
 from sso_jax.recipes.stages.policies import source_folder, start_policy
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
-from sso_jax.runtime.host_memory import release_memory
 from sso_jax.runtime.hosts import is_first, join_hosts, report_lost_process, require_same
 from sso_jax.runtime.jax_setup import prepare_jax
 from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.runtime.mesh import make_mesh
 from sso_jax.runtime.run_dir import changed_fields, claim, describe_changes, refuse_changes
 from sso_jax.runtime.stage_markers import damaged, file_stage, finish, finished, reopen
-from sso_jax.sampling.prompt_padding import open_prompt_padding
 from sso_jax.toy import pretraining
 from sso_jax.training.metrics import check_logging, open_metrics
 
@@ -132,7 +130,7 @@ def _run_rounds(run: Run) -> None:
     """Runs rounds in order; parameters are reloaded only on resume."""
     policy, policy_of = None, None
     for iteration in range(run.config.run.iterations + 1):
-        this = Round(_with_known_padding(run, iteration), iteration)
+        this = Round(run, iteration)
         if finished(this.folder, "round") is not None:
             continue
         if policy is None or policy_of != iteration - 1:
@@ -150,15 +148,7 @@ def _run_rounds(run: Run) -> None:
         _write_summary(run)
         if is_first():
             write_report(run.directory)
-        release_memory()
     log.info("done: %s", run.directory / "report.html")
-
-
-def _with_known_padding(run: Run, iteration: int) -> Run:
-    """Returns the run with a sampler that pads this round's prompts to already compiled lengths where possible."""
-    padding = open_prompt_padding(run.folder(iteration - 1), run.folder(iteration))
-    sampler = dataclasses.replace(run.engine.sampler, slots=padding)
-    return dataclasses.replace(run, engine=dataclasses.replace(run.engine, sampler=sampler))
 
 
 def _warnings(this: Round, summary: RoundSummary) -> list[str]:

@@ -21,7 +21,7 @@ class SamplingConfig:
     max_new_tokens: int = 2048
     """Maximum tokens of a response, end of turn included."""
     batch_size: int = 64
-    """Responses sampled together; the last batch of a stage is padded to it."""
+    """Responses sampled at the same time: a response that ends makes room for the next."""
     mesh: Optional[MeshConfig] = None
     """Separate mesh to sample on, at the cost of a second copy of the weights while sampling. If its `data` is the
     number of hosts, each host decodes on its own."""

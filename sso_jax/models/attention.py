@@ -10,46 +10,50 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.kernels import KERNELS, plain_attend, step_attend
+from sso_jax.models.kernels import KERNELS
 from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, apply_rope, projection_options
+from sso_jax.models.paged_cache import PagedCache, PageTable, paged_attend
 from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.sequences import Sequences
 from sso_jax.runtime.mesh import constrain
 
 
 class Cache(NamedTuple):
-    """Key/value cache of all layers, or of one without the first axis; slots hold tokens in the order of writing."""
+    """Keys and values that all layers write: of a prompt's tokens, or of a window of decode steps."""
 
-    keys: Float[Array, "*L B K S H"]
-    values: Float[Array, "*L B K S H"]
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
 
 
 CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
-"""Logical names of the axes of a cache's arrays; the cache of a single layer lacks the first."""
+"""Logical names of the axes of a cache's arrays."""
 
 
-def empty_cache(
-    architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype, of_one_layer: bool = False
-) -> Cache:
-    """Returns a cache of zeros, for all layers or for one."""
+class Pages(NamedTuple):
+    """What decoding reads besides the cache that it writes: the tokens before the window."""
+
+    cache: PagedCache
+    table: PageTable
+
+
+def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
+    """Returns a cache of zeros for all layers."""
     shape = (architecture.num_layers, batch_size, architecture.num_kv_heads, num_slots, architecture.head_size)
-    shape, axes = (shape[1:], CACHE_AXES[1:]) if of_one_layer else (shape, CACHE_AXES)
-    zeros = constrain(jnp.zeros(shape, dtype), *axes)
+    zeros = constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
     return Cache(keys=zeros, values=zeros)
 
 
 def _written(cache: Cache, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], layer, slot) -> Cache:
-    """Writes keys and values to the cache from `slot` on, for layer `layer`, or for the only layer if that is None."""
-    start, lead = ((0, 0, slot, 0), ()) if layer is None else ((layer, 0, 0, slot, 0), (None,))
+    """Writes the keys and values of a layer from `slot` on."""
 
     def write(whole, part):
-        return jax.lax.dynamic_update_slice(whole, part[lead].astype(whole.dtype), start)
+        return jax.lax.dynamic_update_slice(whole, part[None].astype(whole.dtype), (layer, 0, 0, slot, 0))
 
     return Cache(write(cache.keys, keys), write(cache.values, values))
 
 
 def _layer_of(cache: Cache, layer: Int[Array, ""]) -> Cache:
-    """Returns the keys and values of one layer from the cache of all layers."""
+    """Returns the keys and values of one layer, without the first axis."""
     return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), cache)
 
 
@@ -78,29 +82,40 @@ def causal_mask(num_tokens: int) -> Bool[Array, "1 T T"]:
     return jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
 
 
+class AttentionInputs(NamedTuple):
+    """What the attention of every layer reads besides the activations."""
+
+    rotation: Rotation
+    mask: Bool[Array, "#B T S"]
+    """Which token sees which; with pages, which slot of the cache it sees."""
+    slot: Int[Array, ""]
+    """Cache slot of the first token."""
+    sequences: Sequences | None = None
+    """The same visibility as the mask, for kernels that take sequences."""
+    pages: Pages | None = None
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; with a cache, writes its keys and values at `slot`.
 
-    The cache is either that of all layers, where this one has index `layer`, or this layer's own (`layer` is None).
+    Without pages, tokens see each other as the mask says; a cache is then only filled. With pages, each row has one
+    token, which sees its row's pages and what the mask shows of the cache.
     """
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     attend: str = "plain"
-    """Name in `KERNELS` of the kernel for whole sequences; tokens that attend to a cache use the plain kernel."""
+    """Name in `KERNELS` of the kernel for whole sequences."""
     adapters: Adapters = Adapters()
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rotation: Rotation,
-        mask: Bool[Array, "#B T S"],
+        inputs: AttentionInputs,
         cache: Cache | None,
-        layer: Int[Array, ""] | None,
-        slot: Int[Array, ""],
-        sequences: Sequences | None = None,
+        layer: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Returns the attention output and the cache with the keys and values of these tokens."""
         a, (batch, length) = self.architecture, x.shape[:2]
@@ -110,17 +125,17 @@ class Attention(nn.Module):
         if a.qk_norm:
             queries = RMSNorm(a.norm_eps, self.param_dtype, name="query_norm")(save_for_backward(queries))
             keys = RMSNorm(a.norm_eps, self.param_dtype, name="key_norm")(save_for_backward(keys))
-        queries, keys = (save_for_backward(apply_rope(part, rotation)) for part in (queries, keys))
+        queries, keys = (save_for_backward(apply_rope(part, inputs.rotation)) for part in (queries, keys))
         grouped = queries.reshape(batch, a.num_kv_heads, -1, length, a.head_size)  # [B, K, G, T, H]
         grouped = constrain(grouped, "batch", "kv_heads", None, None, None)
         if cache is not None:
-            cache = _written(cache, keys, values, layer, slot)
-        num_seen = mask.shape[-1]
-        if num_seen > length:  # a prefill into an empty cache attends to its own tokens only
-            own = cache if layer is None else _layer_of(cache, layer)
-            keys, values = own.keys[:, :, :num_seen], own.values[:, :, :num_seen]  # [B, K, S, H]
-        kernel = self._kernel(length, looks_back=num_seen > length, sequences=sequences)
-        out = kernel(grouped, keys, values, mask)  # [B, K, G, T, H]
+            cache = _written(cache, keys, values, layer, inputs.slot)
+        if inputs.pages is None:
+            out = self._kernel(inputs.sequences)(grouped, keys, values, inputs.mask)  # [B, K, G, T, H]
+        else:
+            own, (paged, table) = _layer_of(cache, layer), inputs.pages
+            query, mask = grouped[:, :, :, 0], inputs.mask[:, 0]
+            out = paged_attend(query, own.keys, own.values, mask, paged, layer, table, self.attend)[:, :, :, None]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.embed_dim), ("heads", "head_size", "embed")
         return Projection(shape, axes, **projection_options(self), name="out")(out), cache
@@ -132,10 +147,7 @@ class Attention(nn.Module):
         projection = Projection(shape, ("embed", axis, "head_size"), bias_axes, **projection_options(self), name=name)
         return projection(x).transpose(0, 2, 1, 3)
 
-    def _kernel(self, num_tokens: int, looks_back: bool, sequences: Sequences | None) -> Callable:
-        """Selects the kernel: (queries, keys, values, mask) -> attention output."""
-        if num_tokens == 1:
-            return step_attend
-        if sequences is not None:
-            return partial(KERNELS[self.attend], sequences=sequences)
-        return plain_attend if looks_back else KERNELS[self.attend]
+    def _kernel(self, sequences: Sequences | None) -> Callable:
+        """Returns the kernel for whole sequences: (queries, keys, values, mask) -> attention output."""
+        kernel = KERNELS[self.attend]
+        return kernel if sequences is None else partial(kernel, sequences=sequences)

@@ -26,19 +26,6 @@ SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
 """Least number of queries in a block, and most blocks of a sequence: whole sequences are attended block by block."""
 
 
-def step_attend(
-    queries: Float[Array, "B K G T H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B T S"],
-) -> Float[Array, "B K G T H"]:
-    """Returns `softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
-
-    A token that sees nothing, as padding may, gets the mean of the values, never NaN.
-    """
-    return _attend_block(queries, keys, values, mask)[0]
-
-
 def _hidden(mask: Bool[Array, "#B T S"]) -> Float[Array, "#B 1 1 T S"]:
     """Returns what is added to the scores: 0 for visible keys."""
     return jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
@@ -63,16 +50,22 @@ def _mixed(scores: Float[Array, "B K G T S"], values: Float[Array, "B K S H"]):
     return (mixed / total).astype(values.dtype), top + jnp.log(total)
 
 
-def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
-    """Returns (first query, end of the queries, end of the keys that they may see) of each block."""
-    size = max(SMALLEST_BLOCK, -(-num_queries // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
-    ends = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
-    return [(start, end, num_keys - num_queries + end) for start, end in ends]
+def _blocks(num_tokens: int) -> list[tuple[int, int]]:
+    """Returns the first token and the end of each block of queries; they see keys up to the block's end."""
+    size = max(SMALLEST_BLOCK, -(-num_tokens // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
+    return [(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 @jax.custom_vjp
-def plain_attend(queries, keys, values, mask):
-    """Like `step_attend`, for a whole sequence, or for the last T of its S tokens, where no token sees a later one.
+def plain_attend(
+    queries: Float[Array, "B K G T H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    mask: Bool[Array, "#B T T"],
+) -> Float[Array, "B K G T H"]:
+    """Returns `softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
+
+    No token sees a later one. A token that sees nothing, as padding may, gets the mean of the values, never NaN.
 
     Processes the queries in blocks, each with the keys up to the block's end: blocks above the diagonal are skipped,
     and only one block's scores are in memory. Nothing of size [T, S] is saved for the backward pass, which recomputes
@@ -83,8 +76,8 @@ def plain_attend(queries, keys, values, mask):
 
 def _attend_forward(queries, keys, values, mask):
     parts = [
-        _attend_block(queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], mask[:, a:b, :end])
-        for a, b, end in _blocks(queries.shape[3], keys.shape[2])
+        _attend_block(queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], mask[:, start:end, :end])
+        for start, end in _blocks(queries.shape[3])
     ]
     out, log_totals = (save_for_backward(jnp.concatenate(pieces, axis=3)) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
@@ -97,11 +90,11 @@ def _attend_backward(residuals, d_out):
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
     d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    for a, b, end in _blocks(queries.shape[3], keys.shape[2]):
-        q, k, v, do = queries[..., a:b, :], keys[:, :, :end], values[:, :, :end], d_out[..., a:b, :]
-        weights = jnp.exp(_scores(q, k, mask[:, a:b, :end]) - log_totals[..., a:b, :])  # [B, K, G, T, S]
+    for start, end in _blocks(queries.shape[3]):
+        q, k, v, do = queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], d_out[..., start:end, :]
+        weights = jnp.exp(_scores(q, k, mask[:, start:end, :end]) - log_totals[..., start:end, :])  # [B, K, G, T, S]
         d_weights = dot("bkgth,bksh->bkgts", do, v)
-        d_scores = (weights * (d_weights - inner[..., a:b, :]) * scale).astype(q.dtype)
+        d_scores = (weights * (d_weights - inner[..., start:end, :]) * scale).astype(q.dtype)
         d_queries.append(dot("bkgts,bksh->bkgth", d_scores, k).astype(q.dtype))
         d_keys = d_keys.at[:, :, :end].add(dot("bkgts,bkgth->bksh", d_scores, q))
         d_values = d_values.at[:, :, :end].add(dot("bkgts,bkgth->bksh", weights.astype(v.dtype), do))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sso_jax.models.attention import Cache
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.mesh import param_shardings
 
@@ -46,8 +45,3 @@ def unstack(params: dict) -> dict:
     stacks = {path[1:]: leaf for path, leaf in flat.items() if path[0] == STACK}
     layers = {(f"{SINGLE}{i}", *path): leaf[i] for path, leaf in stacks.items() for i in range(leaf.shape[0])}
     return unflatten_dict({**{path: leaf for path, leaf in flat.items() if path[0] != STACK}, **layers})
-
-
-def unstack_cache(cache: Cache) -> tuple[Cache, ...]:
-    """Splits the cache of all layers into one cache per layer."""
-    return tuple(Cache(cache.keys[i], cache.values[i]) for i in range(cache.keys.shape[0]))

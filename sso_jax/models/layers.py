@@ -116,22 +116,6 @@ class Projection(nn.Module):
         return self.adapters.scale * flat_product(flat_product(x, down), up)
 
 
-@jax.custom_vjp
-def gated(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """Returns `silu(gate) * up`; saves only the two inputs for the backward pass."""
-    return nn.silu(gate) * up
-
-
-def _gated_backward(residuals, d_out):
-    """With s = sigmoid(g): silu'(g) = s (1 + g (1 - s))."""
-    gate, up = residuals
-    share = nn.sigmoid(gate)
-    return d_out * up * share * (1 + gate * (1 - share)), d_out * gate * share
-
-
-gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
-
-
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU)."""
 
@@ -147,7 +131,7 @@ class SwiGLU(nn.Module):
         settings = projection_options(self)
         gate = Projection((width, hidden), ("embed", "mlp"), **settings, name="gate")(x)
         up = Projection((width, hidden), ("embed", "mlp"), **settings, name="up")(x)
-        inner = constrain(gated(save_for_backward(gate), save_for_backward(up)), "batch", None, "mlp")
+        inner = constrain(nn.silu(save_for_backward(gate)) * save_for_backward(up), "batch", None, "mlp")
         return Projection((hidden, width), ("mlp", "embed"), **settings, name="down")(inner)
 
 

@@ -1,7 +1,6 @@
 """The decoder: token ids to hidden states, with or without a key/value cache, and hidden states to logits."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +8,12 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attention import Attention, Cache, causal_mask, empty_cache
+from sso_jax.models.attention import Attention, AttentionInputs, Cache, Pages, causal_mask
 from sso_jax.models.kernels import BY_SEQUENCE
-from sso_jax.models.layers import Adapters, RMSNorm, Rotation, SwiGLU, at_tokens, projection_options, rotation
+from sso_jax.models.layers import Adapters, RMSNorm, SwiGLU, at_tokens, projection_options, rotation
 from sso_jax.models.remat_policy import save_for_backward, save_marked
-from sso_jax.models.sequences import Sequences, make_sequences
+from sso_jax.models.sequences import make_sequences
 from sso_jax.runtime.mesh import constrain, gathered
-
-
-class LayerInputs(NamedTuple):
-    """What every layer reads besides the activations."""
-
-    rotation: Rotation
-    mask: Bool[Array, "#B T S"]
-    slot: Int[Array, ""]
-    """Cache slot of the first token."""
-    sequences: Sequences | None
-    """The same visibility as the mask, for kernels that take sequences."""
 
 
 class Layer(nn.Module):
@@ -38,12 +26,12 @@ class Layer(nn.Module):
     adapters: Adapters
 
     @nn.compact
-    def __call__(self, carry, layer, inputs: LayerInputs):
+    def __call__(self, carry, layer, inputs: AttentionInputs):
         """Runs one step of the scan over layers.
 
         Args:
           carry: activations and cache.
-          layer: index of the layer in the cache; None if the cache is the layer's own.
+          layer: index of the layer in the cache.
           inputs: what all layers share.
         """
         x, cache = carry
@@ -51,7 +39,7 @@ class Layer(nn.Module):
         options = projection_options(self)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="attention_norm")(x)
         attention = Attention(self.architecture, **options, attend=self.attend, name="attention")
-        attended, cache = attention(normed, inputs.rotation, inputs.mask, cache, layer, inputs.slot, inputs.sequences)
+        attended, cache = attention(normed, inputs, cache, layer)
         x = save_for_backward(x + attended)
         normed = RMSNorm(self.architecture.norm_eps, self.param_dtype, name="mlp_norm")(x)
         return (x + SwiGLU(self.architecture, **options, name="mlp")(normed), cache), None
@@ -74,7 +62,7 @@ class Transformer(nn.Module):
     max_logits: int = 2**25
     """Maximum number of logits in a device's memory when log-probs are computed (`training.log_probs`)."""
     scanned: bool = True
-    """False gives each layer its own parameters and cache (`models.layer_layout`), for decoding."""
+    """False gives each layer its own parameters (`models.layer_layout`), for decoding."""
 
     def setup(self):
         """Declares the parameters."""
@@ -109,41 +97,42 @@ class Transformer(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#B T S"],
-        cache: Cache | tuple[Cache, ...] | None = None,
+        cache: Cache | None = None,
         slot: Int[Array, ""] | int = 0,
         query_indices: Int[Array, "B W"] | None = None,
         sequences: Int[Array, "B Z U"] | None = None,
-    ) -> tuple[Float[Array, "B W D"], Cache | tuple[Cache, ...] | None]:
+        pages: Pages | None = None,
+    ) -> tuple[Float[Array, "B W D"], Cache | None]:
         """Returns the normed hidden states after the last layer, and the cache with these tokens written at `slot`.
 
         Args:
           tokens: token ids.
           positions: position of each token.
-          mask: which token (second axis) sees which slot or token (third axis).
-          cache: cache of all layers, or a tuple with one per layer if layers are not scanned; None stays None.
+          mask: which token (second axis) sees which token (third axis); with pages, which slot of the cache.
+          cache: cache that the tokens are written to; None stays None.
           slot: cache slot of the first token.
           query_indices: tokens of each row whose hidden states are returned; None returns all T.
           sequences: columns of the sequences of each row (`make_sequences`), which describe the same visibility as the
             mask; only used by kernels that take sequences.
+          pages: what the one token of each row sees besides the cache; None in a prefill and without a cache.
         """
         table = gathered(self.embedding.astype(self.dtype), "vocab", "embed")  # tokens are sharded by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         by_sequence = self.by_sequence and sequences is not None and sequences.size > 0
         own_sequences = make_sequences(sequences, positions) if by_sequence else None
-        inputs = LayerInputs(rotation(positions, self.architecture), mask, jnp.asarray(slot), own_sequences)
+        turns = rotation(positions, self.architecture)
+        inputs = AttentionInputs(turns, mask, jnp.asarray(slot), own_sequences, pages)
         x, cache = (self._run_scanned if self.scanned else self._run_unrolled)(x, cache, inputs)
         return self.final_norm(at_tokens(x, query_indices)), cache
 
-    def _run_scanned(self, x: Float[Array, "B T D"], cache: Cache | None, inputs: LayerInputs):
+    def _run_scanned(self, x: Float[Array, "B T D"], cache: Cache | None, inputs: AttentionInputs):
         (x, cache), _ = self.layers((x, cache), jnp.arange(self.architecture.num_layers), inputs)
         return x, cache
 
-    def _run_unrolled(self, x: Float[Array, "B T D"], caches: tuple[Cache, ...] | None, inputs: LayerInputs):
-        written = []
-        for layer, cache in zip(self.layers, caches or (None,) * self.architecture.num_layers, strict=True):
-            (x, cache), _ = layer((x, cache), None, inputs)
-            written.append(cache)
-        return x, None if caches is None else tuple(written)
+    def _run_unrolled(self, x: Float[Array, "B T D"], cache: Cache | None, inputs: AttentionInputs):
+        for number, layer in enumerate(self.layers):
+            (x, cache), _ = layer((x, cache), number, inputs)
+        return x, cache
 
     def head_matrix(self) -> Float[Array, "D V"]:
         """Returns the matrix from hidden states to logits, in the compute type; it is sharded like its parameter."""
@@ -158,14 +147,6 @@ def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[A
     """Returns logits, in float32, from hidden states and `Transformer.head_matrix` or some of its columns."""
     flat = hidden.reshape(-1, hidden.shape[-1])  # see `flat_product`
     return jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
-
-
-def make_cache(model: Transformer, batch_size: int, num_slots: int) -> Cache | tuple[Cache, ...]:
-    """Returns a cache of zeros for the decoder: for all layers, or one per layer if they are not scanned."""
-    sizes = model.architecture, batch_size, num_slots, model.dtype
-    if model.scanned:
-        return empty_cache(*sizes)
-    return tuple(empty_cache(*sizes, of_one_layer=True) for _ in range(model.architecture.num_layers))
 
 
 def init_params(model: Transformer, key: jax.Array):

@@ -29,7 +29,7 @@ from sso_jax.preferences.steering import steer
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.hosts import map_across_processes, on_first_process
 from sso_jax.runtime.json_lines import from_json, to_json, write_records
-from sso_jax.sampling.sampler import Request, Sampler, row_key
+from sso_jax.sampling.sampler import Request, Sampler, role_numbers, row_key
 
 Ask = Callable[[list[Question], str, int], list[Answer]]
 """(questions, stage, maximum answer tokens) -> answers: the common interface of the policy and an endpoint."""
@@ -99,8 +99,11 @@ def given_principles(config: PrinciplesConfig, queries: list[Query]) -> dict[str
     return {name: steer(record) if isinstance(record, PrincipledQuery) else record for name, record in read.items()}
 
 
-def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey) -> Ask:
-    """Returns an `Ask` that samples from the policy; questions that do not fit the model are not asked."""
+def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey, numbers: dict | None = None) -> Ask:
+    """Returns an `Ask` that samples from the policy; questions that do not fit the model are not asked.
+
+    Adds the numbers of the answers by stage (`role_numbers`) to `numbers`.
+    """
 
     def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
         prompts = map_across_processes(lambda question: chat.prompt_ids(question.text), questions)
@@ -109,8 +112,10 @@ def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey) -> 
             Request(prompts[i], row_key(key.seed, key.iteration, *questions[i].id.rsplit("/", 1))) for i in asked
         ]
         sampled = sampler.sample(policy, requests, f"iteration {key.iteration}: {stage}", max_tokens)
+        if numbers is not None:
+            numbers.update(role_numbers([sampled], [[stage] * len(asked)]))
         answers = [Answer(None, "question_too_long")] * len(questions)
-        for i, ids in zip(asked, sampled, strict=True):
+        for i, ids in zip(asked, sampled.responses, strict=True):
             answers[i] = Answer(decode_text(chat.tokenizer, ids))
         return answers
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
 from sso_jax.preferences.pairs import drop_empty_contrasts, ids_of
-from sso_jax.sampling.sampler import Request, Sampler, row_key
+from sso_jax.sampling.sampler import Request, Sampler, Samples, role_numbers, row_key
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
 """The context that each response is sampled from."""
@@ -36,6 +36,13 @@ class _Draw(NamedTuple):
     """Age in rounds of the policy that is sampled; 0 is the present one."""
 
 
+class SampledTriples(NamedTuple):
+    """Sampled triples, and numbers of their responses by role (`role_numbers`)."""
+
+    triples: list[Triple]
+    roles: dict[str, dict[str, float | None]]
+
+
 def sample_triples(
     sampler: Sampler,
     policies: Sequence,
@@ -44,7 +51,7 @@ def sample_triples(
     prompts: dict[str, Prompts],
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
-) -> list[Triple]:
+) -> SampledTriples:
     """Samples y+ from x+, y- from x- and y_o from x for every query.
 
     Args:
@@ -71,15 +78,20 @@ def sample_triples(
     ]
     sampled: dict[str, dict[str, list[int]]] = {query.id: {} for query in queries}
     backs: dict[str, dict[str, int]] = {query.id: {} for query in queries}
+    stages: list[Samples] = []
+    roles: list[list[str]] = []
     for back in sorted({draw.back for draw in draws}):
         own = [draw for draw in draws if draw.back == back]
         policy = present if back == 0 else earlier[back - 1]()
         stage = f"iteration {key.iteration}: responses" + (f" by the policy {back} rounds back" if back else "")
-        for draw, ids in zip(own, sampler.sample(policy, [draw.request for draw in own], stage), strict=True):
+        stages.append(sampler.sample(policy, [draw.request for draw in own], stage))
+        roles.append([draw.response for draw in own])
+        for draw, ids in zip(own, stages[-1].responses, strict=True):
             sampled[draw.query_id][draw.response] = ids
             backs[draw.query_id][draw.response] = back
     extra = {query.id: {"policies": {r: backs[query.id][r] for r in wanted}} if earlier else {} for query in queries}
-    return [_triple(query, sampled[query.id], wanted, tokenizer, extra[query.id]) for query in queries]
+    triples = [_triple(query, sampled[query.id], wanted, tokenizer, extra[query.id]) for query in queries]
+    return SampledTriples(triples, role_numbers(stages, roles))
 
 
 def _triple(

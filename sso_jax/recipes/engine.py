@@ -22,7 +22,7 @@ from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
 from sso_jax.runtime.mesh import check_divides, make_mesh, param_shardings
-from sso_jax.sampling.decode import build_generate
+from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
 from sso_jax.training.log_probs import Score, build_score
@@ -123,13 +123,13 @@ def build_sampler(
     _check_mesh(sampling_mesh, model.architecture)
     shardings = param_shardings(abstract_params(model), sampling_mesh)
     return Sampler(
-        generate=build_generate(model, sampling_mesh, shardings),
+        programs=build_programs(model, sampling_mesh),
         mesh=sampling_mesh,
         strategy=make_sampling_params(sampling.temperature, sampling.top_p, sampling.top_k),
         stop_ids=stops,
         max_new_tokens=sampling.max_new_tokens,
         max_tokens=max_tokens,
-        batch_size=sampling.batch_size,
+        num_slots=sampling.batch_size,
         shardings=None if own is None else shardings,
         layers=sampling.layers,
     )

@@ -267,6 +267,7 @@ def _summarize(
         dropped=dict(dropped),
         before_filter=own.result.before_filter,
         endpoint_judge=own.judged,
+        sampling={**(own.steered.roles if own.steered else {}), **(own.sampled.roles if own.sampled else {})},
         reward={"num_trained": num_trained, **held_out},
         seconds={**seconds, "export": export_seconds, "held_out": measured["seconds"]},
         tokens_per_second={

@@ -97,6 +97,8 @@ class RoundSummary:
     held_out_tokens: float | None = None
     held_out_groups: dict[str, dict[str, float]] | None = None
     held_out_log_prob: float | None = None
+    sampling: dict[str, dict[str, float | None]] | None = None
+    """By role: share of responses `cut` at the limit, `mean_tokens`, `p90_tokens`, and the stage's `row_steps_used`."""
     before_filter: dict[str, Any] | None = None
     random_features: int | None = None
     fallback_principles: int | None = None

@@ -37,6 +37,7 @@ def summarize(
         unparsed=counts.unparsed if counts else None,
         unanswered=counts.unanswered if counts else None,
         endpoint_judge=judged,
+        sampling={**(steered.roles if steered else {}), **(sampled.roles if sampled else {})},
         seconds={**seconds, "export": export_seconds, "evaluation": evaluation.seconds},
         tokens_per_second={
             "sampling": sampled.tokens_per_second if sampled else None,

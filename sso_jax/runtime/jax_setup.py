@@ -23,13 +23,9 @@ def set_matmul_precision(precision: str | None, compute_dtype: str) -> None:
 def prepare_jax(compilation_cache: str = "") -> None:
     """Applies settings that must be in place before anything queries JAX for devices.
 
-    Disables asynchronous dispatch on the CPU: with it, a call's results are ready before its working memory is freed,
-    so that the next call allocates the same amount again.
-
     Args:
       compilation_cache: folder that keeps compiled programs between runs; empty for none.
     """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # type: ignore[no-untyped-call]  # untyped
     if compilation_cache:
         folder = str(Path(compilation_cache).expanduser())
         jax.config.update("jax_compilation_cache_dir", folder)  # type: ignore[no-untyped-call]  # untyped

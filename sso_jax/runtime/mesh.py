@@ -99,8 +99,10 @@ _gathered.defvjp(
 
 
 def over_mesh(
-    function: Callable[..., jax.Array], inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]
-) -> Callable[..., jax.Array]:
+    function: Callable[..., Any],
+    inputs: tuple[tuple[str | None, ...], ...],
+    output: tuple[str | None, ...] | list[tuple[str | None, ...]],
+) -> Callable[..., Any]:
     """Maps `function` over the shards that each device holds, for kernels that the partitioner cannot split.
 
     Returns `function` itself if no mesh is in context.
@@ -108,12 +110,13 @@ def over_mesh(
     Args:
       function: takes and returns arrays.
       inputs: logical axis names of each argument.
-      output: logical axis names of the result.
+      output: logical axis names of the result; a list of them if there are several results.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
+    out_specs = tuple(spec(*names) for names in output) if isinstance(output, list) else spec(*output)
     return jax.shard_map(
-        function, in_specs=tuple(spec(*names) for names in inputs), out_specs=spec(*output), check_vma=False
+        function, in_specs=tuple(spec(*names) for names in inputs), out_specs=out_specs, check_vma=False
     )
 
 

@@ -1,23 +1,30 @@
-"""Samples responses to padded prompts [B, P]: prefill, then decode, in one compiled program.
-
-The prefix of Q tokens that all prompts share is run once and fills the first Q slots of the cache. The rest of each
-prompt is padded on the right and fills the next P slots. The sampled token of step i goes to slot Q + P + i in every
-row, so that all rows write to the same slot; padding between a row's prompt and response is masked by the row's length.
-"""
+"""Decodes all slots for a window of steps, in one compiled program, and compiles what sampling runs."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from sso_jax.models.attention import CACHE_AXES
-from sso_jax.models.layer_layout import unstack, unstack_cache
-from sso_jax.models.transformer import Transformer, project
-from sso_jax.runtime.mesh import batch_sharding, replicated, spec
-from sso_jax.sampling.prefill import DecodeState, Prompts, Samples, Weights, prefill, prepare_weights, sample_token
+from sso_jax.models.attention import Pages, empty_cache
+from sso_jax.models.layer_layout import STACK, build_cast, unstack
+from sso_jax.models.paged_cache import CACHE_AXES, PagedCache, PageTable, write_window
+from sso_jax.models.transformer import Transformer, abstract_params, project
+from sso_jax.runtime.mesh import batch_sharding, param_shardings, replicated, spec
+from sso_jax.sampling.prefill import (
+    DecodeState,
+    FirstTokens,
+    Prompts,
+    Weights,
+    admit,
+    empty_state,
+    is_end,
+    sample_on_shards,
+)
 from sso_jax.sampling.sampling_params import SamplingParams
+from sso_jax.sampling.slots import WINDOW, PoolShape, WindowInputs
 
 UNROLLED_STEPS = 64
 """Decode steps of a stage from which unrolled layers are worth their compile time; see `benchmarks.special_paths`."""
@@ -26,123 +33,127 @@ UNROLLED_STEPS = 64
 def unrolls_layers(layers: str, platform: str, num_steps: int) -> bool:
     """Returns whether a stage with this many decode steps unrolls the layers: as `sampling.layers` says, or if cheaper.
 
-    A scan copies each layer's weights and cache out of their stacks in every step, which takes longer than the step
-    itself on a CPU or GPU. The compile time of unrolled layers grows with depth. On a TPU a scan costs nothing.
+    A scan copies each layer's weights out of their stack in every step, which takes longer than the step itself on a
+    CPU or GPU. The compile time of unrolled layers grows with depth. On a TPU a scan costs nothing.
     """
     if layers != "auto":
         return layers == "unrolled"
     return platform != "tpu" and num_steps >= UNROLLED_STEPS
 
 
-def decode(
+class Drawn(NamedTuple):
+    """What a window has drawn: the first `counts` tokens of each row, and whether its response has ended."""
+
+    tokens: Int[Array, "B W"]
+    counts: Int[Array, "B"]
+    done: Bool[Array, "B"]
+
+
+def decode_window(
     model: Transformer,
     weights: Weights,
-    prompts: Prompts,
-    strategy: SamplingParams,
-    stop_ids: Int[Array, "Z"],
     state: DecodeState,
-) -> DecodeState:
-    """Samples tokens from where `prefill` ended, until every row has stopped or has `max_new_tokens`.
-
-    Layers are scanned or unrolled as in `model`; the weights and the state's cache must match it.
-    """
-    prefix_slots, max_new_tokens = prompts.prefix.size, state.samples.tokens.shape[1]
-    prompt_slots, lengths = prefix_slots + prompts.tokens.shape[1], prefix_slots + prompts.lengths
-    slots = jnp.arange(prompt_slots + max_new_tokens)
-
-    def advance(state: DecodeState) -> DecodeState:
-        """Runs the decoder on the last token of each row, then samples the next one."""
-        slot = prompt_slots + state.step - 1
-        visible = (slots[None, :] < lengths[:, None]) | ((slots >= prompt_slots) & (slots <= slot))[None, :]
-        positions = (lengths + state.step - 1)[:, None]
-        tokens, mask = state.last[:, None], visible[:, None, :]
-        hidden, cache = model.apply({"params": weights.params}, tokens, positions, mask, state.cache, slot)
-        logits = project(hidden[:, 0], weights.head)
-        return sample_token(logits, state._replace(cache=cache), prompts, strategy, stop_ids)
-
-    def unfinished(state: DecodeState):
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
-
-    return jax.lax.while_loop(unfinished, advance, state)
-
-
-def unroll_layers(model: Transformer, weights: Weights, state: DecodeState) -> tuple[Transformer, Weights, DecodeState]:
-    """Returns the decoder with unrolled layers, and its weights and state."""
-    cache = unstack_cache(state.cache)
-    return model.clone(scanned=False), weights._replace(params=unstack(weights.params)), state._replace(cache=cache)
-
-
-def generate(
-    model: Transformer,
-    params,
-    prompts: Prompts,
+    inputs: WindowInputs,
     strategy: SamplingParams,
     stop_ids: Int[Array, "Z"],
-    max_new_tokens: int,
-    unrolled: bool = False,
-) -> Samples:
-    """Samples up to `max_new_tokens` tokens per row; a row ends with the first token of `stop_ids`.
+) -> tuple[DecodeState, Drawn]:
+    """Samples the next WINDOW tokens of every row; layers are scanned or unrolled as in `model`.
 
-    Prefill always scans the layers; `unrolled` applies to decoding.
+    A row whose response has ended is decoded on to no effect: no step depends on which rows have ended.
     """
-    weights = prepare_weights(model, params)
-    state = prefill(model, weights, prompts, strategy, stop_ids, max_new_tokens)
-    if unrolled:
-        model, weights, state = unroll_layers(model, weights, state)
-    return decode(model, weights, prompts, strategy, stop_ids, state).samples
+    num_slots = state.last.shape[0]
+    pages = Pages(state.cache, PageTable(inputs.owner, inputs.visible, inputs.pages, inputs.num_used))
+    places = jnp.arange(WINDOW)
+
+    def advance(step, carry):
+        """Runs the decoder on the last token of each row, then samples the next one."""
+        cache, last, done, tokens = carry
+        counts = inputs.counts + step
+        positions, mask = (inputs.prompt_tokens + counts - 1)[:, None], (places <= step)[None, None, :]
+        hidden, cache = model.apply(
+            {"params": weights.params}, last[:, None], positions, mask, cache, step, pages=pages
+        )
+        token = sample_on_shards(project(hidden[:, 0], weights.head), state.keys, counts, strategy)
+        ended = done | is_end(token, counts + 1, inputs.limits, stop_ids)
+        tokens = jax.lax.dynamic_update_slice(tokens, jnp.where(done, -1, token)[:, None], (0, step))
+        return cache, token, ended, tokens
+
+    cache = empty_cache(model.architecture, num_slots, WINDOW, model.dtype)
+    start = cache, state.last, state.done | ~inputs.live, jnp.full((num_slots, WINDOW), -1, jnp.int32)
+    cache, last, done, tokens = jax.lax.fori_loop(0, WINDOW, advance, start)
+    written = write_window(state.cache, cache.keys, cache.values, inputs.write_page, inputs.write_part)
+    counts = jnp.sum(tokens >= 0, axis=1, dtype=jnp.int32)
+    return DecodeState(written, last, done, state.keys), Drawn(tokens, counts, done)
 
 
-def build_generate(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Callable[..., Samples]:
-    """Compiles `generate`: (params, prompts, sampling params, stop ids, max_new_tokens, unrolled) -> samples.
+class SamplerPrograms(NamedTuple):
+    """The compiled functions of a sampler."""
 
-    Rows are sharded over the batch axes; weights keep their sharding. One program for each (Q, B, P, max_new_tokens,
-    unrolled).
+    prepare: Callable[..., tuple[Weights, Weights]]
+    """(parameters, whether to unroll) -> weights for prompts and for single tokens; run once per stage.
+
+    Parameters that have the compute type are not copied, unless layers are unrolled.
     """
+    start: Callable[..., DecodeState]
+    """(shape of the batch) -> state."""
+    admit: Callable[..., tuple[DecodeState, FirstTokens]]
+    """(weights, state, prompts, sampling params, stop ids) -> state, first tokens. One program per (R, T, state)."""
+    window: Callable[..., tuple[DecodeState, Drawn]]
+    """(weights, state, window inputs, sampling params, stop ids) -> state, tokens. One program per state and layers."""
 
-    def generate_batch(
-        params, prompts: Prompts, strategy: SamplingParams, stop_ids, max_new_tokens: int, unrolled: bool = False
-    ) -> Samples:
-        return generate(model, params, prompts, strategy, stop_ids, max_new_tokens, unrolled)
 
-    everywhere = replicated(mesh)
-    return jax.jit(
-        generate_batch,
-        static_argnums=(4, 5),
-        in_shardings=(param_shardings, prompt_shardings(mesh), everywhere, everywhere),
-        out_shardings=everywhere,
+def build_programs(model: Transformer, mesh: jax.sharding.Mesh) -> SamplerPrograms:
+    """Compiles what a sampler runs; states are donated, rows are sharded over the batch axes."""
+    unrolled_model = model.clone(scanned=False)
+    everywhere, rows, states = replicated(mesh), batch_sharding(mesh), state_shardings(mesh)
+
+    cast = build_cast(model, mesh)
+    unroll = jax.jit(unstack, out_shardings=weights_shardings(unrolled_model, mesh).params)
+    make_head = jax.jit(
+        lambda params: model.apply({"params": params}, method="head_matrix"),
+        out_shardings=weights_shardings(model, mesh).head,
+    )
+
+    def prepare(params, unrolled: bool) -> tuple[Weights, Weights]:
+        params = cast(params)
+        weights = Weights(params, make_head(params))
+        return weights, weights._replace(params=unroll(params)) if unrolled else weights
+
+    def admit_prompts(weights, state, prompts, strategy, stop_ids):
+        return admit(model, weights, state, prompts, strategy, stop_ids)
+
+    def decode(weights, state, inputs, strategy, stop_ids):
+        decoder = model if STACK in weights.params else unrolled_model
+        return decode_window(decoder, weights, state, inputs, strategy, stop_ids)
+
+    def start(shape: PoolShape) -> DecodeState:
+        return empty_state(model, shape)
+
+    prompts, inputs = Prompts(*[rows] * len(Prompts._fields)), WindowInputs(*[rows] * len(WindowInputs._fields))
+    return SamplerPrograms(
+        prepare,
+        jax.jit(start, static_argnums=0, out_shardings=states),
+        jax.jit(
+            admit_prompts,
+            donate_argnums=1,
+            in_shardings=(None, states, prompts, everywhere, everywhere),
+            out_shardings=(states, everywhere),
+        ),
+        jax.jit(
+            decode,
+            donate_argnums=1,
+            in_shardings=(None, states, inputs, everywhere, everywhere),
+            out_shardings=(states, everywhere),
+        ),
     )
 
 
-def prompt_shardings(mesh: jax.sharding.Mesh) -> Prompts:
-    """Returns the shardings of a batch of prompts: rows over the batch axes, the prefix replicated."""
-    rows = batch_sharding(mesh)
-    return Prompts(replicated(mesh), rows, rows, rows, rows)
+def weights_shardings(model: Transformer, mesh: jax.sharding.Mesh) -> Weights:
+    """Returns the shardings of the weights: those of the parameters, and of the head over the vocabulary alone."""
+    return Weights(param_shardings(abstract_params(model), mesh), NamedSharding(mesh, spec(None, "vocab")))
 
 
-def state_shardings(model: Transformer, mesh: jax.sharding.Mesh) -> DecodeState:
-    """Returns the shardings between prefill and decode: rows over the batch axes, the cache also over heads."""
-    rows = batch_sharding(mesh)
-    cache = NamedSharding(mesh, spec(*CACHE_AXES))
-    return DecodeState(replicated(mesh), cache, rows, rows, Samples(rows, rows))
-
-
-def build_parts(
-    model: Transformer, mesh: jax.sharding.Mesh, param_shardings, unrolled: bool = False
-) -> tuple[Callable[..., DecodeState], Callable[..., DecodeState]]:
-    """Compiles `prefill` and `decode` separately, to measure each; decode takes the donated state."""
-
-    def prefill_batch(params, prompts: Prompts, strategy: SamplingParams, stop_ids, max_new_tokens: int) -> DecodeState:
-        return prefill(model, prepare_weights(model, params), prompts, strategy, stop_ids, max_new_tokens)
-
-    def decode_batch(params, prompts: Prompts, strategy: SamplingParams, stop_ids, state: DecodeState) -> Samples:
-        decoder, weights = model, prepare_weights(model, params)
-        if unrolled:
-            decoder, weights, state = unroll_layers(model, weights, state)
-        return decode(decoder, weights, prompts, strategy, stop_ids, state).samples
-
-    everywhere, state = replicated(mesh), state_shardings(model, mesh)
-    inputs = (param_shardings, prompt_shardings(mesh), everywhere, everywhere)
-    return (
-        jax.jit(prefill_batch, static_argnums=4, in_shardings=inputs, out_shardings=state),
-        jax.jit(decode_batch, donate_argnums=4, in_shardings=(*inputs, state), out_shardings=everywhere),
-    )
+def state_shardings(mesh: jax.sharding.Mesh) -> DecodeState:
+    """Returns the shardings of the state: rows and pages over the batch axes, the cache also over heads."""
+    rows, cache = batch_sharding(mesh), NamedSharding(mesh, spec(*CACHE_AXES))
+    return DecodeState(PagedCache(cache, cache), rows, rows, rows)

@@ -1,37 +1,68 @@
-"""Samples responses to a list of prompts in padded batches of similar length, with a journal for resuming."""
+"""Samples one response per request: slots that end are filled again, and finished responses are journaled."""
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from sso_jax.data.buckets import bucket
 from sso_jax.models.fingerprint import fingerprint
+from sso_jax.models.paged_cache import page_size_of
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
-from sso_jax.runtime.mesh import num_batch_shards, place, replicated
+from sso_jax.runtime.mesh import num_batch_shards
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
-from sso_jax.sampling.decode import prompt_shardings, unrolls_layers
+from sso_jax.sampling.decode import SamplerPrograms, unrolls_layers
 from sso_jax.sampling.journal import Journal
-from sso_jax.sampling.prefill import Prompts, Samples
 from sso_jax.sampling.sampling_params import SamplingParams
+from sso_jax.sampling.slots import Size, Slots
+from sso_jax.sampling.stage import Request, SamplingStats, Stage, pool_shape, total_stats
 
-PREFIX_STEP = 64
-"""Unit, in tokens, of the shared prefix of a stage's prompts: few shapes, and no tiny prefixes."""
+log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+"""What XLA's errors say if a device's memory is too small."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt to answer, and the random key of its response."""
+class Samples(NamedTuple):
+    """Responses in the order of their requests, end of turn included if it was reached, and what they cost."""
 
-    prompt_ids: list[int]
-    key: tuple[int, int]
+    responses: list[list[int]]
+    cut: list[bool]
+    """Whether each response reached its limit without an end of turn."""
+    stats: SamplingStats
+
+
+def role_numbers(samples: Sequence[Samples], roles: Sequence[Sequence[str]]) -> dict[str, dict[str, float | None]]:
+    """Returns the numbers of each role's responses.
+
+    These are the share of responses that were cut at the limit, the mean and the 90th percentile of their tokens, and
+    the share of row-steps used in the stages.
+
+    Args:
+      samples: responses of one stage or several.
+      roles: role of each response.
+    """
+    share = total_stats(each.stats for each in samples).share_used
+    found: dict[str, list[tuple[int, bool]]] = {}
+    for each, own in zip(samples, roles, strict=True):
+        for role, response, cut in zip(own, each.responses, each.cut, strict=True):
+            found.setdefault(role, []).append((len(response), cut))
+    return {
+        role: {
+            "cut": float(np.mean([cut for _, cut in rows])),
+            "mean_tokens": float(np.mean([length for length, _ in rows])),
+            "p90_tokens": float(np.percentile([length for length, _ in rows], 90)),
+            "row_steps_used": share,
+        }
+        for role, rows in found.items()
+    }
 
 
 def row_key(seed: int, iteration: int, query_id: str, role: str) -> tuple[int, int]:
@@ -40,64 +71,27 @@ def row_key(seed: int, iteration: int, query_id: str, role: str) -> tuple[int, i
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
-def cut_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Splits prompts into batches of similar length, as indices; depends on the whole list of lengths alone."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def shared_prefix(prompts: list[list[int]]) -> list[int]:
-    """Returns the tokens that all prompts start with, such as few-shot examples, in multiples of PREFIX_STEP.
-
-    Every prompt has at least one token after the prefix.
-    """
-    first, last = min(prompts), max(prompts)  # in lexicographic order, so that all prompts share what these two share
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    most = min(same, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-    return first[: most // PREFIX_STEP * PREFIX_STEP]
-
-
-def pad_prompts(
-    requests: list[Request], batch_size: int, prompt_slots: int, prefix: list[int] | None = None
-) -> Prompts:
-    """Returns the requests, which all start with `prefix`, as arrays, with unused rows up to `batch_size`."""
-    prefix = np.asarray(prefix or [], np.int32)
-    tokens = np.zeros((batch_size, prompt_slots), np.int32)
-    lengths = np.ones((batch_size,), np.int32)
-    keys = np.zeros((batch_size, 2), np.uint32)
-    for row, request in enumerate(requests):
-        rest = request.prompt_ids[prefix.size :]
-        tokens[row, : len(rest)] = rest
-        lengths[row] = len(rest)
-        keys[row] = request.key
-    return Prompts(prefix, tokens, lengths, keys, np.arange(batch_size) < len(requests))
-
-
-def pad_to_bucket(length: int, kind: str) -> int:
-    """Returns the padded length of prompts when there are no earlier rounds whose lengths to reuse."""
-    return bucket(length)
-
-
 @dataclass(frozen=True)
 class Sampler:
     """A compiled decoder with the sampling settings of a run."""
 
-    generate: Callable[..., Samples]
+    programs: SamplerPrograms
     mesh: jax.sharding.Mesh
     strategy: SamplingParams
     stop_ids: tuple[int, ...]
     max_new_tokens: int
     max_tokens: int
     """Maximum tokens of prompt plus response."""
-    batch_size: int
+    num_slots: int
+    """Responses that are sampled at the same time."""
     shardings: dict | None = None
     """Shardings of the parameters for sampling, to which they are copied for each stage; None uses their own."""
     layers: str = "auto"
     """Whether decoding unrolls the layers, see `unrolls_layers`."""
     journals: Path | None = None
     """Folder for the responses of unfinished stages; None keeps no journal."""
-    slots: Callable[[int, str], int] = pad_to_bucket
-    """(longest prompt of a batch, what else its program depends on) -> length that its prompts are padded to."""
+    history: list[SamplingStats] = field(default_factory=list)
+    """What each stage so far has cost."""
 
     def fits(self, prompt_ids: list[int]) -> bool:
         """Returns whether a prompt leaves room for at least one token of response."""
@@ -105,10 +99,12 @@ class Sampler:
 
     def sample(
         self, params: dict[str, Any], requests: list[Request], stage: str, max_new_tokens: int | None = None
-    ) -> list[list[int]]:
-        """Samples one response per request, in the order of the requests, end of turn included if it was reached.
+    ) -> Samples:
+        """Samples one response per request.
 
-        With `journals`, each batch is on disk when it is done, and an interrupted stage resumes after the last one.
+        A response depends on its request, the parameters, the settings and the number of slots alone: not on the other
+        requests, nor on when it was sampled. With `journals`, each response is on disk soon after it has ended, and an
+        interrupted stage resumes with the others. If the devices' memory is too small, the number of slots is halved.
 
         Args:
           params: the policy's parameters.
@@ -119,47 +115,67 @@ class Sampler:
 
         Raises:
           InputError: if a prompt leaves no room for a response.
-          Stopped: between two batches, if a stop was requested.
+          Stopped: between two windows of decode steps, if a stop was requested.
         """
-        shards = num_batch_shards(self.mesh)
-        batch_size = -(-self.batch_size // shards) * shards
-        budget = min(max_new_tokens or self.max_new_tokens, self.max_tokens)
-        stops = np.asarray(self.stop_ids, np.int32)
-        lengths = [len(request.prompt_ids) for request in requests]
+        budget = max_new_tokens or self.max_new_tokens
         if not all(self.fits(request.prompt_ids) for request in requests):
+            longest = max(len(request.prompt_ids) for request in requests)
             raise InputError(
-                f"{stage}: a prompt of {max(lengths)} tokens leaves no room for a response within {self.max_tokens}; "
+                f"{stage}: a prompt of {longest} tokens leaves no room for a response within {self.max_tokens}; "
                 "shorten it"
             )
         journal = self._journal(params, requests, budget)
         done = {} if journal is None else {int(i): ids for i, ids in on_first_process(journal.read).items()}
         params = params if self.shardings is None else jax.device_put(params, self.shardings)
-        strategy, stops = place((self.strategy, stops), replicated(self.mesh))
-        prefix = shared_prefix([request.prompt_ids for request in requests]) if requests else []
-        batches = cut_batches(lengths, batch_size)
+        num_slots, stats = self.num_slots, SamplingStats()
+        while len(done) < len(requests):
+            try:
+                stats = self._run(params, requests, budget, num_slots, done, journal, stage)
+            except jax.errors.JaxRuntimeError as error:
+                if OUT_OF_MEMORY not in str(error) or num_slots <= num_batch_shards(self.mesh):
+                    raise
+                log.warning("%s: too little memory for %d slots; trying half of them", stage, num_slots)
+                num_slots = -(-num_slots // 2)
+        responses = [done[i] for i in range(len(requests))]
+        self.history.append(stats)
+        return Samples(responses, [ids[-1] not in self.stop_ids for ids in responses], stats)
+
+    def _run(
+        self,
+        params: dict[str, Any],
+        requests: list[Request],
+        budget: int,
+        num_slots: int,
+        done: dict[int, list[int]],
+        journal: Journal | None,
+        stage: str,
+    ) -> SamplingStats:
+        """Samples what is not in `done`, adds it there, and returns what it has cost."""
+        sizes = [Size(len(r.prompt_ids), min(budget, self.max_tokens - len(r.prompt_ids))) for r in requests]
         platform = self.mesh.devices.flat[0].platform
-        unrolled = unrolls_layers(self.layers, platform, len(batches) * budget)
-        with progress_bar(stage, len(requests), "response", initial=len(done)) as bar:
-            for batch in batches:
-                if all(i in done for i in batch):
+        shape = pool_shape(sizes, num_slots, num_batch_shards(self.mesh), page_size_of(platform))
+        num_steps = -(-len(requests) // shape.num_slots) * budget
+        unrolled = unrolls_layers(self.layers, platform, num_steps)
+        slots = Slots(sizes, self._order(sizes, done), shape)
+        sampling = self.strategy, np.asarray(self.stop_ids, np.int32)
+        with progress_bar(stage, len(requests), "response", initial=len(done)) as bar, jax.set_mesh(self.mesh):
+            weights = self.programs.prepare(params, unrolled)
+            running = Stage(self.programs, self.mesh, weights, requests, slots, sampling)
+            for ended in running.run():
+                done.update(ended)
+                bar.update(len(ended))
+                if journal is None:
                     continue
-                slots = self.slots(max(lengths[i] for i in batch) - len(prefix), f"{len(prefix)}+{budget}")
-                prompts = pad_prompts([requests[i] for i in batch], batch_size, slots, prefix)
-                with jax.set_mesh(self.mesh):
-                    placed = place(prompts, prompt_shardings(self.mesh))
-                    samples = self.generate(params, placed, strategy, stops, budget, unrolled)
-                tokens, num_tokens = jax.device_get(samples)
-                fresh = {
-                    i: tokens[row, : min(num_tokens[row], self.max_tokens - lengths[i])].tolist()
-                    for row, i in enumerate(batch)
-                }
-                done.update(fresh)
-                if journal is not None:
-                    journal.add(dict(own_share(list(fresh.items()))))
-                    if stop_now():
-                        raise Stopped(f"a signal in {stage}, after {len(done)} of {len(requests)} responses")
-                bar.update(len(batch))
-        return [done[i] for i in range(len(requests))]
+                if ended:
+                    journal.add(dict(own_share(list(ended.items()))))
+                if stop_now():
+                    raise Stopped(f"a signal in {stage}, after {len(done)} of {len(requests)} responses")
+        return running.stats()
+
+    @staticmethod
+    def _order(sizes: list[Size], done: dict[int, list[int]]) -> list[int]:
+        """Returns the requests to sample, the longest prompts first: prompts of like lengths are run together."""
+        return sorted((i for i in range(len(sizes)) if i not in done), key=lambda i: (-sizes[i].prompt_tokens, i))
 
     def _journal(self, params, requests: list[Request], budget: int) -> Journal | None:
         """Opens the journal of these requests to this policy, or returns None without a folder for journals."""

@@ -1,23 +1,17 @@
-"""Samples the next token of each row from logits [B, V] and a uniform number, without sorting.
+"""Samples the next token of each row from logits [B, V] and the row's random key, without sorting.
 
 Every setting is a traced value.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 BLOCK = 128
 """Number of tokens in a block: sampling first selects a block by its probability mass, then a token within it."""
-
-WAYS, NUM_LOOKS = 8, 10
-"""On an accelerator: parts that each pass over the vocabulary splits the search interval into, and number of passes.
-
-They single out one of the 2^30 floats of a probability.
-"""
 
 
 class SamplingParams(NamedTuple):
@@ -40,62 +34,31 @@ def _largest_threshold(holds, low: Float[Array, "B"], high: Float[Array, "B"]) -
     """Returns the largest float32 t in [low, high] with `holds(t)`, or `low` if there is none; bounds are in [0, 1].
 
     `holds` must be true for small t and false for large. Non-negative floats have the same order as their bits, so that
-    a search over the bits finds the exact threshold. On a CPU, where every sum costs, the search bisects until all rows
-    are done. On an accelerator, where every pass over the vocabulary costs, and on a GPU also every time the host
-    decides whether to continue, it compares several thresholds per pass, for a fixed number of passes.
+    bisecting the bits finds the exact threshold, in at most 30 passes over the vocabulary.
     """
     bits = tuple(jax.lax.bitcast_convert_type(bound, jnp.int32) for bound in (low, high))
 
-    def halve(*bounds):
-        return jax.lax.while_loop(lambda b: jnp.any(b[0] < b[1]), partial(_narrowed, holds, 2), bounds)[0]
+    def halve(bounds):
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+        found = holds(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(found, middle, low), jnp.where(found, high, middle - 1)
 
-    def split(*bounds):
-        return jax.lax.fori_loop(0, NUM_LOOKS, lambda _, b: _narrowed(holds, WAYS, b), bounds)[0]
-
-    return jax.lax.bitcast_convert_type(jax.lax.platform_dependent(*bits, cpu=halve, default=split), jnp.float32)
-
-
-def _narrowed(
-    holds, ways: int, bounds: tuple[Int[Array, "B"], Int[Array, "B"]]
-) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Splits the bounds, bits of floats, into `ways` nearly equal parts and returns the part with the threshold."""
-    low, high = bounds
-    step = (high - low + ways - 1) // ways
-    tried = [jnp.minimum(low + part * step, high) for part in range(1, ways)]
-    found = [holds(jax.lax.bitcast_convert_type(bits, jnp.float32)) for bits in tried]
-    # In ascending order, the last true threshold is the new lower bound and the first false one the new upper bound.
-    for bits, true in zip(tried, found, strict=True):
-        low = jnp.where(true, bits, low)
-    for bits, true in zip(reversed(tried), reversed(found), strict=True):
-        high = jnp.where(true, high, bits - 1)
-    return low, high
+    found, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, bits)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
-def top_k_mask(probs: Float[Array, "B V"], top_k: Int[Array, ""]) -> Bool[Array, "B V"]:
-    """Returns a mask of the `top_k` most likely tokens, and of those that are as likely as the last of them."""
+def top_k_mask(mass: Float[Array, "B V"], top_k: Int[Array, ""]) -> Bool[Array, "B V"]:
+    """Returns a mask of the `top_k` most likely tokens, and of those that are as likely as the last of them.
 
-    def holds(t):
-        return jnp.sum(probs >= t[:, None], axis=-1) >= top_k
-
-    highest = jnp.max(probs, axis=-1)
-    return probs >= _largest_threshold(holds, jnp.zeros_like(highest), highest)[:, None]
-
-
-def top_p_mask(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
-    """Returns a mask of the nucleus: the fewest most likely tokens with mass at least `top_p`.
-
-    Holtzman et al. 2020, eq. 2. Includes all tokens that are exactly as likely as the last one; a sort would keep some
-    of them by their ids. A `top_p` of 1 keeps every token.
+    Masses are in [0, 1].
     """
 
     def holds(t):
-        return jnp.sum(jnp.where(probs >= t[:, None], probs, 0.0), axis=-1) >= top_p
+        return jnp.sum(mass >= t[:, None], axis=-1) >= top_k
 
-    highest = jnp.max(probs, axis=-1)
-    left_out = jnp.maximum(1.0 - top_p, 0.0)
-    # All tokens below `lowest` together have at most half of the mass that may be left out.
-    lowest = jnp.minimum(left_out / (2 * probs.shape[1]), highest)
-    return (probs >= _largest_threshold(holds, lowest, highest)[:, None]) | (top_p >= 1.0)
+    highest = jnp.max(mass, axis=-1)
+    return mass >= _largest_threshold(holds, jnp.zeros_like(highest), highest)[:, None]
 
 
 def _at(mass: Float[Array, "B N"], before: Float[Array, "B"], target: Float[Array, "B"]) -> Int[Array, "B"]:
@@ -109,37 +72,99 @@ def _at(mass: Float[Array, "B N"], before: Float[Array, "B"], target: Float[Arra
     return jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
 
 
-def _draw(mass: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Samples the token of each row whose interval of the masses, ordered by id, contains `uniform` times their sum.
+class _Attempt(NamedTuple):
+    """State of drawing from the nucleus, between two attempts."""
 
-    Selects a block of tokens by the sums of all blocks, then the token within it: a cumulative sum over the whole
-    vocabulary is slow on any device.
+    number: Int[Array, ""]
+    floor: Float[Array, "B"]
+    """Tokens with at most this mass are known to be outside the nucleus."""
+    sums: Float[Array, "B V/BLOCK"]
+    """Mass of the tokens above the floor, by block."""
+    token: Int[Array, "B"]
+    done: Bool[Array, "B"]
+
+
+def draw_from_nucleus(
+    mass: Float[Array, "B V"],
+    uniform_of: Callable[[Int[Array, ""]], Float[Array, "B"]],
+    top_p: Float[Array, ""],
+) -> Int[Array, "B"]:
+    """Samples a token of each row's nucleus with probability proportional to its mass.
+
+    Draws from all tokens. A token is in the nucleus if the more likely ones together have less than `top_p` of the
+    mass; it is then accepted. Otherwise all tokens with as little mass are outside too, and the next attempt draws from
+    the more likely ones. Accepted tokens have the distribution of the nucleus, because each attempt draws from a set
+    that contains it (as in FlashInfer's sampling by rejection, without a sort). An attempt is one pass over the
+    vocabulary, which gives both the mass of the more likely tokens and the sums to draw from next.
+
+    A token is drawn by the sums of blocks, then within its block: a cumulative sum over the whole vocabulary is slow on
+    any device.
+
+    Args:
+      mass: probabilities of the tokens, up to a factor per row.
+      uniform_of: number of the attempt -> a random number in [0, 1) for each row.
+      top_p: share of the mass that the nucleus has at least; 1 keeps every token.
     """
     blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % BLOCK))).reshape(mass.shape[0], -1, BLOCK)
-    sums = jnp.sum(blocks, axis=-1)  # [B, V/BLOCK]
-    totals = jnp.cumsum(sums, axis=-1)
-    target = uniform * totals[:, -1]
-    block = _at(sums, jnp.zeros_like(target), target)
-    before = jnp.take_along_axis(totals - sums, block[:, None], axis=1)[:, 0]
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, BLOCK]
-    token = block * BLOCK + _at(inside, before, target)
+
+    def above(floor: Float[Array, "B"]) -> Float[Array, "B V/BLOCK"]:
+        return jnp.sum(jnp.where(blocks > floor[:, None, None], blocks, 0.0), axis=-1)
+
+    start = jnp.full(mass.shape[:1], -1.0)
+    sums = above(start)
+    most = top_p * jnp.sum(sums, axis=-1)
+
+    def attempt(state: _Attempt) -> _Attempt:
+        totals = jnp.cumsum(state.sums, axis=-1)
+        target = uniform_of(state.number) * totals[:, -1]
+        block = _at(state.sums, jnp.zeros_like(target), target)
+        before = jnp.take_along_axis(totals - state.sums, block[:, None], axis=1)[:, 0]
+        inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, BLOCK]
+        within = _at(jnp.where(inside > state.floor[:, None], inside, 0.0), before, target)
+        floor = jnp.take_along_axis(inside, within[:, None], axis=1)[:, 0]
+        sums = above(floor)
+        # Without any mass, as for NaN, there is nothing to wait for.
+        rejected = (jnp.sum(sums, axis=-1) >= most) & (most > 0) & (top_p < 1.0)
+        token = jnp.where(state.done, state.token, block * BLOCK + within)
+        return _Attempt(state.number + 1, floor, sums, token, state.done | ~rejected)
+
+    nothing = jnp.zeros(mass.shape[:1], jnp.int32)
+    first = _Attempt(jnp.int32(0), start, sums, nothing, nothing > 0)
+    token = jax.lax.while_loop(lambda state: ~jnp.all(state.done), attempt, first).token
     return jnp.minimum(token, mass.shape[1] - 1)  # out of range only if there is no mass, that is, for NaN
 
 
-def sample_from_logits(
-    logits: Float[Array, "B V"], uniform: Float[Array, "B"], strategy: SamplingParams
-) -> Int[Array, "B"]:
-    """Samples a token per row: the one whose interval of the kept probabilities contains `uniform` in [0, 1).
+def _uniform(keys: UInt32[Array, "B 2"], counts: Int[Array, "B"], attempt: Int[Array, ""]) -> Float[Array, "B"]:
+    """Returns a number in [0, 1) per row, from the row's key, its token count and the attempt alone."""
 
-    Intervals are in the order of the token ids. Applies temperature, then top-k, then top-p on what is left, like
-    transformers.
+    def row(key, count):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), count)
+        return jax.random.uniform(jax.random.fold_in(key, attempt))
+
+    return jax.vmap(row)(keys, counts)
+
+
+def sample_from_logits(
+    logits: Float[Array, "B V"], keys: UInt32[Array, "B 2"], counts: Int[Array, "B"], strategy: SamplingParams
+) -> Int[Array, "B"]:
+    """Samples a token per row; a row's token depends on its logits, its key and its count alone.
+
+    Applies temperature, then top-k, then top-p on what is left, like transformers. The nucleus is the fewest most
+    likely tokens with mass at least `top_p` (Holtzman et al. 2020, eq. 2), and all tokens that are exactly as likely as
+    the last of them; a sort would keep some of those by their ids. A `top_p` of 1 keeps every token.
+
+    Args:
+      logits: logits of the next token.
+      keys: random key of each row.
+      counts: number of the token in its response, from 0.
+      strategy: sampling settings.
     """
 
     def drawn() -> Int[Array, "B"]:
-        probs = jax.nn.softmax(logits / strategy.temperature, axis=-1)
+        scaled = logits / strategy.temperature
+        mass = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
         if strategy.top_k is not None:
-            probs = jnp.where(top_k_mask(probs, strategy.top_k), probs, 0.0)
-            probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
-        return _draw(jnp.where(top_p_mask(probs, strategy.top_p), probs, 0.0), uniform)
+            mass = jnp.where(top_k_mask(mass, strategy.top_k), mass, 0.0)
+        return draw_from_nucleus(mass, lambda attempt: _uniform(keys, counts, attempt), strategy.top_p)
 
     return jax.lax.cond(strategy.temperature > 0, drawn, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))

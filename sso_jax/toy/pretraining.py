@@ -36,7 +36,7 @@ from sso_jax.training.loop import Hooks, UpdatePlan, run_updates
 from sso_jax.training.optimizer import learning_rates, make_optimizer
 from sso_jax.training.row_shapes import row_shape
 from sso_jax.training.trees import Branch, Tree
-from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state, state_shardings
+from sso_jax.training.update import TrainState, build_update, init_state, state_shardings
 
 FACTS_SYSTEM = "Give the bare facts."
 END_OF_TURN, PADDING, START_OF_TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
@@ -244,8 +244,6 @@ def pretrain(
             write_records(lines, path)
             checkpoints.save(manager, state, step, wait=every_steps == 1)
 
-        if done < len(plan.num_tokens):
-            compile_ahead(update, state, first, mesh)
         hooks = Hooks(lines.append, save, every_steps)
         state = run_updates(update, state, plan, done, mesh, hooks, "toy policy: supervised start")
     return model, state.params, tokenizer

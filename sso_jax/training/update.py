@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sso_jax.models.adapters import join, split_trainable
-from sso_jax.runtime.host_memory import release_memory
 from sso_jax.runtime.mesh import compiler_options, place, replicated, spec
 from sso_jax.training.example_losses import ExampleLosses
 
@@ -122,13 +121,3 @@ def build_update(
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=compiler_options(mesh),
     )
-
-
-def compile_ahead(update: Callable, state: TrainState, batch: NamedTuple, mesh: jax.sharding.Mesh) -> None:
-    """Compiles the result of `build_update` for a state and a batch, and returns freed heap memory to the OS.
-
-    The first call then reuses the program; otherwise its arrays would be allocated on top of the compiler's memory.
-    """
-    with jax.set_mesh(mesh):
-        update.lower(state, place(batch, batch_shardings(batch, mesh)), np.float32(0.0)).compile()
-    release_memory()

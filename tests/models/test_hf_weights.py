@@ -29,7 +29,7 @@ from sso_jax.models.hf_weights import WEIGHTS_FILE, check_weights, read_params, 
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.mesh import param_shardings
-from sso_jax.sampling.decode import build_generate
+from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Request, Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
 from sso_jax.training.log_probs import build_score
@@ -130,12 +130,10 @@ def test_greedy_tokens_and_their_log_probs_equal_transformers_over_64_steps_with
     folder = existing(folders, name)
     model, params = load(folder, one_device)
     shardings = param_shardings(abstract_params(model), one_device)
-    sampler = Sampler(
-        build_generate(model, one_device, shardings), one_device, make_sampling_params(0.0, 1.0), (), 64, 256, 4
-    )
+    sampler = Sampler(build_programs(model, one_device), one_device, make_sampling_params(0.0, 1.0), (), 64, 256, 4)
     draw = np.random.default_rng(1)
     prompts = [draw.integers(3, model.architecture.vocab_size, size).tolist() for size in (5, 31, 17)]
-    ours = sampler.sample(params, [Request(prompt, (0, i)) for i, prompt in enumerate(prompts)], "test")
+    ours = sampler.sample(params, [Request(prompt, (0, i)) for i, prompt in enumerate(prompts)], "test").responses
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.generation_config.eos_token_id = None
     expected = []

@@ -7,10 +7,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from toys import ARCHITECTURE, toy_model, toy_params
 
-from sso_jax.models.attention import causal_mask
-from sso_jax.models.layer_layout import build_cast, cast_to_compute, unstack, unstack_cache
+from sso_jax.models.attention import causal_mask, empty_cache
+from sso_jax.models.layer_layout import build_cast, cast_to_compute, unstack
 from sso_jax.models.layers import Adapters
-from sso_jax.models.transformer import abstract_params, make_cache
+from sso_jax.models.transformer import abstract_params
 from sso_jax.runtime.mesh import param_shardings
 from sso_jax.sampling.decode import UNROLLED_STEPS, unrolls_layers
 from sso_jax.training.log_probs import build_score, cell_log_probs
@@ -56,11 +56,11 @@ def test_unrolled_layers_give_the_hidden_states_and_the_cache_of_scanned_ones(on
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 6)))
     positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
     single = model.clone(scanned=False)
-    expected, cache = model.apply({"params": params}, tokens, positions, causal_mask(6), make_cache(model, 2, 9), 0)
-    inputs = tokens, positions, causal_mask(6), make_cache(single, 2, 9), 0
-    got, caches = single.apply({"params": unstack(params)}, *inputs)
+    inputs = tokens, positions, causal_mask(6), empty_cache(model.architecture, 2, 9, model.dtype), 0
+    expected, cache = model.apply({"params": params}, *inputs)
+    got, own_cache = single.apply({"params": unstack(params)}, *inputs)
     np.testing.assert_allclose(got, expected, atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), caches, unstack_cache(cache))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), own_cache, cache)
 
 
 def test_layers_are_unrolled_where_decoding_repays_it_or_where_asked_for():

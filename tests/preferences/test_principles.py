@@ -26,7 +26,8 @@ from sso_jax.preferences.principles import (
 )
 from sso_jax.preferences.responses import SampleKey
 from sso_jax.preferences.steering import steer, steered_prompts
-from sso_jax.sampling.sampler import row_key
+from sso_jax.sampling.sampler import Samples, row_key
+from sso_jax.sampling.stage import SamplingStats
 from sso_jax.toy.pretraining import train_tokenizer
 
 ADJECTIVES = {
@@ -133,13 +134,16 @@ def test_policies_are_asked_once_a_question_and_those_that_do_not_fit_are_left_o
     def sample(params, requests, stage, max_new_tokens):
         asked.extend(requests)
         answers = [chat.tokenizer.decode(request.prompt_ids).count("Short?") for request in requests]
-        return [
+        responses = [
             [*encode_text(chat.tokenizer, "Safety" if short else "Accuracy"), chat.tokenizer.eos_token_id]
             for short in answers
         ]
+        return Samples(responses, [False, True], SamplingStats())
 
     sampler = SimpleNamespace(fits=lambda prompt: len(prompt) < 400, sample=sample)
-    answers = policy_asker(sampler, None, chat, SampleKey(0, 1))(questions, "stage", 32)
+    numbers = {}
+    answers = policy_asker(sampler, None, chat, SampleKey(0, 1), numbers)(questions, "features", 32)
+    assert numbers["features"]["cut"] == 0.5 and numbers["features"]["row_steps_used"] is None
     assert answers == [Answer("Safety"), Answer(None, "question_too_long"), Answer("Accuracy")]
     assert [request.prompt_ids for request in asked] == [chat.prompt_ids("Short?"), chat.prompt_ids("Brief?")]
     assert [request.key for request in asked] == [row_key(0, 1, "a", "features"), row_key(0, 1, "c/x", "features")]

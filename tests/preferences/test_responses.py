@@ -6,12 +6,15 @@ import copy
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from toys import DATA
 
 from sso_jax.data.records import SteeredQuery, Triple
 from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
 from sso_jax.preferences.responses import SampleKey, clean_triples, sample_triples, strip_label
+from sso_jax.sampling.sampler import Samples
+from sso_jax.sampling.stage import SamplingStats
 from sso_jax.toy.pretraining import train_tokenizer
 
 
@@ -31,10 +34,18 @@ def test_each_response_is_sampled_from_its_own_prompt_with_its_own_key(toy):
 
     def sample(params, requests, stage):
         seen.extend(requests)
-        return [ended(toy, str(request.prompt_ids)) for request in requests]  # the answer tells the prompt
+        answers = [ended(toy, str(request.prompt_ids)) for request in requests]  # the answer tells the prompt
+        return Samples(answers, [False] * len(answers), SamplingStats(row_steps=8, row_steps_used=6))
 
     sampler = SimpleNamespace(sample=sample)
-    triples = sample_triples(sampler, [None], toy, records, prompts, SampleKey(seed=0, iteration=1))
+    triples, roles = sample_triples(sampler, [None], toy, records, prompts, SampleKey(seed=0, iteration=1))
+    tokens = [len(ended(toy, f"[{n}, 1]")) for n in (10, 20)]
+    assert roles["chosen"] == {
+        "cut": 0.0,
+        "mean_tokens": np.mean(tokens),
+        "p90_tokens": pytest.approx(min(tokens) + 0.9 * (max(tokens) - min(tokens))),
+        "row_steps_used": 0.75,
+    }
     assert [(t.id, t.query, t.good_system, t.bad_system, t.features) for t in triples] == [
         (name, f"query {name}", "good", "bad", ("Safety",)) for name in "ab"
     ]
@@ -62,10 +73,15 @@ def test_responses_of_several_policies_are_told_apart(toy):
 
     def sample(params, requests, stage):
         calls.append((params, stage))
-        return [ended(toy, f"{params} {request.prompt_ids}") for request in requests]
+        answers = [ended(toy, f"{params} {request.prompt_ids}") for request in requests]
+        return Samples(answers, [params == "now"] * len(answers), SamplingStats(row_steps=8, row_steps_used=6))
 
     policies = ["now", lambda: "one back", lambda: "two back"]
-    triples = sample_triples(SimpleNamespace(sample=sample), policies, toy, records, prompts, SampleKey(0, iteration=4))
+    triples, roles = sample_triples(
+        SimpleNamespace(sample=sample), policies, toy, records, prompts, SampleKey(0, iteration=4)
+    )
+    now = [triple.extra["policies"]["chosen"] == 0 for triple in triples]
+    assert roles["chosen"]["cut"] == np.mean(now) and roles["original"]["cut"] == 1.0  # y_o is the present policy's
     assert [params for params, _ in calls] == ["now", "one back", "two back"] and "2 rounds back" in calls[2][1]
     names = ("now", "one back", "two back")
     for n, triple in enumerate(triples):

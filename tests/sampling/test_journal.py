@@ -1,16 +1,17 @@
 """Responses kept while a stage is under way: what was written whole is read again, nothing of another list is."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_model, toy_params
 
 from sso_jax.models.fingerprint import fingerprint
-from sso_jax.models.transformer import abstract_params
-from sso_jax.runtime.mesh import param_shardings
-from sso_jax.sampling.decode import build_generate
+from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.journal import Journal
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -53,29 +54,57 @@ def test_every_process_reads_the_parts_of_all_and_another_list_is_not_read(tmp_p
 
 def test_an_interrupted_stage_samples_only_what_is_missing(tmp_path, one_device):
     model = toy_model(num_layers=1)
-    params = toy_params(model, one_device)
-    calls = []
-    generate = build_generate(model, one_device, param_shardings(abstract_params(model), one_device))
+    params, programs = toy_params(model, one_device), build_programs(model, one_device)
+    windows, admitted = [], []
 
-    def counted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
+    def window(*arguments):
+        windows.append(1)
+        if len(windows) == 3:
             raise KeyboardInterrupt
-        return generate(*arguments)
+        return programs.window(*arguments)
+
+    def admit(weights, state, prompts, *rest):
+        admitted.extend(np.flatnonzero(prompts.slots < 4).tolist())
+        return programs.admit(weights, state, prompts, *rest)
 
     asked = [Request([5 + i, 6, 7], row_key(0, 1, str(i), "chosen")) for i in range(10)]
     settings = (one_device, make_sampling_params(0.9, 0.95), (), 6, 64, 4)
-    expected = Sampler(generate, *settings).sample(params, asked, "whole")
-    sampler = Sampler(counted, *settings, journals=tmp_path / "journals")
-    try:
+    expected = Sampler(programs, *settings).sample(params, asked, "whole").responses
+    sampler = Sampler(programs._replace(window=window, admit=admit), *settings, journals=tmp_path / "journals")
+    with pytest.raises(KeyboardInterrupt):
         sampler.sample(params, asked, "interrupted")
-        raise AssertionError("was not interrupted")
-    except KeyboardInterrupt:
-        pass
-    assert sampler.sample(params, asked, "continued") == expected
-    assert len(calls) == 3 + 1  # two batches of four were on disk, the third was lost and is repeated
+    assert len(admitted) == 10  # four in each of two windows, which ended, and two in the third
+    assert sampler.sample(params, asked, "continued").responses == expected
+    assert len(admitted) == 10 + 2
+    assert sampler.sample(params, asked, "a third time").responses == expected and len(admitted) == 12
     changed = jax.tree.map(lambda leaf: leaf * 1.5, params)
-    assert sampler.sample(changed, asked, "another policy") != expected and len(calls) == 4 + 3
+    assert sampler.sample(changed, asked, "another policy").responses != expected and len(admitted) == 22
+
+
+def test_responses_are_on_disk_as_they_end(tmp_path, one_device):
+    """Not when the last one of those sampled together has ended."""
+    model = toy_model(num_layers=1)
+    programs, kept = build_programs(model, one_device), []
+
+    def window(*arguments):
+        rows = [json.loads(line) for path in tmp_path.glob("*/part_0.jsonl") for line in path.open().readlines()[1:]]
+        kept.append(sum(len(row["at"]) for row in rows))
+        return programs.window(*arguments)
+
+    sampler = Sampler(
+        programs._replace(window=window),
+        one_device,
+        make_sampling_params(0.9, 0.95),
+        (),
+        200,
+        64,
+        2,
+        journals=tmp_path,
+    )
+    lengths = [1, 50, 40, 30]  # responses of 63, 14, 24 and 34 tokens
+    sampler.sample(toy_params(model, one_device), [Request([5] * n, (0, n)) for n in lengths], "test")
+    # Longest prompts first: 14 and 24 tokens take one and two windows, then 34 takes three and 63 takes four.
+    assert kept == [0, 1, 2, 2, 3, 3]
 
 
 def test_a_fingerprint_tells_parameters_apart_and_meshes_not(one_device, eight_devices):

@@ -1,53 +1,117 @@
-"""Responses that do not depend on who they share a batch with, end where they should, and compile few programs."""
+"""Responses that depend on their request alone, end where they should, and compile few programs."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from toys import toy_model, toy_params
 
-from sso_jax.commands.flops import count_flops
 from sso_jax.data.buckets import bucket
-from sso_jax.models.transformer import abstract_params
+from sso_jax.models.attention import causal_mask
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.mesh import param_shardings
-from sso_jax.sampling.decode import build_generate, build_parts
-from sso_jax.sampling.prefill import prefill, prepare_weights
-from sso_jax.sampling.sampler import Request, Sampler, cut_batches, pad_prompts, row_key, shared_prefix
+from sso_jax.sampling.decode import build_programs
+from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.sampling.slots import WINDOW, PoolShape
+
+MODEL = toy_model(max_positions=512)
 
 
-def make_sampler(model, mesh, stop_ids=(), temperature=0.9, batch_size=4, max_new_tokens=24, max_tokens=128):
-    generate = build_generate(model, mesh, param_shardings(abstract_params(model), mesh))
-    return Sampler(
-        generate, mesh, make_sampling_params(temperature, 0.95), stop_ids, max_new_tokens, max_tokens, batch_size
-    )
+def make_sampler(mesh, model=MODEL, temperature=0.9, **changes):
+    settings = {"stop_ids": (), "max_new_tokens": 24, "max_tokens": 128, "num_slots": 4, **changes}
+    return Sampler(build_programs(model, mesh), mesh, make_sampling_params(temperature, 0.95), **settings)
 
 
-def requests(count, seed=0):
+def requests(count, seed=0, step=7):
     draw = np.random.default_rng(seed)
     return [
-        Request(draw.integers(3, 96, 3 + 7 * (i % 6)).tolist(), row_key(0, 1, str(i), "chosen")) for i in range(count)
+        Request(draw.integers(3, 96, 3 + step * (i % 6)).tolist(), row_key(0, 1, str(i), "chosen"))
+        for i in range(count)
     ]
 
 
-def test_a_response_does_not_depend_on_batch_order_or_company(one_device):
-    model = toy_model()
-    params = toy_params(model, one_device)
-    asked = requests(11)
-    together = make_sampler(model, one_device, batch_size=8).sample(params, asked, "test")
-    backwards = make_sampler(model, one_device, batch_size=3).sample(params, asked[::-1], "test")[::-1]
-    alone = make_sampler(model, one_device, batch_size=1).sample(params, asked[4:5], "test")
-    assert together == backwards
-    assert together[4] == alone[0]
+def sample(sampler, params, asked):
+    return sampler.sample(params, asked, "test").responses
+
+
+RAGGED = dict(stop_ids=(7, 11), max_new_tokens=150, max_tokens=512)
+"""Responses of 2 to 150 tokens, which end anywhere in a window, and some of which fill more than one page."""
+
+
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+def test_a_response_does_not_depend_on_order_slot_or_company(one_device, layers):
+    params, asked = toy_params(MODEL, one_device), requests(11, step=23)
+    sampler = make_sampler(one_device, layers=layers, **RAGGED)
+    together = sample(sampler, params, asked)
+    assert sample(sampler, params, asked[::-1])[::-1] == together
+    assert sample(sampler, params, asked[4:5]) == together[4:5]
     assert len({tuple(response) for response in together}) == 11
+    assert min(map(len, together)) < WINDOW < 128 < max(map(len, together))
+
+
+def test_bits_of_a_row_do_not_depend_on_the_others(one_device):
+    """Values in the cache after two windows, alone and among others: nothing of another row enters a sum."""
+    params, asked = toy_params(MODEL, one_device), requests(6, step=23)
+    programs = build_programs(MODEL, one_device)
+    lengths = [len(response) for response in sample(make_sampler(one_device, **RAGGED), params, asked)]
+    one = next(i for i, length in enumerate(lengths) if length > 3 * WINDOW)
+    seen = {}
+
+    def run(own):
+        caches = []
+
+        def window(weights, state, *rest):
+            state, drawn = programs.window(weights, state, *rest)
+            caches.append((jax.device_get(state.cache.values), rest[0]))
+            return state, drawn
+
+        sampler = make_sampler(one_device, **RAGGED)
+        sampler = dataclasses.replace(sampler, programs=programs._replace(window=window))
+        responses = sample(sampler, params, own)
+        return responses, caches
+
+    for own in (asked[one : one + 1], [asked[one], *asked[one + 1 :], *asked[:one]]):
+        responses, caches = run(own)
+        size = len(asked[one].prompt_ids)  # no other prompt has as many tokens
+        values, inputs, slot = next(
+            (values, inputs, slot)
+            for values, inputs in caches
+            for slot in range(4)
+            if inputs.live[slot] and inputs.prompt_tokens[slot] == size and inputs.counts[slot] == 1 + 2 * WINDOW
+        )
+        page = inputs.pages[slot][0]
+        seen.setdefault("pages", []).append(values[:, page][..., np.flatnonzero(inputs.visible[page]), :])
+        seen.setdefault("responses", []).append(responses[0])
+    assert seen["responses"][0] == seen["responses"][1]
+    np.testing.assert_array_equal(*seen["pages"])
+
+
+@pytest.mark.parametrize("scanned", ["scanned", "unrolled"])
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=True, qkv_bias=False), dict(tied_head=True, num_kv_heads=4)])
+def test_decoding_with_the_cache_equals_the_full_forward_pass(one_device, changes, scanned):
+    """Greedy responses over several windows and pages: each token is the likeliest one of the whole sequence."""
+    model = toy_model(max_positions=512, **changes)
+    params = toy_params(model, one_device)
+    sampler = make_sampler(one_device, model, 0.0, max_new_tokens=140, max_tokens=512, layers=scanned)
+    asked = requests(5, step=31)
+    for request, response in zip(asked, sample(sampler, params, asked), strict=True):
+        whole = jnp.asarray([request.prompt_ids + response])
+        positions = jnp.arange(whole.shape[1])[None]
+        hidden, _ = model.apply({"params": params}, whole, positions, causal_mask(whole.shape[1]))
+        logits = np.asarray(model.apply({"params": params}, hidden, method="logits")[0])
+        best = np.sort(logits, axis=-1)
+        clear = (best[:, -1] - best[:, -2])[len(request.prompt_ids) - 1 : -1] > 1e-4
+        expected = np.argmax(logits, axis=-1)[len(request.prompt_ids) - 1 : -1]
+        assert len(response) == 140 and clear.mean() > 0.95
+        np.testing.assert_array_equal(np.asarray(response)[clear], expected[clear])
 
 
 def test_eight_devices_give_the_tokens_of_one(one_device, eight_devices):
-    model = toy_model()
-    asked = requests(10)
-    one = make_sampler(model, one_device, batch_size=8).sample(toy_params(model, one_device), asked, "test")
-    eight = make_sampler(model, eight_devices, batch_size=8).sample(toy_params(model, eight_devices), asked, "test")
+    asked = requests(13, step=23)
+    one = sample(make_sampler(one_device, num_slots=8, **RAGGED), toy_params(MODEL, one_device), asked)
+    eight = sample(make_sampler(eight_devices, num_slots=8, **RAGGED), toy_params(MODEL, eight_devices), asked)
     assert one == eight
 
 
@@ -59,51 +123,47 @@ def test_other_roles_queries_iterations_and_seeds_have_other_keys():
 
 
 def test_a_response_ends_with_its_first_stop_token_and_holds_it(one_device):
-    model = toy_model()
-    params = toy_params(model, one_device)
-    free = make_sampler(model, one_device).sample(params, requests(8), "test")
+    params = toy_params(MODEL, one_device)
+    free = sample(make_sampler(one_device), params, requests(8))
     stop = free[0][5]
-    ended = make_sampler(model, one_device, stop_ids=(stop, 95)).sample(params, requests(8), "test")
+    ended = sample(make_sampler(one_device, stop_ids=(stop, 95)), params, requests(8))
     for before, after in zip(free, ended, strict=True):
         ends = [i for i, token in enumerate(before) if token in (stop, 95)]
         assert after == (before[: ends[0] + 1] if ends else before)
     assert len(ended[0]) <= 6
 
 
-def test_no_end_of_turn_is_added_where_the_limit_cuts(one_device):
-    model = toy_model()
-    response = make_sampler(model, one_device, max_new_tokens=5).sample(
-        toy_params(model, one_device), requests(1), "test"
-    )[0]
-    assert len(response) == 5
+@pytest.mark.parametrize("limit", [1, 2, WINDOW, WINDOW + 1, WINDOW + 2])
+def test_no_end_of_turn_is_added_where_the_limit_cuts(one_device, limit):
+    got = make_sampler(one_device, max_new_tokens=limit).sample(toy_params(MODEL, one_device), requests(6), "test")
+    assert [len(response) for response in got.responses] == [limit] * 6
+    assert got.stats.num_tokens == 6 * limit and got.stats.row_steps_used == 6 * (limit - 1)
 
 
 def test_prompt_plus_response_stays_within_max_tokens(one_device):
-    model = toy_model()
-    sampler = make_sampler(model, one_device, max_tokens=40)
-    asked = requests(6)
-    for request, response in zip(asked, sampler.sample(toy_params(model, one_device), asked, "test"), strict=True):
+    sampler, asked = make_sampler(one_device, max_tokens=40), requests(6)
+    for request, response in zip(asked, sample(sampler, toy_params(MODEL, one_device), asked), strict=True):
         assert len(response) == min(24, 40 - len(request.prompt_ids))
 
 
 def test_a_prompt_without_room_is_refused_with_its_length(one_device):
-    model = toy_model()
-    sampler = make_sampler(model, one_device, max_tokens=20)
+    sampler = make_sampler(one_device, max_tokens=20)
     with pytest.raises(InputError, match="a prompt of 20 tokens leaves no room for a response within 20"):
         sampler.sample(None, [Request([1] * 20, (0, 0))], "test")
 
 
-def test_compilations_are_one_a_bucket_whatever_the_temperature(one_device):
-    model = toy_model()
-    params = toy_params(model, one_device)
-    sampler = make_sampler(model, one_device)
-    asked = requests(24)  # prompts of 3 to 38 tokens: buckets 32 and 48
-    sampler.sample(params, asked, "test")
-    assert sampler.generate._cache_size() == 2
-    hotter = Sampler(sampler.generate, one_device, make_sampling_params(1.5, 0.5), (7,), 24, 128, 4)
-    hotter.sample(params, requests(24, seed=9), "test")
-    # stop tokens are an array: another number of them is another shape, nothing else compiles
-    assert sampler.generate._cache_size() <= 4
+def test_no_requests_have_no_responses(one_device):
+    got = make_sampler(one_device).sample(toy_params(MODEL, one_device), [], "test")
+    assert got.responses == [] and got.stats.share_used is None
+
+
+def test_compilations_are_one_window_and_one_prefill_a_bucket(one_device):
+    params, sampler = toy_params(MODEL, one_device), make_sampler(one_device, layers="scanned")
+    sample(sampler, params, requests(24))  # prompts of 3 to 38 tokens: buckets 32 and 48
+    assert sampler.programs.window._cache_size() == 1 and sampler.programs.admit._cache_size() == 2
+    hotter = dataclasses.replace(sampler, strategy=make_sampling_params(1.5, 0.5), num_slots=4)
+    sample(hotter, params, requests(17, seed=9))
+    assert sampler.programs.window._cache_size() == 1 and sampler.programs.admit._cache_size() == 2
 
 
 @pytest.mark.parametrize(
@@ -113,83 +173,54 @@ def test_buckets_are_powers_of_two_and_the_halves_between(length, expected):
     assert bucket(length) == expected
 
 
-def test_batches_hold_every_prompt_once_with_others_of_like_length():
-    lengths = [9, 1, 5, 7, 3, 8, 2]
-    batches = cut_batches(lengths, 3)
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    assert [[lengths[i] for i in batch] for batch in batches] == [[1, 2, 3], [5, 7, 8], [9]]
-
-
-def test_jit_and_no_jit_give_the_same_tokens(one_device):
+def test_jit_and_no_jit_give_the_same_tokens(one_device, monkeypatch):
+    for module in ("slots", "decode", "stage"):
+        monkeypatch.setattr(f"sso_jax.sampling.{module}.WINDOW", 2)  # without jit each step takes seconds
     model = toy_model(num_layers=1)
     params = toy_params(model, one_device)
-    sampler = make_sampler(model, one_device, batch_size=2, max_new_tokens=4)
+    sampler = make_sampler(one_device, model, num_slots=2, max_new_tokens=3)
     asked = requests(2)
-    compiled = sampler.sample(params, asked, "test")
+    compiled = sample(sampler, params, asked)
     with jax.disable_jit():
-        assert sampler.sample(params, asked, "test") == compiled
+        assert sample(sampler, params, asked) == compiled
 
 
-def starting_alike(count, num_shared):
-    """Requests whose prompts share a few-shot question's worth of tokens, and end apart."""
-    shared = np.random.default_rng(7).integers(3, 96, num_shared).tolist()
-    return [Request(shared + request.prompt_ids, request.key) for request in requests(count)]
+def test_responses_are_those_of_a_full_cache_where_rows_start_again(one_device, monkeypatch):
+    """A cache of a few pages, in which the youngest rows are put back again and again."""
+    params, asked = toy_params(MODEL, one_device), requests(9, step=23)
+    sampler = make_sampler(one_device, **RAGGED)
+    expected = sample(sampler, params, asked)
+    shapes = []
+
+    def few_pages(sizes, num_slots, num_shards, page_size):
+        shapes.append(PoolShape(num_slots, 9, 8, num_shards, page_size))
+        return shapes[-1]
+
+    monkeypatch.setattr("sso_jax.sampling.sampler.pool_shape", few_pages)
+    got = sampler.sample(params, asked, "test")
+    assert got.responses == expected and shapes
+    assert got.stats.num_tokens >= sum(map(len, expected))
 
 
-@pytest.mark.parametrize(("num_shared", "expected"), [(0, 0), (63, 0), (64, 64), (130, 128)])
-def test_what_prompts_start_with_is_shared_in_whole_steps(num_shared, expected):
-    prompts = [request.prompt_ids for request in starting_alike(6, num_shared)]
-    assert shared_prefix(prompts) == prompts[0][:expected]
+def test_with_too_little_memory_half_of_the_slots_are_tried_and_finished_responses_kept(one_device, caplog):
+    params, asked = toy_params(MODEL, one_device), requests(9)
+    programs = build_programs(MODEL, one_device)
+    slots, admitted = [], []
 
+    def window(weights, state, *rest):
+        slots.append(state.last.shape[0])
+        if state.last.shape[0] > 2 and len(slots) > 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return programs.window(weights, state, *rest)
 
-def test_a_prefix_leaves_every_prompt_a_token_and_a_single_prompt_has_none():
-    whole = list(range(64))
-    assert shared_prefix([whole, [*whole, 5]]) == []  # nothing would be left of the first
-    assert shared_prefix([[*whole, 5], [*whole, 5]]) == whole
-    assert shared_prefix([[*whole, 5]]) == []
+    def admit(weights, state, prompts, *rest):
+        admitted.append(int(np.sum(prompts.slots < state.last.shape[0])))
+        return programs.admit(weights, state, prompts, *rest)
 
-
-@pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
-def test_prompts_that_start_alike_are_answered_as_if_they_did_not(devices, request):
-    model, mesh = toy_model(), request.getfixturevalue(devices)
-    params, sampler = (
-        toy_params(model, mesh),
-        make_sampler(model, mesh, batch_size=8, max_new_tokens=12, max_tokens=256),
-    )
-    alike = starting_alike(9, 140)
-    other = Request([5, 4, 3], row_key(0, 1, "other", "chosen"))
-    assert shared_prefix([item.prompt_ids for item in [*alike, other]]) == []
-    assert sampler.sample(params, alike, "test") == sampler.sample(params, [*alike, other], "test")[:-1]
-
-
-def test_a_shared_prefix_is_run_once():
-    model = toy_model()
-    params, stops = abstract_params(model), np.array([7], np.int32)
-    alike = starting_alike(8, 128)
-
-    def operations(prefix):
-        prompts = pad_prompts(alike, 8, bucket(max(len(item.prompt_ids) for item in alike) - len(prefix)), prefix)
-
-        def run(params):
-            return prefill(model, prepare_weights(model, params), prompts, make_sampling_params(0.9, 0.95), stops, 4)
-
-        return count_flops(jax.make_jaxpr(run)(nn.unbox(params)))
-
-    shared, apart = (operations(prefix) for prefix in (alike[0].prompt_ids[:128], []))
-    # 128 tokens once and 48 of each prompt, against 192 of each prompt, all but the logits
-    logits = 2.0 * 8 * model.architecture.embed_dim * model.architecture.vocab_size
-    assert (shared - logits) / (apart - logits) == pytest.approx((128 + 8 * 48) / (8 * 192), rel=0.15)
-
-
-def test_prefill_and_decode_compiled_apart_give_the_tokens_of_the_one_program(eight_devices):
-    model = toy_model()
-    params, shardings = toy_params(model, eight_devices), param_shardings(abstract_params(model), eight_devices)
-    prompts = pad_prompts(requests(7), 8, 48)
-    stops, strategy = np.array([7], np.int32), make_sampling_params(0.9, 0.95)
-    start, go_on = build_parts(model, eight_devices, shardings)
-    with jax.set_mesh(eight_devices):
-        together = build_generate(model, eight_devices, shardings)(params, prompts, strategy, stops, 12)
-        state = start(params, prompts, strategy, stops, 12)
-        assert int(state.step) == 1 and np.all(state.samples.num_tokens == prompts.used)
-        apart = go_on(params, prompts, strategy, stops, state)
-    jax.tree.map(np.testing.assert_array_equal, apart, together)
+    sampler = make_sampler(one_device)
+    expected = sample(sampler, params, asked)
+    tight = dataclasses.replace(sampler, programs=programs._replace(window=window, admit=admit))
+    assert sample(tight, params, asked) == expected
+    assert slots[:4] == [4] * 4 and set(slots[4:]) == {2}
+    assert "too little memory for 4 slots; trying half of them" in caplog.text
+    assert sum(admitted) < 2 * len(asked)

@@ -19,7 +19,7 @@ from sso_jax.preferences.principle_sources import (
     policy_asker,
     steer_queries,
 )
-from sso_jax.preferences.responses import SampleKey, sample_triples
+from sso_jax.preferences.responses import SampledTriples, SampleKey, sample_triples
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.environment import fitting_queries, toy_queries
 from sso_jax.recipes.run import Params, Round
@@ -45,6 +45,8 @@ class PrinciplesResult:
     queries: list[SteeredQuery]
     counts: SteeringCounts
     seconds: float
+    roles: dict[str, dict]
+    """Numbers of the policy's answers by what it was asked for (`role_numbers`)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class ResponsesResult:
     """Number of queries dropped, by reason."""
     tokens_per_second: float
     seconds: float
+    roles: dict[str, dict]
+    """Numbers of the responses by role (`role_numbers`)."""
 
 
 def read_queries(config: Config) -> QueryRounds:
@@ -97,15 +101,22 @@ def principles(this: Round[QueryRounds], policy: Params, queries: list[Query]) -
     key = SampleKey(config.run.seed, this.iteration)
 
     def make() -> tuple[list[SteeredQuery], dict]:
-        steered, counts = steer_from_source(run.engine, policy, queries, source, key, this.folder)
-        return steered, counts.as_json()
+        roles: dict[str, dict] = {}
+        steered, counts = steer_from_source(run.engine, policy, queries, source, key, this.folder, roles)
+        return steered, {**counts.as_json(), "roles": roles}
 
     steered, stats = record_stage(this.folder, "principles", SteeredQuery, make, [UNPARSED_FILE])
-    return PrinciplesResult(steered, SteeringCounts.of_json(stats), stats["seconds"])
+    return PrinciplesResult(steered, SteeringCounts.of_json(stats), stats["seconds"], stats["roles"])
 
 
 def steer_from_source(
-    engine: Engine, policy: Params, queries: list[Query], source: PrincipleSource, key: SampleKey, folder: Path | None
+    engine: Engine,
+    policy: Params,
+    queries: list[Query],
+    source: PrincipleSource,
+    key: SampleKey,
+    folder: Path | None,
+    roles: dict[str, dict] | None = None,
 ) -> tuple[list[SteeredQuery], SteeringCounts]:
     """Adds principles to the queries, from a file, the endpoint or the policy itself.
 
@@ -116,13 +127,14 @@ def steer_from_source(
       source: where the principles come from.
       key: seed and iteration, from which the random keys derive.
       folder: folder for the endpoint's answers and for those that could not be parsed; None stores nothing.
+      roles: numbers of the policy's answers are added here.
     """
     if source.rules.source == "file":
         return [source.given[query.id] for query in queries], SteeringCounts()
     if source.rules.source == "endpoint":
         ask = endpoint_asker(source.endpoint, source.temperature, key.iteration, folder)
     else:
-        ask = policy_asker(engine.sampler, policy, engine.chat, key)
+        ask = policy_asker(engine.sampler, policy, engine.chat, key, roles)
     return steer_queries(queries, ask, source.rules, f"{key.seed}/{key.iteration}", folder)
 
 
@@ -133,16 +145,16 @@ def sample_fitting(
     prompts: dict[str, Prompts],
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
-) -> tuple[list[Triple], Dropped]:
+) -> tuple[SampledTriples, Dropped]:
     """Samples triples for the queries whose prompts all leave room for a response, and drops the others.
 
     See `sample_triples`.
     """
     fits = engine.sampler.fits
     fitting = [query for query in queries if all(fits(prompt) for prompt in prompts[query.id].values())]
-    triples = sample_triples(engine.sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted)
+    sampled = sample_triples(engine.sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted)
     kept = {query.id for query in fitting}
-    return triples, {query.id: "prompt_too_long" for query in queries if query.id not in kept}
+    return sampled, {query.id: "prompt_too_long" for query in queries if query.id not in kept}
 
 
 def responses(
@@ -164,11 +176,11 @@ def responses(
     def make() -> tuple[list[Triple], dict]:
         key = SampleKey(run.config.run.seed, this.iteration)
         start = time.perf_counter()
-        triples, dropped = sample_fitting(run.engine, [policy, *earlier], queries, prompts, key, wanted)
-        num_tokens = sum(len(ids) for triple in triples for ids in triple.response_ids.values())
+        sampled, dropped = sample_fitting(run.engine, [policy, *earlier], queries, prompts, key, wanted)
+        num_tokens = sum(len(ids) for triple in sampled.triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
         counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
-        return triples, {**counts, "tokens_per_second": rate}
+        return sampled.triples, {**counts, "tokens_per_second": rate, "roles": sampled.roles}
 
     triples, stats = record_stage(this.folder, "responses", Triple, make)
-    return ResponsesResult(triples, stats["dropped"], stats["tokens_per_second"], stats["seconds"])
+    return ResponsesResult(triples, stats["dropped"], stats["tokens_per_second"], stats["seconds"], stats["roles"])

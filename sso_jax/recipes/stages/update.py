@@ -29,7 +29,7 @@ from sso_jax.training.loop import Hooks, UpdatePlan, run_updates
 from sso_jax.training.optimizer import learning_rates, make_optimizer
 from sso_jax.training.row_shapes import RowShape
 from sso_jax.training.spo_head import HEAD, init_head
-from sso_jax.training.update import TrainState, build_update, compile_ahead, init_state, state_shardings
+from sso_jax.training.update import TrainState, build_update, init_state, state_shardings
 
 log = logging.getLogger(__name__)
 FIRST_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -151,8 +151,6 @@ def train(
         run.metrics.rewind(this.iteration, first_step + done)
         hooks = _hooks(this, plan, manager, first_step, eval_fn)
         start = time.perf_counter()
-        if done < len(plan.num_tokens):
-            compile_ahead(update, state, first, engine.mesh)
         updates = UpdatePlan(plan.make_batch, plan.num_tokens, rates, plan.ids)
         state = run_updates(update, state, updates, done, engine.mesh, hooks, title)
         seconds = time.perf_counter() - start
