@@ -85,12 +85,12 @@ COMPILED: list[str] = []
 
 
 def test_a_whole_run_compiles_few_programs(toy_run):
-    """Counted over two rounds: answers to prompts of up to 32, 48, 64 and 96 tokens, features for questions of up to 96
-    and 128; the supervised start has two shapes of batch; scoring pairs and updates have one shape a round, scoring
-    held-out answers one in all.
+    """Counted over two rounds: prompts of up to 32, 48, 64, 96 and 128 tokens; windows for features and for responses,
+    with scanned or unrolled layers; the supervised start has two shapes of batch; scoring pairs and updates have one
+    shape a round, scoring held-out answers one in all.
     """
     counts = collections.Counter(COMPILED)
-    assert 2 <= counts["generate_batch"] <= 6, counts
+    assert 2 <= counts["admit_prompts"] <= 6 and 2 <= counts["decode"] <= 4, counts
     assert 1 <= counts["score_batch"] <= 3 and counts["update_batch"] <= 4, counts
 
 

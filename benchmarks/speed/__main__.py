@@ -13,13 +13,11 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.speed import shapes
-from benchmarks.speed.timing import READY, TURNS_VARIABLE
+from benchmarks.speed.timing import in_turns
 
 PEERS = ("transformers", "tunix")
 WORK = ["sample", "update"]
@@ -97,45 +95,6 @@ def command(cell: str, name: str, options: argparse.Namespace) -> list[str]:
     parts += ["--repeats", str(options.repeats)]
     parts += ["--tiny"] if options.tiny else []
     return parts + (["--profile", str(options.profile)] if options.profile else [])
-
-
-def _to_next_turn(process: subprocess.Popen) -> str | None:
-    """Waits until the process asks for a turn or ends; returns None or its last line.
-
-    Raises:
-      SystemExit: if the process fails.
-    """
-    last = ""
-    for line in process.stdout:
-        if line.strip() == READY:
-            return None
-        last = line
-    if process.wait():
-        raise SystemExit(f"{' '.join(process.args)} failed with exit status {process.returncode}; its error is above")
-    return last
-
-
-def in_turns(commands: dict[str, list[str]]) -> dict[str, dict]:
-    """Runs the commands side by side, one call at a time in turn, and returns the results that they print."""
-    environment, running, results = {**os.environ, TURNS_VARIABLE: "1"}, {}, {}
-    with ExitStack() as stack:
-        for cell, parts in commands.items():
-            running[cell] = subprocess.Popen(
-                parts, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            stack.enter_context(running[cell])
-            stack.callback(running[cell].kill)
-        started = False  # a process reaches its first turn without being asked
-        while running:
-            for cell, process in list(running.items()):
-                if started:
-                    print(file=process.stdin, flush=True)
-                last = _to_next_turn(process)
-                if last is not None:
-                    results[cell] = json.loads(last)
-                    del running[cell]
-            started = True
-    return results
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, dict]:

@@ -19,7 +19,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _model(shape: Shape):
+def make_model(shape: Shape):
     torch.manual_seed(SEED)
     config = Qwen2Config(
         hidden_size=shape.width,
@@ -65,7 +65,7 @@ def machine(shape: Shape, repeats: int) -> dict:
 
 def sample(shape: Shape, repeats: int) -> dict:
     """Times `generate` with its key/value cache."""
-    model = _model(shape).eval()
+    model = make_model(shape).eval()
     ids = torch.tensor(prompt_ids(shape, shape.sample_rows, shape.sample_prompt), device=model.device)
     settings = dict(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0, max_new_tokens=shape.sample_new)
 
@@ -81,8 +81,8 @@ def sample(shape: Shape, repeats: int) -> dict:
 
 def update(shape: Shape, repeats: int) -> dict:
     """Times the releases' update of version 1 with IPO: six rows per example, all logits, policy and reference."""
-    policy = _model(shape).train()
-    reference = _model(shape).eval()
+    policy = make_model(shape).train()
+    reference = make_model(shape).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     examples = example_ids(shape)
     rows = [prompts[context] + responses[name] for prompts, responses in examples for context, name in CELLS]

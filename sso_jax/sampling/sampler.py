@@ -151,7 +151,8 @@ class Sampler:
         stage: str,
     ) -> SamplingStats:
         """Samples what is not in `done`, adds it there, and returns what it has cost."""
-        sizes = [Size(len(r.prompt_ids), min(budget, self.max_tokens - len(r.prompt_ids))) for r in requests]
+        limits = [min(budget, r.limit or budget, self.max_tokens - len(r.prompt_ids)) for r in requests]
+        sizes = [Size(len(r.prompt_ids), limit) for r, limit in zip(requests, limits, strict=True)]
         platform = self.mesh.devices.flat[0].platform
         shape = pool_shape(sizes, num_slots, num_batch_shards(self.mesh), page_size_of(platform))
         num_steps = -(-len(requests) // shape.num_slots) * budget
@@ -182,6 +183,8 @@ class Sampler:
         if self.journals is None:
             return None
         settings = [float(number) for number in self.strategy if number is not None]
-        whole_list = json.dumps([fingerprint(params), settings, budget, [[r.prompt_ids, r.key] for r in requests]])
+        whole_list = json.dumps(
+            [fingerprint(params), settings, budget, [[r.prompt_ids, r.key, r.limit] for r in requests]]
+        )
         name = hashlib.blake2b(whole_list.encode(), digest_size=12).hexdigest()
         return Journal(self.journals / name, name, jax.process_index())

@@ -29,6 +29,8 @@ class Request:
 
     prompt_ids: list[int]
     key: tuple[int, int]
+    limit: int | None = None
+    """Maximum tokens of this response, if below the stage's."""
 
 
 class SamplingStats(NamedTuple):

@@ -12,6 +12,8 @@ from sso_jax.commands.answer_files import converse, write_answers
 from sso_jax.data.benchmark_questions import BenchmarkQuestion, load_questions
 from sso_jax.data.chat import make_chat
 from sso_jax.data.tokenizer import encode_text
+from sso_jax.sampling.sampler import Samples
+from sso_jax.sampling.stage import SamplingStats
 from sso_jax.toy.pretraining import train_tokenizer
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")
@@ -109,7 +111,8 @@ class Parrot:
 
     def sample(self, params, requests, stage):
         self.prompts += [request.prompt_ids for request in requests]
-        return [encode_text(self.tokenizer, f"It is {len(request.prompt_ids)}.") for request in requests]
+        answers = [encode_text(self.tokenizer, f"It is {len(request.prompt_ids)}.") for request in requests]
+        return Samples(answers, [False] * len(answers), SamplingStats())
 
 
 class ParrotEngine:

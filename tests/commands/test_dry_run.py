@@ -89,8 +89,8 @@ def test_the_update_of_a_reward_model_has_no_vocabulary(online):
 
 def test_the_cache_holds_keys_and_values_of_all_slots(online):
     plan, compiled = online
-    a, slots = plan.model.architecture, 32 + 8  # the shortest prompt bucket and the new tokens
-    whole = 2 * a.num_layers * 8 * a.num_kv_heads * slots * a.head_size * 4
+    a, num_pages = plan.model.architecture, 4 * 4  # a page for each of two rows, but at least four on each of 4 shards
+    whole = 2 * a.num_layers * num_pages * a.num_kv_heads * 64 * a.head_size * 4
     assert compiled["prefill"].cache_bytes == compiled["decode"].cache_bytes == whole // 8
 
 
@@ -102,16 +102,18 @@ def test_a_mesh_of_its_own_to_sample_on_holds_a_second_copy_of_the_parameters(fo
     program = programs.compiled(traced, "prefill", plan.device_bytes)
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(plan.params))
     assert program.params_bytes == whole + shared.params_bytes and program.total_bytes >= program.params_bytes
-    assert program.cache_bytes == shared.cache_bytes  # 8 rows over 8 devices, or over 4 by 2 heads
+    assert program.cache_bytes == 2 * shared.cache_bytes  # as many pages on each device, with both heads
     assert program.flops == shared.flops
     assert program.fits and not (tight := programs.compiled(traced, "prefill", device_bytes=whole)).fits
     assert "prefill does not fit: set sampling.mesh null, which needs no second copy" in dry_run.table(plan, [tight])
 
 
-def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
-    """Counted by hand: matrices and attention over all slots for each token, the head once a row and token drawn."""
+def test_prefill_runs_the_prompts_and_decode_a_window_of_tokens(online):
+    """Counted by hand: matrices for each token, attention of prompts to themselves, of steps to all 16 pages of 64 slots
+    and to the 16 slots of the window, the head once a row and token drawn.
+    """
     plan, compiled = online
-    a, rows, slots, new = plan.model.architecture, 8, 32, 8
+    a, rows, slots, pages, window = plan.model.architecture, 8, 32, 16, 16
     attention = a.embed_dim * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads)
     layer = attention + 3 * a.embed_dim * a.mlp_dim
 
@@ -120,9 +122,9 @@ def test_prefill_runs_the_prompts_and_decode_every_other_token(online):
 
     head = a.embed_dim * a.vocab_size
     prefill = 2 * rows * (slots * a.num_layers * (layer + seen(slots)) + head)
-    step = 2 * rows * (a.num_layers * (layer + seen(slots + new)) + head)
+    step = 2 * (rows * (a.num_layers * (layer + seen(window)) + head) + a.num_layers * seen(pages * 64))
     assert compiled["prefill"].flops == prefill
-    assert compiled["decode"].flops == (new - 1) * step
+    assert compiled["decode"].flops == window * step
 
 
 def test_operations_of_scoring_and_of_the_update_are_the_hand_count(online):

@@ -19,6 +19,8 @@ from sso_jax.preferences.principles import feature_table
 from sso_jax.preferences.responses import SampleKey
 from sso_jax.recipes.stages.sampling import steer_from_source
 from sso_jax.runtime.errors import InputError
+from sso_jax.sampling.sampler import Samples
+from sso_jax.sampling.stage import SamplingStats
 from sso_jax.toy.pretraining import train_tokenizer
 
 QUERIES = [Query("a", "Why is the sky blue?"), Query("b", "Spell fox."), Query("c", "Say hello to Anna.")]
@@ -38,7 +40,9 @@ def engine_that_says(chat, answer):
     """An engine whose policy answers the text of each prompt with `answer(text)`; prompts of 300 tokens do not fit."""
 
     def sample(params, requests, stage, max_new_tokens):
-        return [encode_text(chat.tokenizer, answer(chat.tokenizer.decode(request.prompt_ids))) for request in requests]
+        texts = [answer(chat.tokenizer.decode(request.prompt_ids)) for request in requests]
+        responses = [encode_text(chat.tokenizer, text) for text in texts]
+        return Samples(responses, [False] * len(responses), SamplingStats())
 
     return SimpleNamespace(chat=chat, sampler=SimpleNamespace(sample=sample, fits=lambda prompt: len(prompt) < 300))
 
