@@ -195,7 +195,7 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
 
     def work():
         params, size = held["state"].all_params(), shape.update_microbatch
-        sums = score_examples(parts.score, parts.mesh, params, parts.items, parts.cells, size, "reference")
+        sums = score_examples(parts.score, params, parts.items, parts.cells, size, "reference")
         scored = batch._replace(
             reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape)
         )

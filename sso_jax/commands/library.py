@@ -109,7 +109,7 @@ def score(policy: Policy, queries: Sequence[str], responses: Sequence[str], syst
             )
         items.append(Scorable({"plain": prompt}, {"response": ids}))
     cells = [Cell("plain", "response")]
-    sums = score_examples(engine.score, engine.mesh, policy.params, items, cells, SCORING_BATCH, "log-probs")
+    sums = score_examples(engine.score, policy.params, items, cells, SCORING_BATCH, "log-probs")
     return [total for (total,) in sums]
 
 

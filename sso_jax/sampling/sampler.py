@@ -15,11 +15,11 @@ from sso_jax.models.fingerprint import fingerprint
 from sso_jax.models.paged_cache import page_size_of
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
+from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.mesh import num_batch_shards
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
 from sso_jax.sampling.decode import SamplerPrograms, unrolls_layers
-from sso_jax.sampling.journal import Journal
 from sso_jax.sampling.sampling_params import SamplingParams
 from sso_jax.sampling.slots import Size, Slots
 from sso_jax.sampling.stage import Request, SamplingStats, Stage, pool_shape, total_stats

@@ -251,6 +251,7 @@ class Score(NamedTuple):
     """(prepared parameters, rows, number of cells) -> sums."""
     by_sequence: bool
     """Whether rows should include sequences."""
+    mesh: jax.sharding.Mesh
 
 
 def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) -> Score:
@@ -266,4 +267,4 @@ def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) ->
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(mesh),
     )
-    return Score(build_cast(model, mesh), scored, model.by_sequence)
+    return Score(build_cast(model, mesh), scored, model.by_sequence, mesh)

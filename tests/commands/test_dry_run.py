@@ -109,7 +109,7 @@ def test_a_mesh_of_its_own_to_sample_on_holds_a_second_copy_of_the_parameters(fo
 
 
 def test_prefill_runs_the_prompts_and_decode_a_window_of_tokens(online):
-    """Counted by hand: matrices for each token, attention of prompts to themselves, of steps to all 16 pages of 64 slots
+    """Counted by hand: matrices for each token, attention of prompts to themselves, of steps to 16 pages of 64 slots
     and to the 16 slots of the window, the head once a row and token drawn.
     """
     plan, compiled = online

@@ -145,7 +145,7 @@ def test_greedy_tokens_and_their_log_probs_equal_transformers_over_64_steps_with
         expected.append(log_probs.gather(1, out[0, len(prompt) :, None]).sum().item())
     items = [Scorable({"plain": prompt}, {"chosen": response}) for prompt, response in zip(prompts, ours, strict=True)]
     score = build_score(model, one_device, shardings)
-    sums = score_examples(score, one_device, params, items, [("plain", "chosen")], 3, "test")
+    sums = score_examples(score, params, items, [("plain", "chosen")], 3, "test")
     np.testing.assert_allclose(np.ravel(sums), expected, rtol=0, atol=1e-4)
 
 

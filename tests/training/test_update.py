@@ -51,7 +51,7 @@ def scored(model, params, mesh, examples, cells, noise):
     shape = row_shape(
         scoring_batches(items, cells, 3), 4
     )  # on any mesh the same: gradients here blow up a rounding of these sums
-    sums = score_examples(score, mesh, params, items, cells, 3, "test", shape)
+    sums = score_examples(score, params, items, cells, 3, "test", shape)
     off = np.random.default_rng(1).normal(0, noise, (len(examples), len(cells)))
     return [
         e._replace(reference_log_probs=(np.array(row) + o).tolist())
@@ -212,7 +212,7 @@ def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_d
     shardings = state_shardings(params, param_shardings(abstract_params(model), one_device), optimizer, one_device)
     score = build_score(model, one_device, shardings.params)
     items = [Scorable({"plain": tree.prompt_ids}, {"chosen": tree.branches[0].response_ids}) for tree in trees]
-    sums = score_examples(score, one_device, params, items, [("plain", "chosen")], 2, "test")
+    sums = score_examples(score, params, items, [("plain", "chosen")], 2, "test")
     batch = supervised_batch(trees, 1, 2, row_shape([[tree] for tree in trees]))
     update = build_update(supervised_losses(model), optimizer, one_device, shardings, batch)
     with jax.set_mesh(one_device):

@@ -69,7 +69,7 @@ def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> fl
     ids = [[*encode_text(tokenizer, row["response"]), tokenizer.eos_token_id] for row in rows]
     prompts = [engine.chat.prompt_ids(row["query"]) for row in rows]
     items = [Scorable({"plain": p}, {"answer": own}) for p, own in zip(prompts, ids, strict=True)]
-    sums = score_examples(engine.score, engine.mesh, policy, items, [Cell("plain", "answer")], SCORING_BATCH, stage)
+    sums = score_examples(engine.score, policy, items, [Cell("plain", "answer")], SCORING_BATCH, stage)
     return float(np.mean([total / len(own) for (total,), own in zip(sums, ids, strict=True)]))
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sso_jax.data.records import Cell, Dropped, Prompts, Triple
 from sso_jax.data.tokenizer import tokens_hash
 from sso_jax.models.fingerprint import fingerprint
@@ -30,6 +32,7 @@ from sso_jax.recipes.reward_model import open_reward_scorer, tokenize_pair
 from sso_jax.recipes.run import Params, Round
 from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import on_first_process
+from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.json_lines import read_records
 from sso_jax.runtime.mesh import num_batch_shards
 from sso_jax.runtime.stage_markers import finished, read_verified, record_stage, reopen
@@ -193,9 +196,19 @@ def _score(
         batches, num_batch_shards(engine.mesh), this.previous_row_shape("pairs"), this.is_last, engine.model.by_sequence
     )
     stage = this.title("reference log-probs")
-    sums = score_examples(engine.score, engine.mesh, reference, items, cells, micro, stage, shape)
+    journal = _open_journal(this, _reference_key(this, reference, cells, fitting, prompts), micro)
+    sums = score_examples(engine.score, reference, items, cells, micro, stage, shape, journal)
     _require_finite(sums, fitting, cells)
     return [pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True)], shape
+
+
+def _open_journal(this: Round, reference_key: str, micro: int) -> Journal | None:
+    """Opens the journal of log-probs with this key, next to those of sampling; None without a folder for journals."""
+    folder = this.run.engine.sampler.journals
+    if folder is None:
+        return None
+    name = f"{reference_key}-{micro}"
+    return Journal(folder / name, name, jax.process_index())
 
 
 def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[Cell]) -> None:

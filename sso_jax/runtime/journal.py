@@ -1,6 +1,6 @@
-"""Journals of the responses of unfinished stages, from which an interrupted stage resumes.
+"""Journals of the results of unfinished stages, from which an interrupted stage resumes.
 
-A journal belongs to one list of requests, whose fingerprint is its first line; for another list it is started again.
+A journal belongs to one list of items, whose fingerprint is its first line; for another list it is started again.
 Every process of a run writes its share to its own file and reads the files of all processes.
 """
 
@@ -8,13 +8,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sso_jax.runtime.files import is_remote
 
 
 @dataclass(frozen=True)
 class Journal:
-    """Sampled responses by their index in the list of requests."""
+    """Results, lists of numbers, by their index in the list of items: responses as token ids, or log-probs."""
 
     folder: Path
     fingerprint: str
@@ -23,25 +24,25 @@ class Journal:
     def _part(self, process: int) -> Path:
         return self.folder / f"part_{process}.jsonl"
 
-    def read(self) -> dict[int, list[int]]:
-        """Returns the token ids of every completely written response; skips a line that was truncated by a kill."""
-        found: dict[int, list[int]] = {}
+    def read(self) -> dict[int, list[Any]]:
+        """Returns every completely written result; skips a line that was truncated by a kill."""
+        found: dict[int, list[Any]] = {}
         for part in sorted(self.folder.glob("part_*.jsonl")) if self.folder.is_dir() else ():
             lines = part.read_text().split("\n")
             if lines[0] != self.fingerprint:
                 continue
             for line in lines[1:-1]:  # text after the last newline is a truncated line
                 row = json.loads(line)
-                found.update(zip(row["at"], row["ids"], strict=True))
+                found.update(zip(row["at"], row["values"], strict=True))
         return found
 
-    def add(self, responses: dict[int, list[int]]) -> None:
-        """Appends responses; they are on disk when this returns."""
+    def add(self, results: dict[int, list[Any]]) -> None:
+        """Appends results; they are on disk when this returns."""
         if is_remote(self.folder):
             return  # an object store cannot append: a stage is repeated from its start there
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._part(self.process)
-        line = json.dumps({"at": list(responses), "ids": list(responses.values())})
+        line = json.dumps({"at": list(results), "values": list(results.values())})
         self._repair(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")

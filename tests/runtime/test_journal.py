@@ -1,4 +1,4 @@
-"""Responses kept while a stage is under way: what was written whole is read again, nothing of another list is."""
+"""Results kept while a stage runs: what was written whole is read again, nothing of another list is."""
 
 import json
 
@@ -10,11 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_model, toy_params
 
+from sso_jax.data.records import Cell
 from sso_jax.models.fingerprint import fingerprint
+from sso_jax.models.transformer import abstract_params
+from sso_jax.runtime.journal import Journal
+from sso_jax.runtime.mesh import param_shardings
+from sso_jax.runtime.signals import Stopped
 from sso_jax.sampling.decode import build_programs
-from sso_jax.sampling.journal import Journal
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.training import scoring
+from sso_jax.training.log_probs import build_score
+from sso_jax.training.scoring import Scorable, score_examples
 
 BATCHES = [{0: [5, 6], 3: [7]}, {1: []}, {2: [8, 9, 10]}]
 
@@ -115,3 +122,32 @@ def test_a_fingerprint_tells_parameters_apart_and_meshes_not(one_device, eight_d
     assert fingerprint({**one, "embedding": embedding}) != fingerprint(one)
     swapped = {"a": jnp.asarray(np.arange(4.0)), "b": jnp.ones(4)}
     assert fingerprint(swapped) != fingerprint({"a": swapped["b"], "b": swapped["a"]})
+
+
+def test_scoring_stops_after_a_batch_and_goes_on_with_the_next(tmp_path, one_device, monkeypatch):
+    """Stopped while the second of five batches is computed: both are kept, and three are left."""
+    model = toy_model(num_layers=1)
+    params, shardings = toy_params(model, one_device), param_shardings(abstract_params(model), one_device)
+    score, cells = build_score(model, one_device, shardings), [Cell("plain", "chosen"), Cell("plain", "rejected")]
+    draw = np.random.default_rng(0)
+    items = [
+        Scorable({"plain": draw.integers(3, 96, 4 + i).tolist()}, {"chosen": [5, 6 + i], "rejected": [7, 8, 9]})
+        for i in range(9)
+    ]
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        return score.log_probs(*arguments)
+
+    def run(journal):
+        own = score._replace(log_probs=counted)
+        return score_examples(own, params, items, cells, 2, "test", None, journal)
+
+    expected = run(None)
+    assert len(calls) == 5 and len(expected) == 9
+    monkeypatch.setattr(scoring, "stop_now", lambda: len(calls) == 7)
+    with pytest.raises(Stopped, match="after 4 of 9 examples"):
+        run(Journal(tmp_path / "j", "list"))
+    assert run(Journal(tmp_path / "j", "list")) == expected and len(calls) == 7 + 3
+    assert run(Journal(tmp_path / "j", "list")) == expected and len(calls) == 10
