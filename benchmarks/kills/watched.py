@@ -58,7 +58,7 @@ class Killer:
 
 def note_stage(note: Note, killer: Killer, holder, name: str, stage: str) -> None:
     """Wraps `holder.name` so that it notes when it is entered and left."""
-    setattr(holder, name, _noted(getattr(holder, name), note, killer, lambda *_: stage))
+    setattr(holder, name, _noted(getattr(holder, name), note, killer, lambda *_, **__: stage))
 
 
 def note_questions(note: Note, killer: Killer) -> None:
