@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.kernels import KERNELS
 from sso_jax.models.layers import Adapters, Projection, RMSNorm, Rotation, apply_rope, projection_options
-from sso_jax.models.paged_cache import PagedCache, PageTable, paged_attend
+from sso_jax.models.paged_cache import CACHE_AXES, PagedCache, PageTable, paged_attend
 from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.sequences import Sequences
 from sso_jax.runtime.mesh import constrain
@@ -23,10 +23,6 @@ class Cache(NamedTuple):
 
     keys: Float[Array, "L B K S H"]
     values: Float[Array, "L B K S H"]
-
-
-CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
-"""Logical names of the axes of a cache's arrays."""
 
 
 class Pages(NamedTuple):

@@ -36,7 +36,7 @@ class PagedCache(NamedTuple):
 
 
 CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
-"""Logical names of the axes of a cache's arrays; each shard of the batch has its own pages."""
+"""Logical names of the axes of a cache's arrays, paged or not; each shard of the batch has its own pages."""
 
 
 class PageTable(NamedTuple):

@@ -144,8 +144,9 @@ def measure_policy(environment: Environment, engine: Engine, params, seed: int, 
     chat, queries = engine.chat, environment.held_out
     requests = [Request(chat.prompt_ids(q.query), row_key(seed, 0, q.id, "evaluation")) for q in queries]
     rows, answers = [], []
-    for query, ids in zip(queries, engine.sampler.sample(params, requests, stage).responses, strict=True):
-        text, ended = decode_text(chat.tokenizer, ids), _ended(engine, ids)
+    samples = engine.sampler.sample(params, requests, stage)
+    for query, ids, cut in zip(queries, samples.responses, samples.cut, strict=True):
+        text, ended = decode_text(chat.tokenizer, ids), not cut
         judgement = environment.judge(query.query, text, ended)
         rows.append({"id": query.id, "query": query.query, "response": text, **judgement._asdict()})
         answers.append(Measured(world.group_of(query.query), judgement, len(ids), ended))

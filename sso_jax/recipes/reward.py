@@ -40,6 +40,7 @@ from sso_jax.recipes.stages.scoring import (
     score_and_filter,
 )
 from sso_jax.recipes.stages.update import TrainingResult, train
+from sso_jax.recipes.summary import role_numbers
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.json_lines import write_records
 from sso_jax.runtime.stage_markers import file_stage, record_stage
@@ -267,7 +268,7 @@ def _summarize(
         dropped=dict(dropped),
         before_filter=own.result.before_filter,
         endpoint_judge=own.judged,
-        sampling={**(own.steered.roles if own.steered else {}), **(own.sampled.roles if own.sampled else {})},
+        sampling=role_numbers(own.steered, own.sampled),
         reward={"num_trained": num_trained, **held_out},
         seconds={**seconds, "export": export_seconds, "held_out": measured["seconds"]},
         tokens_per_second={

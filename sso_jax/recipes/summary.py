@@ -10,6 +10,11 @@ from sso_jax.recipes.stages.scoring import PairsResult
 from sso_jax.recipes.stages.update import TrainingResult
 
 
+def role_numbers(steered: PrinciplesResult | None, sampled: ResponsesResult | None) -> dict[str, dict]:
+    """Returns the numbers of all that the policy sampled in a round, by role."""
+    return {**(steered.roles if steered else {}), **(sampled.roles if sampled else {})}
+
+
 def summarize(
     num_queries: int,
     chosen: PairsResult,
@@ -37,7 +42,7 @@ def summarize(
         unparsed=counts.unparsed if counts else None,
         unanswered=counts.unanswered if counts else None,
         endpoint_judge=judged,
-        sampling={**(steered.roles if steered else {}), **(sampled.roles if sampled else {})},
+        sampling=role_numbers(steered, sampled),
         seconds={**seconds, "export": export_seconds, "evaluation": evaluation.seconds},
         tokens_per_second={
             "sampling": sampled.tokens_per_second if sampled else None,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from sso_jax.models.attention import Pages, empty_cache
 from sso_jax.models.layer_layout import STACK, build_cast, unstack
-from sso_jax.models.paged_cache import CACHE_AXES, PagedCache, PageTable, write_window
+from sso_jax.models.paged_cache import CACHE_AXES, PagedCache, write_window
 from sso_jax.models.transformer import Transformer, abstract_params, project
 from sso_jax.runtime.mesh import batch_sharding, param_shardings, replicated, spec
 from sso_jax.sampling.prefill import (
@@ -62,7 +62,7 @@ def decode_window(
     A row whose response has ended is decoded on to no effect: no step depends on which rows have ended.
     """
     num_slots = state.last.shape[0]
-    pages = Pages(state.cache, PageTable(inputs.owner, inputs.visible, inputs.pages, inputs.num_used))
+    pages = Pages(state.cache, inputs.table)
     places = jnp.arange(WINDOW)
 
     def advance(step, carry):

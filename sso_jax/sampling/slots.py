@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sso_jax.models.paged_cache import PageTable
+
 WINDOW = 16
 """Decode steps between two looks at which rows have ended; a divisor of the page size."""
 
@@ -70,6 +72,7 @@ class Row:
     """A request in a slot."""
 
     request: int
+    slot: int
     size: Size
     pages: list[int] = field(default_factory=list)
     """Its pages, by their number within the shard."""
@@ -95,24 +98,11 @@ class Row:
         return response_start(self.size.prompt_tokens) + self.num_cached
 
 
-class Admission(NamedTuple):
-    """A request that has got a slot."""
-
-    slot: int
-    row: Row
-
-
 class WindowInputs(NamedTuple):
     """What the next window reads, as arrays; pages and slots count within a shard."""
 
-    owner: np.ndarray
-    """[N] slot of each page."""
-    visible: np.ndarray
-    """[N, P] whether a page's slot holds a token."""
-    pages: np.ndarray
-    """[B, J] pages of each row, -1 after its last."""
-    num_used: np.ndarray
-    """[S] for each shard, the pages up to the last one in use."""
+    table: PageTable
+    """What each slot's row has in the cache."""
     prompt_tokens: np.ndarray
     """[B]"""
     counts: np.ndarray
@@ -160,8 +150,8 @@ class Slots:
                 first.setdefault(self._shard(slot), slot)
         return sorted(first.values(), key=lambda slot: -len(self._free_pages[self._shard(slot)]))
 
-    def admit(self) -> list[Admission]:
-        """Gives free slots to the next requests of the queue, as long as the cache has room for them."""
+    def admit(self) -> list[Row]:
+        """Gives free slots to the next requests of the queue, as long as the cache has room; returns their rows."""
         admitted = []
         while self.queue:
             size = self.sizes[self.queue[0]]
@@ -170,10 +160,10 @@ class Slots:
             slot = next((slot for slot in self._free_slots() if self._has_room(self._shard(slot), needed, size)), None)
             if slot is None:
                 break
-            row = Row(self.queue.popleft(), size)
+            row = Row(self.queue.popleft(), slot, size)
             self._take(self._shard(slot), row, needed)
             self.rows[slot] = row
-            admitted.append(Admission(slot, row))
+            admitted.append(row)
         return admitted
 
     def _has_room(self, shard: int, needed: int, size: Size) -> bool:
@@ -191,18 +181,18 @@ class Slots:
 
     def grow(self) -> None:
         """Gives each row the page that the next window is written to; puts requests back if there are too few."""
-        for slot in list(self.rows):
-            row, shard = self.rows.get(slot), self._shard(slot)
-            if row is None or row.ends_with_next_window:
+        for row in list(self.rows.values()):
+            if row.ended or row.ends_with_next_window:
                 continue
+            shard = self._shard(row.slot)
             needed = self.shape.pages_for(row.next_slot() + WINDOW)
             while needed > len(row.pages) + len(self._free_pages[shard]):
-                youngest = next(other for other in reversed(self.rows) if self._shard(other) == shard)
-                self.rows[youngest].ended = True
-                self.queue.appendleft(self.rows[youngest].request)
+                youngest = next(other for other in reversed(self.rows.values()) if self._shard(other.slot) == shard)
+                youngest.ended = True
+                self.queue.appendleft(youngest.request)
                 self.release(youngest)
                 self.restarts += 1
-                if youngest == slot:
+                if youngest is row:
                     break
             else:
                 self._take(shard, row, needed)
@@ -211,10 +201,12 @@ class Slots:
         """Returns the inputs of the next window."""
         shape = self.shape
         inputs = WindowInputs(
-            owner=np.zeros(shape.num_pages, np.int32),
-            visible=np.zeros((shape.num_pages, shape.page_size), bool),
-            pages=np.full((shape.num_slots, shape.row_pages), -1, np.int32),
-            num_used=np.zeros(shape.num_shards, np.int32),
+            table=PageTable(
+                owner=np.zeros(shape.num_pages, np.int32),
+                visible=np.zeros((shape.num_pages, shape.page_size), bool),
+                pages=np.full((shape.num_slots, shape.row_pages), -1, np.int32),
+                num_used=np.zeros(shape.num_shards, np.int32),
+            ),
             prompt_tokens=np.ones(shape.num_slots, np.int32),
             counts=np.ones(shape.num_slots, np.int32),
             limits=np.ones(shape.num_slots, np.int32),
@@ -222,22 +214,23 @@ class Slots:
             write_page=np.full(shape.num_slots, shape.shard_pages, np.int32),
             write_part=np.zeros(shape.num_slots, np.int32),
         )
-        for slot, row in self.rows.items():
-            self._describe(inputs, slot, row)
+        for row in self.rows.values():
+            self._describe(inputs, row)
         return inputs
 
-    def _describe(self, inputs: WindowInputs, slot: int, row: Row) -> None:
+    def _describe(self, inputs: WindowInputs, row: Row) -> None:
         """Writes what the next window reads of a row."""
+        slot, table = row.slot, inputs.table
         shard, start = self._shard(slot), response_start(row.size.prompt_tokens)
         num_slots = start + row.num_cached if row.windows else row.size.prompt_tokens
         used = row.pages[: self.shape.pages_for(num_slots)]
         places = np.arange(len(used) * self.shape.page_size)
         seen = (places < row.size.prompt_tokens) | ((places >= start) & (places < start + row.num_cached))
         own = np.asarray(used) + shard * self.shape.shard_pages
-        inputs.owner[own] = slot - shard * self.shape.shard_slots
-        inputs.visible[own] = seen.reshape(-1, self.shape.page_size)
-        inputs.pages[slot, : len(used)] = used
-        inputs.num_used[shard] = max(inputs.num_used[shard], max(used) + 1)
+        table.owner[own] = slot - shard * self.shape.shard_slots
+        table.visible[own] = seen.reshape(-1, self.shape.page_size)
+        table.pages[slot, : len(used)] = used
+        table.num_used[shard] = max(table.num_used[shard], max(used) + 1)
         inputs.prompt_tokens[slot], inputs.counts[slot] = row.size.prompt_tokens, 1 + row.num_cached
         inputs.limits[slot], inputs.live[slot] = row.size.limit, True
         if not row.ends_with_next_window:
@@ -246,21 +239,17 @@ class Slots:
 
     def advance(self) -> None:
         """Counts a window for all rows, and frees the slots of those that have reached their limit."""
-        for slot, row in list(self.rows.items()):
+        for row in list(self.rows.values()):
             ends = row.ends_with_next_window
             row.windows += 1
             if ends:
-                self.release(slot)
+                self.release(row)
 
-    def release_row(self, row: Row) -> None:
+    def release(self, row: Row) -> None:
         """Frees the slot and the pages of a row, unless that has been done."""
-        slot = next((slot for slot, own in self.rows.items() if own is row), None)
-        if slot is not None:
-            self.release(slot)
-
-    def release(self, slot: int) -> None:
-        """Frees a slot and its pages."""
-        row, shard = self.rows.pop(slot), self._shard(slot)
-        free = self._free_pages[shard]
+        if self.rows.get(row.slot) is not row:
+            return
+        del self.rows[row.slot]
+        free = self._free_pages[self._shard(row.slot)]
         free.extend(row.pages)
         free.sort(reverse=True)  # the lowest numbers are taken first, so that the pages in use lie close together

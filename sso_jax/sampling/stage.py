@@ -15,7 +15,7 @@ from sso_jax.runtime.mesh import batch_sharding, place, replicated
 from sso_jax.sampling.decode import Drawn, SamplerPrograms
 from sso_jax.sampling.prefill import FirstTokens, Prompts, Weights
 from sso_jax.sampling.sampling_params import SamplingParams
-from sso_jax.sampling.slots import WINDOW, Admission, PoolShape, Row, Size, Slots, most_slots
+from sso_jax.sampling.slots import WINDOW, PoolShape, Row, Size, Slots, most_slots
 
 PROMPT_TOKENS = 256
 """Tokens that are run at once for prompts, on each shard of the batch, or a single longer prompt."""
@@ -105,9 +105,8 @@ class Stage:
           slots: empty slots with their queue.
           sampling: sampling settings and stop tokens.
         """
-        self._programs, self._mesh, self._weights, self._requests, self._slots = (
-            programs, mesh, weights, requests, slots
-        )  # fmt: skip
+        self._programs, self._mesh, self._weights = programs, mesh, weights
+        self._requests, self._slots = requests, slots
         self._sampling = place(sampling, replicated(mesh))
         self._state = programs.start(slots.shape)
         self._unread: deque[_Read] = deque()
@@ -139,15 +138,15 @@ class Stage:
 
     def _admitted(self) -> Iterator[tuple[Prompts, list[tuple[int, Row]]]]:
         """Yields batches of newly admitted prompts of one padded length, and the rows in them."""
-        by_length: dict[int, list[Admission]] = {}
-        for admission in self._slots.admit():
-            by_length.setdefault(bucket(admission.row.size.prompt_tokens), []).append(admission)
-        for length, admissions in by_length.items():
-            while admissions:
-                yield self._take_batch(length, admissions)
+        by_length: dict[int, list[Row]] = {}
+        for row in self._slots.admit():
+            by_length.setdefault(bucket(row.size.prompt_tokens), []).append(row)
+        for length, rows in by_length.items():
+            while rows:
+                yield self._take_batch(length, rows)
 
-    def _take_batch(self, length: int, admissions: list[Admission]) -> tuple[Prompts, list[tuple[int, Row]]]:
-        """Removes a batch from the admissions: each shard's rows hold prompts for its own slots."""
+    def _take_batch(self, length: int, rows: list[Row]) -> tuple[Prompts, list[tuple[int, Row]]]:
+        """Removes a batch from the rows: each shard's part holds prompts for its own slots."""
         shape = self._slots.shape
         batch_size = prompts_at_once(length, shape)
         each = batch_size // shape.num_shards
@@ -160,14 +159,14 @@ class Stage:
             pages=np.full((batch_size, shape.pages_for(length)), shape.shard_pages, np.int32),
         )
         taken, next_row = [], [shard * each for shard in range(shape.num_shards)]
-        for admission in list(admissions):
-            shard, slot = divmod(admission.slot, shape.shard_slots)
+        for row in list(rows):
+            shard, slot = divmod(row.slot, shape.shard_slots)
             at = next_row[shard]
             if at == (shard + 1) * each:
                 continue
             next_row[shard] += 1
-            admissions.remove(admission)
-            request, row = self._requests[admission.row.request], admission.row
+            rows.remove(row)
+            request = self._requests[row.request]
             prompts.tokens[at, : row.size.prompt_tokens] = request.prompt_ids
             prompts.lengths[at], prompts.limits[at], prompts.slots[at] = *row.size, slot
             prompts.keys[at] = request.key
@@ -182,7 +181,7 @@ class Stage:
         self._unread.append(_Read(first, rows))
         for _, row in rows:
             if row.size.limit == 1:
-                self._slots.release_row(row)
+                self._slots.release(row)
 
     def _run_window(self) -> None:
         self._slots.grow()
@@ -207,5 +206,5 @@ class Stage:
             if drawn.done[at]:
                 row.ended = True
                 ended[row.request] = row.response
-                self._slots.release_row(row)
+                self._slots.release(row)
         return ended

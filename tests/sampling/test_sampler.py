@@ -81,8 +81,8 @@ def test_bits_of_a_row_do_not_depend_on_the_others(one_device):
             for slot in range(4)
             if inputs.live[slot] and inputs.prompt_tokens[slot] == size and inputs.counts[slot] == 1 + 2 * WINDOW
         )
-        page = inputs.pages[slot][0]
-        seen.setdefault("pages", []).append(values[:, page][..., np.flatnonzero(inputs.visible[page]), :])
+        page = inputs.table.pages[slot][0]
+        seen.setdefault("pages", []).append(values[:, page][..., np.flatnonzero(inputs.table.visible[page]), :])
         seen.setdefault("responses", []).append(responses[0])
     assert seen["responses"][0] == seen["responses"][1]
     np.testing.assert_array_equal(*seen["pages"])

@@ -30,7 +30,7 @@ def simulate(sizes, lengths, shape, lag=0, check=lambda slots: None):
                 if not row.ended and 1 + done * WINDOW >= lengths[row.request]:
                     row.ended = True
                     ended.append(row.request)
-                    slots.release_row(row)
+                    slots.release(row)
     return slots, ended, windows
 
 
@@ -53,13 +53,13 @@ def check_pages(slots):
         assert all(0 <= page < shape.shard_pages for page in held)
     for slot, row in slots.rows.items():
         first = slot // shape.shard_slots * shape.shard_pages
-        pages = inputs.pages[slot][inputs.pages[slot] >= 0]
-        seen = inputs.visible[first + pages].reshape(-1)
+        pages = inputs.table.pages[slot][inputs.table.pages[slot] >= 0]
+        seen = inputs.table.visible[first + pages].reshape(-1)
         start = response_start(row.size.prompt_tokens)
         expected = [*range(row.size.prompt_tokens), *range(start, start + row.windows * WINDOW)]
         assert np.flatnonzero(seen).tolist() == expected
-        assert (inputs.owner[first + pages] == slot % shape.shard_slots).all()
-        assert inputs.num_used[slot // shape.shard_slots] > pages.max()
+        assert (inputs.table.owner[first + pages] == slot % shape.shard_slots).all()
+        assert inputs.table.num_used[slot // shape.shard_slots] > pages.max()
         if not row.ends_with_next_window:
             place = row.pages.index(inputs.write_page[slot]) * PAGE + inputs.write_part[slot] * WINDOW
             assert place == start + row.windows * WINDOW

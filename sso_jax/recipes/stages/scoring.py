@@ -127,14 +127,15 @@ def score_and_filter(
     if stored is not None and trained:
         return PairsResult.of_stage(read_records(Triple, this.folder / PAIRS_FILE), stored)
     reference = _reference(this, policy)
+    reference_hash = fingerprint(reference)
     if stored is not None:
-        _discard_stale_pairs(this, reference, cells, prompts, stored)
+        _discard_stale_pairs(this, reference_hash, cells, prompts, stored)
 
     def make() -> tuple[list[Triple], dict]:
         triples, dropped = candidates()
-        scored, shape = _score(this, reference, triples, cells, prompts, dropped)
+        scored, shape = _score(this, reference, reference_hash, triples, cells, prompts, dropped)
         kept, stats = apply_filters(this, scored, dropped)
-        key = _reference_key(this, reference, cells, kept, prompts)
+        key = _reference_key(this, reference_hash, cells, kept, prompts)
         return kept, {**stats, "row_shape": shape, "reference_key": key}
 
     return PairsResult.of_stage(*record_stage(this.folder, "pairs", Triple, make))
@@ -147,11 +148,11 @@ def _reference(this: Round, policy: Params) -> Params:
 
 
 def _discard_stale_pairs(
-    this: Round, reference: Params, cells: list[Cell], prompts: dict[str, Prompts], stored: dict
+    this: Round, reference_hash: str, cells: list[Cell], prompts: dict[str, Prompts], stored: dict
 ) -> None:
     """Reopens the finished stage if its log-probs are not from this reference, tokenizer and token ids."""
     path = this.folder / PAIRS_FILE
-    if _reference_key(this, reference, cells, read_records(Triple, path), prompts) == stored.get("reference_key"):
+    if _reference_key(this, reference_hash, cells, read_records(Triple, path), prompts) == stored.get("reference_key"):
         return
     if on_first_process(lambda: (this.folder / "checkpoints").exists()):
         raise RunError(
@@ -163,17 +164,18 @@ def _discard_stale_pairs(
 
 
 def _reference_key(
-    this: Round, reference: Params, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]
+    this: Round, reference_hash: str, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]
 ) -> str:
     """Returns a hash of what the reference's log-probs depend on: weights, tokenizer, cells and token ids."""
     rows = [[prompts.get(triple.id), triple.response_ids] for triple in pairs]
-    content = json.dumps([fingerprint(reference), tokens_hash(this.run.engine.chat.tokenizer), cells, rows])
+    content = json.dumps([reference_hash, tokens_hash(this.run.engine.chat.tokenizer), cells, rows])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _score(
     this: Round,
     reference: Params,
+    reference_hash: str,
     triples: list[Triple],
     cells: list[Cell],
     prompts: dict[str, Prompts],
@@ -196,7 +198,7 @@ def _score(
         batches, num_batch_shards(engine.mesh), this.previous_row_shape("pairs"), this.is_last, engine.model.by_sequence
     )
     stage = this.title("reference log-probs")
-    journal = _open_journal(this, _reference_key(this, reference, cells, fitting, prompts), micro)
+    journal = _open_journal(this, _reference_key(this, reference_hash, cells, fitting, prompts), micro)
     sums = score_examples(engine.score, reference, items, cells, micro, stage, shape, journal)
     _require_finite(sums, fitting, cells)
     return [pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True)], shape
