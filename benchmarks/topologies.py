@@ -32,6 +32,8 @@ SMALLER = ("v5p:2x2x1", "v6e:2x4")
 Half of v5e:4x4 is omitted: it cannot even hold parameters, moments and gradient.
 """
 SCALING = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
+ALL = 2**30
+"""Tokens of a device step that holds a whole update."""
 Cell = tuple[str, str, str]
 """Model, objective, topology."""
 
@@ -51,7 +53,7 @@ def compile_cell(cell: Cell) -> dict:
         dry_run=topology,
         model=ModelConfig(path=model, compute_dtype="bfloat16"),
         objective=FORMS[form],
-        train=TrainConfig(batch_size=len(devices), max_tokens=2048, log_original=False),
+        train=TrainConfig(batch_size=len(devices), tokens_per_step=ALL, max_tokens=2048, log_original=False),
     )
     plan = programs.make_plan(config, devices, dry_run.chip_gib(topology) * programs.GIB)
     program = programs.compiled(programs.trace_policy_update(plan), "update", plan.device_bytes)

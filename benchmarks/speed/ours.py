@@ -29,13 +29,13 @@ from sso_jax.runtime.mesh import make_mesh, num_batch_shards, param_shardings
 from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Request, Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
-from sso_jax.training.batches import Example, PreferenceBatch, cut_microbatches, micro_trees, preference_batch
+from sso_jax.training.batches import Example, UpdateBatch, preference_step, update_batch
+from sso_jax.training.device_steps import StepLimits, StepPlan, plan_steps
 from sso_jax.training.example_losses import preference_losses
 from sso_jax.training.log_probs import Score, build_score
 from sso_jax.training.optimizer import make_optimizer
 from sso_jax.training.packing import pack
-from sso_jax.training.row_shapes import row_shape
-from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.scoring import Scorable, plan_scoring, score_examples, scoring_steps
 from sso_jax.training.trees import steered_trees
 from sso_jax.training.update import TrainState, build_update, init_state
 
@@ -124,8 +124,9 @@ class UpdateParts(NamedTuple):
     items: list[Scorable]
     cells: list[tuple[str, str]]
     score: Score
+    scoring: StepPlan
     update: Callable
-    batch_of: Callable[[list[list[float]]], PreferenceBatch]
+    batch_of: Callable[[list[list[float]]], UpdateBatch]
     """Builds the batch of the examples from the reference's log-probs."""
 
 
@@ -141,15 +142,17 @@ def make_update_parts(shape: Shape, devices: list | None = None) -> UpdateParts:
     optimizer = make_optimizer(0.9, 0.999, 1e-8, 0.0, 1.0)
     shapes, placed = abstract_state(nn.unbox(boxed), shardings, optimizer, mesh)
     items = [Scorable(*ids) for ids in example_ids(shape)]
+    trees = [steered_trees(*item, objective.cells, 0) for item in items]
+    tokens = shape.update_microbatch * sum(tree.num_tokens() for tree in trees[0])
+    limits = StepLimits(tokens, num_batch_shards(mesh), model.by_sequence)
+    steps = plan_steps([trees], limits)
 
-    def batch_of(sums: list[list[float]]) -> PreferenceBatch:
+    def batch_of(sums: list[list[float]]) -> UpdateBatch:
         examples = [
             Example(str(i), *item, log_probs) for i, (item, log_probs) in enumerate(zip(items, sums, strict=True))
         ]
-        micros = cut_microbatches(examples, shape.update_microbatch, len(items) // shape.update_microbatch)
-        trees = [micro_trees(micro, objective.cells) for micro in micros]
-        rows = row_shape(trees, num_batch_shards(mesh), by_sequence=model.by_sequence)
-        return preference_batch(examples, objective.cells, shape.update_microbatch, len(micros), rows)
+        build = functools.partial(preference_step, cells=objective.cells, weight=1.0 / len(examples))
+        return update_batch(examples, steps.updates[0], steps.shapes, build)
 
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
     update = build_update(
@@ -161,7 +164,8 @@ def make_update_parts(shape: Shape, devices: list | None = None) -> UpdateParts:
         functools.partial(cast_to_compute, model),
     )
     score = build_score(model, mesh, shardings)
-    return UpdateParts(model, mesh, optimizer, shapes, placed, items, objective.cells, score, update, batch_of)
+    scoring = plan_scoring(items, objective.cells, limits)
+    return UpdateParts(model, mesh, optimizer, shapes, placed, items, objective.cells, score, scoring, update, batch_of)
 
 
 def no_log_probs(items: list, cells: list) -> list[list[float]]:
@@ -172,16 +176,24 @@ def no_log_probs(items: list, cells: list) -> list[list[float]]:
 def traced(parts: UpdateParts) -> dict:
     """Returns the operations of traced scoring and update, and the share of padding in the update's rows."""
     batch = parts.batch_of(no_log_probs(parts.items, parts.cells))
-    num_cells = len(parts.items) * len(parts.cells)
-    trees = [
-        tree for e, item in enumerate(parts.items) for tree in steered_trees(*item, parts.cells, e * len(parts.cells))
-    ]
-    rows = pack(trees, row_shape([trees], num_batch_shards(parts.mesh), by_sequence=parts.model.by_sequence), num_cells)
+    scoring = parts.scoring
     with jax.set_mesh(parts.mesh):
-        updated = parts.update.trace(parts.shapes, batch, RATE).jaxpr
+        updated = count_flops(parts.update.trace(parts.shapes, batch, RATE).jaxpr, batch.num_steps.tolist())
         params = jax.eval_shape(parts.score.prepare, parts.shapes.all_params())
-        scored = parts.score.log_probs.trace(params, rows, num_cells).jaxpr
-    return {"flops": count_flops(updated) + count_flops(scored), "padding": float(1.0 - np.mean(batch.rows.tree > 0))}
+        scored = 0
+        for step in scoring_steps(parts.items, parts.cells, scoring):
+            num_cells = step.shape.num_examples * len(parts.cells)
+            rows = pack(step.trees, step.shape.rows, num_cells, step.bins)
+            scored += count_flops(parts.score.log_probs.trace(params, rows, num_cells).jaxpr)
+    used = [
+        np.concatenate(
+            [
+                (group.rows.tree > 0)[:number].ravel()
+                for group, number in zip(batch.groups, batch.num_steps, strict=True)
+            ]
+        )
+    ]
+    return {"flops": updated + scored, "padding": float(1.0 - np.mean(used))}
 
 
 def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
@@ -189,18 +201,13 @@ def start_updates(shape: Shape) -> tuple[Callable, Callable[[], dict]]:
     parts = make_update_parts(shape)
     params = random_params(parts.model, param_shardings(abstract_params(parts.model), parts.mesh))
     held = {"state": init_state(params, parts.optimizer, parts.shardings)}
-    batch = parts.batch_of(
-        no_log_probs(parts.items, parts.cells)
-    )  # not timed: a run packs rows while the device is busy
 
     def work():
-        params, size = held["state"].all_params(), shape.update_microbatch
-        sums = score_examples(parts.score, params, parts.items, parts.cells, size, "reference")
-        scored = batch._replace(
-            reference_log_probs=np.reshape(np.asarray(sums, np.float32), batch.reference_log_probs.shape)
+        sums = score_examples(
+            parts.score, held["state"].all_params(), parts.items, parts.cells, parts.scoring, "reference"
         )
         with jax.set_mesh(parts.mesh):
-            held["state"], metrics = parts.update(held["state"], scored, RATE)
+            held["state"], metrics = parts.update(held["state"], parts.batch_of(sums), RATE)
         jax.block_until_ready((held["state"], metrics))
 
     return work, lambda: traced(parts)

@@ -37,7 +37,7 @@ class Shape:
     update_prompt: int = 256
     update_response: int = 128
     update_microbatch: int = 1
-    """Examples per device step (train.microbatch_size of this project)."""
+    """Examples per device step, whose tokens are train.tokens_per_step of this project."""
     max_logits: int = 2**25
     """model.max_logits of this project."""
     adapter_rank: int = 0

@@ -4,10 +4,9 @@ import logging
 import os
 import re
 
-from sso_jax.commands.programs import GIB, Plan, Program, compiled, make_plan, microbatch_size, programs_of
+from sso_jax.commands.programs import GIB, Plan, Program, compiled, make_plan, programs_of
 from sso_jax.config import Config
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.mesh import num_batch_shards
 
 log = logging.getLogger(__name__)
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
@@ -89,7 +88,7 @@ def _heading(plan: Plan) -> list[str]:
     lines = [
         f"{config.model.path} on {config.dry_run}: {mesh.size} chips of {plan.device_bytes // GIB} GiB, mesh "
         f"{dict(mesh.shape)}",
-        f"updates of {config.train.batch_size} examples, {microbatch_size(config)} a device step; prompts of "
+        f"updates of {config.train.batch_size} examples in steps of {plan.step_limits.tokens} tokens; prompts of "
         f"{plan.prompt_tokens} and responses of {plan.response_tokens} tokens; {config.sampling.batch_size} responses "
         "sampled together",
     ]
@@ -100,16 +99,14 @@ def _heading(plan: Plan) -> list[str]:
 
 def _advice(plan: Plan, program: Program) -> str:
     """Returns what to change, starting with the largest part."""
-    config, shards, of_sampling = plan.config, num_batch_shards(plan.training.mesh), program.cache_bytes > 0
+    config, of_sampling = plan.config, program.cache_bytes > 0
     options = []
     if of_sampling and plan.sampling is not plan.training:
         options.append("set sampling.mesh null, which needs no second copy of the parameters")
     if program.cache_bytes > program.other_bytes:
         options.append(f"lower sampling.batch_size (now {config.sampling.batch_size})")
-    elif not of_sampling and microbatch_size(config) > shards:
-        options.append(
-            f"lower train.microbatch_size (now {microbatch_size(config)}) towards {shards}, one example per chip"
-        )
+    elif not of_sampling:
+        options.append(f"lower train.tokens_per_step (now {plan.step_limits.tokens})")
     if config.model.compute_dtype == "float32":
         options.append("set model.compute_dtype bfloat16")
     if program.optimizer_bytes and not config.model.remat:

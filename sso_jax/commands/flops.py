@@ -5,28 +5,30 @@ iterations given by the caller.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 from jax import core
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count_flops(program: ClosedJaxpr, while_trips: int = 1) -> int:
+def count_flops(program: ClosedJaxpr, while_trips: int | Sequence[int] = 1) -> int:
     """Returns the operations of the matrix products of `program` (`jax.make_jaxpr(f)(*shapes)`), two per multiply-add.
 
     Example: a scan over 10 layers of [4, 8] @ [8, 16] counts 10 * 2 * 4*8*16 = 10,240.
 
     Args:
       program: the traced program.
-      while_trips: iterations of each while loop, which the program does not specify.
+      while_trips: iterations of every while loop, or of each in the order of the program, which does not specify them.
     """
-    return _count(program.jaxpr, while_trips)
+    return _count(program.jaxpr, repeat(while_trips) if isinstance(while_trips, int) else iter(while_trips))
 
 
-def _count(jaxpr: Jaxpr, while_trips: int) -> int:
+def _count(jaxpr: Jaxpr, while_trips: Iterator[int]) -> int:
     return sum(_of_equation(equation, while_trips) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation, while_trips: int) -> int:
+def _of_equation(equation, while_trips: Iterator[int]) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
@@ -34,18 +36,18 @@ def _of_equation(equation, while_trips: int) -> int:
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
         return max(_count(branch.jaxpr, while_trips) for branch in params["branches"])
-    inner = sum(
+    repeats = _repeats(name, params, while_trips)
+    return repeats * sum(
         _count(_open(value), while_trips) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)
     )
-    return inner * _repeats(name, params, while_trips)
 
 
-def _repeats(name: str, params: dict, while_trips: int) -> int:
+def _repeats(name: str, params: dict, while_trips: Iterator[int]) -> int:
     """Returns how often an operation runs its inner program: per loop step, block, or device."""
     if name == "scan":
         return params["length"]
     if name == "while":
-        return while_trips
+        return next(while_trips)
     if name == "pallas_call":
         return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
     if name == "shard_map":

@@ -16,9 +16,6 @@ from sso_jax.runtime.errors import InputError
 from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.training.scoring import Scorable, score_examples
 
-SCORING_BATCH = 16
-"""Responses scored per batch."""
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -109,7 +106,7 @@ def score(policy: Policy, queries: Sequence[str], responses: Sequence[str], syst
             )
         items.append(Scorable({"plain": prompt}, {"response": ids}))
     cells = [Cell("plain", "response")]
-    sums = score_examples(engine.score, policy.params, items, cells, SCORING_BATCH, "log-probs")
+    sums = score_examples(engine.score, policy.params, items, cells, engine.step_limits, "log-probs")
     return [total for (total,) in sums]
 
 

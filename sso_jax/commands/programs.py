@@ -42,12 +42,21 @@ from sso_jax.sampling.prefill import DecodeState, Prompts, Weights, empty_state
 from sso_jax.sampling.sampling_params import make_sampling_params
 from sso_jax.sampling.slots import PoolShape, Size, Slots
 from sso_jax.sampling.stage import pool_shape, prompts_at_once
-from sso_jax.training.batches import Example, micro_trees, preference_batch, supervised_batch
+from sso_jax.training.batches import (
+    Example,
+    example_trees,
+    preference_step,
+    supervised_step,
+    token_weight,
+    update_batch,
+)
+from sso_jax.training.device_steps import StepLimits, StepPlan, plan_steps
 from sso_jax.training.example_losses import ExampleLosses, supervised_losses
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.packing import pack
-from sso_jax.training.rewards import TokenizedPair, pair_trees, reward_batch, reward_losses
-from sso_jax.training.row_shapes import RowShape, row_shape
+from sso_jax.training.rewards import TokenizedPair, pair_trees, reward_losses, reward_step
+from sso_jax.training.scoring import PACKED_TOGETHER
+from sso_jax.training.step_limits import step_limits
 from sso_jax.training.trees import Branch, Tree
 from sso_jax.training.update import build_update
 
@@ -76,6 +85,7 @@ class Plan:
     sampling: Placement
     """The same as `training`, unless sampling.mesh is given."""
     device_bytes: int
+    step_limits: StepLimits
     prompt_tokens: int
     response_tokens: int
 
@@ -143,7 +153,9 @@ def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
     prompt_tokens = max_tokens // PROMPT_SHARE
     params = nn.unbox(abstract_params(model))
-    return Plan(config, model, params, training, sampling, device_bytes, prompt_tokens, max_tokens - prompt_tokens)
+    limits = step_limits(model, shardings, training.mesh, config.train.tokens_per_step, device_bytes)
+    response_tokens = max_tokens - prompt_tokens
+    return Plan(config, model, params, training, sampling, device_bytes, limits, prompt_tokens, response_tokens)
 
 
 def programs_of(config: Config) -> dict[str, Callable[[Plan], Traced]]:
@@ -166,8 +178,10 @@ def _shapes(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _trace(plan: Plan, place: Placement, program: Callable, args: tuple, trips: int = 1, **sizes: int) -> Traced:
-    """Traces a program with `args`, parameters first, and counts its operations; a while loop counts `trips` times."""
+def _trace(
+    plan: Plan, place: Placement, program: Callable, args: tuple, trips: int | list[int] = 1, **sizes: int
+) -> Traced:
+    """Traces a program with `args`, parameters first, and counts its operations; while loops count `trips` times."""
     with jax.set_mesh(place.mesh):
         traced = program.trace(*args)
     return Traced(traced, place.mesh, count_flops(traced.jaxpr, trips), _bytes(plan.params, place.shardings), **sizes)
@@ -278,11 +292,6 @@ def _examples(plan: Plan, count: int, cells: list[Cell]) -> list[Example]:
     return [Example(str(i), prompts, responses, [0.0] * len(cells)) for i in range(count)]
 
 
-def microbatch_size(config: Config) -> int:
-    """Returns the number of examples in a device step."""
-    return config.train.microbatch_size or config.train.batch_size
-
-
 def _objective(config: Config) -> Objective:
     """Returns the objective of the policy's updates, with y_o's log-prob if that is logged."""
     if config.recipe == "generator":
@@ -290,25 +299,31 @@ def _objective(config: Config) -> Objective:
     return round_objective(config)
 
 
-def _row_shape(plan: Plan, trees: list[Tree]) -> RowShape:
-    return row_shape([trees], num_batch_shards(plan.training.mesh), by_sequence=plan.model.by_sequence)
+def _plan_steps(plan: Plan, examples: list[list[Tree]]) -> StepPlan:
+    """Plans the device steps of one update."""
+    return plan_steps([examples], plan.step_limits)
+
+
+def _trees(examples: list[Example], cells: list[Cell]) -> list[list[Tree]]:
+    return [example_trees([example], cells) for example in examples]
 
 
 def trace_scoring(plan: Plan) -> Traced:
-    """Traces the scoring of one device step of examples by the reference."""
+    """Traces the scoring of the largest device step by the reference."""
     objectives = generator.objectives(plan.config) if plan.config.recipe == "generator" else (_objective(plan.config),)
     cells = max((reference_cells(objective, plan.config.filter.enabled) for objective in objectives), key=len)
-    count = microbatch_size(plan.config)
-    trees = micro_trees(_examples(plan, count, cells), cells)
-    num_cells = count * len(cells)
-    rows = pack(trees, _row_shape(plan, trees), num_cells)
+    examples = _examples(plan, PACKED_TOGETHER, cells)
+    steps = _plan_steps(plan, _trees(examples, cells))
+    shape, first = steps.shapes[0], next(step for step in steps.updates[0] if step.shape == 0)
+    num_cells = shape.num_examples * len(cells)
+    rows = pack(example_trees([examples[i] for i in first.examples], cells), shape.rows, num_cells, first.bins)
     score = build_score(plan.model, plan.training.mesh, plan.training.shardings)
     params = jax.eval_shape(score.prepare, plan.params)
     return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells))
 
 
 def trace_policy_update(plan: Plan) -> Traced:
-    """Traces one update with train.batch_size pairs, in microbatches."""
+    """Traces one update with train.batch_size pairs."""
     return _trace_preferences(plan, _objective(plan.config))
 
 
@@ -319,38 +334,39 @@ def trace_generator_update(plan: Plan) -> Traced:
 
 
 def _trace_preferences(plan: Plan, objective: Objective) -> Traced:
-    train, micro, cells = plan.config.train, microbatch_size(plan.config), trained_cells(objective)
-    examples = _examples(plan, train.batch_size, cells)
-    shape = _row_shape(plan, micro_trees(examples[:micro], cells))
-    batch = preference_batch(examples, cells, micro, train.batch_size // micro, shape)
-    return _trace_update(plan, batch, losses_of(plan.model, objective))
+    cells = trained_cells(objective)
+    examples = _examples(plan, plan.config.train.batch_size, cells)
+    steps = _plan_steps(plan, _trees(examples, cells))
+    build = partial(preference_step, cells=cells, weight=1.0 / len(examples))
+    return _trace_update(plan, examples, steps, build, losses_of(plan.model, objective))
 
 
 def trace_supervised_update(plan: Plan) -> Traced:
     """Traces one update with train.batch_size demonstrations."""
-    train, micro = plan.config.train, microbatch_size(plan.config)
-    trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * train.batch_size
-    shape = _row_shape(plan, trees[:micro])
-    batch = supervised_batch(trees, micro, train.batch_size // micro, shape)
-    return _trace_update(plan, batch, supervised_losses(plan.model))
+    trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * plan.config.train.batch_size
+    steps = _plan_steps(plan, [[tree] for tree in trees])
+    build = partial(supervised_step, weight=token_weight(trees))
+    return _trace_update(plan, trees, steps, build, supervised_losses(plan.model))
 
 
 def trace_reward_update(plan: Plan) -> Traced:
     """Traces one update of a reward model on the decoder."""
-    train, micro, mesh = plan.config.train, microbatch_size(plan.config), plan.training.mesh
-    model = as_reward_model(plan.model)
+    model, mesh = as_reward_model(plan.model), plan.training.mesh
     boxed = abstract_params(model)
     plan = dataclasses.replace(
         plan, model=model, params=nn.unbox(boxed), training=Placement(mesh, param_shardings(boxed, mesh))
     )
-    pairs = [TokenizedPair([0] * plan.prompt_tokens, *[[0] * plan.response_tokens] * 2)] * train.batch_size
-    shape = _row_shape(plan, pair_trees(pairs[:micro]))
-    batch = reward_batch(pairs, micro, train.batch_size // micro, shape)
-    return _trace_update(plan, batch, reward_losses(model, 0.0, 0.0, 0.0))
+    one = TokenizedPair([0] * plan.prompt_tokens, *[[0] * plan.response_tokens] * 2)
+    pairs = [one] * plan.config.train.batch_size
+    steps = _plan_steps(plan, [pair_trees([pair]) for pair in pairs])
+    build = partial(reward_step, weight=1.0 / len(pairs))
+    return _trace_update(plan, pairs, steps, build, reward_losses(model, 0.0, 0.0, 0.0))
 
 
-def _trace_update(plan: Plan, batch, losses: ExampleLosses) -> Traced:
+def _trace_update(plan: Plan, examples: list, steps: StepPlan, build: Callable, losses: ExampleLosses) -> Traced:
+    """Traces the update of these examples; counts the operations of all its steps."""
     mesh, config = plan.training.mesh, plan.config
+    batch = update_batch(examples, steps.updates[0], steps.shapes, build)
     parts = jax.eval_shape(lambda: new_parts(plan.model, config))
     place = Placement(mesh, {**plan.training.shardings, **jax.tree.map(lambda _: replicated(mesh), parts)})
     plan = dataclasses.replace(plan, params={**plan.params, **parts})
@@ -358,7 +374,8 @@ def _trace_update(plan: Plan, batch, losses: ExampleLosses) -> Traced:
     shapes, shardings = abstract_state(plan.params, place.shardings, optimizer, mesh)
     update = build_update(losses, optimizer, mesh, shardings, batch, partial(cast_to_compute, plan.model))
     moments = _bytes(shapes.optimizer, shardings.optimizer)
-    return _trace(plan, place, update, (shapes, _shapes(batch), rate), optimizer_bytes=moments)
+    args, trips = (shapes, _shapes(batch), rate), batch.num_steps.tolist()
+    return _trace(plan, place, update, args, trips, optimizer_bytes=moments)
 
 
 UPDATES: dict[str, Callable[[Plan], Traced]] = {

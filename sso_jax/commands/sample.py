@@ -27,8 +27,6 @@ from sso_jax.training.scoring import Scorable, score_examples
 
 NINE_CELLS = [Cell(context, response) for context in CONTEXTS for response in RESPONSES]
 """Cells of a steered triple: three responses in three contexts."""
-SCORING_BATCH = 16
-"""Examples scored per batch."""
 log = logging.getLogger(__name__)
 
 
@@ -157,7 +155,7 @@ def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: Sample
     sampled = engine.sampler.sample(policy, requests, "answers").responses
     items = [Scorable({"plain": prompt}, {"original": ids}) for prompt, ids in zip(prompts, sampled, strict=True)]
     cells = [Cell("plain", "original")]
-    sums = score_examples(engine.score, policy, items, cells, SCORING_BATCH, "log-probs")
+    sums = score_examples(engine.score, policy, items, cells, engine.step_limits, "log-probs")
     return [
         {
             "id": query.id,
@@ -182,6 +180,6 @@ def steered_rows(engine: Engine, policy: Params, queries: list[SteeredQuery], ke
             "%d of %d queries do not fit %d tokens with their principles and responses", missing, len(queries), limit
         )
     items = [Scorable(prompts[triple.id], triple.response_ids) for triple in fitting]
-    sums = score_examples(engine.score, policy, items, NINE_CELLS, SCORING_BATCH, "log-probs")
+    sums = score_examples(engine.score, policy, items, NINE_CELLS, engine.step_limits, "log-probs")
     scored = [with_log_probs(triple, NINE_CELLS, row) for triple, row in zip(fitting, sums, strict=True)]
     return [{**to_json(triple), "mean_log_probs": mean_log_probs(triple)} for triple in scored]

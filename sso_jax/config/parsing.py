@@ -77,6 +77,19 @@ def _check_files(config_class: type, files: list[str]) -> None:
                 raise InputError(f"{file}: {name} has no value; give one, or remove the line")
 
 
+RENAMED = {"train.microbatch_size": "train.tokens_per_step, the tokens of a device step"}
+"""Fields of earlier versions, and what took their place."""
+
+
+def _refuse_renamed(argv: list[str], files: list[str]) -> None:
+    """Raises `InputError` for a field of an earlier version, with its new name."""
+    given = [(part[2:].split("=")[0], "the command line") for part in argv if part.startswith("--")]
+    given += [(name, file) for file in files for name in _read_config_file(file)]
+    for name, place in given:
+        if name in RENAMED:
+            raise InputError(f"{name}: no longer a field ({place}); give {RENAMED[name]}, or remove it")
+
+
 def _refuse_keys(argv: list[str], files: list[str]) -> None:
     """Raises `InputError` for an API key on the command line or in a config file, without repeating its value."""
     given = [(part.lstrip("-").split("=")[0], "the command line") for part in argv if part.startswith("--")]
@@ -106,6 +119,7 @@ def parse(config_class: type[Parsed], argv: list[str], program: str, description
     known = [action.dest for action in parser._actions]
     files = _config_files(argv)
     _refuse_keys(argv, files)
+    _refuse_renamed(argv, files)
     _check_files(config_class, files)
     try:
         namespace = parser.instantiate(parser.parse_args(argv))

@@ -112,16 +112,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training updates: batch sizes, epochs and length limit."""
+    """Training updates: sizes of batches and steps, epochs, length limit."""
 
     batch_size: int = 64
     """Examples per update."""
-    microbatch_size: Optional[int] = None
-    """Examples per device step; gradients are summed over the steps of an update. Null uses the whole batch."""
+    tokens_per_step: Optional[int] = None
+    """Maximum tokens, padding included, of a device step of updates and scoring; gradients are summed over the steps
+    of an update. Null uses what fits the device's memory."""
     epochs: int = 1
     """Passes over the pairs of a round."""
     max_tokens: int = 2048
-    """Maximum tokens of prompt plus response; longer examples are dropped and counted."""
+    """Maximum tokens of prompt plus response."""
+    long_examples: Literal["drop", "cut"] = "drop"
+    """What to do with pairs and demonstrations above train.max_tokens, which are counted: leave them out, or cut their
+    responses, which then have no end of turn."""
     shuffle: bool = True
     """Reshuffle the examples in each epoch, by the seed."""
     log_original: bool = True
@@ -132,9 +136,8 @@ class TrainConfig:
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
         require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         require(self.max_tokens >= 2, "train.max_tokens", self.max_tokens, "2 or more")
-        micro = self.microbatch_size
-        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
-        require(divides, "train.microbatch_size", micro, f"a divisor of train.batch_size {self.batch_size}")
+        tokens = self.tokens_per_step
+        require(tokens is None or tokens >= 1, "train.tokens_per_step", tokens, "1 or more tokens, or null")
 
 
 @dataclass(frozen=True)

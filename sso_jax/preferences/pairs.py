@@ -51,6 +51,23 @@ def fits(prompts: dict[str, list[int]], response_ids: dict[str, list[int]], cell
     return all(len(prompts[context]) + len(response_ids[response]) <= limit for context, response in cells)
 
 
+def cut_to(triple: Triple, prompts: dict[str, list[int]], cells: list[Cell], limit: int) -> Triple:
+    """Cuts responses so that the prompt and response of every cell have at most `limit` tokens together.
+
+    Only token ids are cut, not texts; a cut response has no end of turn. Returns the triple itself if nothing is too
+    long, or if cutting would leave an empty response or two equal ones: it then does not fit.
+    """
+    whole = ids_of(triple)
+    ids = dict(whole)
+    for context, response in cells:
+        ids[response] = ids[response][: max(0, limit - len(prompts[context]))]
+    names = {response for _, response in cells}
+    if ids == whole or not all(ids[name] for name in names):
+        return triple
+    different = len({tuple(ids[name]) for name in names}) == len({tuple(whole[name]) for name in names})
+    return dataclasses.replace(triple, response_ids=ids) if different else triple
+
+
 def with_log_probs(triple: Triple, cells: list[Cell], sums: list[float]) -> Triple:
     """Adds the reference's log-prob sums to a triple; `sums` has one value per cell."""
     table: dict[str, dict[str, float]] = {}

@@ -25,7 +25,9 @@ from sso_jax.runtime.mesh import check_divides, make_mesh, param_shardings
 from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.training.device_steps import StepLimits
 from sso_jax.training.log_probs import Score, build_score
+from sso_jax.training.step_limits import step_limits
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class Engine:
     """Sharding of each parameter."""
     max_tokens: int
     """Maximum tokens of prompt plus response: the lesser of train.max_tokens and the model's positions."""
+    step_limits: StepLimits
+    """Limits of the device steps of updates and scoring."""
     seed: int = 0
     """Seed of new adapters."""
 
@@ -111,7 +115,8 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     max_tokens = min(config.train.max_tokens, architecture.max_positions)
     sampler = build_sampler(model, mesh, config.sampling, stop_ids(tokenizer, folder), max_tokens)
     score = build_score(model, mesh, shardings)
-    return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens, config.run.seed)
+    limits = step_limits(model, shardings, mesh, config.train.tokens_per_step)
+    return Engine(model, make_chat(tokenizer), sampler, score, mesh, shardings, max_tokens, limits, config.run.seed)
 
 
 def build_sampler(

@@ -49,9 +49,6 @@ def generator_config(config: Config) -> Config:
     own = config.generator
     train = {name: value for name in ("batch_size", "epochs") if (value := getattr(own, name)) is not None}
     rate = {} if own.learning_rate is None else {"learning_rate": own.learning_rate}
-    micro = config.train.microbatch_size
-    if micro is not None and own.batch_size is not None and own.batch_size % micro:
-        train["microbatch_size"] = None
     optimizer = dataclasses.replace(config.optimizer, **rate)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train), optimizer=optimizer)
 

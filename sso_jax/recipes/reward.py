@@ -40,7 +40,7 @@ from sso_jax.recipes.stages.scoring import (
     score_and_filter,
 )
 from sso_jax.recipes.stages.update import TrainingResult, train
-from sso_jax.recipes.summary import role_numbers
+from sso_jax.recipes.summary import padding_of, role_numbers
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.json_lines import write_records
 from sso_jax.runtime.stage_markers import file_stage, record_stage
@@ -86,6 +86,10 @@ def read(config: Config) -> RewardData:
     if config.lora.rank:
         raise InputError(
             f"lora.rank: {config.lora.rank} is not used by recipe 'reward', which trains the whole decoder; remove it"
+        )
+    if config.train.long_examples == "cut":
+        raise InputError(
+            "train.long_examples: 'cut' leaves no end of turn, where recipe 'reward' reads a reward; set it to drop"
         )
     if config.run.iterations != 1:
         raise InputError(f"run.iterations: {config.run.iterations} rounds; recipe 'reward' has only one, set it to 1")
@@ -268,6 +272,8 @@ def _summarize(
         dropped=dict(dropped),
         before_filter=own.result.before_filter,
         endpoint_judge=own.judged,
+        padding=padding_of(own.result, training),
+        num_cut=own.result.num_cut,
         sampling=role_numbers(own.steered, own.sampled),
         reward={"num_trained": num_trained, **held_out},
         seconds={**seconds, "export": export_seconds, "held_out": measured["seconds"]},

@@ -13,7 +13,7 @@ from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.environment import Environment
 from sso_jax.runtime import stage_markers
 from sso_jax.training.metrics import MetricsLog
-from sso_jax.training.row_shapes import RowShape
+from sso_jax.training.step_packing import StepShape
 
 Dataset = TypeVar("Dataset")
 Source = TypeVar("Source")
@@ -73,11 +73,11 @@ class Round(Generic[Dataset]):
         """Returns the name of a stage for progress bars and messages."""
         return f"iteration {self.iteration}: {stage}"
 
-    def previous_row_shape(self, stage: str) -> RowShape | None:
-        """Returns the row shape of this stage in the previous round; None if there is none."""
+    def previous_step_shapes(self, stage: str) -> list[StepShape]:
+        """Returns the shapes of this stage's device steps in the previous round; none if there is no such stage."""
         before = dataclasses.replace(self, iteration=self.iteration - 1)
         stats = stage_markers.finished(before.folder, stage) or {}
-        return RowShape(*stats["row_shape"]) if stats.get("row_shape") else None
+        return [StepShape.of_json(shape) for shape in stats.get("step_shapes") or []]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class RoundSummary:
     held_out_log_prob: float | None = None
     sampling: dict[str, dict[str, float | None]] | None = None
     """By role: share of responses `cut` at the limit, `mean_tokens`, `p90_tokens`, and the stage's `row_steps_used`."""
+    padding: dict[str, float] | None = None
+    """Share of padding among the tokens of the rows of `scoring` and `updates`."""
+    num_cut: int | None = None
+    """Examples whose responses were cut to train.max_tokens."""
     before_filter: dict[str, Any] | None = None
     random_features: int | None = None
     fallback_principles: int | None = None

@@ -1,5 +1,6 @@
 """Recipe `sft`: each round trains the policy on prompts with one response, by the mean negative log-prob per token."""
 
+import logging
 from collections import Counter
 
 from sso_jax.config import Config
@@ -15,6 +16,8 @@ from sso_jax.recipes.stages.update import train
 from sso_jax.runtime.errors import InputError
 from sso_jax.training.example_losses import supervised_losses
 from sso_jax.training.trees import Branch, Tree
+
+log = logging.getLogger(__name__)
 
 
 def read(config: Config) -> list[Demonstration]:
@@ -37,13 +40,16 @@ def read(config: Config) -> list[Demonstration]:
 
 
 def prepare(config: Config, engine: Engine, records: list[Demonstration]) -> tuple[list[Tree], Counter]:
-    """Returns the demonstrations as token trees; drops those above the token limit.
+    """Returns the demonstrations as token trees; drops or cuts those above the token limit.
 
     Raises:
       InputError: if all are above the limit.
     """
     rows = [demonstration_ids(engine.chat, record) for record in records]
     limit = engine.max_tokens
+    num_long = sum(len(p) + len(response) > limit for p, response in rows)
+    if config.train.long_examples == "cut":
+        rows = [(p, response[: max(0, limit - len(p))] or response) for p, response in rows]
     trees = [Tree(p, [Branch(response, 0)]) for p, response in rows if len(p) + len(response) <= limit]
     if not trees:
         raise InputError(
@@ -51,12 +57,17 @@ def prepare(config: Config, engine: Engine, records: list[Demonstration]) -> tup
             "tokens; give shorter ones, or raise train.max_tokens"
         )
     too_long = len(rows) - len(trees)
+    if num_long:
+        log.warning(
+            "%d of %d demonstrations have more than %d tokens (train.max_tokens): %d were cut and %d left out",
+            *(num_long, len(rows), limit, num_long - too_long, too_long),
+        )
     return trees, Counter({"demonstration_too_long": too_long} if too_long else {})
 
 
 def run_round(this: Round[list[Tree]], policy: Params) -> tuple[Params, RoundSummary]:
     """demonstrations -> update -> policy; each round trains on the same demonstrations."""
-    trees = this.run.dataset
+    trees, end = this.run.dataset, this.run.engine.chat.tokenizer.eos_token_id
     losses = supervised_losses(this.run.engine.model)
     policy, training = train(this, losses, plan_demonstrations(this, trees), policy)
     exported = export(this, policy)
@@ -65,6 +76,8 @@ def run_round(this: Round[list[Tree]], policy: Params) -> tuple[Params, RoundSum
         **evaluation.numbers(),
         num_queries=len(trees),
         dropped={},
+        num_cut=sum(tree.branches[0].response_ids[-1] != end for tree in trees),
+        padding={"updates": training.padding},
         seconds={"training": training.seconds, "export": exported, "evaluation": evaluation.seconds},
         tokens_per_second={"sampling": None, "training": training.tokens_per_second},
     )

@@ -15,6 +15,12 @@ def role_numbers(steered: PrinciplesResult | None, sampled: ResponsesResult | No
     return {**(steered.roles if steered else {}), **(sampled.roles if sampled else {})}
 
 
+def padding_of(chosen: PairsResult, training: TrainingResult) -> dict[str, float]:
+    """Returns the share of padding among the tokens of the rows of scoring and updates."""
+    scoring = {} if chosen.padding is None else {"scoring": chosen.padding}
+    return {**scoring, "updates": training.padding}
+
+
 def summarize(
     num_queries: int,
     chosen: PairsResult,
@@ -42,6 +48,8 @@ def summarize(
         unparsed=counts.unparsed if counts else None,
         unanswered=counts.unanswered if counts else None,
         endpoint_judge=judged,
+        padding=padding_of(chosen, training),
+        num_cut=chosen.num_cut,
         sampling=role_numbers(steered, sampled),
         seconds={**seconds, "export": export_seconds, "evaluation": evaluation.seconds},
         tokens_per_second={

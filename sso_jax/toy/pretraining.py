@@ -30,11 +30,12 @@ from sso_jax.toy import descriptions as describing
 from sso_jax.toy.vocabulary import words
 from sso_jax.toy.world import EVASION, Item, Quality, all_items, bare_answer, content_sentence, demonstrate, queries
 from sso_jax.training import checkpoints
-from sso_jax.training.batches import supervised_batch
+from sso_jax.training.batches import one_step, supervised_step, token_weight
 from sso_jax.training.example_losses import supervised_losses
 from sso_jax.training.loop import Hooks, UpdatePlan, run_updates
 from sso_jax.training.optimizer import learning_rates, make_optimizer
 from sso_jax.training.row_shapes import row_shape
+from sso_jax.training.step_packing import StepShape
 from sso_jax.training.trees import Branch, Tree
 from sso_jax.training.update import TrainState, build_update, init_state, state_shardings
 
@@ -254,11 +255,15 @@ def _plan_updates(chat: Chat, curriculum: Curriculum, seed: int, mesh: jax.shard
     updates = _draw_updates(chat, curriculum, random.Random(f"{seed}/demonstrations"))
     sizes = sorted({len(trees) for trees in updates})
     shards = num_batch_shards(mesh)
-    shapes = {size: row_shape([trees for trees in updates if len(trees) == size], shards) for size in sizes}
+    shapes = {
+        size: StepShape(row_shape([trees for trees in updates if len(trees) == size], shards), size, 1)
+        for size in sizes
+    }
 
     def make_batch(step: int):
-        size = len(updates[step])
-        return supervised_batch(updates[step], size, 1, shapes[size])
+        trees = updates[step]
+        whole = supervised_step(trees, shapes[len(trees)], None, weight=token_weight(trees))
+        return one_step(whole)
 
     num_tokens = [sum(tree.num_tokens() for tree in trees) for trees in updates]
     rates = learning_rates(curriculum.learning_rate, "cosine", 0.05, len(updates))

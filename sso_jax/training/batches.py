@@ -1,4 +1,4 @@
-"""Builds update batches: prompt trees of token ids, packed into rows of fixed shape, with weights and references.
+"""Builds the batches of updates: prompt trees packed into the rows of device steps, with weights and references.
 
 Together with log_probs.py, the only module that knows the row format. A *tree* is a prompt with the responses whose
 log-probs under that prompt are needed. A row holds several trees. A tree's responses follow its prompt one after
@@ -12,14 +12,17 @@ another; the positions of each continue those of the prompt, and responses do no
 A prompt is thus run once for all its responses. The log-probs of a response are summed into its *cell*.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from sso_jax.data.records import Cell, Triple
-from sso_jax.training.packing import Rows, pack, stack_rows
-from sso_jax.training.row_shapes import RowShape, _size
+from sso_jax.training.packing import Rows, pack
+from sso_jax.training.row_shapes import size_of
+from sso_jax.training.step_packing import DeviceStep, StepShape
 from sso_jax.training.trees import Tree, steered_trees
 
 
@@ -33,23 +36,35 @@ class Example(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """An update's examples in A microbatches of E examples with C cells each."""
+    """E examples with C cells each: those of a device step, or, with a leading axis A, of A steps of one shape."""
 
     rows: Rows
-    """Packed rows, with leading axis A."""
-    num_tokens: Int[np.ndarray, "A E C"]
+    num_tokens: Int[np.ndarray, "E C"]
     reference_log_probs: np.ndarray
-    """[A, E, C] sums in nats."""
+    """[E, C] sums in nats."""
     weights: np.ndarray
-    """[A, E]; they sum to 1 over the update, and are 0 for examples that only fill it up."""
+    """[E]; they sum to 1 over the update, and are 0 for examples that only fill a step up."""
 
 
 class SupervisedBatch(NamedTuple):
-    """An update's prompt-response records in A microbatches of E examples."""
+    """E prompt-response records: those of a device step, or, with a leading axis A, of A steps of one shape."""
 
     rows: Rows
     weights: np.ndarray
-    """[A, E]; 1 / the number of response tokens in the update, so that the loss is their mean negative log-prob."""
+    """[E]; 1 / the number of response tokens in the update, so that the loss is their mean negative log-prob."""
+
+
+StepBatch = TypeVar("StepBatch", bound=NamedTuple)
+"""The examples of a device step: a `PreferenceBatch`, `SupervisedBatch` or `RewardBatch`."""
+
+
+class UpdateBatch(NamedTuple):
+    """The examples of an update, by the shape of their device steps."""
+
+    groups: tuple[NamedTuple, ...]
+    """The steps of each shape, stacked on a leading axis that may be longer than their number."""
+    num_steps: Int[np.ndarray, "G"]
+    """Number of steps of each shape."""
 
 
 def make_example(
@@ -59,13 +74,8 @@ def make_example(
     return Example(triple.id, prompts, responses, [triple.log_probs[context][response] for context, response in cells])
 
 
-def cut_microbatches(items: list, size: int, num_micro: int) -> list[list]:
-    """Splits items into `num_micro` lists of at most `size`; the last ones may be short or empty."""
-    return [items[i * size : (i + 1) * size] for i in range(num_micro)]
-
-
-def micro_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
-    """Returns the trees of a microbatch; example e has the cells e*C ... e*C + C-1."""
+def example_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
+    """Returns the trees of the examples of a device step; example e has the cells e*C ... e*C + C-1."""
     return [
         tree
         for e, example in enumerate(examples)
@@ -73,33 +83,58 @@ def micro_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
     ]
 
 
-def preference_batch(
-    examples: list[Example], cells: list[Cell], micro_size: int, num_micro: int, shape: RowShape
+def update_batch(
+    examples: list, steps: list[DeviceStep], shapes: list[StepShape], build: Callable[..., StepBatch]
+) -> UpdateBatch:
+    """Builds the batch of an update.
+
+    Args:
+      examples: the update's examples.
+      steps: its device steps.
+      shapes: shapes of the stage's steps.
+      build: builds one step from its examples, its shape, and the bins of its trees; None stands for first-fit.
+    """
+    groups = []
+    for number, shape in enumerate(shapes):
+        own = [build([examples[i] for i in step.examples], shape, step.bins) for step in steps if step.shape == number]
+        empty = build([], shape, [])
+        groups.append(jax.tree.map(lambda *parts: np.stack(parts), *own, *[empty] * (shape.num_steps - len(own))))
+    num_steps = [sum(step.shape == number for step in steps) for number in range(len(shapes))]
+    return UpdateBatch(tuple(groups), np.array(num_steps, np.int32))
+
+
+def one_step(step: StepBatch) -> UpdateBatch:
+    """Returns the batch of an update that is one device step."""
+    return UpdateBatch((jax.tree.map(lambda part: part[None], step),), np.ones(1, np.int32))
+
+
+def preference_step(
+    examples: list[Example], shape: StepShape, bins: list[list[int]] | None, *, cells: list[Cell], weight: float
 ) -> PreferenceBatch:
-    """Builds the batch of an update from at most `micro_size * num_micro` examples."""
-    num_cells = micro_size * len(cells)
-    num_tokens = np.ones((num_micro, micro_size, len(cells)), np.int32)
-    references = np.zeros((num_micro, micro_size, len(cells)), np.float32)
-    weights = np.zeros((num_micro, micro_size), np.float32)
-    rows = []
-    for a, micro in enumerate(cut_microbatches(examples, micro_size, num_micro)):
-        rows.append(pack(micro_trees(micro, cells), shape, num_cells))
-        for e, example in enumerate(micro):
-            num_tokens[a, e] = [len(example.responses[response]) for _, response in cells]
-            references[a, e] = example.reference_log_probs
-            weights[a, e] = 1.0 / len(examples)
-    return PreferenceBatch(stack_rows(rows), num_tokens, references, weights)
+    """Builds a device step of examples, each of which has the given weight."""
+    most = shape.num_examples
+    num_tokens = np.ones((most, len(cells)), np.int32)
+    references, weights = np.zeros((most, len(cells)), np.float32), np.zeros(most, np.float32)
+    for e, example in enumerate(examples):
+        num_tokens[e] = [len(example.responses[response]) for _, response in cells]
+        references[e] = example.reference_log_probs
+        weights[e] = weight
+    rows = pack(example_trees(examples, cells), shape.rows, most * len(cells), bins)
+    return PreferenceBatch(rows, num_tokens, references, weights)
 
 
-def supervised_batch(trees: list[Tree], micro_size: int, num_micro: int, shape: RowShape) -> SupervisedBatch:
-    """Builds the batch of an update from prompt-response trees; cell e of a microbatch is its example e."""
-    total = sum(_size(tree).targets for tree in trees)
-    weights = np.zeros((num_micro, micro_size), np.float32)
-    rows = []
-    for a, micro in enumerate(cut_microbatches(trees, micro_size, num_micro)):
-        placed = [
-            Tree(tree.prompt_ids, [branch._replace(cell=e) for branch in tree.branches]) for e, tree in enumerate(micro)
-        ]
-        rows.append(pack(placed, shape, micro_size))
-        weights[a, : len(micro)] = 1.0 / total
-    return SupervisedBatch(stack_rows(rows), weights)
+def supervised_step(
+    trees: list[Tree], shape: StepShape, bins: list[list[int]] | None, *, weight: float
+) -> SupervisedBatch:
+    """Builds a device step of prompt-response trees; cell e is its example e."""
+    placed = [
+        Tree(tree.prompt_ids, [branch._replace(cell=e) for branch in tree.branches]) for e, tree in enumerate(trees)
+    ]
+    weights = np.zeros(shape.num_examples, np.float32)
+    weights[: len(trees)] = weight
+    return SupervisedBatch(pack(placed, shape.rows, shape.num_examples, bins), weights)
+
+
+def token_weight(trees: list[Tree]) -> float:
+    """Returns 1 / the number of response tokens."""
+    return 1.0 / sum(size_of(tree).targets for tree in trees)

@@ -1,4 +1,4 @@
-"""Losses and metrics of each example of a microbatch."""
+"""Losses and metrics of each example of a device step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,13 +10,13 @@ from jaxtyping import Array, Float
 
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
-from sso_jax.training.batches import PreferenceBatch, SupervisedBatch
+from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
 from sso_jax.training.log_probs import cell_log_probs
 from sso_jax.training.losses import ContextValues, Pair
 from sso_jax.training.objectives import Terms, pair_metrics
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
-"""(params, microbatch) -> loss and metrics of each example."""
+"""(params, device step) -> loss and metrics of each example."""
 
 
 def cells_of(
@@ -51,27 +51,28 @@ def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> Context
 def preference_losses(
     model: Transformer, objective: Callable[..., Terms], cells: list[Cell], beta: float
 ) -> ExampleLosses:
-    """Returns the loss function of preference microbatches under `objective`."""
+    """Returns the loss function of preference pairs under `objective`."""
 
-    def losses(params, micro: PreferenceBatch):
-        num_examples, num_cells = micro.num_tokens.shape
-        log_probs = cell_log_probs(model, params, micro.rows, num_examples * num_cells)
+    def losses(params, step: PreferenceBatch):
+        num_examples, num_cells = step.num_tokens.shape
+        log_probs = cell_log_probs(model, params, step.rows, num_examples * num_cells)
         policy = to_context_values(log_probs.reshape(num_examples, num_cells), cells)
-        reference = to_context_values(micro.reference_log_probs, cells)
-        num_tokens = to_context_values(micro.num_tokens.astype(jnp.float32), cells)
+        reference = to_context_values(step.reference_log_probs, cells)
+        num_tokens = to_context_values(step.num_tokens.astype(jnp.float32), cells)
         terms = objective(policy, reference, num_tokens)
         return terms.loss, pair_metrics(terms, policy, reference, beta)
 
     return losses
 
 
-def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: PreferenceBatch) -> float:
+def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: UpdateBatch) -> float:
     """Returns the loss of a batch whose policy equals the reference, such as ln 2 for DPO.
 
     The first update of a round must have this loss.
     """
-    return float(
-        _loss_at_reference(objective, tuple(cells), batch.reference_log_probs, batch.num_tokens, batch.weights)
+    return sum(
+        float(_loss_at_reference(objective, tuple(cells), steps.reference_log_probs, steps.num_tokens, steps.weights))
+        for steps in batch.groups
     )
 
 
@@ -90,13 +91,13 @@ def _loss_at_reference(
 
 
 def supervised_losses(model: Transformer) -> ExampleLosses:
-    """Returns the loss function of supervised microbatches: negative log-prob sums.
+    """Returns the loss function of prompt-response records: negative log-prob sums.
 
     The batch's weights turn them into a mean over tokens.
     """
 
-    def losses(params, micro: SupervisedBatch):
-        nll = -cell_log_probs(model, params, micro.rows, micro.weights.shape[0])
+    def losses(params, step: SupervisedBatch):
+        nll = -cell_log_probs(model, params, step.rows, step.weights.shape[0])
         return nll, {"loss": nll}
 
     return losses

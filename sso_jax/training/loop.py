@@ -14,6 +14,7 @@ from sso_jax.runtime.hosts import stop_now
 from sso_jax.runtime.mesh import place
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
+from sso_jax.training.batches import UpdateBatch
 from sso_jax.training.update import TrainState, batch_shardings
 
 
@@ -31,7 +32,7 @@ class Hooks(NamedTuple):
 class UpdatePlan(NamedTuple):
     """The updates of a stage, by number."""
 
-    make_batch: Callable[[int], NamedTuple]
+    make_batch: Callable[[int], UpdateBatch]
     num_tokens: Sequence[int]
     """Tokens of each update, without padding."""
     rates: Sequence[float]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sso_jax.training.row_shapes import RowShape, _holds
+from sso_jax.training.row_shapes import RowShape, size_of
 from sso_jax.training.trees import Tree, first_fit
 
 
@@ -29,17 +29,20 @@ class Rows(NamedTuple):
     """Columns of the tokens of each sequence, -1 after its end."""
 
 
-def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
-    """Packs trees into rows first-fit. Unused targets have the cell `num_cells`, which is never read.
+def pack(trees: list[Tree], shape: RowShape, num_cells: int, bins: list[list[int]] | None = None) -> Rows:
+    """Packs trees into rows. Unused targets have the cell `num_cells`, which is never read.
+
+    Args:
+      trees: the trees.
+      shape: shape of the rows.
+      num_cells: number of cells.
+      bins: indices of the trees of each row; None places them first-fit.
 
     Raises:
       ValueError: if the trees need more rows, tokens, targets or sequences than `shape` has.
     """
-    sizes = [tree.num_tokens() for tree in trees]
-    if trees and not _holds(shape, [trees]):
-        needed = f"{len(trees)} trees of {sum(sizes)} tokens, the longest of {max(sizes)}"
-        raise ValueError(f"{needed}, do not fit into {shape}; use the row_shape of all batches")
-    bins = first_fit(sizes, shape.num_tokens)
+    bins = first_fit([tree.num_tokens() for tree in trees], shape.num_tokens) if bins is None else bins
+    _require_room(trees, shape, bins)
 
     def of_tokens():
         return np.zeros((shape.num_rows, shape.num_tokens), np.int32)
@@ -62,6 +65,22 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int) -> Rows:
         for number, member in enumerate(members, start=1):
             free = _write_tree(rows, row, free, number, trees[member])
     return rows
+
+
+def _require_room(trees: list[Tree], shape: RowShape, bins: list[list[int]]) -> None:
+    sizes = [size_of(tree) for tree in trees]
+    rows = [[sizes[i] for i in members] for members in bins]
+    fits = len(rows) <= shape.num_rows and all(
+        sum(size.tokens for size in row) <= shape.num_tokens
+        and sum(size.targets for size in row) <= shape.num_targets
+        and (not shape.num_sequences or sum(size.branches for size in row) <= shape.num_sequences)
+        and (not shape.num_sequences or all(size.longest <= shape.sequence_tokens for size in row))
+        for row in rows
+    )
+    if not fits:
+        tokens = [size.tokens for size in sizes]
+        needed = f"{len(trees)} trees of {sum(tokens)} tokens, the longest of {max(tokens)}"
+        raise ValueError(f"{needed}, do not fit into {shape}; use a row shape that holds all batches")
 
 
 class _Free(NamedTuple):
@@ -96,8 +115,3 @@ def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _
         end, targets = end + size, targets + size
     rows.tree[row, at:end] = number
     return _Free(end, targets, free.sequence + len(tree.branches))
-
-
-def stack_rows(rows: list[Rows]) -> Rows:
-    """Stacks the rows of microbatches on a new first axis."""
-    return Rows(*(np.stack(parts) for parts in zip(*rows, strict=True)))

@@ -15,11 +15,11 @@ from sso_jax.models.attention import tree_mask
 from sso_jax.models.reward_head import RewardModel
 from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, replicated
 from sso_jax.runtime.progress import progress_bar
-from sso_jax.training.batches import cut_microbatches
 from sso_jax.training.example_losses import ExampleLosses
 from sso_jax.training.losses import Pair
-from sso_jax.training.packing import Rows, pack, stack_rows
+from sso_jax.training.packing import Rows, pack
 from sso_jax.training.row_shapes import RowShape
+from sso_jax.training.step_packing import StepShape
 from sso_jax.training.trees import Branch, Tree, first_fit
 
 SHORTEST_ROW = 128
@@ -43,17 +43,16 @@ class TokenizedPair(NamedTuple):
 
 
 class RewardBatch(NamedTuple):
-    """An update's pairs in A microbatches of E pairs.
+    """E pairs: those of a device step, or, with a leading axis A, of A steps of one shape.
 
     Ends are in the order [chosen of pair 0, rejected of pair 0, chosen of pair 1, ...].
     """
 
     rows: Rows
-    """Packed rows, with leading axis A."""
-    ends: Int[np.ndarray, "A 2E 2"]
+    ends: Int[np.ndarray, "2E 2"]
     """Row and column of the last token of each response."""
     weights: np.ndarray
-    """[A, E]; they sum to 1 over the update, and are 0 for pairs that only fill it up."""
+    """[E]; they sum to 1 over the update, and are 0 for pairs that only fill a step up."""
 
 
 def bradley_terry_loss(
@@ -80,13 +79,16 @@ def pair_trees(pairs: list[TokenizedPair]) -> list[Tree]:
     ]
 
 
-def branch_ends(trees: list[Tree], shape: RowShape, num_cells: int) -> Int[np.ndarray, "cells 2"]:
-    """Returns row and column of the last token of each cell's response, as placed by `pack(trees, shape, ...)`.
+def branch_ends(
+    trees: list[Tree], shape: RowShape, num_cells: int, bins: list[list[int]] | None = None
+) -> Int[np.ndarray, "cells 2"]:
+    """Returns row and column of the last token of each cell's response, as placed by `pack` with the same arguments.
 
     Missing cells have [0, 0].
     """
     ends = np.zeros((num_cells, 2), np.int32)
-    for row, members in enumerate(first_fit([tree.num_tokens() for tree in trees], shape.num_tokens)):
+    bins = first_fit([tree.num_tokens() for tree in trees], shape.num_tokens) if bins is None else bins
+    for row, members in enumerate(bins):
         at = 0
         for member in members:
             at += len(trees[member].prompt_ids)
@@ -96,16 +98,15 @@ def branch_ends(trees: list[Tree], shape: RowShape, num_cells: int) -> Int[np.nd
     return ends
 
 
-def reward_batch(pairs: list[TokenizedPair], micro_size: int, num_micro: int, shape: RowShape) -> RewardBatch:
-    """Builds the batch of an update from at most `micro_size * num_micro` pairs."""
-    rows, ends = [], []
-    weights = np.zeros((num_micro, micro_size), np.float32)
-    for a, micro in enumerate(cut_microbatches(pairs, micro_size, num_micro)):
-        trees = pair_trees(micro)
-        rows.append(pack(trees, shape, 2 * micro_size))
-        ends.append(branch_ends(trees, shape, 2 * micro_size))
-        weights[a, : len(micro)] = 1.0 / len(pairs)
-    return RewardBatch(stack_rows(rows), np.stack(ends), weights)
+def reward_step(
+    pairs: list[TokenizedPair], shape: StepShape, bins: list[list[int]] | None, *, weight: float
+) -> RewardBatch:
+    """Builds a device step of pairs, each of which has the given weight."""
+    trees, num_cells = pair_trees(pairs), 2 * shape.num_examples
+    weights = np.zeros(shape.num_examples, np.float32)
+    weights[: len(pairs)] = weight
+    rows = pack(trees, shape.rows, num_cells, bins)
+    return RewardBatch(rows, branch_ends(trees, shape.rows, num_cells, bins), weights)
 
 
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
@@ -118,13 +119,13 @@ def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"])
 def reward_losses(
     model: RewardModel, label_smoothing: float, margin: float, center_coefficient: float
 ) -> ExampleLosses:
-    """Returns the loss function of reward microbatches: Bradley-Terry losses.
+    """Returns the loss function of pairs: Bradley-Terry losses.
 
     Metrics are the rewards, their gap, and the accuracy (share of gaps above 0, ties as half).
     """
 
-    def losses(params, micro: RewardBatch):
-        rewards = end_rewards(model, params, micro.rows, micro.ends)
+    def losses(params, step: RewardBatch):
+        rewards = end_rewards(model, params, step.rows, step.ends)
         pair = Pair(rewards[0::2], rewards[1::2])
         loss = bradley_terry_loss(
             pair, label_smoothing=label_smoothing, margin=margin, center_coefficient=center_coefficient

@@ -1,4 +1,4 @@
-"""Computes log-prob sums of examples in packed batches of one shape."""
+"""Computes log-prob sums of examples in device steps of packed rows."""
 
 from typing import Any, NamedTuple
 
@@ -7,13 +7,17 @@ import jax
 from sso_jax.data.records import Cell
 from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
 from sso_jax.runtime.journal import Journal
-from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, place
+from sso_jax.runtime.mesh import batch_sharding, place
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
+from sso_jax.training.device_steps import StepLimits, StepPlan, plan_steps
 from sso_jax.training.log_probs import Score
-from sso_jax.training.packing import pack
-from sso_jax.training.row_shapes import RowShape, row_shape
+from sso_jax.training.packing import Rows, pack
+from sso_jax.training.step_packing import StepShape
 from sso_jax.training.trees import Tree, steered_trees
+
+PACKED_TOGETHER = 64
+"""Number of examples whose trees are sorted by size and packed into device steps together."""
 
 
 class Scorable(NamedTuple):
@@ -23,16 +27,26 @@ class Scorable(NamedTuple):
     responses: dict[str, list[int]]
 
 
-def scoring_batches(items: list[Scorable], cells: list[Cell], batch_size: int) -> list[list[Tree]]:
-    """Returns the trees of each batch of at most `batch_size` items; cells start from 0 in every batch."""
-    return [
-        [
-            tree
-            for e, item in enumerate(items[start : start + batch_size])
-            for tree in steered_trees(*item, cells, e * len(cells))
-        ]
-        for start in range(0, len(items), batch_size)
-    ]
+class ScoringStep(NamedTuple):
+    """The examples of a device step, by their index, and its rows."""
+
+    items: list[int]
+    trees: list[Tree]
+    bins: list[list[int]]
+    shape: StepShape
+
+
+def plan_scoring(
+    items: list[Scorable],
+    cells: list[Cell],
+    limits: StepLimits,
+    earlier: list[StepShape] | None = None,
+    is_last: bool = True,
+) -> StepPlan:
+    """Plans the device steps of scoring; see `plan_steps`, whose updates are groups of PACKED_TOGETHER examples."""
+    trees = [steered_trees(*item, cells, 0) for item in items]
+    groups = [trees[start : start + PACKED_TOGETHER] for start in range(0, len(trees), PACKED_TOGETHER)]
+    return plan_steps(groups, limits, earlier, is_last)
 
 
 def score_examples(
@@ -40,9 +54,8 @@ def score_examples(
     params: dict[str, Any],
     items: list[Scorable],
     cells: list[Cell],
-    batch_size: int,
+    plan: StepPlan | StepLimits,
     stage: str,
-    shape: RowShape | None = None,
     journal: Journal | None = None,
 ) -> list[list[float]]:
     """Returns the log-prob sum of every cell (context, response) of each item, in nats, from the training forward pass.
@@ -52,38 +65,36 @@ def score_examples(
       params: the model's parameters.
       items: examples.
       cells: cells of each example.
-      batch_size: items per batch.
+      plan: device steps from `plan_scoring`, or their limits.
       stage: title of the progress bar.
-      shape: row shape, which must fit every batch; None takes the cheapest.
-      journal: journal of these items, parameters and cells, in which results are kept as they come.
+      journal: journal of these items, parameters, cells and steps, in which results are kept as they come.
 
     Raises:
-      Stopped: between two batches, if a stop was requested.
+      Stopped: between two steps, if a stop was requested.
     """
-    batches = scoring_batches(items, cells, batch_size)
-    if not batches:
+    if not items:
         return []
-    shape = shape or row_shape(batches, num_batch_shards(score.mesh), by_sequence=score.by_sequence)
-    num_cells, params = batch_size * len(cells), score.prepare(params)
+    steps = scoring_steps(items, cells, plan_scoring(items, cells, plan) if isinstance(plan, StepLimits) else plan)
+    params = score.prepare(params)
     done = {} if journal is None else {int(i): row for i, row in on_first_process(journal.read).items()}
     with progress_bar(stage, len(items), "example", initial=len(done)) as bar:
 
-        def take(start: int, values: jax.Array) -> None:
-            rows = jax.device_get(values).reshape(batch_size, len(cells)).tolist()
-            found = {start + e: row for e, row in enumerate(rows) if start + e < len(items)}
+        def take(step: ScoringStep, values: jax.Array) -> None:
+            rows = jax.device_get(values).reshape(-1, len(cells)).tolist()
+            found = dict(zip(step.items, rows, strict=False))  # the rows after the examples fill the step up
             done.update(found)
             bar.update(len(found))
             if journal is not None:
                 journal.add(dict(own_share(list(found.items()))))
 
-        running: tuple[int, jax.Array] | None = None
-        for number, trees in enumerate(batches):  # the device computes a batch while the host fetches the previous one
-            start = number * batch_size
-            if all(i in done for i in range(start, min(start + batch_size, len(items)))):
+        running: tuple[ScoringStep, jax.Array] | None = None
+        for step in steps:  # the device computes a step while the host fetches the previous one
+            if all(i in done for i in step.items):
                 continue
             with jax.set_mesh(score.mesh):
-                rows = place(pack(trees, shape, num_cells), batch_sharding(score.mesh))
-                running, before = (start, score.log_probs(params, rows, num_cells)), running
+                num_cells = step.shape.num_examples * len(cells)
+                rows: Rows = place(pack(step.trees, step.shape.rows, num_cells, step.bins), batch_sharding(score.mesh))
+                running, before = (step, score.log_probs(params, rows, num_cells)), running
             if before is not None:
                 take(*before)
             if stop_now():
@@ -92,3 +103,14 @@ def score_examples(
         if running is not None:
             take(*running)
     return [done[i] for i in range(len(items))]
+
+
+def scoring_steps(items: list[Scorable], cells: list[Cell], plan: StepPlan) -> list[ScoringStep]:
+    """Returns the device steps of a plan; example e of a step has the cells e*C ... e*C + C-1."""
+    steps = []
+    for group, of_group in enumerate(plan.updates):
+        for step in of_group:
+            own = [group * PACKED_TOGETHER + i for i in step.examples]
+            trees = [tree for e, i in enumerate(own) for tree in steered_trees(*items[i], cells, e * len(cells))]
+            steps.append(ScoringStep(own, trees, step.bins, plan.shapes[step.shape]))
+    return steps

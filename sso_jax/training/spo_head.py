@@ -59,17 +59,17 @@ def spo_losses(model: Transformer, objective, cells: list[Cell], beta: float, we
     graded = [cells.index(Cell("plain", "chosen")), *(cells.index(cell) for cell in DEGREE_CELLS)]
     columns = jnp.array([cells.index(cell) for cell in own])
 
-    def losses(params, micro: PreferenceBatch):
-        num_examples, num_cells = micro.num_tokens.shape
+    def losses(params, step: PreferenceBatch):
+        num_examples, num_cells = step.num_tokens.shape
         policy_params = {name: part for name, part in params.items() if name != HEAD}
-        sums, means = cell_log_probs_and_means(model, policy_params, micro.rows, num_examples * num_cells)
+        sums, means = cell_log_probs_and_means(model, policy_params, step.rows, num_examples * num_cells)
 
         def of_own(values):
             return to_context_values(values[:, columns], own)
 
         policy = of_own(sums.reshape(num_examples, num_cells))
-        reference = of_own(micro.reference_log_probs)
-        terms: Terms = objective(policy, reference, of_own(micro.num_tokens.astype(jnp.float32)))
+        reference = of_own(step.reference_log_probs)
+        terms: Terms = objective(policy, reference, of_own(step.num_tokens.astype(jnp.float32)))
         of_degrees = means.reshape(num_examples, num_cells, -1)[:, jnp.array(graded)]
         degree_loss, degree_accuracy = degree_terms(params[HEAD], of_degrees)
         total = terms._replace(loss=terms.loss + weight * degree_loss)

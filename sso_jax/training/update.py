@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from sso_jax.models.adapters import join, split_trainable
 from sso_jax.runtime.mesh import compiler_options, place, replicated, spec
+from sso_jax.training.batches import UpdateBatch
 from sso_jax.training.example_losses import ExampleLosses
+from sso_jax.training.packing import Rows
 
 
 class TrainState(NamedTuple):
@@ -53,14 +55,17 @@ def init_state(params, optimizer: optax.GradientTransformation, shardings: Train
     return TrainState(trainable, moments, step, frozen)
 
 
-def batch_shardings(batch: NamedTuple, mesh: jax.sharding.Mesh):
+def batch_shardings(batch: UpdateBatch, mesh: jax.sharding.Mesh) -> UpdateBatch:
     """Returns the shardings of a batch: rows over the batch axes on their second axis, small arrays replicated.
 
-    The first axis of rows is that of the microbatches.
+    The first axis of rows is that of the device steps.
     """
-    rows = NamedSharding(mesh, PartitionSpec(None, *spec("batch")))
-    whole = replicated(mesh)
-    return type(batch)(*(type(part)(*([rows] * len(part))) if isinstance(part, tuple) else whole for part in batch))
+    rows, whole = NamedSharding(mesh, PartitionSpec(None, *spec("batch"))), replicated(mesh)
+
+    def of_group(group: NamedTuple) -> NamedTuple:
+        return type(group)(*(Rows(*[rows] * len(part)) if isinstance(part, Rows) else whole for part in group))
+
+    return UpdateBatch(tuple(map(of_group, batch.groups)), whole)
 
 
 def build_update(
@@ -68,47 +73,39 @@ def build_update(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
-    batch: NamedTuple,
+    batch: UpdateBatch,
     cast: Callable[[dict], dict] = lambda params: params,
-) -> Callable[[TrainState, NamedTuple, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+) -> Callable[[TrainState, UpdateBatch, float], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Compiles `state, batch, learning rate -> state, metrics` for batches like `batch`; the old state is donated.
 
     The rate is an argument, and `optimizer` has learning rate 1, so that rounds with different numbers of updates share
-    a program. The loss is `sum_i weights_i * loss_i` over all microbatches, whose gradients are summed in float32
-    before the update. Metrics are means with the same weights, `grad_norm` before clipping, and the learning rate.
+    a program; so do batches with different numbers of device steps. The loss is `sum_i weights_i * loss_i` over the
+    examples of all steps, whose gradients are summed in float32 before the update. Metrics are means with the same
+    weights, `grad_norm` before clipping, and the learning rate.
 
     Args:
-      example_losses: losses and metrics of a microbatch.
+      example_losses: losses and metrics of a device step.
       optimizer: optimizer with learning rate 1.
       mesh: device mesh.
       shardings: shardings of the state.
       batch: a batch with the shapes to compile for.
-      cast: converts the parameters for the losses (`cast_to_compute`), once for all microbatches; gradients have the
-        resulting types until they are summed.
+      cast: converts the parameters for the losses (`cast_to_compute`), once for all steps; gradients have the resulting
+        types until they are summed.
     """
 
-    def weighted(params, frozen, micro):
-        losses, metrics = example_losses(join(params, frozen), micro)
-        means = {name: jnp.sum(micro.weights * value) for name, value in metrics.items()}
-        return jnp.sum(micro.weights * losses), means
+    def weighted(params, frozen, step):
+        losses, metrics = example_losses(join(params, frozen), step)
+        means = {name: jnp.sum(step.weights * value) for name, value in metrics.items()}
+        return jnp.sum(step.weights * losses), means
 
-    def gradient_of(params, frozen, micro):
-        """Returns the gradient of one microbatch in float32, and its share of the metrics."""
-        (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(params, frozen, micro)
+    def gradient_of(params, frozen, step):
+        """Returns the gradient of one step in float32, and its share of the metrics."""
+        (_, means), gradient = jax.value_and_grad(weighted, has_aux=True)(params, frozen, step)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), means
 
-    def update_batch(state: TrainState, batch: NamedTuple, rate):
-        of_micro = partial(gradient_of, cast(state.params), cast(state.frozen))
-        first = jax.tree.map(lambda part: part[0], batch)
-        if batch.weights.shape[0] == 1:  # no sum, and no second gradient in memory
-            gradient, means = of_micro(first)
-        else:
-            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(of_micro, first))
-
-            def add(total, micro):
-                return (jax.tree.map(jnp.add, total, of_micro(micro)), None)
-
-            (gradient, means), _ = jax.lax.scan(add, zeros, batch)
+    def update_batch(state: TrainState, batch: UpdateBatch, rate):
+        of_step = partial(gradient_of, cast(state.params), cast(state.frozen))
+        gradient, means = _sum_over_steps(of_step, batch)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, optax.tree.scale(rate, changes))
         metrics = {**means, "grad_norm": optax.tree.norm(gradient), "learning_rate": rate}
@@ -121,3 +118,22 @@ def build_update(
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=compiler_options(mesh),
     )
+
+
+def _sum_over_steps(of_step: Callable[[NamedTuple], tuple[dict, dict]], batch: UpdateBatch) -> tuple[dict, dict]:
+    """Returns the sum of `of_step` over the steps that a batch really has, shape after shape."""
+
+    def at(group: NamedTuple, number: Int[Array, ""] | int) -> NamedTuple:
+        return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, number, keepdims=False), group)
+
+    first, *others = batch.groups
+    if not others and first.weights.shape[0] == 1:  # no sum, and no second gradient in memory
+        return of_step(at(first, 0))
+    total = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(of_step, at(first, 0)))
+    for group, num_steps in zip(batch.groups, list(batch.num_steps), strict=True):
+
+        def add(number, total, group=group):
+            return jax.tree.map(jnp.add, total, of_step(at(group, number)))
+
+        total = jax.lax.fori_loop(0, num_steps, add, total)
+    return total

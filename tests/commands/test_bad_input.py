@@ -172,9 +172,13 @@ CASES = {
     "no_new_tokens": config(("sampling.max_new_tokens", "0"), sampling__max_new_tokens="0"),
     "b1_of_one": config(("optimizer.b1", "1.0"), optimizer__b1="1.0"),
     "warmup_of_all": config(("optimizer.warmup_ratio", "1.0"), optimizer__warmup_ratio="1"),
-    "microbatch_that_does_not_divide": config(
-        ("train.microbatch_size", "3", "train.batch_size 64"), train__microbatch_size="3"
+    "field_of_an_earlier_version": config(
+        ("train.microbatch_size", "train.tokens_per_step", "command line"), train__microbatch_size="3"
     ),
+    "field_of_an_earlier_version_in_a_file": config_file(
+        ("c.yaml", "train.microbatch_size", "train.tokens_per_step"), "train: {microbatch_size: 3}\n"
+    ),
+    "device_step_without_tokens": config(("train.tokens_per_step", "0", "1 or more"), train__tokens_per_step="0"),
     "rows_of_one_token": config(("train.max_tokens", "1"), train__max_tokens="1"),
     "no_checkpoint": config(("checkpoint.every_steps", "0"), checkpoint__every_steps="0"),
     "two_free_mesh_axes": config(("mesh", "-1 to one axis"), mesh__data="-1"),

@@ -29,7 +29,7 @@ def config_of(path, **sections) -> Config:
         "mesh": MeshConfig(data=2, fsdp=2, tensor=2),
         "sampling": SamplingConfig(batch_size=8, max_new_tokens=8),
         "objective": ObjectiveConfig(base="dpo"),
-        "train": TrainConfig(batch_size=8, microbatch_size=4, max_tokens=64),
+        "train": TrainConfig(batch_size=8, tokens_per_step=1408, max_tokens=64),
         **sections,
     }
     return Config(model=ModelConfig(path=str(path)), dry_run="v5e:2x4", **sections)
@@ -57,7 +57,7 @@ def compile_all(plan):
 @pytest.fixture(scope="module")
 def online(folder):
     """The plan of recipe online without y_o's log-prob, and its programs."""
-    plan = plan_of(folder, train=TrainConfig(batch_size=8, microbatch_size=4, max_tokens=64, log_original=False))
+    plan = plan_of(folder, train=TrainConfig(batch_size=8, tokens_per_step=1408, max_tokens=64, log_original=False))
     return plan, compile_all(plan)
 
 
@@ -128,14 +128,14 @@ def test_prefill_runs_the_prompts_and_decode_a_window_of_tokens(online):
 
 
 def test_operations_of_scoring_and_of_the_update_are_the_hand_count(online):
-    """A microbatch of 4 examples is 12 trees of 16 + 48 + 48 tokens, in 4 rows of 352 with 320 places for targets.
+    """A device step of 4 examples is 12 trees of 16 + 48 + 48 tokens, in 4 rows of 352 with 320 places for targets.
 
     Queries go 64 at a time with the keys up to their block's end. The update computes all layers again in its backward
     pass, but for what their last projection gives: with two products backward that is four of each; of attention's, two
     forward, two again, and five backward.
     """
     plan, compiled = online
-    a, rows, tokens, targets, num_micro = plan.model.architecture, 4, 352, 320, 2
+    a, rows, tokens, targets, num_steps = plan.model.architecture, 4, 352, 320, 2
     layer = a.embed_dim * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads) + 3 * a.embed_dim * a.mlp_dim
     down, head = a.embed_dim * a.mlp_dim, a.embed_dim * a.vocab_size
     attended = 2 * a.num_heads * a.head_size  # multiply-adds for each pair of tokens: scores, values
@@ -143,7 +143,7 @@ def test_operations_of_scoring_and_of_the_update_are_the_hand_count(online):
     forward = a.num_layers * (tokens * layer + pairs * attended) + targets * head
     assert compiled["scoring"].flops == 2 * rows * forward
     of_layers = a.num_layers * (tokens * (4 * layer - down) + 9 * pairs * attended // 2)
-    assert compiled["update"].flops == num_micro * 2 * rows * (of_layers + 3 * targets * head)
+    assert compiled["update"].flops == num_steps * 2 * rows * (of_layers + 3 * targets * head)
 
 
 def test_the_log_prob_of_the_original_response_is_in_the_update_where_it_is_logged(folder, online):
@@ -177,6 +177,9 @@ def test_a_generator_is_trained_by_the_fields_of_its_own_section(folder):
         folder, objective=ObjectiveConfig(base="dpo", form="generator"), generator=GeneratorConfig(batch_size=16)
     )
     plan = dataclasses.replace(plan_of(folder), config=dataclasses.replace(config, recipe="generator"))
+    plan = dataclasses.replace(
+        plan, step_limits=plan.step_limits._replace(tokens=896)
+    )  # 8 trees of 112, so that no row has padding
     of_generator = programs.trace_generator_update(plan)
     of_policy = programs.trace_policy_update(plan)
     assert of_generator.flops == pytest.approx(4 * of_policy.flops, rel=0.05)  # twice the examples, two pairs of each
@@ -195,7 +198,8 @@ def test_the_table_names_what_does_not_fit_and_says_what_to_do(online):
     fits, fails = compiled["scoring"], dataclasses.replace(compiled["update"], fits=False, total_bytes=20 * 2**30)
     text = dry_run.table(plan, [fits, fails])
     assert "| scoring | " in text and "| 20.00 | 125% |" in text
-    assert "update does not fit: set model.compute_dtype bfloat16; or train adapters (lora.rank 16" in text
+    assert "update does not fit: lower train.tokens_per_step (now 1408); or set model.compute_dtype bfloat16" in text
+    assert "; or train adapters (lora.rank 16" in text
     assert "scoring does not fit" not in text
 
 

@@ -35,6 +35,7 @@ def test_loops_count_their_trips():
 
     assert count(scanned, A, B) == 10 * PRODUCT
     assert count(looped, A, B, while_trips=7) == 7 * PRODUCT
+    assert count(lambda a, b: looped(a, b) + looped(a, b), A, B, while_trips=[7, 2]) == 9 * PRODUCT
 
 
 def test_a_branch_counts_as_the_dearer_one():

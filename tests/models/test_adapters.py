@@ -20,9 +20,10 @@ from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import abstract_params
 from sso_jax.runtime.mesh import param_shardings
-from sso_jax.training.batches import supervised_batch
+from sso_jax.training.batches import one_step, supervised_step
 from sso_jax.training.example_losses import supervised_losses
 from sso_jax.training.row_shapes import row_shape
+from sso_jax.training.step_packing import StepShape
 from sso_jax.training.trees import Branch, Tree
 from sso_jax.training.update import build_update, init_state, state_shardings
 
@@ -44,9 +45,8 @@ def logits(model, params) -> np.ndarray:
 
 def train(model, params, mesh):
     """State after two SGD updates on one example."""
-    batch = supervised_batch(
-        [Tree([1, 2, 3], [Branch([4, 5, 6], 0)])], 1, 1, row_shape([[Tree([1, 2, 3], [Branch([4, 5, 6], 0)])]])
-    )
+    tree = Tree([1, 2, 3], [Branch([4, 5, 6], 0)])
+    batch = one_step(supervised_step([tree], StepShape(row_shape([[tree]]), 1, 1), None, weight=1 / 3))
     optimizer = optax.sgd(1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     update = build_update(supervised_losses(model), optimizer, mesh, shardings, batch, partial(cast_to_compute, model))

@@ -32,6 +32,7 @@ from sso_jax.runtime.mesh import param_shardings
 from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Request, Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
+from sso_jax.training.device_steps import StepLimits
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.scoring import Scorable, score_examples
 
@@ -145,7 +146,7 @@ def test_greedy_tokens_and_their_log_probs_equal_transformers_over_64_steps_with
         expected.append(log_probs.gather(1, out[0, len(prompt) :, None]).sum().item())
     items = [Scorable({"plain": prompt}, {"chosen": response}) for prompt, response in zip(prompts, ours, strict=True)]
     score = build_score(model, one_device, shardings)
-    sums = score_examples(score, params, items, [("plain", "chosen")], 3, "test")
+    sums = score_examples(score, params, items, [("plain", "chosen")], StepLimits(256), "test")
     np.testing.assert_allclose(np.ravel(sums), expected, rtol=0, atol=1e-4)
 
 

@@ -20,8 +20,9 @@ from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.sampling.sampling_params import make_sampling_params
 from sso_jax.training import scoring
+from sso_jax.training.device_steps import StepLimits
 from sso_jax.training.log_probs import build_score
-from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.scoring import Scorable, plan_scoring, score_examples
 
 BATCHES = [{0: [5, 6], 3: [7]}, {1: []}, {2: [8, 9, 10]}]
 
@@ -124,8 +125,8 @@ def test_a_fingerprint_tells_parameters_apart_and_meshes_not(one_device, eight_d
     assert fingerprint(swapped) != fingerprint({"a": swapped["b"], "b": swapped["a"]})
 
 
-def test_scoring_stops_after_a_batch_and_goes_on_with_the_next(tmp_path, one_device, monkeypatch):
-    """Stopped while the second of five batches is computed: both are kept, and three are left."""
+def test_scoring_stops_after_a_step_and_goes_on_with_the_next(tmp_path, one_device, monkeypatch):
+    """Stopped while the second step is computed: both are kept, and the others are left."""
     model = toy_model(num_layers=1)
     params, shardings = toy_params(model, one_device), param_shardings(abstract_params(model), one_device)
     score, cells = build_score(model, one_device, shardings), [Cell("plain", "chosen"), Cell("plain", "rejected")]
@@ -134,7 +135,9 @@ def test_scoring_stops_after_a_batch_and_goes_on_with_the_next(tmp_path, one_dev
         Scorable({"plain": draw.integers(3, 96, 4 + i).tolist()}, {"chosen": [5, 6 + i], "rejected": [7, 8, 9]})
         for i in range(9)
     ]
-    calls = []
+    plan, calls = plan_scoring(items, cells, StepLimits(32)), []
+    sizes = [len(step.examples) for group in plan.updates for step in group]
+    assert len(sizes) > 3 and sum(sizes) == 9
 
     def counted(*arguments):
         calls.append(1)
@@ -142,12 +145,12 @@ def test_scoring_stops_after_a_batch_and_goes_on_with_the_next(tmp_path, one_dev
 
     def run(journal):
         own = score._replace(log_probs=counted)
-        return score_examples(own, params, items, cells, 2, "test", None, journal)
+        return score_examples(own, params, items, cells, plan, "test", journal)
 
     expected = run(None)
-    assert len(calls) == 5 and len(expected) == 9
-    monkeypatch.setattr(scoring, "stop_now", lambda: len(calls) == 7)
-    with pytest.raises(Stopped, match="after 4 of 9 examples"):
+    assert len(calls) == len(sizes) and len(expected) == 9
+    monkeypatch.setattr(scoring, "stop_now", lambda: len(calls) == len(sizes) + 2)
+    with pytest.raises(Stopped, match=f"after {sum(sizes[:2])} of 9 examples"):
         run(Journal(tmp_path / "j", "list"))
-    assert run(Journal(tmp_path / "j", "list")) == expected and len(calls) == 7 + 3
-    assert run(Journal(tmp_path / "j", "list")) == expected and len(calls) == 10
+    assert run(Journal(tmp_path / "j", "list")) == expected and len(calls) == 2 * len(sizes)
+    assert run(Journal(tmp_path / "j", "list")) == expected and len(calls) == 2 * len(sizes)

@@ -21,7 +21,7 @@ from sso_jax.models.transformer import Transformer
 from sso_jax.runtime.mesh import spec
 from sso_jax.training.log_probs import _log_sum_exp_in_one_pass, cell_log_probs, token_log_probs
 from sso_jax.training.packing import Rows, pack
-from sso_jax.training.row_shapes import RowShape, row_shape, stable_row_shape
+from sso_jax.training.row_shapes import RowShape, row_shape
 from sso_jax.training.trees import Branch, Tree, first_fit, steered_trees
 
 
@@ -258,22 +258,6 @@ def test_a_shape_has_sequences_where_they_would_not_be_most_of_them_padding():
     assert row_shape([uneven], by_sequence=True).num_sequences == 0
 
 
-def test_a_later_round_takes_another_shape_where_its_sequences_do_not_fit():
-    def tree(prompt, *lengths):
-        return Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])
-
-    first = [[tree(64, 32, 32)] * 4]
-    shape = stable_row_shape(first, 1, None, is_last=True, by_sequence=True)
-    assert stable_row_shape([[tree(60, 30, 30)] * 4], 1, shape, is_last=True, by_sequence=True) == shape
-    for later in ([tree(96, 32)] * 4, [tree(32, 32, 32, 32)] * 4):  # a longer one, and more of them
-        found = stable_row_shape([later], 1, shape, is_last=True, by_sequence=True)
-        assert found != shape and found.num_sequences and pack(later, found, 1)
-        assert (
-            stable_row_shape([later], 1, shape._replace(num_sequences=0, sequence_tokens=0), is_last=True).num_sequences
-            == 0
-        )
-
-
 def test_trees_of_a_steered_example_share_each_prompt_once():
     prompts = {"plain": [1], "positive": [2, 2], "negative": [3, 3, 3]}
     responses = {"chosen": [7], "rejected": [8, 8], "original": [9]}
@@ -294,47 +278,9 @@ def test_rows_that_do_not_hold_their_trees_are_refused():
             pack([tree, tree], shape._replace(**{field: getattr(shape, field) - 1}), 2)
 
 
-def stretched(batch: list[Tree], factor: float) -> list[Tree]:
-    """Trees whose responses are so many times as long."""
-    return [
-        Tree(t.prompt_ids, [Branch([1] * int(len(b.response_ids) * factor + 0.5), b.cell) for b in t.branches])
-        for t in batch
-    ]
-
-
-def test_a_later_round_keeps_the_shape_while_its_batches_fit_and_it_is_not_too_dear():
-    first = [random_trees(seed, 24) for seed in range(6)]
-    shape = stable_row_shape(first, 2, None, is_last=False)
-    cheapest = row_shape(first, 2)
-    assert shape.num_rows * shape.num_tokens <= 1.35 * cheapest.num_rows * cheapest.num_tokens
-    for later in ([random_trees(seed, 24) for seed in range(6, 12)], [stretched(batch, 0.9) for batch in first]):
-        assert stable_row_shape(later, 2, shape, is_last=False) == shape
-        for batch in later:
-            pack(batch, shape, 100)
-    longer = [stretched(batch, 2.0) for batch in first]
-    grown = stable_row_shape(longer, 2, shape, is_last=False)
-    assert grown != shape and all(pack(batch, grown, 100) for batch in longer)
-    few = [batch[:4] for batch in first]
-    assert stable_row_shape(few, 2, shape, is_last=True) == row_shape(few, 2)  # it would be padding, most of it
-    assert stable_row_shape(first, 8, shape._replace(num_rows=shape.num_rows + 1), is_last=True) == row_shape(
-        first, 8
-    )  # another mesh
-
-
-def test_batches_pack_into_a_shape_with_room_to_spare_though_its_rows_hold_more_of_the_shorter_trees():
-    """Of trees of 562 tokens one goes into 1,152 once they are lengthened by a sixteenth, two as they are, with 1,024
-    targets.
-    """
-    long, short = (Tree([1] * prompt, [Branch([2] * length, 0)] * 2) for prompt, length in ((900, 91), (50, 256)))
-    batches = [[long] * 3, [short] * 3]
-    for by_sequence in (False, True):
-        shape = stable_row_shape(batches, 1, None, is_last=False, by_sequence=by_sequence)
-        assert all((pack(batch, shape, 1).tree > 0).sum() == 3 * batch[0].num_tokens() for batch in batches)
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 12), st.booleans())
-def test_every_batch_packs_into_the_shape_of_its_round(seed, num_batches, num_trees, by_sequence):
+def test_every_batch_packs_into_the_shape_of_all(seed, num_batches, num_trees, by_sequence):
     """Prompts and responses of very different lengths, as a limit of new tokens gives them."""
     draw = random.Random(seed)
 
@@ -345,16 +291,8 @@ def test_every_batch_packs_into_the_shape_of_its_round(seed, num_batches, num_tr
         )
 
     batches = [[tree() for _ in range(num_trees)] for _ in range(num_batches)]
-    shape = stable_row_shape(batches, 1, None, is_last=False, by_sequence=by_sequence)
+    shape = row_shape(batches, by_sequence=by_sequence)
     assert all((pack(batch, shape, 1).tree > 0).sum() == sum(t.num_tokens() for t in batch) for batch in batches)
-
-
-def test_a_round_of_many_batches_takes_the_cheapest_shape_for_it_pays_for_its_compilation():
-    shape = stable_row_shape([random_trees(0, 24)], 2, None, is_last=False)
-    later = [stretched(random_trees(0, 24), 0.9)]
-    assert stable_row_shape(later, 2, shape, is_last=False) == shape != row_shape(later, 2)
-    many = later * 5000
-    assert stable_row_shape(many, 2, shape, is_last=False) == row_shape(later, 2)
 
 
 def test_rows_are_longer_than_the_longest_tree_where_that_leaves_less_of_them_empty():

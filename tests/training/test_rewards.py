@@ -38,10 +38,11 @@ from sso_jax.training.rewards import (
     branch_ends,
     build_reward_fn,
     compute_rewards,
-    reward_batch,
     reward_losses,
+    reward_step,
 )
 from sso_jax.training.row_shapes import RowShape
+from sso_jax.training.step_packing import StepShape
 from sso_jax.training.trees import Branch, Tree
 
 
@@ -152,11 +153,6 @@ def test_rewards_are_those_of_transformers(family, tokenizer, one_device, tmp_pa
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def take(batch, micro: int):
-    """One microbatch."""
-    return jax.tree.map(lambda part: part[micro], batch)
-
-
 def test_a_reward_does_not_depend_on_packing_or_on_the_mesh(one_device, eight_devices):
     draw = np.random.default_rng(0)
 
@@ -168,14 +164,16 @@ def test_a_reward_does_not_depend_on_packing_or_on_the_mesh(one_device, eight_de
     model, params = random_reward_model(architecture, one_device)
     rate = build_reward_fn(model, one_device, jax.tree.map(lambda x: x.sharding, params))
     alone = [compute_rewards(rate, one_device, params, [pair], 128, "s")[0] for pair in pairs]
-    batch = reward_batch(pairs, 4, 2, RowShape(4, 256, 256))
-    of_micro = jax.jit(reward_losses(model, 0.0, 0.0, 0.0))
-    for micro in range(2):
-        losses, metrics = of_micro(params, take(batch, micro))
-        mine = alone[4 * micro : 4 * micro + 4]
+    shape, weight = StepShape(RowShape(4, 256, 256), 4, 2), 1 / 7
+    steps = [reward_step(pairs[start : start + 4], shape, None, weight=weight) for start in (0, 4)]
+    of_step = jax.jit(reward_losses(model, 0.0, 0.0, 0.0))
+    for number, step in enumerate(steps):
+        losses, metrics = of_step(params, step)
+        mine = alone[4 * number : 4 * number + 4]
         np.testing.assert_allclose(metrics["chosen_reward"][: len(mine)], [c for c, _ in mine], atol=1e-4)
         np.testing.assert_allclose(losses[: len(mine)], [math.log1p(math.exp(r - c)) for c, r in mine], atol=1e-4)
-    assert batch.weights.sum() == pytest.approx(1.0) and (batch.weights > 0).sum() == 7
+    weights = np.concatenate([step.weights for step in steps])
+    assert weights.sum() == pytest.approx(1.0) and (weights > 0).sum() == 7
     spread, sharded = random_reward_model(architecture, eight_devices)
     rate = build_reward_fn(spread, eight_devices, jax.tree.map(lambda x: x.sharding, sharded))
     np.testing.assert_allclose(compute_rewards(rate, eight_devices, sharded, pairs, 512, "s"), alone, atol=1e-3)
@@ -221,7 +219,7 @@ def test_before_the_first_update_every_reward_is_zero(one_device):
     params = nn.unbox(init_params(model, jax.random.key(0)))
     assert "head" not in params
     losses, metrics = reward_losses(model, 0.0, 0.0, 0.0)(
-        params, jax.tree.map(lambda x: x[0], reward_batch([TokenizedPair([5], [6], [7])], 1, 1, RowShape(1, 32, 16)))
+        params, reward_step([TokenizedPair([5], [6], [7])], StepShape(RowShape(1, 32, 16), 1, 1), None, weight=1.0)
     )
     assert losses[0] == pytest.approx(math.log(2)) and metrics["accuracy"][0] == 0.5
 

@@ -1,5 +1,5 @@
-"""One update held to several routes: sharded and not, microbatches and not, PyTorch's AdamW, and what step 0 must
-be.
+"""One update held to several routes: sharded and not, in one device step and in several, PyTorch's AdamW, and what
+step 0 must be.
 """
 
 import math
@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from toys import Compilations, toy_model, toy_params
@@ -17,13 +18,23 @@ from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.transformer import abstract_params
 from sso_jax.recipes.objective import build_objective
 from sso_jax.runtime.mesh import param_shardings, place, replicated
-from sso_jax.training.batches import Example, cut_microbatches, micro_trees, preference_batch, supervised_batch
+from sso_jax.training.batches import (
+    Example,
+    example_trees,
+    one_step,
+    preference_step,
+    supervised_step,
+    token_weight,
+    update_batch,
+)
+from sso_jax.training.device_steps import StepLimits, plan_steps
 from sso_jax.training.example_losses import preference_losses, supervised_losses
 from sso_jax.training.log_probs import build_score
 from sso_jax.training.optimizer import decayed, learning_rates, make_optimizer
-from sso_jax.training.row_shapes import RowShape, row_shape
-from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
-from sso_jax.training.trees import Branch, Tree
+from sso_jax.training.row_shapes import RowShape
+from sso_jax.training.scoring import PACKED_TOGETHER, Scorable, score_examples
+from sso_jax.training.step_packing import DeviceStep, StepShape
+from sso_jax.training.trees import Branch, Tree, steered_trees
 from sso_jax.training.update import batch_shardings, build_update, init_state, state_shardings
 
 
@@ -48,10 +59,12 @@ def scored(model, params, mesh, examples, cells, noise):
     """The examples with the model itself, plus noise of this deviation, as their reference."""
     score = build_score(model, mesh, param_shardings(abstract_params(model), mesh))
     items = [Scorable(example.prompts, example.responses) for example in examples]
-    shape = row_shape(
-        scoring_batches(items, cells, 3), 4
+    trees = [steered_trees(*item, cells, 0) for item in items]
+    assert len(items) <= PACKED_TOGETHER
+    plan = plan_steps(
+        [trees], StepLimits(512, 4)
     )  # on any mesh the same: gradients here blow up a rounding of these sums
-    sums = score_examples(score, params, items, cells, 3, "test", shape)
+    sums = score_examples(score, params, items, cells, plan, "test")
     off = np.random.default_rng(1).normal(0, noise, (len(examples), len(cells)))
     return [
         e._replace(reference_log_probs=(np.array(row) + o).tolist())
@@ -59,7 +72,7 @@ def scored(model, params, mesh, examples, cells, noise):
     ]
 
 
-def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, learning_rate=1e-3, noise=1.0):
+def run_steps(mesh, objective_config, num_steps=3, tokens=4096, num_examples=8, learning_rate=1e-3, noise=1.0):
     """Metrics of each of `num_steps` updates on one batch, and the parameters after them.
 
     The reference is the model itself plus `noise` nats, so that margins differ from 0 by more than rounding.
@@ -70,11 +83,7 @@ def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, lear
     )  # at ten times the usual scale gradients are too ill-conditioned for float32
     objective = build_objective(objective_config)
     examples = scored(model, params, mesh, random_examples(num_examples), objective.cells, noise)
-    num_micro = -(-num_examples // micro)
-    trees = [micro_trees(part, objective.cells) for part in cut_microbatches(examples, micro, num_micro)]
-    batch = preference_batch(
-        examples, objective.cells, micro, num_micro, row_shape(trees, 4)
-    )  # the same rows on any mesh
+    batch = batch_of(examples, objective.cells, tokens)
     optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
@@ -86,6 +95,13 @@ def run_steps(mesh, objective_config, num_steps=3, micro=8, num_examples=8, lear
             metrics.append({name: float(value) for name, value in numbers.items()})
     assert update._cache_size() == 1
     return metrics, jax.device_get(state.params)
+
+
+def batch_of(examples, cells, tokens):
+    """The batch of one update in steps of so many tokens, with the same rows on any mesh of up to four shards."""
+    plan = plan_steps([[example_trees([example], cells) for example in examples]], StepLimits(tokens, 4))
+    build = partial(preference_step, cells=cells, weight=1.0 / len(examples))
+    return update_batch(examples, plan.updates[0], plan.shapes, build)
 
 
 ONLINE_IPO = ObjectiveConfig(base="ipo", beta=0.2, form="online")
@@ -114,13 +130,67 @@ def test_eight_devices_train_as_one_does(one_device, eight_devices):
         assert np.mean(np.abs(a - b) > 1e-6) < 0.02
 
 
-def test_microbatches_sum_to_the_whole_batch(one_device):
+def test_device_steps_sum_to_the_whole_update(one_device):
     settings = dict(num_examples=7, learning_rate=1e-4)
-    whole, _ = run_steps(one_device, ONLINE_IPO, micro=7, **settings)
-    parts, _ = run_steps(
-        one_device, ONLINE_IPO, micro=2, **settings
-    )  # the last microbatch holds one example and one filler
+    whole, _ = run_steps(one_device, ONLINE_IPO, **settings)
+    parts, _ = run_steps(one_device, ONLINE_IPO, tokens=256, **settings)
     assert_same_metrics(whole, parts)
+
+
+def uneven_examples(count, seed=0):
+    """Examples whose responses have 1 to 150 tokens."""
+    draw = np.random.default_rng(seed)
+
+    def ids(length):
+        return draw.integers(3, 96, length).tolist()
+
+    return [
+        Example(
+            str(i),
+            {context: ids(3 + i) for context in ("plain", "positive", "negative")},
+            {response: ids(int(150 ** draw.random())) for response in ("chosen", "rejected", "original")},
+            [],
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_gradient_depends_neither_on_the_budget_of_a_step_nor_on_its_placement(one_device, eight_devices, sharded):
+    """Very uneven examples, in one step and in several steps of up to three shapes, in two orders: the same gradient to
+    1e-6 of its norm, and the same metrics. At ten times this scale of the weights attention is so sharp that rounding
+    alone is more.
+    """
+    mesh = eight_devices if sharded else one_device
+    model = toy_model(num_layers=1)
+    params = toy_params(model, mesh, scale=1.0)
+    objective = build_objective(ONLINE_IPO)
+    examples = scored(model, params, mesh, uneven_examples(12), objective.cells, 1.0)
+    optimizer = optax.sgd(1.0)
+    shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
+    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
+    before = jax.device_get(params)
+
+    def gradient(examples, tokens):
+        batch = batch_of(examples, objective.cells, tokens)
+        update = build_update(losses, optimizer, mesh, shardings, batch)
+        state = init_state(jax.device_put(before, shardings.params), optimizer, shardings)
+        with jax.set_mesh(mesh):
+            state, metrics = update(state, batch, np.float32(1e5))  # so that the parameters' own rounding is none
+        after = jax.device_get(state.params)
+        return batch, jax.tree.map(np.subtract, before, after), {name: float(x) for name, x in metrics.items()}
+
+    whole, expected, metrics = gradient(examples, 2**20)
+    assert whole.num_steps.tolist() == [1]
+    most_shapes = 1
+    for own, tokens in ((examples, 2048), (examples[::-1], 2048), (examples[::-1], 1536)):
+        parts, found, numbers = gradient(own, tokens)
+        assert parts.num_steps.sum() > 1
+        most_shapes = max(most_shapes, len(parts.groups))
+        off = optax.tree.norm(jax.tree.map(np.subtract, found, expected)) / optax.tree.norm(expected)
+        assert off < 1e-6
+        assert numbers == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+    assert most_shapes > 1
 
 
 @pytest.mark.parametrize(
@@ -212,8 +282,9 @@ def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_d
     shardings = state_shardings(params, param_shardings(abstract_params(model), one_device), optimizer, one_device)
     score = build_score(model, one_device, shardings.params)
     items = [Scorable({"plain": tree.prompt_ids}, {"chosen": tree.branches[0].response_ids}) for tree in trees]
-    sums = score_examples(score, params, items, [("plain", "chosen")], 2, "test")
-    batch = supervised_batch(trees, 1, 2, row_shape([[tree] for tree in trees]))
+    sums = score_examples(score, params, items, [("plain", "chosen")], StepLimits(64), "test")
+    steps, shapes = [DeviceStep(0, [i], [[0]]) for i in range(2)], [StepShape(RowShape(1, 32, 16), 1, 2)]
+    batch = update_batch(trees, steps, shapes, partial(supervised_step, weight=token_weight(trees)))
     update = build_update(supervised_losses(model), optimizer, one_device, shardings, batch)
     with jax.set_mesh(one_device):
         _, metrics = update(init_state(params, optimizer, shardings), batch, np.float32(0))
@@ -227,7 +298,10 @@ def test_an_update_is_compiled_once_for_the_first_state_and_those_that_it_gives(
     params, optimizer = toy_params(model, mesh), make_optimizer(0.9, 0.95, 1e-8, 0.0, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
     trees = [Tree([5, 6, 7], [Branch([8, 9], 0)])]
-    batches = [supervised_batch(trees, 1, 1, RowShape(4, num_tokens, 4)) for num_tokens in (8, 16)]
+    batches = [
+        one_step(supervised_step(trees, StepShape(RowShape(4, num_tokens, 4), 1, 1), None, weight=1.0))
+        for num_tokens in (8, 16)
+    ]
     update = build_update(supervised_losses(model), optimizer, mesh, shardings, batches[0])
     state, counts = init_state(params, optimizer, shardings), []
     with jax.log_compiles(), Compilations() as compilations, jax.set_mesh(mesh):

@@ -1,8 +1,9 @@
-"""Plans the updates of a round: the order of its examples and the shape of its batches."""
+"""Plans the updates of a round: the order of its examples, and their device steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from sso_jax.data.records import Cell, Prompts, Triple
 from sso_jax.data.tokenizer import encode_text
@@ -11,21 +12,21 @@ from sso_jax.preferences.keywords import graded_variants, random_variants
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.run import Round
-from sso_jax.runtime.mesh import num_batch_shards
 from sso_jax.training.batches import (
     Example,
     PreferenceBatch,
-    SupervisedBatch,
-    cut_microbatches,
+    UpdateBatch,
+    example_trees,
     make_example,
-    micro_trees,
-    preference_batch,
-    supervised_batch,
+    preference_step,
+    supervised_step,
+    token_weight,
+    update_batch,
 )
+from sso_jax.training.device_steps import StepPlan, plan_steps
 from sso_jax.training.example_losses import ExampleLosses, loss_at_reference, preference_losses
 from sso_jax.training.loop import update_order
-from sso_jax.training.rewards import RewardBatch, TokenizedPair, pair_trees, reward_batch
-from sso_jax.training.row_shapes import RowShape, stable_row_shape
+from sso_jax.training.rewards import TokenizedPair, pair_trees, reward_step
 from sso_jax.training.spo_head import DEGREE_CELLS, spo_losses
 from sso_jax.training.trees import Tree
 
@@ -35,12 +36,12 @@ class BatchPlan:
     """The updates of a round: the number of tokens of each, and how to make its batch."""
 
     num_tokens: list[int]
-    make_batch: Callable[[int], PreferenceBatch | SupervisedBatch | RewardBatch]
+    make_batch: Callable[[int], UpdateBatch]
     """Number of an update -> its batch."""
     ids: list[list[str]]
     """Ids of the examples of each update, for messages."""
-    shape: RowShape
-    """Row shape of every microbatch."""
+    steps: StepPlan
+    """The device steps of every update."""
     first_loss: float | None = None
     """Loss that the first update must have, if the policy then equals the reference; else None."""
 
@@ -48,8 +49,8 @@ class BatchPlan:
 def plan_preferences(this: Round, objective: Objective, pairs: list[Triple], prompts: dict[str, Prompts]) -> BatchPlan:
     """Plans the batches of pairs.
 
-    The plan depends only on the pairs, the seed and the previous round's row shape, so that a resumed round makes the
-    same batches.
+    The plan depends only on the pairs, the seed and the previous round's shapes, so that a resumed round makes the same
+    batches.
     """
     config, cells = this.run.config, trained_cells(objective)
     examples = [make_example(triple, prompts[triple.id], triple.response_ids, objective.cells) for triple in pairs]
@@ -57,41 +58,34 @@ def plan_preferences(this: Round, objective: Objective, pairs: list[Triple], pro
         removal, seed = objective.degree_removal, config.run.seed
         variants = [degree_ids(this.run.engine, triple, removal, seed) for triple in pairs]
         examples = [with_degrees(example, own) for example, own in zip(examples, variants, strict=True)]
-    cut = _cut(this, examples)
-    shape = _row_shape(this, [micro_trees(part, cells) for part in cut.micros])
-    num_tokens = [sum(tree.num_tokens() for tree in micro_trees(update, cells)) for update in cut.updates]
+    updates = _updates(this, examples)
 
-    def make_batch(step: int) -> PreferenceBatch:
-        return preference_batch(cut.updates[step], cells, cut.micro_size, cut.num_micro, shape)
+    def build(update: list[Example]) -> Callable[..., PreferenceBatch]:
+        return partial(preference_step, cells=cells, weight=1.0 / len(update))
 
-    starts_at_reference = config.model.reference_path is None and objective.degree_weight is None
-    first_loss = loss_at_reference(objective.terms, cells, make_batch(0)) if starts_at_reference else None
-    ids = [[example.id for example in update] for update in cut.updates]
-    return BatchPlan(num_tokens, make_batch, ids, shape, first_loss)
+    plan = _plan(this, updates, lambda example: example_trees([example], cells), build)
+    if config.model.reference_path is None and objective.degree_weight is None:
+        plan = replace(plan, first_loss=loss_at_reference(objective.terms, cells, plan.make_batch(0)))
+    return replace(plan, ids=[[example.id for example in update] for update in updates])
 
 
 def plan_demonstrations(this: Round, trees: list[Tree]) -> BatchPlan:
     """Plans the batches of prompts with one response each."""
-    cut = _cut(this, trees)
-    shape = _row_shape(this, cut.micros)
-    num_tokens = [sum(tree.num_tokens() for tree in update) for update in cut.updates]
-
-    def make_batch(step: int) -> SupervisedBatch:
-        return supervised_batch(cut.updates[step], cut.micro_size, cut.num_micro, shape)
-
-    return BatchPlan(num_tokens, make_batch, [[] for _ in cut.updates], shape)
+    updates = _updates(this, trees)
+    return _plan(
+        this, updates, lambda tree: [tree], lambda update: partial(supervised_step, weight=token_weight(update))
+    )
 
 
 def plan_rewards(this: Round, pairs: list[TokenizedPair]) -> BatchPlan:
     """Plans the batches of a reward model's pairs."""
-    cut = _cut(this, pairs)
-    shape = _row_shape(this, [pair_trees(part) for part in cut.micros])
-    num_tokens = [sum(pair.num_tokens() for pair in update) for update in cut.updates]
-
-    def make_batch(step: int) -> RewardBatch:
-        return reward_batch(cut.updates[step], cut.micro_size, cut.num_micro, shape)
-
-    return BatchPlan(num_tokens, make_batch, [[] for _ in cut.updates], shape)
+    updates = _updates(this, pairs)
+    return _plan(
+        this,
+        updates,
+        lambda pair: pair_trees([pair]),
+        lambda update: partial(reward_step, weight=1.0 / len(update)),
+    )
 
 
 def trained_cells(objective: Objective) -> list[Cell]:
@@ -100,7 +94,7 @@ def trained_cells(objective: Objective) -> list[Cell]:
 
 
 def losses_of(model: Transformer, objective: Objective) -> ExampleLosses:
-    """Returns the loss function of microbatches whose cells are `trained_cells`."""
+    """Returns the loss function of device steps whose cells are `trained_cells`."""
     if objective.degree_weight is None:
         return preference_losses(model, objective.terms, objective.cells, objective.beta)
     return spo_losses(model, objective.terms, trained_cells(objective), objective.beta, objective.degree_weight)
@@ -123,30 +117,30 @@ def with_degrees(example: Example, variants: dict[str, list[int]]) -> Example:
     return example._replace(responses={**example.responses, **variants}, reference_log_probs=references)
 
 
-def _row_shape(this: Round, micros: list[list[Tree]]) -> RowShape:
-    """Returns the row shape of a round's microbatches: the previous round's if they fit."""
-    engine, previous = this.run.engine, this.previous_row_shape("training")
-    return stable_row_shape(micros, num_batch_shards(engine.mesh), previous, this.is_last, engine.model.by_sequence)
-
-
-class _Cut(NamedTuple):
-    """The items of a round, split into updates and microbatches."""
-
-    updates: list[list]
-    micros: list[list]
-    """Microbatches that are not empty."""
-    micro_size: int
-    num_micro: int
-    """Microbatches per update."""
-
-
-def _cut(this: Round, items: list) -> _Cut:
-    """Splits the items into updates and microbatches, in the order that follows from the seed."""
+def _updates(this: Round, items: list) -> list[list]:
+    """Returns the items of each update, in the order that follows from the seed."""
     train = this.run.config.train
     order = update_order(len(items), train.batch_size, train.epochs, train.shuffle, this.seed)
-    batch_size = min(train.batch_size, len(items))
-    size = min(train.microbatch_size or batch_size, batch_size)
-    num_micro = -(-batch_size // size)
-    updates = [[items[i] for i in update] for update in order]
-    micros = [part for update in updates for part in cut_microbatches(update, size, num_micro) if part]
-    return _Cut(updates, micros, size, num_micro)
+    return [[items[i] for i in update] for update in order]
+
+
+def _plan(
+    this: Round, updates: list[list], trees_of: Callable[[Any], list[Tree]], build: Callable[[list], Callable]
+) -> BatchPlan:
+    """Plans the device steps of updates.
+
+    Args:
+      this: the round.
+      updates: items of each update.
+      trees_of: returns the trees of an item.
+      build: returns, for an update's items, the function that builds one of its device steps.
+    """
+    engine = this.run.engine
+    trees = [[trees_of(item) for item in update] for update in updates]
+    steps = plan_steps(trees, engine.step_limits, this.previous_step_shapes("training"), this.is_last)
+    num_tokens = [sum(tree.num_tokens() for own in update for tree in own) for update in trees]
+
+    def make_batch(number: int) -> UpdateBatch:
+        return update_batch(updates[number], steps.updates[number], steps.shapes, build(updates[number]))
+
+    return BatchPlan(num_tokens, make_batch, [[] for _ in updates], steps)

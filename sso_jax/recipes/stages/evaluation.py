@@ -18,8 +18,6 @@ from sso_jax.runtime.json_lines import read_json_lines, write_records
 from sso_jax.runtime.stage_markers import file_stage
 from sso_jax.training.scoring import Scorable, score_examples
 
-SCORING_BATCH = 64
-"""Answers scored per batch."""
 EVALUATION_FILE, JUDGMENTS_FILE = "evaluation.jsonl", "judgments.jsonl"
 
 
@@ -69,7 +67,7 @@ def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> fl
     ids = [[*encode_text(tokenizer, row["response"]), tokenizer.eos_token_id] for row in rows]
     prompts = [engine.chat.prompt_ids(row["query"]) for row in rows]
     items = [Scorable({"plain": p}, {"answer": own}) for p, own in zip(prompts, ids, strict=True)]
-    sums = score_examples(engine.score, policy, items, [Cell("plain", "answer")], SCORING_BATCH, stage)
+    sums = score_examples(engine.score, policy, items, [Cell("plain", "answer")], engine.step_limits, stage)
     return float(np.mean([total / len(own) for (total,), own in zip(sums, ids, strict=True)]))
 
 

@@ -34,10 +34,8 @@ from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.json_lines import read_records
-from sso_jax.runtime.mesh import num_batch_shards
 from sso_jax.runtime.stage_markers import finished, read_verified, record_stage, reopen
-from sso_jax.training.row_shapes import RowShape, stable_row_shape
-from sso_jax.training.scoring import Scorable, score_examples, scoring_batches
+from sso_jax.training.scoring import Scorable, plan_scoring, score_examples
 
 PAIRS_FILE = "pairs.jsonl"
 log = logging.getLogger(__name__)
@@ -66,13 +64,18 @@ class PairsResult:
     """Number of triples dropped, by reason."""
     before_filter: dict[str, Any] | None = None
     """`num_pairs` and the statistics of the pairs before the filters; None without filters."""
+    num_cut: int | None = None
+    """Number of pairs whose responses were cut to the token limit."""
+    padding: float | None = None
+    """Share of padding among the tokens that the reference computed; None if it computed nothing."""
     seconds: float = 0.0
 
     @classmethod
     def of_stage(cls, pairs: list[Triple], stats: dict) -> "PairsResult":
         """Builds the result from the records and the statistics of the finished stage."""
         numbers = PairNumbers(**{f.name: stats.get(f.name) for f in dataclasses.fields(PairNumbers)})
-        return cls(pairs, numbers, stats["dropped"], stats.get("before_filter"), stats["seconds"])
+        own = {name: stats.get(name) for name in ("before_filter", "num_cut", "padding")}
+        return cls(pairs, numbers, stats["dropped"], **own, seconds=stats["seconds"])
 
 
 def reference_cells(objective: Objective | None, filter_enabled: bool) -> list[Cell]:
@@ -133,10 +136,10 @@ def score_and_filter(
 
     def make() -> tuple[list[Triple], dict]:
         triples, dropped = candidates()
-        scored, shape = _score(this, reference, reference_hash, triples, cells, prompts, dropped)
+        scored, scoring = _score(this, reference, reference_hash, triples, cells, prompts, dropped)
         kept, stats = apply_filters(this, scored, dropped)
         key = _reference_key(this, reference_hash, cells, kept, prompts)
-        return kept, {**stats, "row_shape": shape, "reference_key": key}
+        return kept, {**stats, **scoring, "reference_key": key}
 
     return PairsResult.of_stage(*record_stage(this.folder, "pairs", Triple, make))
 
@@ -180,36 +183,49 @@ def _score(
     cells: list[Cell],
     prompts: dict[str, Prompts],
     dropped: Dropped,
-) -> tuple[list[Triple], RowShape | None]:
-    """Scores the triples within the token limit with the reference; returns them and the row shape.
+) -> tuple[list[Triple], dict]:
+    """Scores the triples within the token limit with the reference; returns them and the statistics of scoring.
 
-    The other triples are added to `dropped`.
+    The other triples are added to `dropped`, or cut, as `train.long_examples` says.
     """
-    engine, train = this.run.engine, this.run.config.train
+    engine, stage = this.run.engine, this.title("reference log-probs")
+    triples, num_cut = _within_limit(this, triples, cells, prompts)
     fitting = [t for t in triples if pair_rules.fits(prompts[t.id], t.response_ids, cells, engine.max_tokens)]
     kept = {triple.id for triple in fitting}
     dropped |= {triple.id: "pair_too_long" for triple in triples if triple.id not in kept}
     items = [Scorable(prompts[triple.id], triple.response_ids) for triple in fitting]
-    micro = train.microbatch_size or train.batch_size
-    batches = scoring_batches(items, cells, micro)
-    if not batches:
-        return [], None
-    shape = stable_row_shape(
-        batches, num_batch_shards(engine.mesh), this.previous_row_shape("pairs"), this.is_last, engine.model.by_sequence
-    )
-    stage = this.title("reference log-probs")
-    journal = _open_journal(this, _reference_key(this, reference_hash, cells, fitting, prompts), micro)
-    sums = score_examples(engine.score, reference, items, cells, micro, stage, shape, journal)
+    if not items:
+        return [], {"num_cut": num_cut}
+    earlier = this.previous_step_shapes("pairs")
+    plan = plan_scoring(items, cells, engine.step_limits, earlier, this.is_last)
+    log.info("%s: %s", stage, plan.describe())
+    journal = _open_journal(this, _reference_key(this, reference_hash, cells, fitting, prompts))
+    sums = score_examples(engine.score, reference, items, cells, plan, stage, journal)
     _require_finite(sums, fitting, cells)
-    return [pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True)], shape
+    scored = [pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True)]
+    return scored, {"num_cut": num_cut, "step_shapes": plan.shapes, "padding": plan.padding()}
 
 
-def _open_journal(this: Round, reference_key: str, micro: int) -> Journal | None:
+def _within_limit(
+    this: Round, triples: list[Triple], cells: list[Cell], prompts: dict[str, Prompts]
+) -> tuple[list[Triple], int]:
+    """Returns the triples, cut to the token limit if `train.long_examples` is `cut`, and the number that was cut."""
+    if this.run.config.train.long_examples == "drop":
+        return triples, 0
+    limit = this.run.engine.max_tokens
+    cut = [pair_rules.cut_to(triple, prompts[triple.id], cells, limit) for triple in triples]
+    num_cut = sum(new is not old for new, old in zip(cut, triples, strict=True))
+    if num_cut:
+        log.warning("%d of %d pairs were cut to %d tokens of prompt and response", num_cut, len(triples), limit)
+    return cut, num_cut
+
+
+def _open_journal(this: Round, reference_key: str) -> Journal | None:
     """Opens the journal of log-probs with this key, next to those of sampling; None without a folder for journals."""
-    folder = this.run.engine.sampler.journals
+    folder, engine = this.run.engine.sampler.journals, this.run.engine
     if folder is None:
         return None
-    name = f"{reference_key}-{micro}"
+    name = f"{reference_key}-{engine.step_limits.tokens}"
     return Journal(folder / name, name, jax.process_index())
 
 

@@ -27,8 +27,8 @@ from sso_jax.training import checkpoints
 from sso_jax.training.example_losses import ExampleLosses
 from sso_jax.training.loop import Hooks, UpdatePlan, run_updates
 from sso_jax.training.optimizer import learning_rates, make_optimizer
-from sso_jax.training.row_shapes import RowShape
 from sso_jax.training.spo_head import HEAD, init_head
+from sso_jax.training.step_packing import StepShape
 from sso_jax.training.update import TrainState, build_update, init_state, state_shardings
 
 log = logging.getLogger(__name__)
@@ -43,14 +43,14 @@ class TrainingResult:
     updates: int
     padding: float
     """Share of padding among the tokens of all updates."""
-    row_shape: RowShape
+    step_shapes: list[StepShape]
     seconds: float
     tokens_per_second: float
 
     @classmethod
     def of_stage(cls, stats: dict) -> "TrainingResult":
         """Builds the result from the statistics of the finished stage."""
-        return cls(**{**stats, "row_shape": RowShape(*stats["row_shape"])})
+        return cls(**{**stats, "step_shapes": [StepShape.of_json(shape) for shape in stats["step_shapes"]]})
 
 
 def new_parts(model: Transformer, config: Config) -> dict:
@@ -115,7 +115,7 @@ def train(
 
     Args:
       this: the round, whose metrics are written line by line.
-      losses: losses and metrics of a microbatch.
+      losses: losses and metrics of a device step.
       plan: the updates.
       params: parameters to start from.
       first_step: number of the first update in metrics.jsonl, which continues those of the round's earlier training.
@@ -137,10 +137,7 @@ def train(
         cast = partial(cast_to_compute, engine.model)
         run.programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, cast)
     update, title = run.programs[stage], this.title(stage)
-    padding = 1.0 - sum(plan.num_tokens) / (len(plan.num_tokens) * first.rows.tokens.size)
-    log.info(
-        "%s: rows of %s (microbatches, rows, tokens), %.0f%% padding", title, first.rows.tokens.shape, 100 * padding
-    )
+    log.info("%s: %s", title, plan.steps.describe())
     with checkpoints.open_checkpoints(this.folder / "checkpoints", run.config.checkpoint.keep) as manager:
         state = checkpoints.restore(manager, shapes, shardings)
         if state is None:
@@ -155,7 +152,7 @@ def train(
         state = run_updates(update, state, updates, done, engine.mesh, hooks, title)
         seconds = time.perf_counter() - start
     rate = sum(plan.num_tokens[done:]) / seconds
-    result = TrainingResult(len(plan.num_tokens), padding, plan.shape, seconds, rate)
+    result = TrainingResult(len(plan.num_tokens), plan.steps.padding(), plan.steps.shapes, seconds, rate)
     stats = finished(this.folder, "training")  # a resumed round that had finished keeps its first statistics
     stats = finish(this.folder, "training", asdict(result)) if stats is None else stats
     return without_parts(state.all_params(), parts), TrainingResult.of_stage(stats)

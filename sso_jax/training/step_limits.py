@@ -1,0 +1,99 @@
+"""Derives the limits of device steps from the model and its devices."""
+
+import os
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from sso_jax.models.adapters import split_trainable
+from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.runtime.mesh import AXES, num_batch_shards
+from sso_jax.training.device_steps import StepLimits
+
+USED_SHARE = 0.8
+"""Share of a device's memory that an update is planned to use; the rest is for what is not counted."""
+MOST_TOKENS, LEAST_TOKENS = 16384, 1024
+"""Bounds of the tokens of a device step on each batch shard; larger steps are not faster."""
+MOMENT_BYTES, GRADIENT_BYTES, LOGIT_BYTES = 8, 4, 12
+"""Bytes per trained parameter of AdamW's two moments and of the summed gradient; bytes per logit held at once."""
+
+
+FLOPS_PER_PARAM = 8
+"""Operations of an update per token and parameter: two forward, two again, and four backward."""
+COMPILE_FLOPS = {"cpu": 5e11}
+MORE_COMPILE_FLOPS = 8e15
+"""Operations that all devices of a platform, or each accelerator, do in the time that compiles a step: about 4 s at
+150 GFLOP/s, and 20 s at 400 TFLOP/s."""
+
+
+def step_limits(
+    model: Transformer, shardings: dict, mesh: jax.sharding.Mesh, tokens: int | None, memory: int | None = None
+) -> StepLimits:
+    """Returns the limits of the device steps of a model.
+
+    Args:
+      model: the decoder.
+      shardings: shardings of its parameters.
+      mesh: device mesh.
+      tokens: `train.tokens_per_step`; None stands for what fits.
+      memory: bytes of each device; None asks the devices.
+    """
+    device = mesh.devices.flat[0]
+    if tokens is None:
+        tokens = fitting_tokens(model, shardings, mesh, device_bytes(device) if memory is None else memory)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract_params(model))))
+    flops = COMPILE_FLOPS.get(device.platform, MORE_COMPILE_FLOPS * mesh.size)
+    return StepLimits(tokens, num_batch_shards(mesh), model.by_sequence, int(flops / (FLOPS_PER_PARAM * num_params)))
+
+
+def device_bytes(device: jax.Device) -> int:
+    """Returns the memory of a device; on a CPU its share of half of the machine's."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return of_machine // 2 // jax.local_device_count()
+
+
+def fitting_tokens(model: Transformer, shardings: dict, mesh: jax.sharding.Mesh, bytes_of_device: int) -> int:
+    """Returns the tokens of a device step of updates that fit devices of so many bytes, a multiple of the batch shards.
+
+    The bytes of an update on a device are those of the parameters, their copy in the compute type, the moments and
+    gradients of what is trained, the logits held at once, and per token of its rows
+
+        L * saved + 3 * layer
+
+    with L layers, `saved` the bytes that the backward pass reads of each layer (`activation_widths`), and `layer` those
+    of one layer that is computed again, with its gradients.
+    """
+    params = nn.unbox(abstract_params(model))
+    trainable, _ = split_trainable(params)
+    own, _ = split_trainable(shardings)
+    copies = model.dtype.itemsize if model.dtype != model.param_dtype else 0
+    held = _bytes(params, shardings, extra=copies) + _bytes(
+        trainable, own, extra=MOMENT_BYTES + GRADIENT_BYTES, of_own=0
+    )
+    free = USED_SHARE * bytes_of_device - held - LOGIT_BYTES * model.max_logits
+    saved, layer = activation_widths(model)
+    parts = mesh.shape[AXES[2]]
+    per_token = model.dtype.itemsize * (model.architecture.num_layers * saved + 3 * layer) / parts
+    shards = num_batch_shards(mesh)
+    return shards * int(np.clip(free / per_token, LEAST_TOKENS, MOST_TOKENS))
+
+
+def activation_widths(model: Transformer) -> tuple[int, int]:
+    """Returns the numbers per token that a layer saves for the backward pass, and that it computes in all."""
+    a = model.architecture
+    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_size
+    marked = 2 * a.embed_dim + heads + 2 * a.mlp_dim
+    return a.embed_dim if model.remat else marked, marked + 2 * a.embed_dim + a.mlp_dim
+
+
+def _bytes(shapes, shardings, extra: int, of_own: int = 1) -> int:
+    """Returns the bytes of arrays on one device, their own `of_own` times and `extra` for each number."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(
+        int(np.prod(sharding.shard_shape(leaf.shape))) * (of_own * leaf.dtype.itemsize + extra)
+        for leaf, sharding in leaves
+    )
