@@ -1,8 +1,10 @@
-"""Times sampling on responses of unequal lengths, next to transformers.
+"""Times sampling and updates on responses of unequal lengths, next to transformers.
 
     python -m benchmarks.ragged --model FOLDER --queries FILE --peers transformers    a model with its own ends of turn
     python -m benchmarks.ragged --lengths FILE                                        random weights, lengths of a file
     python -m benchmarks.ragged                                                       random weights, drawn lengths
+    python -m benchmarks.ragged --work update --peers transformers                    scoring and one update
+    python -m benchmarks.ragged --work padding                                        padding of updates, no timing
 
 Without `--model` the model is that of `benchmarks.speed --shapes 57m`, and each response is as long as its limit says.
 Lengths are those of the file (records with `prompt` and `responses`) or log-normal with mean 350, sigma 0.7 and at most
@@ -23,17 +25,24 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import ragged_update
 from benchmarks.speed.shapes import CPU, SEED, TEMPERATURE, TOP_P
 from benchmarks.speed.timing import in_turns, timed
 
 MEAN, SIGMA, CAP = 350, 0.7, 2048
-CELLS = {"ours": ["ours"], "transformers": ["generate", "generate_batch"]}
+CELLS = {
+    "sample": {"ours": ["ours"], "transformers": ["generate", "generate_batch"]},
+    "update": {"ours": ["ours_update"], "transformers": ["transformers_update"]},
+}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ragged", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--work", choices=["sample", "update", "padding"], default="sample")
+    parser.add_argument("--batch_size", type=int, default=16, help="examples of the update (default: %(default)s)")
+    parser.add_argument("--tokens_per_step", type=int, help="tokens of a device step (default: what fits)")
     parser.add_argument("--model", help="folder of a model whose own ends of turn count")
     parser.add_argument("--queries", help="queries for the model")
     parser.add_argument("--lengths", help="JSON Lines with prompt and responses lengths, for random weights")
@@ -207,16 +216,46 @@ def main() -> int:
     options = arguments()
     if bool(options.model) != bool(options.queries):
         raise SystemExit("--model and --queries: give both or neither")
-    if options.cell:
-        result = run_ours(options) if options.cell == "ours" else run_transformers(options, "batch" in options.cell)
-        print(json.dumps(result))
-        return 0
     os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    cells = [cell for name in ("ours", *options.peers) for cell in CELLS[name]]
+    if options.work == "padding":
+        print(ragged_update.padding_table(options.lengths))
+        return 0
+    if options.cell:
+        print(json.dumps(run_cell(options)))
+        return 0
+    cells = [cell for name in ("ours", *options.peers) for cell in CELLS[options.work][name]]
     if not options.model:
         cells = [cell for cell in cells if cell != "generate_batch"]  # it has no limit for each request
     common = [sys.executable, "-m", "benchmarks.ragged", *sys.argv[1:]]
     results = in_turns({cell: [*common, "--cell", cell] for cell in cells})
+    print_updates(results) if options.work == "update" else print_samples(results)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    return 0
+
+
+def run_cell(options: argparse.Namespace) -> dict:
+    """Times one cell."""
+    if options.cell in ragged_update.RUN:
+        return ragged_update.RUN[options.cell](options)
+    return run_ours(options) if options.cell == "ours" else run_transformers(options, "batch" in options.cell)
+
+
+def print_updates(results: dict[str, dict]) -> None:
+    """Prints a table of updates with the reference's scoring."""
+    print("| update | median | examples/s | ours over it | padding | first call | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    rates = {cell: result["examples"] / statistics.median(result["seconds"]) for cell, result in results.items()}
+    for cell, result in results.items():
+        print(
+            f"| {cell} | {statistics.median(result['seconds']):.1f} s | {rates[cell]:.3f} | "
+            f"{rates['ours_update'] / rates[cell]:.2f} | {result['padding']:.0%} | {result['first']:.1f} s | "
+            f"{result['host_peak_bytes'] / 1e9:.2f} |"
+        )
+
+
+def print_samples(results: dict[str, dict]) -> None:
+    """Prints a table of sampling."""
     print("| sampling | median | tokens | tokens/s | ours over it | first call | peak GB |")
     print("|---|---|---|---|---|---|---|")
     rates = {cell: result["tokens"] / statistics.median(result["seconds"]) for cell, result in results.items()}
@@ -230,9 +269,6 @@ def main() -> int:
         f"ours: {ours['row_steps_used']:.0%} of row-steps used, {ours['read_over_live']:.2f} times the live keys and "
         f"values read; mean length {ours['mean_length']:.0f}, 90th percentile {ours['p90_length']:.0f}"
     )
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

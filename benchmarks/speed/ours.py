@@ -185,14 +185,8 @@ def traced(parts: UpdateParts) -> dict:
             num_cells = step.shape.num_examples * len(parts.cells)
             rows = pack(step.trees, step.shape.rows, num_cells, step.bins)
             scored += count_flops(parts.score.log_probs.trace(params, rows, num_cells).jaxpr)
-    used = [
-        np.concatenate(
-            [
-                (group.rows.tree > 0)[:number].ravel()
-                for group, number in zip(batch.groups, batch.num_steps, strict=True)
-            ]
-        )
-    ]
+    groups = zip(batch.groups, batch.num_steps, strict=True)
+    used = np.concatenate([(group.rows.tree[:number] > 0).ravel() for group, number in groups])
     return {"flops": updated + scored, "padding": float(1.0 - np.mean(used))}
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -39,15 +38,10 @@ from sso_jax.runtime.signals import Stopped, raise_if_stopped, stop_at_safe_poin
 from sso_jax.sampling import sampler
 from sso_jax.toy.pretraining import train_tokenizer
 from sso_jax.training import loop
+from sso_jax.training.batches import UpdateBatch
 from sso_jax.training.loop import Hooks, UpdatePlan, is_saved, run_updates
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Batch(NamedTuple):
-    """Stands for the arrays of an update."""
-
-    number: np.int32
 
 
 WORDS = ("fox", "fig", "cat", "red", "ten", "oak")
@@ -245,10 +239,12 @@ def test_a_number_that_is_not_finite_stops_training_by_name(one_device):
     saved, written = [], []
 
     def update(state, batch, rate):
-        return state, {"loss": 1.0 if batch.number < 2 else math.nan, "grad_norm": 2.0}
+        return state, {"loss": 1.0 if batch.num_steps < 2 else math.nan, "grad_norm": 2.0}
 
     hooks = Hooks(written.append, lambda state, step: saved.append(step), 2)
-    plan = UpdatePlan(lambda i: Batch(np.int32(i)), [5] * 4, [0.1] * 4, [[f"q{step}", "r"] for step in range(4)])
+    plan = UpdatePlan(
+        lambda i: UpdateBatch((), np.int32(i)), [5] * 4, [0.1] * 4, [[f"q{step}", "r"] for step in range(4)]
+    )
 
     def run(plan):
         return run_updates(update, {}, plan, 0, one_device, hooks, "updates")
@@ -415,16 +411,18 @@ def test_updates_resumed_anywhere_are_those_of_one_pass(one_device, num_updates,
         start = max(saved)
 
         def update(state, batch, rate, kill=kill):
-            if batch.number == kill:
+            if batch.num_steps == kill:
                 raise KeyboardInterrupt
-            return (*state, (int(batch.number), float(rate))), {"loss": 1.0}
+            return (*state, (int(batch.num_steps), float(rate))), {"loss": 1.0}
 
         hooks = Hooks(
             lambda row: written.update({row["step"]: row}), lambda state, step: saved.update({step: state}), every_steps
         )
         rates = [step / 8 for step in range(num_updates)]
         try:
-            plan = UpdatePlan(lambda step: Batch(np.int32(step)), [1] * num_updates, rates, [[]] * num_updates)
+            plan = UpdatePlan(
+                lambda step: UpdateBatch((), np.int32(step)), [1] * num_updates, rates, [[]] * num_updates
+            )
             state = run_updates(update, saved[start], plan, start, one_device, hooks, "updates")
         except KeyboardInterrupt:
             continue

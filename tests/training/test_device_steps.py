@@ -80,7 +80,7 @@ def test_padding_of_ragged_examples(sigma, batch_size, most, shards):
     one is long, cannot fill them. The bound of 20% cannot hold there: rows whose length were chosen anew for each
     update would have the padding `least`, and three lengths for all updates may have 0.17 more.
     """
-    updates = log_normal_updates(sigma, batch_size, 512)
+    updates = log_normal_updates(sigma, batch_size, 256)
     plan = plan_steps(updates, StepLimits(16384 * shards, shards))
     if (shards, batch_size) == (16, 8):
         sizes = [[tree.num_tokens() for example in update for tree in example] for update in updates]
