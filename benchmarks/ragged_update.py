@@ -6,12 +6,15 @@ import json
 import math
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.speed.shapes import CELLS, CONTEXTS, CPU, SEED
 from benchmarks.speed.timing import timed
+from sso_jax.training.device_steps import StepLimits, plan_steps
+from sso_jax.training.trees import Tree, steered_trees
 
 MEAN, SIGMA, CAP = 350, 0.7, 2048
 PRINCIPLE_TOKENS = 40
@@ -23,24 +26,28 @@ Ids = tuple[dict[str, list[int]], dict[str, list[int]]]
 """Prompts by context and responses by name."""
 
 
-def draw_lengths(lengths: str | None, count: int, scale: float) -> list[tuple[int, list[int]]]:
-    """Returns the tokens of the prompt and of the three responses of examples; all responses of one policy's lengths.
+def draw_lengths(
+    lengths: str | None, count: int, scale: float, policy: int = 0, sigma: float = SIGMA
+) -> list[tuple[int, list[int]]]:
+    """Returns the tokens of the prompt and of the three responses of examples.
 
     Args:
       lengths: file of records with `prompt` and `responses`, or None for log-normal lengths.
       count: number of examples.
       scale: factor of all lengths.
+      policy: number of the policy whose responses of the file are taken.
+      sigma: standard deviation of the logarithm of log-normal lengths.
     """
     rng = random.Random(SEED)
     if lengths is None:
-        mu = math.log(MEAN) - SIGMA**2 / 2
+        mu = math.log(MEAN) - sigma**2 / 2
         drawn = [
-            (rng.randint(20, 200), [min(CAP, rng.lognormvariate(mu, SIGMA)) for _ in RESPONSES]) for _ in range(count)
+            (rng.randint(20, 200), [min(CAP, rng.lognormvariate(mu, sigma)) for _ in RESPONSES]) for _ in range(count)
         ]
     else:
         rows = [json.loads(line) for line in Path(lengths).read_text(encoding="utf-8").splitlines()]
         drawn = [
-            (rng.choice(rows)["prompt"], [min(CAP, rng.choice(rows)["responses"][0]) for _ in RESPONSES])
+            (rng.choice(rows)["prompt"], [min(CAP, rng.choice(rows)["responses"][policy]) for _ in RESPONSES])
             for _ in range(count)
         ]
     return [(max(1, int(p * scale)), [max(2, int(r * scale)) for r in responses]) for p, responses in drawn]
@@ -66,7 +73,6 @@ def examples_of(options: argparse.Namespace) -> list[Ids]:
 def run_ours(options: argparse.Namespace) -> dict:
     """Times the reference's scoring and one update of all examples, packing included."""
     import jax
-    import numpy as np
 
     from benchmarks.speed.ours import RATE, make_model, random_params
     from sso_jax.config import ObjectiveConfig
@@ -76,13 +82,11 @@ def run_ours(options: argparse.Namespace) -> dict:
     from sso_jax.runtime.jax_setup import prepare_jax
     from sso_jax.runtime.mesh import param_shardings
     from sso_jax.training.batches import Example, preference_step, update_batch
-    from sso_jax.training.device_steps import plan_steps
     from sso_jax.training.example_losses import preference_losses
     from sso_jax.training.log_probs import build_score
     from sso_jax.training.optimizer import make_optimizer
     from sso_jax.training.scoring import Scorable, plan_scoring, score_examples
     from sso_jax.training.step_limits import step_limits
-    from sso_jax.training.trees import steered_trees
     from sso_jax.training.update import build_update, init_state, state_shardings
 
     prepare_jax()
@@ -173,24 +177,29 @@ RUN: dict[str, Callable[[argparse.Namespace], dict]] = {
 
 
 def padding_table(lengths: str | None) -> str:
-    """Returns a Markdown table of the padding of updates of these lengths, unscaled, on 1 and 16 batch shards."""
-    from sso_jax.training.device_steps import StepLimits, plan_steps
-    from sso_jax.training.trees import Branch, Tree
+    """Returns a Markdown table of the padding of updates on 1 and 16 batch shards, of 1,024 examples each.
 
-    def tree(prompt: int, *responses: int) -> Tree:
-        return Tree([0] * prompt, [Branch([0] * length, 0) for length in responses])
-
-    lines = ["| shards | examples of an update | tokens of a step | shapes | padding |", "|---|---|---|---|---|"]
-    for shards in (1, 16):
-        for size in (8, 32, 64):
-            drawn = draw_lengths(lengths, 1024, 1.0)
-            examples = [
-                [tree(p, c, r, o), tree(p + PRINCIPLE_TOKENS, c, r), tree(p + PRINCIPLE_TOKENS, o, c)]
-                for p, (c, r, o) in drawn
-            ]
-            updates = [examples[start : start + size] for start in range(0, len(examples), size)]
-            for tokens in (16384, 65536):
-                plan = plan_steps(updates, StepLimits(tokens * shards, shards))
-                shapes = ", ".join(f"{shape.rows.num_rows} x {shape.rows.num_tokens}" for shape in plan.shapes)
-                lines.append(f"| {shards} | {size} | {tokens * shards:,} | {shapes} | {plan.padding():.1%} |")
+    With a file it has the lengths of each of its policies, else log-normal ones; unscaled.
+    """
+    if lengths is None:
+        kinds = {f"log-normal, sigma {sigma}": {"sigma": sigma} for sigma in (0.4, 0.7, 1.0)}
+    else:
+        first = json.loads(Path(lengths).read_text(encoding="utf-8").split("\n", 1)[0])
+        kinds = {f"policy {number}": {"policy": number} for number in range(len(first["responses"]))}
+    lines = ["| lengths | shards | examples of an update | tokens of a step | shapes | padding |", "|---" * 6 + "|"]
+    for name, kind in kinds.items():
+        examples = [_trees(*drawn) for drawn in draw_lengths(lengths, 1024, 1.0, **kind)]
+        for shards, size, tokens in product((1, 16), (8, 32, 64), (16384, 65536)):
+            updates = [examples[start : start + size] for start in range(0, 1024, size)]
+            plan = plan_steps(updates, StepLimits(tokens * shards, shards))
+            shapes = ", ".join(f"{shape.rows.num_rows} x {shape.rows.num_tokens}" for shape in plan.shapes)
+            lines.append(f"| {name} | {shards} | {size} | {tokens * shards:,} | {shapes} | {plan.padding():.1%} |")
     return "\n".join(lines)
+
+
+def _trees(prompt: int, responses: list[int]) -> list[Tree]:
+    """Returns the trees of an example of version 1, of token 0."""
+    of_response = {name: [0] * length for name, length in zip(RESPONSES, responses, strict=True)}
+    principle = {context: 0 if context == "plain" else PRINCIPLE_TOKENS for context in CONTEXTS}
+    prompts = {context: [0] * (prompt + more) for context, more in principle.items()}
+    return steered_trees(prompts, of_response, [("plain", "original"), *CELLS], 0)

@@ -29,7 +29,7 @@ MOST_WASTE = 0.1
 HEADROOM, LONGEST_HEADROOM = 1.0625, 1.25
 """Factors by which examples in general, and the longest tree, may grow in later rounds before they need other shapes.
 Longer rows alone are no padding."""
-SAMPLED_EXAMPLES = 512
+SAMPLED_EXAMPLES = 1024
 """Number of examples on which shapes are compared."""
 
 
@@ -155,8 +155,10 @@ class _Search:
     def __init__(self, sizes: list[list[ExampleSize]], limits: StepLimits):
         self.examples = [example for update in sizes for example in update]
         self.num_tokens = sum(example.tokens for example in self.examples)
-        wanted = max(1, SAMPLED_EXAMPLES // max(map(len, sizes)))
-        self.sample = sizes[:: -(-len(sizes) // wanted)]
+        wanted = min(len(sizes), max(2, SAMPLED_EXAMPLES // max(map(len, sizes))))
+        by_tokens = sorted(sizes, key=lambda update: sum(example.tokens for example in update))
+        # From the smallest to the largest, so that shapes are not chosen for updates of one size.
+        self.sample = [by_tokens[i * (len(sizes) - 1) // max(1, wanted - 1)] for i in range(wanted)]
         self.share = sum(e.tokens for update in self.sample for e in update) / self.num_tokens
         self.limits, self.num_shards = limits, limits.num_shards
 
