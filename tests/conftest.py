@@ -27,6 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SLOW = {
     "test_attention",
     "test_bad_input",
+    "test_device_steps",
     "test_dry_run",
     "test_end_to_end",
     "test_examples",
@@ -42,6 +43,7 @@ SLOW = {
     "test_sampler",
     "test_sampling_params",
     "test_spo_head",
+    "test_step_limits",
     "test_steering_benchmark",
     "test_tiny_reward",
     "test_update",

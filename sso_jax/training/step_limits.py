@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -70,14 +71,15 @@ def fitting_tokens(model: Transformer, shardings: dict, mesh: jax.sharding.Mesh,
     params = nn.unbox(abstract_params(model))
     trainable, _ = split_trainable(params)
     own, _ = split_trainable(shardings)
-    copies = model.dtype.itemsize if model.dtype != model.param_dtype else 0
+    width = jnp.dtype(model.dtype).itemsize
+    copies = width if model.dtype != model.param_dtype else 0
     held = _bytes(params, shardings, extra=copies) + _bytes(
         trainable, own, extra=MOMENT_BYTES + GRADIENT_BYTES, of_own=0
     )
     free = USED_SHARE * bytes_of_device - held - LOGIT_BYTES * model.max_logits
     saved, layer = activation_widths(model)
     parts = mesh.shape[AXES[2]]
-    per_token = model.dtype.itemsize * (model.architecture.num_layers * saved + 3 * layer) / parts
+    per_token = width * (model.architecture.num_layers * saved + 3 * layer) / parts
     shards = num_batch_shards(mesh)
     return shards * int(np.clip(free / per_token, LEAST_TOKENS, MOST_TOKENS))
 

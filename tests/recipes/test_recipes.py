@@ -420,3 +420,48 @@ def test_bad_demonstrations(model_folder, tmp_path, capsys, case):
     )
     assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
+
+
+LONG = {**STEERED[0], "id": "long", "chosen": "fox " * 300, "original": "dog " * 300}
+
+
+@pytest.mark.parametrize("how", ["drop", "cut"])
+def test_a_pair_above_the_token_limit_is_dropped_or_cut_and_counted(model_folder, tmp_path, how):
+    """Of 128 positions; a cut response has no end of turn, and fills the positions that its longest prompt leaves."""
+    changes = {
+        "--pairs.path": write(tmp_path / "pairs.jsonl", [*STEERED, LONG]),
+        "--train.long_examples": how,
+        "--train.batch_size": 4,
+    }
+    run = tmp_path / "run"
+    assert train.main(["--config", "configs/offline.yaml", *arguments(model_folder, run, **changes)]) == 0
+    summary = json.loads((run / "summary.json").read_text())[1]
+    assert summary["dropped"] == ({"pair_too_long": 1} if how == "drop" else {})
+    assert summary["num_cut"] == (how == "cut") and summary["num_pairs"] == 6 + (how == "cut")
+    assert set(summary["padding"]) == {"scoring", "updates"} and all(0 <= x < 1 for x in summary["padding"].values())
+    pairs = {row["id"]: row for row in lines(run / "iteration_1" / "pairs.jsonl")}
+    assert ("long" in pairs) == (how == "cut")
+    if how == "cut":
+        prompts = {row["id"]: row["prompts"] for row in lines(run / "iteration_1" / "prompts.jsonl")}["long"]
+        cut, whole = pairs["long"]["response_ids"], pairs["fox"]["response_ids"]
+        steered = max(len(prompts[context]) for context in ("plain", "positive", "negative"))
+        assert len(cut["chosen"]) == 128 - steered and cut["chosen"][-1] != whole["chosen"][-1]
+        assert cut["rejected"] == whole["rejected"] and pairs["long"]["chosen"] == LONG["chosen"]
+
+
+@pytest.mark.parametrize("how", ["drop", "cut"])
+def test_a_demonstration_above_the_token_limit_is_said(model_folder, tmp_path, caplog, how):
+    rows = [*DEMONSTRATIONS, {"prompt": "q", "response": "fox " * 300}, {"prompt": "fox " * 300, "response": "a"}]
+    changes = {"--recipe": "sft", "--demonstrations.path": write(tmp_path / "d.jsonl", rows)}
+    run = tmp_path / "run"
+    assert train.main(arguments(model_folder, run, **changes, **{"--train.long_examples": how})) == 0
+    counts = "0 were cut and 2 left out" if how == "drop" else "1 were cut and 1 left out"
+    assert f"2 of 8 demonstrations have more than 128 tokens (train.max_tokens): {counts}" in caplog.text
+    first, second = json.loads((run / "summary.json").read_text())
+    assert first["dropped"] == {"demonstration_too_long": 2 - (how == "cut")} and second["num_cut"] == (how == "cut")
+
+
+def test_a_reward_model_takes_no_cut_responses(model_folder, tmp_path, capsys):
+    changes = {"--recipe": "reward", "--pairs.path": write(tmp_path / "p.jsonl", STEERED)}
+    line = refusal(capsys, *arguments(model_folder, tmp_path / "run", **changes, **{"--train.long_examples": "cut"}))
+    assert "train.long_examples" in line and "end of turn" in line
