@@ -102,7 +102,7 @@ def run_ours(options: argparse.Namespace) -> dict:
     score, update, held = build_score(model, mesh, shardings), [], []
     placed = state_shardings(params, shardings, optimizer, mesh)
     held.append(init_state(params, optimizer, placed))
-    losses = preference_losses(model, objective.terms, cells, objective.beta)
+    losses = preference_losses(model, objective.terms, cells, objective.rewards)
     build = functools.partial(preference_step, cells=cells, weight=1.0 / len(items))
 
     def work() -> None:

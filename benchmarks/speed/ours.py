@@ -154,7 +154,7 @@ def make_update_parts(shape: Shape, devices: list | None = None) -> UpdateParts:
         build = functools.partial(preference_step, cells=objective.cells, weight=1.0 / len(examples))
         return update_batch(examples, steps.updates[0], steps.shapes, build)
 
-    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
+    losses = preference_losses(model, objective.terms, objective.cells, objective.rewards)
     update = build_update(
         losses,
         optimizer,

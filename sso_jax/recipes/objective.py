@@ -10,12 +10,13 @@ from sso_jax.config import Config, ObjectiveConfig
 from sso_jax.data.records import Cell
 from sso_jax.runtime.errors import InputError
 from sso_jax.training.example_losses import cells_of
-from sso_jax.training.losses import BASE_LOSSES, base_loss, check_name
+from sso_jax.training.losses import BASE_LOSSES, REWARDS, base_loss, check_name, sum_rewards
 from sso_jax.training.multi_response_losses import MULTI_RESPONSE_LOSSES, multi_response_loss
 from sso_jax.training.objectives import (
     BaseLoss,
     MultiResponseLoss,
     OnlineWeights,
+    Rewards,
     SteeringScale,
     Terms,
     generator_objective,
@@ -49,7 +50,8 @@ class Objective:
     """The (context, response) log-probs that it needs."""
     terms: Callable[..., Terms]
     """(policy, reference, num_tokens) -> terms of each example."""
-    beta: float
+    rewards: Rewards
+    """(policy, reference, num_tokens) of the plain pair -> the rewards that its loss compares."""
     degree_weight: float | None = None
     """gamma of base `spo`, which adds the cross-entropy of its degree head; None for other bases."""
     degree_removal: str = "keywords"
@@ -89,7 +91,8 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         terms = partial(online_objective, base=base, plain=plain, weights=weights, sft_weight=sft_weight)
     cells = cells_of(form, config.use_steering and any(scale), scale, config.negative_winner, more)
     degree_weight = settings.get("degree_weight") if form != "generator" else None
-    return Objective(cells, terms, settings.get("beta", 1.0), degree_weight, config.degree_removal)
+    rewards = partial(REWARDS.get(config.base, sum_rewards), beta=settings["beta"])
+    return Objective(cells, terms, rewards, degree_weight, config.degree_removal)
 
 
 def _choose_losses(

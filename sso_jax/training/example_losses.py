@@ -13,7 +13,7 @@ from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
 from sso_jax.training.log_probs import cell_log_probs
 from sso_jax.training.losses import ContextValues, Pair
-from sso_jax.training.objectives import Terms, pair_metrics
+from sso_jax.training.objectives import Rewards, Terms, pair_metrics
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
 """(params, device step) -> loss and metrics of each example."""
@@ -49,7 +49,7 @@ def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> Context
 
 
 def preference_losses(
-    model: Transformer, objective: Callable[..., Terms], cells: list[Cell], beta: float
+    model: Transformer, objective: Callable[..., Terms], cells: list[Cell], rewards: Rewards
 ) -> ExampleLosses:
     """Returns the loss function of preference pairs under `objective`."""
 
@@ -60,7 +60,7 @@ def preference_losses(
         reference = to_context_values(step.reference_log_probs, cells)
         num_tokens = to_context_values(step.num_tokens.astype(jnp.float32), cells)
         terms = objective(policy, reference, num_tokens)
-        return terms.loss, pair_metrics(terms, policy, reference, beta)
+        return terms.loss, pair_metrics(terms, policy, reference, num_tokens, rewards)
 
     return losses
 

@@ -59,6 +59,23 @@ def mean_log_probs(policy: Pair, num_tokens: Pair) -> Pair:
     return Pair(policy.chosen / num_tokens.chosen, policy.rejected / num_tokens.rejected)
 
 
+def sum_rewards(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float) -> Pair:
+    """Returns beta*h of both responses: the rewards that losses on sums compare."""
+    del num_tokens
+    return Pair(*(beta * ratio for ratio in log_ratios(policy, reference)))
+
+
+def mean_rewards(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float) -> Pair:
+    """Returns beta*h/|y| of both responses: the rewards that ipo compares."""
+    return mean_log_probs(sum_rewards(policy, reference, num_tokens, beta=beta), num_tokens)
+
+
+def reference_free_rewards(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float) -> Pair:
+    """Returns beta*mlp of both responses: the rewards of losses without a reference (Meng et al. 2024, eq. 4)."""
+    del reference
+    return Pair(*(beta * mean for mean in mean_log_probs(policy, num_tokens)))
+
+
 def dpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """`-log sigmoid(beta * D)` on sums (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
@@ -221,7 +238,7 @@ def aps_loss(
     reference: Pair,
     num_tokens: Pair,
     *,
-    beta: float = 0.1,
+    beta: float = 1.0,
     rho: float = 0.1,
     t_min: float = 0.1,
     t_max: float = 5.0,
@@ -232,6 +249,9 @@ def aps_loss(
     slope in t is `H(sigmoid(z/t)) + rho - ln 2` with the entropy H in nats, so the minimum is at `t* = clip(|z|/u*,
     t_min, t_max)` with `H(sigmoid(u*)) = ln 2 - rho`. No gradient flows through t*: where it is not clipped, the
     derivative with respect to t is 0.
+
+    The paper has no beta: its bounds of t go with z = D, beta 1. Another beta acts like bounds divided by it; at 0.1
+    the loss is ten times as flat.
     """
     del num_tokens
     z = beta * margin(policy, reference)
@@ -280,6 +300,14 @@ BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "clipped": clipped_loss,
 }
 """Losses of a pair in any context; multi_response_losses.py has those that need more than a pair."""
+
+
+REWARDS: dict[str, Callable[..., Pair]] = {
+    "ipo": mean_rewards,
+    "simpo": reference_free_rewards,
+    "orpo": reference_free_rewards,
+}
+"""Rewards that a loss compares, where they are not `sum_rewards`."""
 
 
 def loss_settings(name: str) -> dict[str, float]:

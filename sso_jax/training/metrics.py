@@ -23,6 +23,7 @@ LINE_FIELDS = (
     "original_log_prob",
     "margin",
     "accuracy",
+    "sum_margin",
     "grad_norm",
     "learning_rate",
     "tokens_per_second",

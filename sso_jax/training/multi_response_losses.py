@@ -121,16 +121,21 @@ def neural_sort(scores: Float[Array, "B K"], tau: float) -> Float[Array, "B K K"
 
 
 def sinkhorn(matrix: Float[Array, "B K K"]) -> Float[Array, "B K K"]:
-    """Scales the columns, then the rows, until both sum to 1 within 1e-6, at most 50 times."""
+    """Scales the columns, then the rows, until both sum to 1 within 1e-6: at least once, at most 50 times.
+
+    Where all scores are equal the sums are 1 before any scaling, but the gradient is that of the scaled matrix.
+    """
     tiny = jnp.finfo(matrix.dtype).tiny
 
-    def scaled(current, _):
-        off = jnp.maximum(jnp.abs(current.sum(-1) - 1.0).max(-1), jnp.abs(current.sum(-2) - 1.0).max(-1))  # [B]
+    def scaled(current):
         columns = current / jnp.maximum(current.sum(-2, keepdims=True), tiny)
-        rows = columns / jnp.maximum(columns.sum(-1, keepdims=True), tiny)
-        return jnp.where((off > SINKHORN_TOLERANCE)[:, None, None], rows, current), None
+        return columns / jnp.maximum(columns.sum(-1, keepdims=True), tiny)
 
-    return jax.lax.scan(scaled, matrix, None, length=SINKHORN_STEPS)[0]
+    def scaled_if_off(current, _):
+        off = jnp.maximum(jnp.abs(current.sum(-1) - 1.0).max(-1), jnp.abs(current.sum(-2) - 1.0).max(-1))  # [B]
+        return jnp.where((off > SINKHORN_TOLERANCE)[:, None, None], scaled(current), current), None
+
+    return jax.lax.scan(scaled_if_off, scaled(matrix), None, length=SINKHORN_STEPS - 1)[0]
 
 
 class MultiResponseEntry(NamedTuple):

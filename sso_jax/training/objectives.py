@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sso_jax.training.losses import ContextValues, Pair, log_ratios
+from sso_jax.training.losses import ContextValues, Pair
+from sso_jax.training.losses import margin as pair_margin
 
 BaseLoss = Callable[[Pair, Pair, Pair], Float[Array, "B"]]
 MultiResponseLoss = Callable[[ContextValues, ContextValues, ContextValues], Float[Array, "B"]]
 """A loss of the plain context that needs more than its pair; see multi_response_losses.py."""
+Rewards = Callable[[Pair, Pair, Pair], Pair]
+"""(policy, reference, number of tokens) -> rewards of both responses."""
 
 
 class Terms(NamedTuple):
@@ -171,18 +174,23 @@ def generator_objective(
 
 
 def pair_metrics(
-    terms: Terms, policy: ContextValues, reference: ContextValues, beta: float
+    terms: Terms, policy: ContextValues, reference: ContextValues, num_tokens: ContextValues, rewards: Rewards
 ) -> dict[str, Float[Array, "B"]]:
-    """Returns the metrics of each example: available terms, and log-probs, margin and accuracy of the plain pair."""
+    """Returns the metrics of each example: available terms, and log-probs, margins and accuracy of the plain pair.
+
+    `margin` is the difference of the loss's own rewards, `accuracy` whether it is above 0, and `sum_margin` is D, the
+    difference of the log-ratios of whole responses, in nats.
+    """
     metrics = {name: value for name, value in terms._asdict().items() if value is not None}
     if policy.plain is not None:
-        ratios = log_ratios(policy.plain, reference.plain)
-        margin = beta * (ratios.chosen - ratios.rejected)
+        of_pair = rewards(policy.plain, reference.plain, num_tokens.plain)
+        margin = of_pair.chosen - of_pair.rejected
         metrics.update(
             chosen_log_prob=policy.plain.chosen,
             rejected_log_prob=policy.plain.rejected,
             margin=margin,
             accuracy=(margin > 0).astype(jnp.float32),
+            sum_margin=pair_margin(policy.plain, reference.plain),
         )
     if policy.original is not None:
         metrics["original_log_prob"] = policy.original

@@ -15,7 +15,7 @@ from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch
 from sso_jax.training.example_losses import ExampleLosses, to_context_values
 from sso_jax.training.log_probs import cell_log_probs_and_means
-from sso_jax.training.objectives import Terms, pair_metrics
+from sso_jax.training.objectives import Rewards, Terms, pair_metrics
 
 HEAD = "degree_head"
 NUM_DEGREES = 4
@@ -53,7 +53,7 @@ def degree_terms(head: dict, means: Float[Array, "E K D"]) -> tuple[Float[Array,
     return -jnp.diagonal(log_probs, axis1=1, axis2=2).mean(-1), right.astype(jnp.float32).mean(-1)
 
 
-def spo_losses(model: Transformer, objective, cells: list[Cell], beta: float, weight: float) -> ExampleLosses:
+def spo_losses(model: Transformer, objective, cells: list[Cell], rewards: Rewards, weight: float) -> ExampleLosses:
     """Returns the loss function `L_align + gamma * CE`; `objective` gets the cells that are not degrees."""
     own = [cell for cell in cells if cell not in DEGREE_CELLS]
     graded = [cells.index(Cell("plain", "chosen")), *(cells.index(cell) for cell in DEGREE_CELLS)]
@@ -69,11 +69,12 @@ def spo_losses(model: Transformer, objective, cells: list[Cell], beta: float, we
 
         policy = of_own(sums.reshape(num_examples, num_cells))
         reference = of_own(step.reference_log_probs)
-        terms: Terms = objective(policy, reference, of_own(step.num_tokens.astype(jnp.float32)))
+        num_tokens = of_own(step.num_tokens.astype(jnp.float32))
+        terms: Terms = objective(policy, reference, num_tokens)
         of_degrees = means.reshape(num_examples, num_cells, -1)[:, jnp.array(graded)]
         degree_loss, degree_accuracy = degree_terms(params[HEAD], of_degrees)
         total = terms._replace(loss=terms.loss + weight * degree_loss)
         of_degree = {"degree_loss": degree_loss, "degree_accuracy": degree_accuracy}
-        return total.loss, {**pair_metrics(total, policy, reference, beta), **of_degree}
+        return total.loss, {**pair_metrics(total, policy, reference, num_tokens, rewards), **of_degree}
 
     return losses

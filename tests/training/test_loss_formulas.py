@@ -123,6 +123,26 @@ def test_gradients_equal_finite_differences_of_the_formula(name):
 
 
 @names
+@pytest.mark.parametrize("offset", [0.0, 1e-3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_where_policy_and_reference_are_one(name, offset, dtype):
+    """At the start of every round, and next to it; against central differences of the formula, at values that both
+    types hold.
+    """
+    reference, tokens = np.array([[-16.0, -40.0], [-24.0, -8.0]]), np.array([[8.0, 16.0], [16.0, 8.0]])
+    policy = reference + offset
+    loss, _ = base_loss(name, {})
+    ours = jax.grad(lambda p: loss(p, as_pair(reference), as_pair(tokens)).sum())(
+        Pair(*(jnp.asarray(part, dtype).astype("float32") for part in policy))
+    )
+    for side in (0, 1):
+        step = np.zeros_like(policy)
+        step[side] = 1e-4
+        up, down = (numpy_value(name, policy + sign * step, reference, tokens, DEFAULTS[name]) for sign in (1, -1))
+        np.testing.assert_allclose(ours[side], (up - down) / 2e-4, rtol=2e-3, atol=1e-6)
+
+
+@names
 @pytest.mark.parametrize("gap", [1e4, -1e4])
 def test_extreme_log_ratios_give_no_nan(name, gap):
     loss, _ = base_loss(name, {})

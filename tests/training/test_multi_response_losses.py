@@ -56,8 +56,8 @@ def numpy_opo(scores, tau=1.0):
         ]
         weights = [math.exp(x - max(logits)) for x in logits]
         matrix[i] = [w / sum(weights) for w in weights]
-    for _ in range(50):
-        if max(abs(matrix.sum(0) - 1).max(), abs(matrix.sum(1) - 1).max()) <= 1e-6:
+    for step in range(50):
+        if step and max(abs(matrix.sum(0) - 1).max(), abs(matrix.sum(1) - 1).max()) <= 1e-6:
             break
         matrix = matrix / matrix.sum(0, keepdims=True)
         matrix = matrix / matrix.sum(1, keepdims=True)
@@ -105,6 +105,28 @@ def test_values_and_slopes_equal_the_formula(name, factor):
     got = jax.grad(lambda p: loss(p, *arrays).sum())(steered(policy))
     rows = [part for name_ in CONTEXTS for part in getattr(got, name_)] + [got.original]
     np.testing.assert_allclose(np.stack(rows), differences(name, policy, reference, settings), rtol=1e-3, atol=1e-5)
+
+
+@names
+@pytest.mark.parametrize("offset", [0.0, 1e-3])
+def test_slopes_where_policy_and_reference_are_one(name, offset):
+    """At the start of every round, and next to it."""
+    _, reference, tokens = random_numbers(size=3)
+    policy = reference + offset * np.arange(7)[:, None]
+    loss, settings = multi_response_loss(name, {})
+    got = jax.grad(lambda p: loss(p, steered(reference), steered(tokens)).sum())(steered(policy))
+    rows = [part for name_ in CONTEXTS for part in getattr(got, name_)] + [got.original]
+    np.testing.assert_allclose(np.stack(rows), differences(name, policy, reference, settings), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_opo_at_a_tie_has_the_slope_of_its_authors_code(dtype):
+    """Of h of y+, y_o and y-, at beta 0.1: numbers computed from the authors' code, which always scales once."""
+    zero = jnp.zeros((7, 1), dtype)
+    loss, _ = multi_response_loss("opo", {})
+    got = jax.grad(lambda p: loss(p, steered(zero), steered(np.ones((7, 1)))).sum())(steered(zero))
+    slopes = [float(got.plain.chosen[0]), float(got.original[0]), float(got.plain.rejected[0])]
+    np.testing.assert_allclose(slopes, [-0.0153, 0.0031, 0.0122], atol=5e-5)
 
 
 @names
@@ -236,7 +258,7 @@ def test_inside_sso_it_takes_the_plain_place_and_steering_is_dpo(name):
     weight = 1 / (1 + np.exp(0.66 * mlp[0] + 0.34 * mlp[1]))
     expected = numpy_value(name, policy, reference, settings) + weight * 0.4 * steering
     np.testing.assert_allclose(terms.loss, expected, rtol=1e-5)
-    assert objective.beta == 0.05
+    assert objective.rewards.keywords == {"beta": 0.05}
     assert ("plain", "chosen") in objective.cells and ("negative", "original") in objective.cells
     assert (("plain", "original") in objective.cells) == (name in ("selm", "opo"))
 

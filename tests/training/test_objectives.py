@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sso_jax.training.losses import Pair, base_loss
+from sso_jax.config import ObjectiveConfig
+from sso_jax.recipes.objective import build_objective
+from sso_jax.training.losses import Pair, base_loss, sum_rewards
 from sso_jax.training.objectives import (
     ContextValues,
     OnlineWeights,
@@ -413,12 +415,25 @@ def test_terms_that_an_objective_lacks_are_none():
 
 
 def test_pair_metrics_by_hand():
-    """beta 0.2. h(y+) = (3, -1, 2), h(y-) = (-2, 1, 2): margins 0.2 * (5, -2, 0), and an even pair is not accurate."""
+    """beta 0.2. h(y+) = (3, -1, 2), h(y-) = (-2, 1, 2): margins 0.2 * (5, -2, 0), and an even pair is not accurate.
+
+    With |y+| = 1, |y-| = 2, ipo's are 0.2 * (3 + 1, -1 - 0.5, 2 - 1) = (0.8, -0.3, 0.2), and those without a reference
+    0.2 * (-7 + 4.5, -6 + 2, -3 + 0.5) = (-0.5, -0.8, -0.5).
+    """
     policy = Pair(jnp.array([-7.0, -6.0, -3.0]), jnp.array([-9.0, -4.0, -1.0]))
     reference = Pair(jnp.array([-10.0, -5.0, -5.0]), jnp.array([-7.0, -5.0, -3.0]))
-    metrics = pair_metrics(
-        Terms(loss=jnp.array([4.0, 5.0, 6.0])), ContextValues(plain=policy), ContextValues(plain=reference), beta=0.2
-    )
+    num_tokens = Pair(jnp.ones(3), 2.0 * jnp.ones(3))
+
+    def metrics_of(base):
+        objective = build_objective(ObjectiveConfig(base=base, beta=0.2, form="pairwise"))
+        values = (ContextValues(plain=part) for part in (policy, reference, num_tokens))
+        return pair_metrics(Terms(loss=jnp.array([4.0, 5.0, 6.0])), *values, objective.rewards)
+
+    for base, margins in (("ipo", [0.8, -0.3, 0.2]), ("simpo", [-0.5, -0.8, -0.5]), ("orpo", [-0.5, -0.8, -0.5])):
+        np.testing.assert_allclose(metrics_of(base)["margin"], margins, rtol=1e-6)
+        np.testing.assert_array_equal(metrics_of(base)["accuracy"], np.array(margins) > 0)
+        np.testing.assert_allclose(metrics_of(base)["sum_margin"], [5.0, -2.0, 0.0], rtol=1e-6)
+    metrics = metrics_of("dpo")
     np.testing.assert_allclose(metrics["margin"], [1.0, -0.4, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(metrics["accuracy"], [1.0, 0.0, 0.0])
     np.testing.assert_array_equal(metrics["chosen_log_prob"], [-7.0, -6.0, -3.0])
@@ -430,7 +445,7 @@ def test_pair_metrics_hold_nothing_that_is_not_there():
     """The generator has no plain pair, hence no margin, and here no L- either."""
     policy, reference, num_tokens = (steered(array, [POSITIVE]) for array in random_triples(seed=16))
     terms = generator_objective(policy, reference, num_tokens, base=base_of("dpo"), scale=SteeringScale(1.0, 0.0))
-    assert set(pair_metrics(terms, policy, reference, beta=0.2)) == {"loss", "positive_loss", "sft_loss"}
+    assert set(pair_metrics(terms, policy, reference, num_tokens, sum_rewards)) == {"loss", "positive_loss", "sft_loss"}
 
 
 @bases

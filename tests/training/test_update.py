@@ -86,7 +86,7 @@ def run_steps(mesh, objective_config, num_steps=3, tokens=4096, num_examples=8, 
     batch = batch_of(examples, objective.cells, tokens)
     optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
-    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
+    losses = preference_losses(model, objective.terms, objective.cells, objective.rewards)
     update = build_update(losses, optimizer, mesh, shardings, batch, partial(cast_to_compute, model))
     state, metrics = init_state(params, optimizer, shardings), []
     with jax.set_mesh(mesh):
@@ -168,7 +168,7 @@ def test_a_gradient_depends_neither_on_the_budget_of_a_step_nor_on_its_placement
     examples = scored(model, params, mesh, uneven_examples(12), objective.cells, 1.0)
     optimizer = optax.sgd(1.0)
     shardings = state_shardings(params, param_shardings(abstract_params(model), mesh), optimizer, mesh)
-    losses = preference_losses(model, objective.terms, objective.cells, objective.beta)
+    losses = preference_losses(model, objective.terms, objective.cells, objective.rewards)
     before = jax.device_get(params)
 
     def gradient(examples, tokens):

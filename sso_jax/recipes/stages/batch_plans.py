@@ -96,8 +96,8 @@ def trained_cells(objective: Objective) -> list[Cell]:
 def losses_of(model: Transformer, objective: Objective) -> ExampleLosses:
     """Returns the loss function of device steps whose cells are `trained_cells`."""
     if objective.degree_weight is None:
-        return preference_losses(model, objective.terms, objective.cells, objective.beta)
-    return spo_losses(model, objective.terms, trained_cells(objective), objective.beta, objective.degree_weight)
+        return preference_losses(model, objective.terms, objective.cells, objective.rewards)
+    return spo_losses(model, objective.terms, trained_cells(objective), objective.rewards, objective.degree_weight)
 
 
 def degree_ids(engine: Engine, triple: Triple, removal: str, seed: int) -> dict[str, list[int]]:
