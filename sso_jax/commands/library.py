@@ -14,7 +14,7 @@ from sso_jax.recipes.engine import Engine, build_engine, load_params
 from sso_jax.recipes.run import Params
 from sso_jax.runtime.errors import InputError
 from sso_jax.sampling.sampler import Request, row_key
-from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.scoring import Scorable, require_finite, score_examples
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def score(policy: Policy, queries: Sequence[str], responses: Sequence[str], syst
         items.append(Scorable({"plain": prompt}, {"response": ids}))
     cells = [Cell("plain", "response")]
     sums = score_examples(engine.score, policy.params, items, cells, engine.step_limits, "log-probs")
+    require_finite(sums, [query[:60] for query in queries], cells)
     return [total for (total,) in sums]
 
 

@@ -23,7 +23,7 @@ from sso_jax.runtime.jax_setup import prepare_jax
 from sso_jax.runtime.json_lines import to_json, write_records
 from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.sampling.stage import SamplingStats, total_stats
-from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.scoring import Scorable, require_finite, score_examples
 
 NINE_CELLS = [Cell(context, response) for context in CONTEXTS for response in RESPONSES]
 """Cells of a steered triple: three responses in three contexts."""
@@ -156,6 +156,7 @@ def plain_rows(engine: Engine, policy: Params, queries: list[Query], key: Sample
     items = [Scorable({"plain": prompt}, {"original": ids}) for prompt, ids in zip(prompts, sampled, strict=True)]
     cells = [Cell("plain", "original")]
     sums = score_examples(engine.score, policy, items, cells, engine.step_limits, "log-probs")
+    require_finite(sums, [query.id for query in queries], cells)
     return [
         {
             "id": query.id,
@@ -181,5 +182,6 @@ def steered_rows(engine: Engine, policy: Params, queries: list[SteeredQuery], ke
         )
     items = [Scorable(prompts[triple.id], triple.response_ids) for triple in fitting]
     sums = score_examples(engine.score, policy, items, NINE_CELLS, engine.step_limits, "log-probs")
+    require_finite(sums, [triple.id for triple in fitting], NINE_CELLS)
     scored = [with_log_probs(triple, NINE_CELLS, row) for triple, row in zip(fitting, sums, strict=True)]
     return [{**to_json(triple), "mean_log_probs": mean_log_probs(triple)} for triple in scored]

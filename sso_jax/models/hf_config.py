@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from sso_jax.models.architecture import Architecture, RopeScaling
@@ -69,6 +70,8 @@ def read_architecture(folder: str | Path) -> Architecture:
         raise InputError(f"{path}: {error.args[0]} is missing; fetch the file again") from error
 
 
+ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""Numbers of Llama 3.1's rotary scaling."""
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -82,7 +85,10 @@ SIZES = (
 
 
 def _check_sizes(config: dict, path: Path) -> None:
-    """Raises `InputError` for a size that is not a positive integer; missing sizes are not checked here."""
+    """Raises `InputError` for a size that is not a positive integer, or another number that is not positive.
+
+    Missing ones are not checked here.
+    """
     for name in SIZES:
         value = config.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -90,6 +96,13 @@ def _check_sizes(config: dict, path: Path) -> None:
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(name) or {}, dict):
             raise InputError(f"{path}: {name} {config[name]!r} is not a JSON object; fetch the file again")
+    rope = _rope(config)
+    numbers = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", rope.get("type")) == "llama3":
+        numbers |= {name: rope[name] for name in ROPE_FACTORS if name in rope}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise InputError(f"{path}: {name} {value!r} is not a positive number; fix it, or fetch the file again")
 
 
 def _rope(config: dict) -> dict:

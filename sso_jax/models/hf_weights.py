@@ -29,6 +29,9 @@ from sso_jax.runtime.hosts import fetch_global, is_first
 from sso_jax.runtime.mesh import param_shardings
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING_TENSOR, HEAD_TENSOR = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_AT_ONCE = 8192
+"""Rows of two matrices that are compared at once."""
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -44,8 +47,8 @@ class TensorRule(NamedTuple):
 
 
 RULES: dict[str, TensorRule] = {
-    "embedding": TensorRule("model.embed_tokens.weight"),
-    "head": TensorRule("lm_head.weight", True),
+    "embedding": TensorRule(EMBEDDING_TENSOR),
+    "head": TensorRule(HEAD_TENSOR, True),
     "score": TensorRule("score.weight"),
     "final_norm/scale": TensorRule("model.norm.weight"),
     "layers/attention_norm/scale": TensorRule("model.layers.{}.input_layernorm.weight"),
@@ -72,13 +75,13 @@ class _Folder:
     def __init__(self, folder: Path):
         self.folder = folder
         index = folder / INDEX_FILE
-        if index.is_file():
+        if (folder / WEIGHTS_FILE).is_file():  # as in transformers, it goes before an index
+            files = [WEIGHTS_FILE]
+        elif index.is_file():
             listed = read_json_file(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
                 raise InputError(f"{index}: weight_map does not map tensors to files; fetch the file again")
             files = sorted(set(listed.values()))
-        elif (folder / WEIGHTS_FILE).is_file():
-            files = [WEIGHTS_FILE]
         else:
             raise InputError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; convert the weights to safetensors")
         self.slices, self.files = {}, []
@@ -92,6 +95,20 @@ class _Folder:
                 ) from error
             self.files.append(opened)
             self.slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 (not a mapping)
+
+    def refuse_other_head(self) -> None:
+        """Raises `InputError` if the tied head is stored too, and differs from the embedding."""
+        head, embedding = self.slices.get(HEAD_TENSOR), self.slices.get(EMBEDDING_TENSOR)
+        if head is None or embedding is None or head.get_shape() != embedding.get_shape():
+            return
+        num_rows = head.get_shape()[0]
+        for start in range(0, num_rows, ROWS_AT_ONCE):
+            rows = slice(start, min(num_rows, start + ROWS_AT_ONCE))
+            if not np.array_equal(np.asarray(head[rows]), np.asarray(embedding[rows])):
+                raise InputError(
+                    f"{self.folder}: config.json says tie_word_embeddings, but {HEAD_TENSOR} is another matrix than "
+                    f"{EMBEDDING_TENSOR}; set tie_word_embeddings to false, or fetch both again"
+                )
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises `InputError` unless the folder has exactly the tensors `expected`, in these shapes and float types."""
@@ -177,13 +194,17 @@ def _stored_params(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
 def _open_checked(folder: str | Path, model: Transformer, abstract: dict[str, jax.ShapeDtypeStruct]) -> _Folder:
     source = _Folder(Path(folder))
     if model.architecture.tied_head:
-        source.slices.pop("lm_head.weight", None)  # some folders store the tied matrix under this name too
+        source.refuse_other_head()
+        source.slices.pop(HEAD_TENSOR, None)  # some folders store the tied matrix under this name too
     source.check(_expected_tensors(abstract))
     return source
 
 
 def check_weights(folder: str | Path, model: Transformer) -> None:
-    """Raises whatever `read_params` would, from the safetensors headers of a folder alone; reads no weights."""
+    """Raises what `read_params` would, except for values that are not finite, from the headers of a folder's files.
+
+    Reads no weights, unless a tied head is stored beside the embedding.
+    """
     _open_checked(folder, model, _stored_params(model))
 
 
@@ -194,7 +215,8 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
     need of it.
 
     Raises:
-      InputError: if a tensor is missing, unexpected, or of another shape or type, or a file is truncated; names it.
+      InputError: if a tensor is missing, unexpected, of another shape or type, or not finite, or a file is truncated;
+        names it.
     """
     boxed = abstract_params(model)
     abstract = _stored_params(model)
@@ -209,29 +231,45 @@ def _read_param(source: _Folder, path: str, leaf: jax.ShapeDtypeStruct, sharding
     """Reads one parameter onto its devices; a scanned one layer by layer."""
     names = _tensor_names(path, leaf.shape)
     if not path.startswith("layers/"):
-        return _read_tensor(RULES[path], source.slices[names[0]], leaf.shape, leaf.dtype, sharding)
+        return _read_tensor(source, path, names[0], leaf.shape, leaf.dtype, sharding)
     of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     start, put = _stacking(leaf.shape, leaf.dtype, sharding)
     stacked = start()
     for layer, name in enumerate(names):
-        tensor = _read_tensor(RULES[path], source.slices[name], leaf.shape[1:], leaf.dtype, of_layer)
+        tensor = _read_tensor(source, path, name, leaf.shape[1:], leaf.dtype, of_layer)
         stacked = jax.block_until_ready(put(stacked, tensor, layer))  # waits before reading the next
     return stacked
 
 
 def _read_tensor(
-    rule: TensorRule, tensor, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
+    source: _Folder, path: str, name: str, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
 ) -> jax.Array:
     """Reads one Hugging Face tensor onto the devices; a part that several devices hold is read once."""
     parts: dict[tuple, np.ndarray] = {}
+    broken: list[str] = []
 
     def read(window: tuple[slice, ...]) -> np.ndarray:
         key = tuple((cut.start, cut.stop) for cut in window)
         if key not in parts:
-            parts[key] = _from_hf(rule, tensor, shape, window).astype(dtype)
+            parts[key] = _from_hf(RULES[path], source.slices[name], shape, window).astype(dtype)
+            if not _is_finite(parts[key]):
+                broken.append(name)
         return parts[key]
 
-    return jax.make_array_from_callback(shape, sharding, read)
+    array = jax.make_array_from_callback(shape, sharding, read)
+    if broken:
+        raise InputError(
+            f"{source.folder}: tensor {name} has values that are not finite; the training that wrote it has failed, "
+            "use an earlier checkpoint or fetch the file again"
+        )
+    return array
+
+
+def _is_finite(part: np.ndarray) -> bool:
+    """Returns whether all values are finite; those of bfloat16 by their exponent, which is fast."""
+    if part.dtype == ml_dtypes.bfloat16:
+        return not np.any((part.view(np.uint16) & 0x7F80) == 0x7F80)
+    return bool(np.isfinite(part).all())
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """Filters of scored pairs, which return the reason of every dropped pair."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -72,12 +73,14 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
 
 
 def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Dropped]:
-    """Keeps triples whose chosen response leads in score by `least` or more; drops those without scores too."""
+    """Keeps triples whose chosen response leads in score by `least` or more; drops those without finite scores too."""
     kept: list[Triple] = []
     dropped: Dropped = {}
     for triple in triples:
         if triple.scores is None:
             dropped[triple.id] = "no_scores"
+        elif not math.isfinite(_lead(triple)):
+            dropped[triple.id] = "score_not_finite"
         elif _lead(triple) < least:
             dropped[triple.id] = "small_score_gap"
         else:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from sso_jax.data.buckets import bucket
 from sso_jax.models.attention import tree_mask
 from sso_jax.models.reward_head import RewardModel
+from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, replicated
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.training.example_losses import ExampleLosses
@@ -160,6 +161,9 @@ def compute_rewards(
     """Returns (reward of chosen, reward of rejected) of every pair.
 
     A row has one response, or as many of the shortest as fit; longer responses are in smaller batches.
+
+    Raises:
+      RunError: if a reward is not finite.
     """
     shards = num_batch_shards(mesh)
     trees = [Tree(p.prompt_ids, [Branch(response, 0)]) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
@@ -184,4 +188,9 @@ def compute_rewards(
                     values = jax.device_get(rate(params, packed, ends))
                 rewards[batch] = values[: len(batch)]
                 bar.update(len(batch))
+    if broken := int(np.sum(~np.isfinite(rewards))):
+        raise RunError(
+            f"{stage}: {broken} of {len(rewards)} rewards are not finite; the reward model is broken, use another one, "
+            "or model.compute_dtype float32"
+        )
     return [(float(a), float(b)) for a, b in rewards.reshape(-1, 2)]

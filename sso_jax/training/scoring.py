@@ -1,10 +1,12 @@
 """Computes log-prob sums of examples in device steps of packed rows."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 
 from sso_jax.data.records import Cell
+from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
 from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.mesh import batch_sharding, place
@@ -103,6 +105,20 @@ def score_examples(
         if running is not None:
             take(*running)
     return [done[i] for i in range(len(items))]
+
+
+def require_finite(sums: list[list[float]], names: list[str], cells: list[Cell]) -> None:
+    """Raises `RunError` that names the examples whose log-probs are not finite."""
+    broken = [
+        f"{name} ({response} under {context}: {value})"
+        for name, row in zip(names, sums, strict=True)
+        for (context, response), value in zip(cells, row, strict=True)
+        if not math.isfinite(value)
+    ]
+    if broken:
+        raise RunError(
+            f"log-probs are not finite, for {', '.join(broken[:5])}: the policy is broken; use an earlier one"
+        )
 
 
 def scoring_steps(items: list[Scorable], cells: list[Cell], plan: StepPlan) -> list[ScoringStep]:

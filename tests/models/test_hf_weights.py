@@ -336,6 +336,56 @@ def test_folder_without_weights(folder):
     assert "no model.safetensors" in refusal(folder)
 
 
+def test_a_single_file_goes_before_an_index_and_its_shards(folders, one_device, tmp_path):
+    """New weights saved over a folder of old shards: transformers takes the single file, and so does this project."""
+    model, params = load(folders / "qwen2", one_device)
+    (tmp_path / CONFIG_FILE).write_bytes((folders / "qwen2" / CONFIG_FILE).read_bytes())
+    old = jax.tree.map(lambda x: 2.0 * x, params)
+    write_params(old, model.architecture, tmp_path, "float32", max_shard_bytes=2**16)
+    (tmp_path / WEIGHTS_FILE).write_bytes((folders / "qwen2" / WEIGHTS_FILE).read_bytes())
+    ids = np.random.default_rng(0).integers(3, 128, (2, 20))
+    found = our_logits(model, load(tmp_path, one_device)[1], ids)
+    np.testing.assert_allclose(found, their_logits(tmp_path, ids), rtol=0, atol=1e-5)
+
+
+def test_a_tied_head_that_is_another_matrix_is_refused(folders, tmp_path):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / name).write_bytes((folders / "qwen2_tied" / name).read_bytes())
+    embedding = load_file(tmp_path / WEIGHTS_FILE)["model.embed_tokens.weight"]
+    change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    check_weights(tmp_path, Transformer(read_architecture(tmp_path)))
+    other = embedding.copy()
+    other[-1, -1] += 1
+    change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": other}))
+    assert all(word in refusal(tmp_path) for word in ("tie_word_embeddings", "lm_head.weight", "false"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named(folder, one_device, name, value, dtype):
+    change_tensors(folder, lambda tensors: tensors[name].ravel().__setitem__(-1, value))
+    model = Transformer(read_architecture(folder), param_dtype=jnp.dtype(dtype))
+    with pytest.raises(InputError, match=f"tensor {name} has values that are not finite"):
+        read_params(folder, model, one_device)
+
+
+def test_the_largest_bfloat16_is_finite():
+    largest = np.array([jnp.finfo(jnp.bfloat16).max, -1.0, 0.0], jnp.bfloat16)
+    assert hf_weights._is_finite(largest) and not hf_weights._is_finite(largest * 2)
+
+
+@pytest.mark.parametrize("value", [None, "1e6", True, 0, -1.0, float("nan"), [1]])
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps", "factor", "original_max_position_embeddings"])
+def test_a_number_of_the_config_that_is_none_is_named(folder, name, value):
+    if name == "rms_norm_eps":
+        change_config(folder, rms_norm_eps=value)
+    else:
+        change_config(folder, rope_parameters={**LLAMA3_ROPE, name: value})
+    with pytest.raises(InputError, match=f"config.json: {name} .* is not a positive number"):
+        read_architecture(folder)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -16,7 +16,7 @@ from sso_jax.recipes.run import Params, Round, Run
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.json_lines import read_json_lines, write_records
 from sso_jax.runtime.stage_markers import file_stage
-from sso_jax.training.scoring import Scorable, score_examples
+from sso_jax.training.scoring import Scorable, require_finite, score_examples
 
 EVALUATION_FILE, JUDGMENTS_FILE = "evaluation.jsonl", "judgments.jsonl"
 
@@ -68,6 +68,7 @@ def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> fl
     prompts = [engine.chat.prompt_ids(row["query"]) for row in rows]
     items = [Scorable({"plain": p}, {"answer": own}) for p, own in zip(prompts, ids, strict=True)]
     sums = score_examples(engine.score, policy, items, [Cell("plain", "answer")], engine.step_limits, stage)
+    require_finite(sums, [row["query"][:60] for row in rows], [Cell("plain", "answer")])
     return float(np.mean([total / len(own) for (total,), own in zip(sums, ids, strict=True)]))
 
 

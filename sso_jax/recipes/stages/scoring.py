@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.json_lines import read_records
 from sso_jax.runtime.stage_markers import finished, read_verified, record_stage, reopen
-from sso_jax.training.scoring import Scorable, plan_scoring, score_examples
+from sso_jax.training.scoring import Scorable, plan_scoring, require_finite, score_examples
 
 PAIRS_FILE = "pairs.jsonl"
 log = logging.getLogger(__name__)
@@ -201,7 +200,7 @@ def _score(
     log.info("%s: %s", stage, plan.describe())
     journal = _open_journal(this, _reference_key(this, reference_hash, cells, fitting, prompts))
     sums = score_examples(engine.score, reference, items, cells, plan, stage, journal)
-    _require_finite(sums, fitting, cells)
+    require_finite(sums, [triple.id for triple in fitting], cells)
     scored = [pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True)]
     return scored, {"num_cut": num_cut, "step_shapes": plan.shapes, "padding": plan.padding()}
 
@@ -227,20 +226,6 @@ def _open_journal(this: Round, reference_key: str) -> Journal | None:
         return None
     name = f"{reference_key}-{engine.step_limits.tokens}"
     return Journal(folder / name, name, jax.process_index())
-
-
-def _require_finite(sums: list[list[float]], triples: list[Triple], cells: list[Cell]) -> None:
-    """Raises `RunError` that names the pairs whose log-probs are not finite."""
-    broken = [
-        f"{triple.id} ({cell.response} under {cell.context}: {value})"
-        for triple, row in zip(triples, sums, strict=True)
-        for cell, value in zip(cells, row, strict=True)
-        if not math.isfinite(value)
-    ]
-    if broken:
-        raise RunError(
-            f"reference log-probs are not finite, for {', '.join(broken[:5])}: the policy is broken; use an earlier one"
-        )
 
 
 def apply_filters(this: Round, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
