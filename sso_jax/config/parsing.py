@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+log = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound="DataclassInstance")
 _KEY_FIELD = re.compile(r"(?:^|[._-])(?:key|token|secret|password|authorization|bearer)$|apikey$", re.IGNORECASE)
 """Field names under which people put an API key into a config."""
@@ -101,6 +103,21 @@ def _refuse_keys(argv: list[str], files: list[str]) -> None:
             )
 
 
+def _name_kept_beta(argv: list[str], files: list[str]) -> None:
+    """Logs a beta that a config file has for another base loss than the command line gives."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    given = {part[2:].split("=")[0]: part.partition("=")[2] or following for part, following in pairs}
+    base = given.get("objective.base")
+    for file in files if base is not None and "objective.beta" not in given else ():
+        fields = _read_config_file(file)
+        if "objective.beta" in fields and fields.get("objective.base") not in (None, base):
+            log.warning(
+                "%s: objective.beta %s was set there for base %r and is kept for %r; give --objective.beta, or null "
+                "for that base's own default",
+                *(file, fields["objective.beta"], fields["objective.base"], base),
+            )
+
+
 def _config_files(argv: list[str]) -> list[str]:
     """Returns the files that `--config` names."""
     pairs = zip(argv, [*argv[1:], ""], strict=True)
@@ -121,6 +138,7 @@ def parse(config_class: type[Parsed], argv: list[str], program: str, description
     _refuse_keys(argv, files)
     _refuse_renamed(argv, files)
     _check_files(config_class, files)
+    _name_kept_beta(argv, files)
     try:
         namespace = parser.instantiate(parser.parse_args(argv))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:

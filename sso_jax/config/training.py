@@ -87,7 +87,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """Schedule after the warm-up: cosine decay to 0, or constant at the peak."""
     warmup_ratio: float = 0.1
-    """Share of the updates over which the learning rate rises from 0."""
+    """Share of the updates, rounded up, over which the learning rate rises from 0; the first update has rate 0."""
     b1: float = 0.9
     """Decay of AdamW's first moment."""
     b2: float = 0.95

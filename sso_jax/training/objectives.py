@@ -136,7 +136,8 @@ def online_objective(
 ) -> Terms:
     """`L = L_base(x, y+, y-) + W*g*G`, version 1 (arXiv 2410.17131v1), and its ablations.
 
-    The supervised term is `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, the last two parts only with G.
+    The supervised term is `gamma * -(mlp(y+|x) + g*mlp(y+|x+) + g*mlp(y_o|x-))`, the last two parts only with G. W does
+    not multiply it; in the authors' code without G, W multiplies base loss and supervised term both.
 
     Args:
       plain: replaces the base loss of the plain pair.

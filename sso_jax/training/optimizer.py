@@ -1,5 +1,7 @@
 """The AdamW optimizer and its learning-rate schedules."""
 
+import math
+
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -14,13 +16,16 @@ def decayed(params) -> dict:
 def learning_rates(peak: float, kind: str, warmup_ratio: float, num_updates: int) -> list[float]:
     """Returns the learning rate of each update: linear warm-up from 0, then a cosine decay to 0 or a constant.
 
+    As in transformers, the number of warm-up updates is rounded up, and the first of them has rate 0: it changes
+    nothing but the optimizer's moments.
+
     Args:
       peak: learning rate after the warm-up.
       kind: `constant` or `cosine`.
       warmup_ratio: share of the updates that warm up.
       num_updates: number of updates.
     """
-    warmup = round(warmup_ratio * num_updates)
+    warmup = math.ceil(warmup_ratio * num_updates)
     if kind == "constant":
         rest = optax.constant_schedule(peak)
     else:

@@ -58,3 +58,21 @@ def test_version_2_has_the_values_of_the_paper():
     assert (config.recipe, config.generator.queries, config.generator.batch_size) == ("generator", 8000, 32)
     assert (config.objective.base, config.objective.beta, config.objective.sft_weight) == ("dpo", 0.1, 0.1)
     assert (config.queries.per_iteration, config.train.batch_size, config.optimizer.learning_rate) == (60000, 256, 5e-7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--objective.base", "nca"], True),
+        (["--objective.base=nca"], True),
+        (["--objective.base", "ipo"], False),
+        (["--objective.base", "nca", "--objective.beta", "0.01"], False),
+        (["--objective.base", "nca", "--objective.beta", "null"], False),
+        ([], False),
+    ],
+)
+def test_a_beta_that_a_file_has_for_another_base_is_named(argv, said, caplog):
+    config = parse(Config, ["--config", "configs/offline.yaml", *argv], "train.py", "")
+    named = "configs/offline.yaml: objective.beta 0.2 was set there for base 'ipo' and is kept for 'nca'"
+    assert (named in caplog.text) is said
+    assert config.objective.beta == (0.2 if said or "nca" not in argv else 0.01 if "0.01" in argv else None)

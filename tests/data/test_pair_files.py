@@ -237,6 +237,16 @@ def test_a_gap_of_scores_is_asked_for():
     assert keep_clear_scores(pairs, 1.0)[0] == pairs[:2]
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_does_not_pass_a_gap(score):
+    pairs = [
+        Triple(str(i), "q", None, None, "a", "b", None, scores={"chosen": a, "rejected": b})
+        for i, (a, b) in enumerate([(2.0, 0.0), (score, 0.0), (2.0, score)])
+    ]
+    kept, dropped = keep_clear_scores(pairs, 1.0)
+    assert kept == pairs[:1] and dropped == {"1": "score_not_finite", "2": "score_not_finite"}
+
+
 def test_our_own_records_come_back_but_for_their_log_probs(tmp_path):
     record = Triple(
         "a",

@@ -27,7 +27,7 @@ from sso_jax.models.transformer import abstract_params, init_params
 from sso_jax.preferences.filters import keep_widest, with_rewards
 from sso_jax.recipes.reward import mix, split_pairs
 from sso_jax.recipes.reward_model import accuracy_of, find_reward_model, open_reward_scorer, tokenize_pair
-from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.mesh import param_shardings
 from sso_jax.toy.pretraining import train_tokenizer
 from sso_jax.training.losses import Pair
@@ -177,6 +177,15 @@ def test_a_reward_does_not_depend_on_packing_or_on_the_mesh(one_device, eight_de
     spread, sharded = random_reward_model(architecture, eight_devices)
     rate = build_reward_fn(spread, eight_devices, jax.tree.map(lambda x: x.sharding, sharded))
     np.testing.assert_allclose(compute_rewards(rate, eight_devices, sharded, pairs, 512, "s"), alone, atol=1e-3)
+
+
+def test_rewards_that_are_not_finite_are_an_error(one_device):
+    def rate(params, rows, ends):
+        return np.where(np.arange(len(ends)) == 1, np.nan, 0.5)
+
+    pairs = [TokenizedPair([5, 6], [7, 8], [9])] * 2
+    with pytest.raises(RunError, match="rate: 1 of 4 rewards are not finite; the reward model is broken"):
+        compute_rewards(rate, one_device, {}, pairs, 4096, "rate")
 
 
 def test_rewards_by_sequences_are_those_by_the_mask(one_device, monkeypatch):
