@@ -14,7 +14,7 @@ from sso_jax.data.records import Triple
 from sso_jax.recipes.reward_model import accuracy_of, open_reward_scorer, tokenize_pair
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
-from sso_jax.runtime.jax_setup import prepare_jax
+from sso_jax.runtime.jax_setup import prepare_jax, require_devices
 from sso_jax.runtime.mesh import make_mesh
 
 DOMAIN_FIELDS = ("subset", "domain", "category", "section", "task", "source", "dataset")
@@ -38,6 +38,7 @@ def run(config: EvaluateConfig) -> None:
     pairs = load_pairs(config.pairs.path, config.pairs.split)
     refuse_equal_sides(pairs, config.pairs.path)
     prepare_jax(config.run.compilation_cache)
+    require_devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     scorer = open_reward_scorer(config.model.path, config.model, mesh)
     rewards = scorer.rewards([tokenize_pair(scorer.chat, pair) for pair in pairs], "rewards")

@@ -19,7 +19,7 @@ from sso_jax.recipes.engine import Engine, build_engine, load_params
 from sso_jax.recipes.run import Params
 from sso_jax.recipes.stages.sampling import sample_fitting, steer_from_source
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.jax_setup import prepare_jax
+from sso_jax.runtime.jax_setup import prepare_jax, require_devices
 from sso_jax.runtime.json_lines import to_json, write_records
 from sso_jax.sampling.sampler import Request, row_key
 from sso_jax.sampling.stage import SamplingStats, total_stats
@@ -38,6 +38,7 @@ def run(config: SampleConfig) -> None:
     """
     _check_fields(config)
     prepare_jax(config.run.compilation_cache)
+    require_devices()
     history = _write_records(config) if config.form == "records" else _write_benchmark_answers(config)
     stats = total_stats(history)
     rate, used = stats.num_tokens / max(stats.seconds, 1e-9), 100 * (stats.share_used or 0.0)

@@ -31,7 +31,7 @@ from sso_jax.recipes.stages.policies import source_folder, start_policy
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.hosts import is_first, join_hosts, report_lost_process, require_same
-from sso_jax.runtime.jax_setup import prepare_jax
+from sso_jax.runtime.jax_setup import prepare_jax, require_devices
 from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.runtime.mesh import make_mesh
 from sso_jax.runtime.run_dir import changed_fields, claim, describe_changes, refuse_changes
@@ -57,6 +57,7 @@ def run(config: Config) -> None:
         return dry_run.run(config)
     prepare_jax(config.run.compilation_cache)
     join_hosts(**dataclasses.asdict(config.hosts))
+    require_devices()
     directory = epath.Path(config.run.directory)
     config = resumed_config(directory, config)
     harmed = _harmed_rounds(directory, config.run.iterations)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,8 +106,7 @@ def _refuse_keys(argv: list[str], files: list[str]) -> None:
 
 def _name_kept_beta(argv: list[str], files: list[str]) -> None:
     """Logs a beta that a config file has for another base loss than the command line gives."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
-    given = {part[2:].split("=")[0]: part.partition("=")[2] or following for part, following in pairs}
+    given = {part[2:].split("=")[0]: part.partition("=")[2] or value for part, value in _with_next(argv)}
     base = given.get("objective.base")
     for file in files if base is not None and "objective.beta" not in given else ():
         fields = _read_config_file(file)
@@ -120,8 +120,12 @@ def _name_kept_beta(argv: list[str], files: list[str]) -> None:
 
 def _config_files(argv: list[str]) -> list[str]:
     """Returns the files that `--config` names."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
-    return [part.partition("=")[2] or following for part, following in pairs if part.split("=")[0] == "--config"]
+    return [part.partition("=")[2] or value for part, value in _with_next(argv) if part.split("=")[0] == "--config"]
+
+
+def _with_next(argv: list[str]) -> list[tuple[str, str]]:
+    """Returns each argument with the one after it, or an empty string."""
+    return list(pairwise([*argv, ""]))
 
 
 def parse(config_class: type[Parsed], argv: list[str], program: str, description: str) -> Parsed:

@@ -1,8 +1,11 @@
 """Process-wide JAX settings."""
 
+import os
 from pathlib import Path
 
 import jax
+
+from sso_jax.runtime.errors import InputError
 
 
 def set_matmul_precision(precision: str | None, compute_dtype: str) -> None:
@@ -18,6 +21,21 @@ def set_matmul_precision(precision: str | None, compute_dtype: str) -> None:
     """
     exact = "highest" if compute_dtype == "float32" else None
     jax.config.update("jax_default_matmul_precision", precision or exact)  # type: ignore[no-untyped-call]  # untyped
+
+
+def require_devices() -> None:
+    """Raises `InputError` if JAX finds no device, for example because JAX_PLATFORMS names one that is not there.
+
+    Several hosts must be joined before.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["no such device"])[0]
+        raise InputError(
+            f"JAX_PLATFORMS: {os.environ.get('JAX_PLATFORMS', '')!r} gives no device ({reason}); unset it, or install "
+            'jax for the device: "jax[cuda13]" or "jax[tpu]"'
+        ) from error
 
 
 def prepare_jax(compilation_cache: str = "") -> None:

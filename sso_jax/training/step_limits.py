@@ -22,9 +22,9 @@ MOMENT_BYTES, GRADIENT_BYTES, LOGIT_BYTES = 8, 4, 12
 
 FLOPS_PER_PARAM = 8
 """Operations of an update per token and parameter: two forward, two again, and four backward."""
-COMPILE_FLOPS = {"cpu": 5e11}
+COMPILE_FLOPS = {"cpu": 4e12}
 MORE_COMPILE_FLOPS = 8e15
-"""Operations that all devices of a platform, or each accelerator, do in the time that compiles a step: about 4 s at
+"""Operations that all devices of a platform, or each accelerator, do in the time that compiles a step: about 25 s at
 150 GFLOP/s, and 20 s at 400 TFLOP/s."""
 
 

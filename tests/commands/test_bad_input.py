@@ -1,6 +1,9 @@
 """What people get wrong, told in one line on standard error with status 2, before anything is written."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -503,3 +506,24 @@ def test_help_names_every_field_with_type_and_meaning(capsys):
     assert (
         "--objective.weight_alpha" in text and "share of the chosen response in W" in text and "default: 0.66" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [(sample, "model.path: 'toy' is trained by"), (evaluate, "pairs.path: not given")]
+)
+def test_a_command_without_arguments_says_what_it_needs(command, words, capsys):
+    assert command.main([]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert words in line
+
+
+def test_a_command_line_without_arguments_is_parsed():
+    assert parse(Config, [], "train.py", "") == Config()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "bogus"])
+def test_a_platform_that_is_not_there_is_named(platform):
+    code = "from sso_jax.runtime.jax_setup import require_devices; require_devices()"
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert f"InputError: JAX_PLATFORMS: {platform!r} gives no device" in result.stderr
