@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sso_jax.models.adapters import split_trainable
 from sso_jax.models.transformer import Transformer, abstract_params
+from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.mesh import AXES, num_batch_shards
 from sso_jax.training.device_steps import StepLimits
 
@@ -42,7 +43,9 @@ def step_limits(
     """
     device = mesh.devices.flat[0]
     if tokens is None:
-        tokens = fitting_tokens(model, shardings, mesh, device_bytes(device) if memory is None else memory)
+        # The hosts of a run may see different memory, but must plan the same steps.
+        of_device = on_first_process(lambda: memory or device_bytes(jax.local_devices()[0]))
+        tokens = fitting_tokens(model, shardings, mesh, of_device)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract_params(model))))
     flops = COMPILE_FLOPS.get(device.platform, MORE_COMPILE_FLOPS * mesh.size)
     return StepLimits(tokens, num_batch_shards(mesh), model.by_sequence, int(flops / (FLOPS_PER_PARAM * num_params)))
