@@ -128,6 +128,16 @@ def changed(name: str, **fields) -> Callable[[Path], object]:
     return damage
 
 
+def index_alone(text: str) -> Callable[[Path], object]:
+    """Damage: an index that holds this, and no single file of weights, which would go before it."""
+
+    def damage(path: Path) -> None:
+        (path / "model.safetensors").unlink()
+        (path / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
 def removed(pattern: str) -> Callable[[Path], object]:
     return lambda path: [file.unlink() for file in path.glob(pattern)]
 
@@ -326,10 +336,9 @@ CASES = {
     "pickled_weights_only": folder(("no model.safetensors",), pickled_only),
     "half_a_weights_file": folder(("model.safetensors",), halved("model.safetensors")),
     "weights_that_are_none": folder(("model.safetensors",), written("model.safetensors", b"\x10" * 40)),
-    "index_without_map": folder(("model.safetensors.index.json",), written("model.safetensors.index.json", "{}")),
+    "index_without_map": folder(("model.safetensors.index.json",), index_alone("{}")),
     "index_of_a_missing_file": folder(
-        ("no_such.safetensors",),
-        written("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": "no_such.safetensors"}}'),
+        ("no_such.safetensors",), index_alone('{"weight_map": {"lm_head.weight": "no_such.safetensors"}}')
     ),
     "no_config": folder(("config.json", "no such file"), removed("config.json")),
     "config_json_cut_short": folder(("config.json", "not valid JSON"), halved("config.json")),

@@ -117,6 +117,7 @@ def test_offline_takes_plain_pairs_with_scores(model_folder, tmp_path):
         "--run.iterations": 2,
         "--filter.min_score_gap": 2,
         "--optimizer.learning_rate": 1e-3,
+        "--optimizer.warmup_ratio": 0,
     }
     assert train.main(["--config", "configs/offline.yaml", *arguments(model_folder, tmp_path / "run", **changes)]) == 0
     rows = lines(tmp_path / "run" / "metrics.jsonl")
