@@ -179,6 +179,8 @@ class _Search:
         """Returns the cost and the shapes after adding what pays for its compilation, the best first."""
         least = max(self.limits.compile_tokens * self.share, LEAST_SAVING * cost)
         chain = [(cost, shapes)]
+        if cost - self.share * self.num_tokens <= least:  # not even rows without padding would pay for another shape
+            return chain[0]
         while len(chain) < MOST_SHAPES:
             tries = [_by_size([*chain[-1][1], shape]) for shape in smaller if shape not in chain[-1][1]]
             chain.append(min(((self.cost_of(own), own) for own in tries), default=chain[-1]))

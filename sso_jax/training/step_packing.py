@@ -132,10 +132,8 @@ def _first_fit(update: list[ExampleSize], shapes: list[StepShape], preferred: in
     steps: list[tuple[int, _Filling]] = []
     for number in sorted(range(len(update)), key=lambda i: (-update[i].tokens, i)):
         if not any(filling.add(number, update[number]) for _, filling in steps):
-            candidates = [preferred, *reversed(range(len(shapes)))]
-            shape = next(s for s in candidates if holds(shapes[s], update[number]))
-            steps.append((shape, _Filling(shapes[shape])))
-            steps[-1][1].add(number, update[number])
+            new = ((shape, _Filling(shapes[shape])) for shape in [preferred, *reversed(range(len(shapes)))])
+            steps.append(next(step for step in new if step[1].add(number, update[number])))
     return [
         _in_one_step(update, filling.examples, shapes, shape + 1) or DeviceStep(shape, filling.examples, filling.bins)
         for shape, filling in steps
