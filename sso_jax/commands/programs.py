@@ -4,7 +4,6 @@ The programs are those of a run; prompts and responses are as long as they can b
 """
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from sso_jax.recipes.stages.scoring import reference_cells
 from sso_jax.recipes.stages.update import abstract_state, build_optimizer, new_parts
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
-from sso_jax.runtime.mesh import make_mesh, num_batch_shards, param_shardings, replicated
+from sso_jax.runtime.mesh import bytes_on_device, make_mesh, num_batch_shards, param_shardings, replicated
 from sso_jax.sampling.decode import build_programs, state_shardings, weights_shardings
 from sso_jax.sampling.prefill import DecodeState, Prompts, Weights, empty_state
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -168,12 +167,6 @@ def programs_of(config: Config) -> dict[str, Callable[[Plan], Traced]]:
     return {**programs, **updates, "update": UPDATES[config.recipe]}
 
 
-def _bytes(shapes, shardings) -> int:
-    """Returns the bytes of these arrays on one device."""
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
-
-
 def _shapes(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
@@ -184,7 +177,9 @@ def _trace(
     """Traces a program with `args`, parameters first, and counts its operations; while loops count `trips` times."""
     with jax.set_mesh(place.mesh):
         traced = program.trace(*args)
-    return Traced(traced, place.mesh, count_flops(traced.jaxpr, trips), _bytes(plan.params, place.shardings), **sizes)
+    return Traced(
+        traced, place.mesh, count_flops(traced.jaxpr, trips), bytes_on_device(plan.params, place.shardings), **sizes
+    )
 
 
 def needed_bytes(message: str, held_bytes: int) -> int | None:
@@ -252,8 +247,8 @@ def _trace_sampling(plan: Plan, name: str, inputs: tuple, trips: int) -> Traced:
     weights = jax.tree.map(on_mesh, weights, weights_shardings(plan.model, mesh))
     is_copy = plan.sampling is not plan.training or plan.model.dtype != plan.model.param_dtype
     sizes = {
-        "cache_bytes": _bytes(state.cache, state_shardings(mesh).cache),
-        "beside_bytes": _bytes(plan.params, plan.training.shardings) if is_copy else 0,
+        "cache_bytes": bytes_on_device(state.cache, state_shardings(mesh).cache),
+        "beside_bytes": bytes_on_device(plan.params, plan.training.shardings) if is_copy else 0,
     }
     program = getattr(build_programs(plan.model, mesh), name)
     return _trace(plan, plan.sampling, program, (weights, state, inputs, *settings), trips, **sizes)
@@ -373,7 +368,7 @@ def _trace_update(plan: Plan, examples: list, steps: StepPlan, build: Callable, 
     optimizer, rate = build_optimizer(config.optimizer), jax.ShapeDtypeStruct((), jnp.float32)
     shapes, shardings = abstract_state(plan.params, place.shardings, optimizer, mesh)
     update = build_update(losses, optimizer, mesh, shardings, batch, partial(cast_to_compute, plan.model))
-    moments = _bytes(shapes.optimizer, shardings.optimizer)
+    moments = bytes_on_device(shapes.optimizer, shardings.optimizer)
     args, trips = (shapes, _shapes(batch), rate), batch.num_steps.tolist()
     return _trace(plan, place, update, args, trips, optimizer_bytes=moments)
 

@@ -1,5 +1,6 @@
 """The device mesh and the shardings of parameters and batches. The only file that names mesh axes."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -155,6 +156,15 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda window: leaf[window])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def bytes_on_device(shapes: Any, shardings: Any, itemsize: int | None = None) -> int:
+    """Returns the bytes of arrays on one device; `itemsize`, if given, takes the place of that of their types."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * (leaf.dtype.itemsize if itemsize is None else itemsize)
+        for leaf, sharding in leaves
+    )
 
 
 def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

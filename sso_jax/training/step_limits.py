@@ -10,7 +10,7 @@ from flax import linen as nn
 from sso_jax.models.adapters import split_trainable
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.hosts import on_first_process
-from sso_jax.runtime.mesh import AXES, num_batch_shards
+from sso_jax.runtime.mesh import AXES, bytes_on_device, num_batch_shards
 from sso_jax.training.device_steps import StepLimits
 
 USED_SHARE = 0.8
@@ -76,9 +76,8 @@ def fitting_tokens(model: Transformer, shardings: dict, mesh: jax.sharding.Mesh,
     own, _ = split_trainable(shardings)
     width = jnp.dtype(model.dtype).itemsize
     copies = width if model.dtype != model.param_dtype else 0
-    held = _bytes(params, shardings, extra=copies) + _bytes(
-        trainable, own, extra=MOMENT_BYTES + GRADIENT_BYTES, of_own=0
-    )
+    held = bytes_on_device(params, shardings) + bytes_on_device(params, shardings, copies)
+    held += bytes_on_device(trainable, own, MOMENT_BYTES + GRADIENT_BYTES)
     free = USED_SHARE * bytes_of_device - held - LOGIT_BYTES * model.max_logits
     saved, layer = activation_widths(model)
     parts = mesh.shape[AXES[2]]
@@ -93,12 +92,3 @@ def activation_widths(model: Transformer) -> tuple[int, int]:
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_size
     marked = 2 * a.embed_dim + heads + 2 * a.mlp_dim
     return a.embed_dim if model.remat else marked, marked + 2 * a.embed_dim + a.mlp_dim
-
-
-def _bytes(shapes, shardings, extra: int, of_own: int = 1) -> int:
-    """Returns the bytes of arrays on one device, their own `of_own` times and `extra` for each number."""
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    return sum(
-        int(np.prod(sharding.shard_shape(leaf.shape))) * (of_own * leaf.dtype.itemsize + extra)
-        for leaf, sharding in leaves
-    )
