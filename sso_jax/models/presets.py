@@ -3,14 +3,21 @@
 Sizes are those of the models' published config.json. Only the dry run uses them; a run reads the folder's config.json.
 """
 
-from sso_jax.models.architecture import Architecture
-from sso_jax.models.rope import Llama3Rope
+from sso_jax.models.architecture import Architecture, LayerKind
+from sso_jax.models.rope import Llama3Rope, Rope, RopeScaling
 
-_LLAMA_3 = dict(model_type="llama", vocab_size=128256, num_kv_heads=8, rope_theta=5e5, norm_eps=1e-5)
+
+def _turned(theta: float, scaling: RopeScaling | None = None) -> tuple[LayerKind, ...]:
+    return (LayerKind(Rope(theta, scaling)),)
+
+
+_LLAMA_3 = dict(model_type="llama", vocab_size=128256, num_kv_heads=8, norm_eps=1e-5)
 _LLAMA_3_8B = dict(**_LLAMA_3, embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, head_size=128)
-_LLAMA_3_1_8B = Architecture(**_LLAMA_3_8B, max_positions=131072, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192))
-_LLAMA_3_2 = dict(**_LLAMA_3, max_positions=131072, rope_scaling=Llama3Rope(32.0, 1.0, 4.0, 8192), tied_head=True)
-_QWEN_2 = dict(model_type="qwen2", max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
+_LLAMA_3_1_8B = Architecture(**_LLAMA_3_8B, max_positions=131072, kinds=_turned(5e5, Llama3Rope(8.0, 1.0, 4.0, 8192)))
+_LLAMA_3_2 = dict(
+    **_LLAMA_3, max_positions=131072, kinds=_turned(5e5, Llama3Rope(32.0, 1.0, 4.0, 8192)), tied_head=True
+)
+_QWEN_2 = dict(model_type="qwen2", max_positions=32768, kinds=_turned(1e6), norm_eps=1e-6, qkv_bias=True)
 _QWEN_2_7B = dict(
     **_QWEN_2,
     vocab_size=152064,
@@ -36,8 +43,8 @@ _QWEN_2_0_5B = dict(
 )
 
 PRESETS: dict[str, Architecture] = {
-    "meta-llama/Meta-Llama-3-8B": Architecture(**_LLAMA_3_8B, max_positions=8192),
-    "meta-llama/Meta-Llama-3-8B-Instruct": Architecture(**_LLAMA_3_8B, max_positions=8192),
+    "meta-llama/Meta-Llama-3-8B": Architecture(**_LLAMA_3_8B, max_positions=8192, kinds=_turned(5e5)),
+    "meta-llama/Meta-Llama-3-8B-Instruct": Architecture(**_LLAMA_3_8B, max_positions=8192, kinds=_turned(5e5)),
     "meta-llama/Llama-3.1-8B": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.2-1B-Instruct": Architecture(
