@@ -31,6 +31,8 @@ SLOW = {
     "test_dry_run",
     "test_end_to_end",
     "test_examples",
+    "test_family_runs",
+    "test_families",
     "test_hf_weights",
     "test_hosts",
     "test_interruptions",
