@@ -27,7 +27,7 @@ from sso_jax.models.paged_cache import chunk_size, page_size_of
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
-from sso_jax.recipes.engine import build_decoder, make_sampling_mesh
+from sso_jax.recipes.engine import build_decoder, make_sampling_mesh, mesh_of
 from sso_jax.recipes.objective import Objective, round_objective
 from sso_jax.recipes.reward_model import as_reward_model
 from sso_jax.recipes.stages.batch_plans import losses_of, trained_cells
@@ -35,7 +35,7 @@ from sso_jax.recipes.stages.scoring import reference_cells
 from sso_jax.recipes.stages.update import abstract_state, build_optimizer, new_parts
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
-from sso_jax.runtime.mesh import bytes_on_device, make_mesh, num_batch_shards, param_shardings, replicated
+from sso_jax.runtime.mesh import bytes_on_device, num_batch_shards, param_shardings, replicated
 from sso_jax.sampling.decode import build_programs, state_shardings, weights_shardings
 from sso_jax.sampling.prefill import DecodeState, Prompts, Weights, empty_state
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -141,7 +141,7 @@ def find_architecture(path: str) -> Architecture:
 
 def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
     """Builds the decoder and meshes of the config for the given devices with `device_bytes` of memory each."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = mesh_of(config.mesh, devices)
     architecture = find_architecture(config.model.path)
     model, shardings = build_decoder(architecture, config.model, config.lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)

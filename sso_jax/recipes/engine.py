@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sso_jax.config import Config, LoraConfig, ModelConfig, SampleConfig, SamplingConfig
+from sso_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, SampleConfig, SamplingConfig
 from sso_jax.data.chat import Chat, make_chat, stop_ids
 from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.models.adapters import fresh_adapters
@@ -60,13 +60,19 @@ class Engine:
         return nn.unbox(abstract_params(self.model))
 
 
+def mesh_of(config: MeshConfig, devices: list | None = None, section: str = "mesh") -> jax.sharding.Mesh:
+    """Builds the device mesh that a config section describes, on all devices if none are given."""
+    return make_mesh(config.data, config.fsdp, config.tensor, devices, section, config.expert)
+
+
 def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture, section: str = "mesh") -> None:
     """Raises `InputError` if the mesh does not divide the model's matrices evenly."""
     a = architecture
     sizes = {
         "heads": ("num_attention_heads", a.num_heads),
         "kv_heads": ("num_key_value_heads", a.num_kv_heads),
-        "mlp": ("intermediate_size", a.mlp_dim),
+        "mlp": ("intermediate_size", a.mlp_dim) if a.experts is None else ("moe_intermediate_size", a.experts.mlp_dim),
+        "experts": ("num_experts", 1 if a.experts is None else a.experts.num_experts),
         "vocab": ("vocab_size", a.vocab_size),
         "embed": ("hidden_size", a.embed_dim),
     }
@@ -85,7 +91,7 @@ def make_sampling_mesh(
     own = sampling.mesh
     if own is None:
         return None
-    mesh = make_mesh(own.data, own.fsdp, own.tensor, devices, "sampling.mesh")
+    mesh = mesh_of(own, devices, "sampling.mesh")
     _check_mesh(mesh, architecture, "sampling.mesh")
     return mesh
 
@@ -125,7 +131,7 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
       InputError: if the folder is incomplete, or its files are inconsistent.
     """
     architecture = read_architecture(folder)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     lora = config.lora if isinstance(config, Config) else LoraConfig()
     model, shardings = build_decoder(architecture, config.model, lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
