@@ -42,6 +42,7 @@ SLOW = {
     "test_recipes",
     "test_reward_run",
     "test_rewards",
+    "test_router_balance",
     "test_safetensors_folder",
     "test_sampler",
     "test_sampling_params",

@@ -27,7 +27,7 @@ from sso_jax.models.paged_cache import chunk_size, page_size_of
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
-from sso_jax.recipes.engine import build_decoder, make_sampling_mesh, mesh_of
+from sso_jax.recipes.engine import build_decoder, make_sampling_mesh, mesh_of, router_weight
 from sso_jax.recipes.objective import Objective, round_objective
 from sso_jax.recipes.reward_model import as_reward_model
 from sso_jax.recipes.stages.batch_plans import losses_of, trained_cells
@@ -333,7 +333,7 @@ def _trace_preferences(plan: Plan, objective: Objective) -> Traced:
     examples = _examples(plan, plan.config.train.batch_size, cells)
     steps = _plan_steps(plan, _trees(examples, cells))
     build = partial(preference_step, cells=cells, weight=1.0 / len(examples))
-    return _trace_update(plan, examples, steps, build, losses_of(plan.model, objective))
+    return _trace_update(plan, examples, steps, build, losses_of(plan.model, objective, plan.config.train))
 
 
 def trace_supervised_update(plan: Plan) -> Traced:
@@ -341,7 +341,8 @@ def trace_supervised_update(plan: Plan) -> Traced:
     trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * plan.config.train.batch_size
     steps = _plan_steps(plan, [[tree] for tree in trees])
     build = partial(supervised_step, weight=token_weight(trees))
-    return _trace_update(plan, trees, steps, build, supervised_losses(plan.model))
+    weight = router_weight(plan.model.architecture, plan.config.train)
+    return _trace_update(plan, trees, steps, build, supervised_losses(plan.model, weight))
 
 
 def trace_reward_update(plan: Plan) -> Traced:
@@ -355,7 +356,8 @@ def trace_reward_update(plan: Plan) -> Traced:
     pairs = [one] * plan.config.train.batch_size
     steps = _plan_steps(plan, [pair_trees([pair]) for pair in pairs])
     build = partial(reward_step, weight=1.0 / len(pairs))
-    return _trace_update(plan, pairs, steps, build, reward_losses(model, 0.0, 0.0, 0.0))
+    losses = reward_losses(model, 0.0, 0.0, 0.0, router_weight(model.architecture, plan.config.train))
+    return _trace_update(plan, pairs, steps, build, losses)
 
 
 def _trace_update(plan: Plan, examples: list, steps: StepPlan, build: Callable, losses: ExampleLosses) -> Traced:

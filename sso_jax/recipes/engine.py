@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sso_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, SampleConfig, SamplingConfig
+from sso_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, SampleConfig, SamplingConfig, TrainConfig
 from sso_jax.data.chat import Chat, make_chat, stop_ids
 from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.models.adapters import fresh_adapters
@@ -21,6 +21,7 @@ from sso_jax.models.known_tokens import KnownTokens
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes.vocabulary import known_tokens
+from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
 from sso_jax.runtime.mesh import check_divides, make_mesh, param_shardings
 from sso_jax.sampling.decode import build_programs
@@ -63,6 +64,20 @@ class Engine:
 def mesh_of(config: MeshConfig, devices: list | None = None, section: str = "mesh") -> jax.sharding.Mesh:
     """Builds the device mesh that a config section describes, on all devices if none are given."""
     return make_mesh(config.data, config.fsdp, config.tensor, devices, section, config.expert)
+
+
+ROUTER_LOSS = 0.001
+"""Weight of the router's loss where the config has none, as in transformers."""
+
+
+def router_weight(architecture: Architecture, train: TrainConfig) -> float:
+    """Returns the weight of the router's loss; raises `InputError` if one is given for a model without experts."""
+    given = train.router_loss
+    if architecture.experts is None:
+        if given is not None:
+            raise InputError(f"train.router_loss: {given} for a model without experts; leave it out")
+        return 0.0
+    return ROUTER_LOSS if given is None else given
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture, section: str = "mesh") -> None:
@@ -131,6 +146,7 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
       InputError: if the folder is incomplete, or its files are inconsistent.
     """
     architecture = read_architecture(folder)
+    router_weight(architecture, config.train)
     mesh = mesh_of(config.mesh)
     lora = config.lora if isinstance(config, Config) else LoraConfig()
     model, shardings = build_decoder(architecture, config.model, lora, mesh)

@@ -22,7 +22,7 @@ from sso_jax.recipes.checks import (
     refuse_unknown_tokens,
     warn_unused_objective,
 )
-from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.engine import Engine, router_weight
 from sso_jax.recipes.environment import order_accuracy
 from sso_jax.recipes.input_tables import annotated_table, drop_refused_turns, pairs_table
 from sso_jax.recipes.reward_model import RewardScorer, accuracy_of, reward_engine, reward_params, tokenize_pair
@@ -236,7 +236,8 @@ def _train(
 ) -> tuple[Params, TrainingResult]:
     """Trains the reward model; the metrics of every checkpointed update include the accuracy on held-out pairs."""
     rules = this.run.config.reward
-    losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.center_coefficient)
+    weight = router_weight(engine.model.architecture, this.run.config.train)
+    losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.center_coefficient, weight)
     scorer = _scorer(this, engine, {})
 
     def held_out_accuracy(params: Params) -> dict:

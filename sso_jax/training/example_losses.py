@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
-from sso_jax.training.log_probs import cell_log_probs
+from sso_jax.training.log_probs import cell_sums, forward
 from sso_jax.training.losses import ContextValues, Pair
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
+from sso_jax.training.router_balance import Balanced, with_router_loss
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
 """(params, device step) -> loss and metrics of each example."""
@@ -49,18 +50,25 @@ def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> Context
 
 
 def preference_losses(
-    model: Transformer, objective: Callable[..., Terms], cells: list[Cell], rewards: Rewards
+    model: Transformer,
+    objective: Callable[..., Terms],
+    cells: list[Cell],
+    rewards: Rewards,
+    router_weight: float = 0.0,
 ) -> ExampleLosses:
-    """Returns the loss function of preference pairs under `objective`."""
+    """Returns the loss function of preference pairs under `objective`, with the router's if the model has experts."""
 
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
-        log_probs = cell_log_probs(model, params, step.rows, num_examples * num_cells)
+        states = forward(model, params, step.rows, step.rows.source)
+        log_probs = cell_sums(model, params, step.rows, states.hidden, num_examples * num_cells)
         policy = to_context_values(log_probs.reshape(num_examples, num_cells), cells)
         reference = to_context_values(step.reference_log_probs, cells)
         num_tokens = to_context_values(step.num_tokens.astype(jnp.float32), cells)
         terms = objective(policy, reference, num_tokens)
-        return terms.loss, pair_metrics(terms, policy, reference, num_tokens, rewards)
+        values = Balanced(terms.loss, pair_metrics(terms, policy, reference, num_tokens, rewards))
+        group = step.rows.first_cell // num_cells
+        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses
 
@@ -90,14 +98,19 @@ def _loss_at_reference(
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
 
 
-def supervised_losses(model: Transformer) -> ExampleLosses:
+def supervised_losses(model: Transformer, router_weight: float = 0.0) -> ExampleLosses:
     """Returns the loss function of prompt-response records: negative log-prob sums.
 
-    The batch's weights turn them into a mean over tokens.
+    The batch's weights turn them into a mean over tokens. The router's loss is a mean over records, each weighted by
+    its response tokens.
     """
 
     def losses(params, step: SupervisedBatch):
-        nll = -cell_log_probs(model, params, step.rows, step.weights.shape[0])
-        return nll, {"loss": nll}
+        num_examples, rows = step.weights.shape[0], step.rows
+        states = forward(model, params, rows, rows.source)
+        nll = -cell_sums(model, params, rows, states.hidden, num_examples)
+        counts = jnp.zeros(num_examples + 1).at[rows.cell].add(1.0)[:num_examples]
+        values, experts = Balanced(nll, {"loss": nll}), model.architecture.experts
+        return with_router_loss(values, experts, states.router_logits, rows.first_cell, router_weight, counts)
 
     return losses

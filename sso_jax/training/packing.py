@@ -25,6 +25,8 @@ class Rows(NamedTuple):
     """Token id of each response token."""
     cell: Int[np.ndarray, "R M"]
     """Cell of each response token."""
+    first_cell: Int[np.ndarray, "R T"]
+    """Cell of the first response of each token's tree; the number of cells for padding."""
     sequences: Int[np.ndarray, "R Z U"]
     """Columns of the tokens of each sequence, -1 after its end."""
 
@@ -58,6 +60,7 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int, bins: list[list[int
         source=of_targets(),
         target=of_targets(),
         cell=of_targets(num_cells),
+        first_cell=np.full((shape.num_rows, shape.num_tokens), num_cells, np.int32),
         sequences=np.full((shape.num_rows, shape.num_sequences, shape.sequence_tokens), -1, np.int32),
     )
     for row, members in enumerate(bins):
@@ -114,4 +117,5 @@ def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _
             rows.sequences[row, sequence, : trunk + size] = [*range(at, trunk_end), *range(end, end + size)]
         end, targets = end + size, targets + size
     rows.tree[row, at:end] = number
+    rows.first_cell[row, at:end] = tree.branches[0].cell
     return _Free(end, targets, free.sequence + len(tree.branches))

@@ -99,7 +99,7 @@ def train_on_pairs(
     """Trains the policy on the pairs of a round; see `train`."""
     engine = this.run.engine
     plan = plan_preferences(this, objective, pairs, prompts)
-    return train(this, losses_of(engine.model, objective), plan, policy, first_step)
+    return train(this, losses_of(engine.model, objective, this.run.config.train), plan, policy, first_step)
 
 
 def train(
