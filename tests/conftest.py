@@ -31,6 +31,8 @@ SLOW = {
     "test_dry_run",
     "test_end_to_end",
     "test_examples",
+    "test_held_out",
+    "test_held_out_recipes",
     "test_hf_weights",
     "test_hosts",
     "test_interruptions",

@@ -25,6 +25,7 @@ from sso_jax.recipes import RECIPES
 from sso_jax.recipes.engine import build_decoder, build_engine, make_sampling_mesh
 from sso_jax.recipes.environment import no_judge, toy_environment
 from sso_jax.recipes.generator import GENERATOR_FOLDER
+from sso_jax.recipes.held_out_files import prepare_held_out, read_held_out
 from sso_jax.recipes.reward_model import check_reward_model
 from sso_jax.recipes.run import Params, Round, RoundSummary, Run
 from sso_jax.recipes.stages.evaluation import evaluate
@@ -183,7 +184,7 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     """
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config.endpoint, config.principles.source, config.judging.pairs)
-    source = recipe.read(config)
+    held_out_source, source = read_held_out(config, recipe), recipe.read(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if config.filter.reward_path is not None:
         check_reward_model(config.filter.reward_path, "filter.reward_path", config.model, mesh)
@@ -193,17 +194,19 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
         engine = build_engine(_toy_policy(config, directory), config)
         environment = toy_environment(config.toy.descriptions)
         dataset, dropped = recipe.prepare(config, engine, source)
+        held_out = prepare_held_out(config, engine, held_out_source, recipe)
     else:
         engine, environment = build_engine(source_folder(config), config), no_judge()
         if config.model.reference_path is not None:
             check_weights(fetch(config.model.reference_path, "model.reference_path"), engine.model)
         dataset, dropped = recipe.prepare(config, engine, source)
-        require_same((dataclasses.replace(config, hosts=None), dataset), "fields, queries or pairs")
+        held_out = prepare_held_out(config, engine, held_out_source, recipe)
+        require_same((dataclasses.replace(config, hosts=None), dataset, held_out), "fields, queries or pairs")
         stack.enter_context(claim(directory, to_json_dict(config)))
     sampler = dataclasses.replace(engine.sampler, journals=directory / JOURNALS)
     engine = dataclasses.replace(engine, sampler=sampler)
     metrics = open_metrics(directory, config.logging, to_dict(config), writes=is_first())
-    return Run(config, directory, engine, environment, dataset, dropped, metrics, endpoint)
+    return Run(config, directory, engine, environment, dataset, dropped, metrics, held_out, endpoint)
 
 
 def _check_toy(config: Config, mesh: Mesh) -> None:

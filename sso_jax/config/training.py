@@ -131,13 +131,33 @@ class TrainConfig:
     log_original: bool = True
     """Also compute y_o under the plain prompt, so that metrics.jsonl reports log-probs of chosen, rejected and original
     responses separately."""
+    held_out: Optional[float | str] = None
+    """Pairs that no update sees: a share of a round's pairs, split by query and seed, or a file of pairs, whose queries
+    are then left out of training. Their loss, accuracy and margin are measured every checkpoint.every_steps updates.
+    Null holds out none (recipe `reward`: reward.held_out)."""
+    select: Literal["last", "best"] = "last"
+    """Parameters that a round ends with: those after the last update, or the best of those measured on the held-out
+    pairs."""
+    select_by: Literal["loss", "accuracy"] = "loss"
+    """What is best: the lowest loss or the highest accuracy on the held-out pairs; the earlier one of equals."""
+    patience: Optional[int] = None
+    """Stop a round's updates after so many measurements in a row that are not better than the best; null never
+    does."""
 
     def __post_init__(self) -> None:
+        self._check_held_out()
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
         require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         require(self.max_tokens >= 2, "train.max_tokens", self.max_tokens, "2 or more")
         tokens = self.tokens_per_step
         require(tokens is None or tokens >= 1, "train.tokens_per_step", tokens, "1 or more tokens, or null")
+
+    def _check_held_out(self) -> None:
+        share, patience = self.held_out, self.patience
+        if not isinstance(share, str):
+            require(share is None or 0 < share < 1, "train.held_out", share, "a share in (0, 1), a file, or null")
+        require(share != "", "train.held_out", share, "a share in (0, 1), a file, or null")
+        require(patience is None or patience >= 1, "train.patience", patience, "1 or more, or null")
 
 
 @dataclass(frozen=True)

@@ -88,4 +88,4 @@ def run_round(this: Round[list[Triple]], policy: Params) -> tuple[Params, RoundS
     return policy, summarize(num_queries, chosen, training, exported, evaluation, judged)
 
 
-RECIPE = Recipe(read, prepare, run_round)
+RECIPE = Recipe(read, prepare, run_round, lambda config: build_objective(config.objective).cells)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
@@ -56,13 +56,37 @@ def preference_losses(
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
         log_probs = cell_log_probs(model, params, step.rows, num_examples * num_cells)
-        policy = to_context_values(log_probs.reshape(num_examples, num_cells), cells)
-        reference = to_context_values(step.reference_log_probs, cells)
-        num_tokens = to_context_values(step.num_tokens.astype(jnp.float32), cells)
-        terms = objective(policy, reference, num_tokens)
-        return terms.loss, pair_metrics(terms, policy, reference, num_tokens, rewards)
+        by_cell = CellValues(log_probs.reshape(num_examples, num_cells), step.reference_log_probs, step.num_tokens)
+        metrics = _metrics(objective, cells, rewards, by_cell)
+        return metrics["loss"], metrics
 
     return losses
+
+
+class CellValues(NamedTuple):
+    """What a loss of E examples with C cells depends on."""
+
+    policy: Float[Array, "E C"]
+    """Log-prob sums, in nats."""
+    reference: Float[Array, "E C"]
+    num_tokens: Int[Array, "E C"]
+
+
+def _metrics(
+    objective: Callable[..., Terms], cells: list[Cell], rewards: Rewards, by_cell: CellValues
+) -> dict[str, Float[Array, "E"]]:
+    policy = to_context_values(by_cell.policy, cells)
+    reference = to_context_values(by_cell.reference, cells)
+    num_tokens = to_context_values(by_cell.num_tokens.astype(jnp.float32), cells)
+    return pair_metrics(objective(policy, reference, num_tokens), policy, reference, num_tokens, rewards)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def metrics_of_scores(
+    objective: Callable[..., Terms], cells: tuple[Cell, ...], rewards: Rewards, by_cell: CellValues
+) -> dict[str, Float[Array, "E"]]:
+    """Returns the metrics of `preference_losses` from log-probs that were computed before."""
+    return _metrics(objective, list(cells), rewards, by_cell)
 
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: UpdateBatch) -> float:
