@@ -110,7 +110,9 @@ def run_ours(options: argparse.Namespace) -> dict:
     def window(weights, state, inputs, *rest):
         num_pages, page_size = state.cache.values.shape[1], state.cache.values.shape[3]
         size = chunk_size(num_pages, "plain")
-        read.append((math.ceil(inputs.table.num_used[0] / size) * size * page_size, int(inputs.table.visible.sum())))
+        read.append(
+            (math.ceil(inputs.table.num_used[0] / size) * size * page_size, int((inputs.table.positions >= 0).sum()))
+        )
         return sampler.programs.window(weights, state, inputs, *rest)
 
     counted = dataclasses.replace(sampler, programs=sampler.programs._replace(window=window))

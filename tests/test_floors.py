@@ -119,10 +119,10 @@ def test_only_mesh_names_mesh_axes():
             assert path.name == "mesh.py" or path.parent.name == "config", path
 
 
-def test_only_hf_weights_knows_hugging_face_tensor_names():
+def test_only_hf_tensors_knows_hugging_face_tensor_names():
     for path in FILES:
         if "self_attn" in path.read_text():
-            assert path.name == "hf_weights.py"
+            assert path.name == "hf_tensors.py"
 
 
 def test_nothing_that_trains_imports_the_judge():

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 from flax import linen as nn
 
-from sso_jax.models.architecture import Architecture
+from sso_jax.models.architecture import Architecture, LayerKind
+from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.runtime.mesh import param_shardings
 
@@ -29,9 +30,66 @@ ARCHITECTURE = Architecture(
 )
 
 
+WINDOW_AND_FULL = (LayerKind(Rope(100.0), sliding_window=5), LayerKind(Rope(1e4, LinearRope(2.0))))
+"""Kinds of layers that see five positions, or all; the window is shorter than most prompts and responses."""
+FAMILIES = {
+    "llama": dict(model_type="llama", qkv_bias=False, kinds=(LayerKind(Rope(1e4, Llama3Rope(8.0, 1.0, 4.0, 64))),)),
+    "qwen2": dict(tied_head=True),
+    "qwen2_windowed": dict(kinds=(LayerKind(), LayerKind(sliding_window=4)), pattern=(0, 1)),
+    "qwen3": dict(model_type="qwen3", qkv_bias=False, qk_norm="head"),
+    "mistral": dict(model_type="mistral", qkv_bias=False, kinds=(LayerKind(sliding_window=6),)),
+    "olmo2": dict(model_type="olmo2", qkv_bias=False, qk_norm="all_heads", norms="after"),
+    "olmo3": dict(
+        model_type="olmo3",
+        qkv_bias=False,
+        qk_norm="all_heads",
+        norms="after",
+        kinds=(LayerKind(sliding_window=5), LayerKind(Rope(1e4, YarnRope(4.0, 32)))),
+        pattern=(0, 1),
+    ),
+    "smollm3": dict(model_type="smollm3", qkv_bias=False, kinds=(LayerKind(), LayerKind(None)), pattern=(0, 1)),
+    "gemma2": dict(
+        model_type="gemma2",
+        qkv_bias=False,
+        norms="both",
+        norm_offset=1.0,
+        activation="gelu_tanh",
+        embedding_factor=32**0.5,
+        query_scalar=24,
+        score_cap=2.0,
+        logit_cap=3.0,
+        tied_head=True,
+        kinds=(LayerKind(sliding_window=5), LayerKind()),
+        pattern=(0, 1),
+    ),
+    "gemma3": dict(
+        model_type="gemma3_text",
+        qkv_bias=False,
+        norms="both",
+        norm_offset=1.0,
+        activation="gelu_tanh",
+        embedding_factor=32**0.5,
+        query_scalar=16,
+        qk_norm="head",
+        tied_head=True,
+        kinds=WINDOW_AND_FULL,
+        pattern=(0, 1),
+    ),
+    "phi3": dict(model_type="phi3", qkv_bias=False, rotated_features=4),
+}
+"""Changes of `ARCHITECTURE` that give a small member of each family; `pattern` repeats over the layers."""
+
+
+def toy_architecture(pattern: tuple[int, ...] = (), **changes) -> Architecture:
+    """The architecture of a small decoder; `changes` are its fields, `pattern` the kinds of layers, repeated."""
+    changed = dataclasses.replace(ARCHITECTURE, **changes)
+    indices = tuple(pattern[i % len(pattern)] for i in range(changed.num_layers)) if pattern else ()
+    return dataclasses.replace(changed, kind_of_layer=indices)
+
+
 def toy_model(**changes) -> Transformer:
-    """A decoder of three layers; `changes` are fields of its architecture."""
-    return Transformer(dataclasses.replace(ARCHITECTURE, **changes))
+    """A decoder of three layers; `changes` are those of `toy_architecture`."""
+    return Transformer(toy_architecture(**changes))
 
 
 def toy_params(model: Transformer, mesh, scale: float = 10.0):

@@ -18,10 +18,11 @@ from benchmarks.speed.shapes import SEED, TEMPERATURE, TOP_P, Shape, example_ids
 from benchmarks.speed.timing import timed
 from sso_jax.commands.flops import count_flops
 from sso_jax.config import LoraConfig, ObjectiveConfig
-from sso_jax.models.architecture import Architecture
+from sso_jax.models.architecture import Architecture, LayerKind
 from sso_jax.models.kernels import default_kernel
 from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.layers import Adapters
+from sso_jax.models.rope import Rope
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.recipes.objective import build_objective
 from sso_jax.recipes.stages.update import abstract_state
@@ -55,7 +56,7 @@ def make_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, 
         mlp_dim=shape.hidden,
         vocab_size=shape.vocab_size,
         max_positions=4096,
-        rope_theta=1e6,
+        kinds=(LayerKind(Rope(1e6)),),
         qkv_bias=True,
     )
     mesh = make_mesh(1, -1, 1, devices)

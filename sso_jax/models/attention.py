@@ -6,14 +6,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from sso_jax.models.architecture import Architecture
-from sso_jax.models.kernels import KERNELS
-from sso_jax.models.layers import Adapters, HeadsNorm, Projection, RMSNorm, Rotation, apply_rope, projection_options
-from sso_jax.models.paged_cache import CACHE_AXES, PagedCache, PageTable, paged_attend
+from sso_jax.models.architecture import Architecture, LayerKind
+from sso_jax.models.kernels import KERNELS, BySequence, ScoreRule
+from sso_jax.models.layers import (
+    Adapters,
+    HeadsNorm,
+    Projection,
+    RMSNorm,
+    Rotation,
+    apply_rope,
+    projection_options,
+    rotation,
+)
+from sso_jax.models.paged_cache import CACHE_AXES, PagedCache, PageTable, RowView, paged_attend
 from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.sequences import Sequences
 from sso_jax.runtime.mesh import constrain
@@ -31,6 +39,8 @@ class Pages(NamedTuple):
 
     cache: PagedCache
     table: PageTable
+    window_positions: Int[Array, "B W"]
+    """Position of the token in each slot of the cache that is written."""
 
 
 def empty_cache(architecture: Architecture, batch_size: int, num_slots: int, dtype: jnp.dtype) -> Cache:
@@ -79,17 +89,73 @@ def causal_mask(num_tokens: int) -> Bool[Array, "1 T T"]:
     return jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
 
 
-class AttentionInputs(NamedTuple):
-    """What the attention of every layer reads besides the activations."""
+class LayerView(NamedTuple):
+    """What the attention of all layers of a kind reads besides the activations."""
 
     rotation: Rotation
     mask: Bool[Array, "#B T S"]
-    """Which token sees which; with pages, which slot of the cache it sees."""
+    """Which token sees which; with pages, which slot of the cache that is written."""
+    earliest: Int[Array, "B"]
+    """With pages, the position from which on a row's token sees the tokens in its pages."""
+
+
+def layer_view(
+    kind: LayerKind,
+    num_rotated: int,
+    positions: Int[Array, "B T"],
+    key_positions: Int[Array, "#B S"],
+    mask: Bool[Array, "#B T S"],
+) -> LayerView:
+    """Returns what layers of a kind read.
+
+    A sliding window counts positions, not columns: in a packed row the positions of a response go on from those of its
+    prompt, which may lie far to the left.
+
+    Args:
+      kind: the kind of layers.
+      num_rotated: rotated features of a head.
+      positions: position of each token.
+      key_positions: position of the token in each column of the mask.
+      mask: which token sees which without a sliding window.
+    """
+    turns = rotation(positions, kind.rope, num_rotated)
+    if kind.sliding_window is None:
+        return LayerView(turns, mask, jnp.zeros_like(positions[:, 0]))
+    earliest = jnp.maximum(0, positions - kind.sliding_window + 1)  # [B, T]
+    return LayerView(turns, mask & (key_positions[:, None, :] >= earliest[:, :, None]), earliest[:, 0])
+
+
+class AttentionInputs(NamedTuple):
+    """What the attention of every layer reads besides the activations."""
+
+    views: tuple[LayerView, ...]
+    """One for each kind of layers."""
     slot: Int[Array, ""]
     """Cache slot of the first token."""
     sequences: Sequences | None = None
-    """The same visibility as the mask, for kernels that take sequences."""
+    """The visibility as sequences, without sliding windows, for kernels that take them."""
     pages: Pages | None = None
+
+
+def _of_kind(architecture: Architecture, layer: Int[Array, ""] | int, views: tuple[LayerView, ...]) -> LayerView:
+    """Returns the view of a layer; its index is a Python number if layers are unrolled, and traced in a scan."""
+    if len(views) == 1:
+        return views[0]
+    indices = architecture.kind_indices()
+    if isinstance(layer, int):
+        return views[indices[layer]]
+    kind = jnp.asarray(indices)[layer]
+    return jax.tree.map(lambda *parts: jax.lax.select_n(kind, *jnp.broadcast_arrays(*parts)), *views)
+
+
+def _switch(architecture: Architecture, layer: Int[Array, ""] | int, branches: list[Callable], *arrays):
+    """Calls the branch for the kind of a layer."""
+    if len(branches) == 1:
+        return branches[0](*arrays)
+    indices = architecture.kind_indices()
+    if isinstance(layer, int):
+        return branches[indices[layer]](*arrays)
+    return jax.lax.switch(jnp.asarray(indices)[layer], branches, *arrays)
 
 
 class Attention(nn.Module):
@@ -122,29 +188,42 @@ class Attention(nn.Module):
         if a.qk_norm != "none":
             queries = self._norm("query", "heads")(save_for_backward(queries))
             keys = self._norm("key", "kv_heads")(save_for_backward(keys))
-        turns = inputs.rotation
-        if a.layers_without_positions:
-            turns = turns.none_if(jnp.isin(layer, np.array(a.layers_without_positions)))
-        queries, keys = (save_for_backward(apply_rope(part, turns)) for part in (queries, keys))
+        view = _of_kind(a, layer, inputs.views)
+        queries, keys = (save_for_backward(apply_rope(part, view.rotation)) for part in (queries, keys))
         grouped = queries.reshape(batch, a.num_kv_heads, -1, length, a.head_size)  # [B, K, G, T, H]
         grouped = constrain(grouped, "batch", "kv_heads", None, None, None)
         if cache is not None:
             cache = _written(cache, keys, values, layer, inputs.slot)
+        rule = ScoreRule((a.query_scalar or a.head_size) ** -0.5, a.score_cap)
         if inputs.pages is None:
-            out = self._kernel(inputs.sequences)(grouped, keys, values, inputs.mask)  # [B, K, G, T, H]
+            out = self._attend_whole(layer, grouped, keys, values, view.mask, rule, inputs.sequences)
         else:
-            own, (paged, table) = _layer_of(cache, layer), inputs.pages
-            query, mask = grouped[:, :, :, 0], inputs.mask[:, 0]
-            out = paged_attend(query, own.keys, own.values, mask, paged, layer, table, self.attend)[:, :, :, None]
+            own, pages = _layer_of(cache, layer), inputs.pages
+            seen = RowView(view.mask[:, 0], view.earliest)
+            query = grouped[:, :, :, 0]
+            out = paged_attend(query, (own.keys, own.values), seen, pages.cache, layer, pages.table, rule, self.attend)
+            out = out[:, :, :, None]  # [B, K, G, T, H]
         out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, a.num_heads, a.head_size)  # [B, T, N, H]
         shape, axes = (a.num_heads, a.head_size, a.embed_dim), ("heads", "head_size", "embed")
         return Projection(shape, axes, **projection_options(self), name="out")(out), cache
+
+    def _attend_whole(self, layer, queries, keys, values, mask, rule: ScoreRule, sequences: Sequences | None):
+        """Attends within whole sequences; a kernel that takes sequences is compiled for each sliding window."""
+        kernel = KERNELS[self.attend]
+        if sequences is None:
+            return kernel(queries, keys, values, mask, rule)
+
+        def attend(window: int | None, *arrays):
+            return kernel(*arrays, rule, BySequence(sequences, window))
+
+        branches = [partial(attend, kind.sliding_window) for kind in self.architecture.kinds]
+        return _switch(self.architecture, layer, branches, queries, keys, values, mask)
 
     def _norm(self, part: str, axis: str) -> nn.Module:
         """Returns the norm of the queries or the keys."""
         a = self.architecture
         if a.qk_norm == "head":
-            return RMSNorm(a.norm_eps, self.param_dtype, name=f"{part}_norm")
+            return RMSNorm(a.norm_eps, a.norm_offset, self.param_dtype, name=f"{part}_norm")
         return HeadsNorm(a.norm_eps, axis, self.param_dtype, name=f"all_{part}_norm")
 
     def _heads(self, name: str, num_heads: int, axis: str, x: Float[Array, "B T D"]) -> Float[Array, "B M T H"]:
@@ -153,8 +232,3 @@ class Attention(nn.Module):
         bias_axes = (axis, "head_size") if self.architecture.qkv_bias else ()
         projection = Projection(shape, ("embed", axis, "head_size"), bias_axes, **projection_options(self), name=name)
         return projection(x).transpose(0, 2, 1, 3)
-
-    def _kernel(self, sequences: Sequences | None) -> Callable:
-        """Returns the kernel for whole sequences: (queries, keys, values, mask) -> attention output."""
-        kernel = KERNELS[self.attend]
-        return kernel if sequences is None else partial(kernel, sequences=sequences)

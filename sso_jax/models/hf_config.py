@@ -1,33 +1,30 @@
 """Converts between Hugging Face's config.json and `Architecture`; rejects options that the decoder does not support."""
 
 import json
+import logging
 import math
 from pathlib import Path
-from typing import Any
 
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.hf_rope import read_rope, to_hf_rope
-from sso_jax.models.rope import LongRope
+from sso_jax.models.families import FAMILIES, LACKING, TEXT_MODELS, Family
+from sso_jax.models.hf_layer_kinds import read_layer_kinds, to_hf_layer_kinds
+from sso_jax.models.hf_rope import rotated_share
+from sso_jax.models.rope import LongRope, Rope
 from sso_jax.runtime.errors import InputError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-REWARD_CLASS = "ForSequenceClassification"
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
+CAUSAL_CLASS, REWARD_CLASS = "ForCausalLM", "ForSequenceClassification"
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Nonlinearities by Hugging Face's names."""
+OWN_FIELDS = {
+    "query_pre_attn_scalar": "query_scalar",
+    "attn_logit_softcapping": "score_cap",
+    "final_logit_softcapping": "logit_cap",
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": "head"},
-    "olmo2": {"qk_norm": "all_heads", "norm_after": True},
-}
-"""Options of `Architecture` that a family has without a field in config.json."""
-PADDED = ("olmo2", "smollm3")
-"""Families for which transformers takes a padding token of its own, whose embedding it does not train, unless told."""
+"""Numbers of config.json that only some families have, and their names in `Architecture`."""
+DEFAULT_POSITIONS = 2048
+"""Number of positions where config.json leaves it out."""
+log = logging.getLogger(__name__)
 
 
 def read_json_file(path: Path) -> dict:
@@ -47,24 +44,26 @@ def read_json_file(path: Path) -> dict:
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """Reads the architecture that `config.json` describes.
+    """Reads the architecture that `config.json` describes; of a model with images that of its text model.
 
     Raises:
       InputError: if an option is missing, or changes the arithmetic and is not supported; names the option.
     """
     path = Path(folder) / CONFIG_FILE
-    config = read_json_file(path)
-    kind = config.get("model_type")
-    if kind not in _CLASSES:
-        raise InputError(f"{path}: model_type {kind!r} is not supported; use one of {', '.join(sorted(_CLASSES))}")
+    config, family = _family_config(read_json_file(path), path)
     _check_sizes(config, path)
-    _refuse_unsupported(config, path)
+    _refuse_unsupported(config, family, path)
     try:
         num_heads, max_positions = config["num_attention_heads"], _num_positions(config)
-        head_size = config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // num_heads)
-        theta, scaling = read_rope(config, head_size, max_positions, path)
+        head_size = config.get("head_dim") or config["hidden_size"] // num_heads
+        rotated = _rotated_features(config, family, head_size, path)
+        kinds, kind_of_layer = read_layer_kinds(
+            config, family, head_size if rotated is None else rotated, max_positions, path
+        )
+        contexts = [kind.rope.scaling.original_max_positions for kind in kinds if _is_long(kind.rope)]
+        own = {own: config.get(name) for name, own in OWN_FIELDS.items() if name in family.fields}
         return Architecture(
-            model_type=kind,
+            model_type=config["model_type"],
             vocab_size=config["vocab_size"],
             embed_dim=config["hidden_size"],
             mlp_dim=config["intermediate_size"],
@@ -72,16 +71,52 @@ def read_architecture(folder: str | Path) -> Architecture:
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
             head_size=head_size,
-            max_positions=scaling.original_max_positions if isinstance(scaling, LongRope) else max_positions,
-            rope_theta=theta,
-            rope_scaling=scaling,
+            max_positions=min(contexts, default=max_positions),
+            kinds=kinds,
+            kind_of_layer=kind_of_layer,
+            rotated_features=rotated,
             norm_eps=config.get("rms_norm_eps", 1e-6),
-            tied_head=config.get("tie_word_embeddings", kind == "smollm3"),
-            layers_without_positions=_layers_without_positions(config, path) if kind == "smollm3" else (),
-            **FAMILIES.get(kind, {}),
+            tied_head=config.get("tie_word_embeddings", False),
+            embedding_factor=math.sqrt(config["hidden_size"]) if family.scaled_embedding else 1.0,
+            **{**own, **family.options},
         )
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]} is missing; fetch the file again") from error
+
+
+def _family_config(given: dict, path: Path) -> tuple[dict, Family]:
+    """Returns the fields of the text model, with its family's defaults, and the family.
+
+    Raises:
+      InputError: for another family, with what it needs where that is known.
+    """
+    kind, config = given.get("model_type"), given
+    if kind in TEXT_MODELS:
+        config = {**given.get("text_config", {}), "model_type": TEXT_MODELS[kind]}
+        if "tie_word_embeddings" in given:
+            config.setdefault("tie_word_embeddings", given["tie_word_embeddings"])
+        log.info("%s: only the text model of this %s is read and trained; its export is a text model", path, kind)
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        reason = f", which needs {LACKING[kind]}," if kind in LACKING else ""
+        names = ", ".join(sorted({*FAMILIES, *TEXT_MODELS}))
+        raise InputError(f"{path}: model_type {kind!r}{reason} is not supported; use one of {names}")
+    return {**family.defaults, **config}, family
+
+
+def _rotated_features(config: dict, family: Family, head_size: int, path: Path) -> int | None:
+    """Returns the number of a head's features that are rotated; None for all."""
+    share = rotated_share(config)
+    if share == 1:
+        return None
+    if not family.partial_rotary or not isinstance(share, int | float) or not 0 < share < 1:
+        raise InputError(f"{path}: partial_rotary_factor {share!r} is not supported; use a model without it")
+    return int(head_size * share)
+
+
+def _is_long(rope: Rope | None) -> bool:
+    """Returns whether rotations end at their original context."""
+    return rope is not None and isinstance(rope.scaling, LongRope)
 
 
 SIZES = (
@@ -94,8 +129,6 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-DEFAULT_POSITIONS, MISTRAL_WINDOW, FIRST_WINDOWED = 2048, 4096, 28
-"""Number of positions, Mistral's sliding window and `max_window_layers` where config.json leaves them out."""
 
 
 def _check_sizes(config: dict, path: Path) -> None:
@@ -107,76 +140,43 @@ def _check_sizes(config: dict, path: Path) -> None:
         value = config.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise InputError(f"{path}: {name} {value!r} is not a positive integer; fix it, or fetch the file again")
-    value = config.get("rms_norm_eps", 1e-6)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{path}: rms_norm_eps {value!r} is not a positive number; fix it, or fetch the file again")
-
-
-def _window(config: dict) -> Any:
-    """Returns the sliding window that some position would reach; None if there is none.
-
-    A window of as many tokens as the model has positions hides nothing. Mistral's window holds for every layer; that of
-    the others for the layers that `layer_types` marks, or else, with `use_sliding_window`, for those from
-    `max_window_layers` on. Where a field is missing, transformers' default holds.
-    """
-    is_mistral = config["model_type"] == "mistral"
-    window = config.get("sliding_window", MISTRAL_WINDOW if is_mistral else None)
-    if window is None or (isinstance(window, int) and window >= _num_positions(config)):
-        return None
-    layer_types, first = config.get("layer_types"), config.get("max_window_layers", FIRST_WINDOWED)
-    if is_mistral:
-        windowed = True
-    elif layer_types is not None:
-        windowed = "sliding_attention" in layer_types
-    else:
-        all_full = isinstance(first, int) and first >= config.get("num_hidden_layers", 0)
-        windowed = bool(config.get("use_sliding_window")) and not all_full
-    return window if windowed else None
-
-
-def _layers_without_positions(config: dict, path: Path) -> tuple[int, ...]:
-    """Returns the layers that SmolLM3 does not rotate: those with 0 in `no_rope_layers`, or every fourth."""
-    count, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
-    turned = config.get("no_rope_layers")
-    if turned is None:
-        turned = [int((layer + 1) % interval != 0) for layer in range(count)]
-    if not isinstance(turned, list) or len(turned) != count or not set(turned) <= {0, 1}:
-        raise InputError(f"{path}: no_rope_layers is no list of {count} numbers 0 or 1; fetch the file again")
-    return tuple(layer for layer, turns in enumerate(turned) if not turns)
+    for name in ("rms_norm_eps", *OWN_FIELDS):
+        value = config.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        if not is_number and (name in config if name == "rms_norm_eps" else value is not None):
+            raise InputError(f"{path}: {name} {value!r} is not a positive number; fix it, or fetch the file again")
 
 
 def _num_positions(config: dict) -> int:
     return config.get("max_position_embeddings") or DEFAULT_POSITIONS
 
 
-def _refuse_unsupported(config: dict, path: Path) -> None:
+def _activation_field(family: Family) -> str:
+    return "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
+
+
+def _refuse_unsupported(config: dict, family: Family, path: Path) -> None:
     """Raises `InputError` for every option that would change the arithmetic and that this decoder does not support."""
-    biased = config["model_type"] in ("llama", "qwen3", "olmo2", "smollm3") and config.get("attention_bias")
-    known_layers = {"full_attention"} | ({"sliding_attention"} if config.get("sliding_window") is not None else set())
+    activation, expected = _activation_field(family), family.options.get("activation", "silu")
     unsupported = {
-        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
+        activation: ACTIVATIONS.get(config.get(activation) or "silu") != expected,
         "quantization_config": config.get("quantization_config") is not None,
-        "layer_types": not set(config.get("layer_types") or ()) <= known_layers,
-        "attention_bias": bool(biased),
+        "attention_bias": bool(family.bias_field and config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),
+        "use_bidirectional_attention": bool(config.get("use_bidirectional_attention")),
     }
     for name, used in unsupported.items():
         if used:
             raise InputError(f"{path}: {name} {config.get(name)!r} is not supported; use a model without it")
-    window = _window(config)
-    if window is not None:
-        raise InputError(
-            f"{path}: sliding_window {window} of fewer tokens than max_position_embeddings is not supported; use a "
-            "model without it"
-        )
 
 
 def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int | list[int]) -> dict:
     """Converts an architecture to the fields of Hugging Face's config.json."""
-    a = architecture
-    scaling = a.rope_scaling
-    return {
-        "architectures": [_CLASSES[a.model_type]],
+    a, family = architecture, FAMILIES[architecture.model_type]
+    activation = next(name for name, own in ACTIVATIONS.items() if own == a.activation)
+    extended = [kind.rope.scaling.max_positions for kind in a.kinds if _is_long(kind.rope)]
+    config = {
+        "architectures": [family.causal_class],
         "model_type": a.model_type,
         "vocab_size": a.vocab_size,
         "hidden_size": a.embed_dim,
@@ -185,32 +185,32 @@ def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos
         "num_attention_heads": a.num_heads,
         "num_key_value_heads": a.num_kv_heads,
         "head_dim": a.head_size,
-        "max_position_embeddings": scaling.max_positions if isinstance(scaling, LongRope) else a.max_positions,
+        "max_position_embeddings": max(extended, default=a.max_positions),
         "rms_norm_eps": a.norm_eps,
-        **to_hf_rope(a.rope_theta, scaling),
+        **to_hf_layer_kinds(a),
         "tie_word_embeddings": a.tied_head,
-        "hidden_act": "silu",
+        _activation_field(family): activation,
         "attention_dropout": 0.0,
-        "sliding_window": None,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
-        **({"pad_token_id": None} if a.model_type in PADDED else {}),
-        **({"no_rope_layers": _turned_layers(a), "use_sliding_window": False} if a.model_type == "smollm3" else {}),
+        **{name: getattr(a, own) for name, own in OWN_FIELDS.items() if name in family.fields},
     }
-
-
-def _turned_layers(architecture: Architecture) -> list[int]:
-    return [int(layer not in architecture.layers_without_positions) for layer in range(architecture.num_layers)]
+    if a.rotated_features is not None:
+        config["partial_rotary_factor"] = a.rotated_features / a.head_size
+        config["rope_parameters"]["partial_rotary_factor"] = config["partial_rotary_factor"]
+    if family.padded:
+        config["pad_token_id"] = None
+    return config
 
 
 def to_hf_reward_config(architecture: Architecture, dtype: str, bos_id: int | None, eos_id: int, pad_id: int) -> dict:
     """Returns config.json of a reward model: Hugging Face's sequence classification with one label."""
     config = to_hf_config(architecture, dtype, bos_id, eos_id)
-    classes = [_CLASSES[architecture.model_type].replace("ForCausalLM", REWARD_CLASS)]
+    family = FAMILIES[architecture.model_type]
     return {
         **config,
-        "architectures": classes,
+        "architectures": [family.reward_class or family.causal_class.replace(CAUSAL_CLASS, REWARD_CLASS)],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "pad_token_id": pad_id,

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sso_jax.models.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, RopeScaling, YarnRope
+from sso_jax.models.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, RopeScaling, YarnRope
 from sso_jax.runtime.errors import InputError
 
 CONTEXT = "original_max_position_embeddings"
@@ -50,28 +50,24 @@ KINDS: dict[str, tuple[type, dict[str, str]]] = {
 log = logging.getLogger(__name__)
 
 
-def read_rope(
-    config: dict[str, Any], head_size: int, max_positions: int, path: Path
-) -> tuple[float, RopeScaling | None]:
-    """Returns the base and the scaling of the rotations that config.json describes; no scaling is None.
+def read_rope(config: dict[str, Any], theta: float, rotary_size: int, max_positions: int, path: Path) -> Rope:
+    """Returns the rotations that config.json describes.
 
     Args:
       config: fields of config.json.
-      head_size: features of a head.
+      theta: base where the file has none.
+      rotary_size: rotated features of a head.
       max_positions: `max_position_embeddings`.
       path: the file, for errors.
 
     Raises:
       InputError: for a scaling that is not supported, lacks a number, or has another value in its place.
     """
-    rope = _settings(config, path)
+    rope = _settings(config, theta, path)
     theta = _positive(rope["rope_theta"], "rope_theta", path)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        given = rope["partial_rotary_factor"]
-        raise InputError(f"{path}: partial_rotary_factor {given!r} is not supported; use a model without it")
     if kind == "default":
-        return theta, None
+        return Rope(theta)
     if kind not in KINDS:
         raise InputError(f"{path}: rope_type {kind!r} is not supported; use a model with default, {', '.join(KINDS)}")
     made, names = KINDS[kind]
@@ -79,7 +75,7 @@ def read_rope(
         rope[CONTEXT] = config.get(CONTEXT) or rope.get(CONTEXT, max_positions)
     optional = {name for name, own in names.items() if own not in _required(made)}
     given = {name: rope[name] for name in names if name in rope and not (name in optional and rope[name] is None)}
-    fields = {names[name]: _checked(name, value, head_size, path) for name, value in given.items()}
+    fields = {names[name]: _checked(name, value, rotary_size, path) for name, value in given.items()}
     if made is LongRope:
         fields["max_positions"] = max_positions
     missing = next((name for name, own in names.items() if own in _required(made) and own not in fields), None)
@@ -91,7 +87,14 @@ def read_rope(
             "%s: longrope is used up to its original context of %d tokens, not to %d",
             *(path, scaling.original_max_positions, max_positions),
         )
-    return theta, scaling
+    return Rope(theta, scaling)
+
+
+def rotated_share(config: dict[str, Any]) -> Any:
+    """Returns `partial_rotary_factor`, the share of a head's features that are rotated; 1 where there is none."""
+    places = (config, config.get("rope_scaling"), config.get("rope_parameters"))
+    given = (place.get("partial_rotary_factor") for place in places if isinstance(place, dict))
+    return next((share for share in given if share is not None), 1.0)
 
 
 def _required(made: type) -> set[str]:
@@ -99,7 +102,7 @@ def _required(made: type) -> set[str]:
     return {field.name for field in dataclasses.fields(made) if field.default is dataclasses.MISSING}
 
 
-def _settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _settings(config: dict[str, Any], theta: float, path: Path) -> dict[str, Any]:
     """Returns the rotary settings: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of 4.
 
     Where a file has both, `rope_scaling` holds, as in transformers 5.
@@ -108,12 +111,10 @@ def _settings(config: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(config.get(name) or {}, dict):
             raise InputError(f"{path}: {name} {config[name]!r} is not a JSON object; fetch the file again")
     newer, older = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    theta = config.get("rope_theta", newer.get("rope_theta", 10000.0))
-    shared = {name: config[name] for name in ("partial_rotary_factor",) if name in config}
-    return {"rope_theta": theta, **shared, **(older or newer)}
+    return {"rope_theta": config.get("rope_theta", newer.get("rope_theta", theta)), **(older or newer)}
 
 
-def _checked(name: str, value: Any, head_size: int, path: Path) -> Any:
+def _checked(name: str, value: Any, rotary_size: int, path: Path) -> Any:
     """Returns a setting as its class takes it; raises `InputError` for another type or size."""
     if name == "truncate":
         if not isinstance(value, bool):
@@ -121,9 +122,12 @@ def _checked(name: str, value: Any, head_size: int, path: Path) -> Any:
         return value
     if name not in ("short_factor", "long_factor"):
         return _positive(value, name, path)
-    if not isinstance(value, list) or len(value) != head_size // 2:
+    if not isinstance(value, list) or len(value) != rotary_size // 2:
         count = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
-        raise InputError(f"{path}: {name} has {count}, not {head_size // 2}, half of head_dim; fetch the file again")
+        raise InputError(
+            f"{path}: {name} has {count}, not {rotary_size // 2}, half of the rotated features of head_dim; fetch the "
+            "file again"
+        )
     return tuple(_positive(factor, name, path) for factor in value)
 
 
@@ -133,8 +137,9 @@ def _positive(value: Any, name: str, path: Path) -> Any:
     return value
 
 
-def to_hf_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+def to_hf_rope(rope: Rope) -> dict[str, Any]:
     """Returns the fields of config.json for the rotations, in both spellings."""
+    theta, scaling = rope.theta, rope.scaling
     if scaling is None:
         return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     kind, names = next((kind, names) for kind, (made, names) in KINDS.items() if made is type(scaling))

@@ -1,12 +1,13 @@
 """Attention kernels: a plain computation for any device, and fused kernels for GPUs and TPUs.
 
-All have the same inputs and outputs. They differ in where the scores [T, S] are stored: in memory (plain), or only in
-a kernel's registers.
+All map (queries, keys, values, mask, rule) to the attention output. They differ in where the scores [T, S] are
+stored: in memory (plain), or only in a kernel's registers.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +27,41 @@ SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
 """Least number of queries in a block, and most blocks of a sequence: whole sequences are attended block by block."""
 
 
+class ScoreRule(NamedTuple):
+    """How the product of a query and a key becomes a score: `cap * tanh(scale * q k / cap)`."""
+
+    scale: float | None = None
+    """None for `1 / sqrt(H)`."""
+    cap: float | None = None
+    """None for no cap: the score is `scale * q k`."""
+
+    def scale_for(self, head_size: int) -> float:
+        """Returns the scale for heads of a size."""
+        return 1.0 / math.sqrt(head_size) if self.scale is None else self.scale
+
+    def capped(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Caps scaled products."""
+        return scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
+
+    def slope(self, capped: Float[Array, "..."]) -> Float[Array, "..."] | float:
+        """Returns the derivative of `capped` by its argument, from its result: `1 - (capped / cap)^2`."""
+        return 1.0 if self.cap is None else 1.0 - (capped / self.cap) ** 2
+
+
 def _hidden(mask: Bool[Array, "#B T S"]) -> Float[Array, "#B 1 1 T S"]:
     """Returns what is added to the scores: 0 for visible keys."""
     return jnp.where(mask, 0.0, HIDDEN_SCORE)[:, None, None]
 
 
-def _scores(queries, keys, mask) -> Float[Array, "B K G T S"]:
-    scale = 1.0 / math.sqrt(queries.shape[-1])
-    scores = jnp.einsum("bkgth,bksh->bkgts", queries * scale, keys, preferred_element_type=jnp.float32)
-    return scores + _hidden(mask)
+def _scores(queries, keys, rule: ScoreRule) -> Float[Array, "B K G T S"]:
+    """Returns the scores of all keys, hidden or not."""
+    scaled = queries * rule.scale_for(queries.shape[-1])
+    return rule.capped(jnp.einsum("bkgth,bksh->bkgts", scaled, keys, preferred_element_type=jnp.float32))
 
 
-def _attend_block(queries, keys, values, mask) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T 1"]]:
+def _attend_block(queries, keys, values, mask, rule) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T 1"]]:
     """Returns the attention output, and the log-sum-exp of each query's scores, float32."""
-    return _mixed(_scores(queries, keys, mask), values)
+    return _mixed(_scores(queries, keys, rule) + _hidden(mask), values)
 
 
 def _mixed(scores: Float[Array, "B K G T S"], values: Float[Array, "B K S H"]):
@@ -56,14 +78,15 @@ def _blocks(num_tokens: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def plain_attend(
     queries: Float[Array, "B K G T H"],
     keys: Float[Array, "B K T H"],
     values: Float[Array, "B K T H"],
     mask: Bool[Array, "#B T T"],
+    rule: ScoreRule = ScoreRule(),
 ) -> Float[Array, "B K G T H"]:
-    """Returns `softmax(q k / sqrt(H), over visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
+    """Returns `softmax(scores of visible keys) v`, softmax in float32 (Vaswani et al. 2017, eq. 1).
 
     No token sees a later one. A token that sees nothing, as padding may, gets the mean of the values, never NaN.
 
@@ -71,32 +94,37 @@ def plain_attend(
     and only one block's scores are in memory. Nothing of size [T, S] is saved for the backward pass, which recomputes
     the weights from each query's log-sum-exp (Dao 2023, alg. 2).
     """
-    return _attend_forward(queries, keys, values, mask)[0]
+    return _attend_forward(queries, keys, values, mask, rule)[0]
 
 
-def _attend_forward(queries, keys, values, mask):
+def _attend_forward(queries, keys, values, mask, rule):
     parts = [
-        _attend_block(queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], mask[:, start:end, :end])
+        _attend_block(queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], mask[:, start:end, :end], rule)
         for start, end in _blocks(queries.shape[3])
     ]
     out, log_totals = (save_for_backward(jnp.concatenate(pieces, axis=3)) for pieces in zip(*parts, strict=True))
     return out, (queries, keys, values, mask, out, log_totals)
 
 
-def _attend_backward(residuals, d_out):
-    """With P the weights, dV = P' dO, dS = P * (dO V' - sum(dO * O)), dQ = dS K / sqrt(H), dK = dS' Q / sqrt(H)."""
+def _attend_backward(rule, residuals, d_out):
+    """With P the weights, dV = P' dO, dS = P * (dO V' - sum(dO * O)), dQ = scale dS K, dK = scale dS' Q.
+
+    With a cap, dS is also multiplied by the cap's slope.
+    """
     queries, keys, values, mask, out, log_totals = residuals
-    scale = 1.0 / math.sqrt(queries.shape[-1])
+    scale = rule.scale_for(queries.shape[-1])
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # [B, K, G, T, 1]
     d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
     for start, end in _blocks(queries.shape[3]):
         q, k, v, do = queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], d_out[..., start:end, :]
-        weights = jnp.exp(_scores(q, k, mask[:, start:end, :end]) - log_totals[..., start:end, :])  # [B, K, G, T, S]
+        scores, hidden = _scores(q, k, rule), _hidden(mask[:, start:end, :end])
+        weights = jnp.exp(scores + hidden - log_totals[..., start:end, :])  # [B, K, G, T, S]
         d_weights = dot("bkgth,bksh->bkgts", do, v)
-        d_scores = (weights * (d_weights - inner[..., start:end, :]) * scale).astype(q.dtype)
-        d_queries.append(dot("bkgts,bksh->bkgth", d_scores, k).astype(q.dtype))
-        d_keys = d_keys.at[:, :, :end].add(dot("bkgts,bkgth->bksh", d_scores, q))
+        d_scores = weights * (d_weights - inner[..., start:end, :]) * rule.slope(scores)
+        d_products = (d_scores * scale).astype(q.dtype)
+        d_queries.append(dot("bkgts,bksh->bkgth", d_products, k).astype(q.dtype))
+        d_keys = d_keys.at[:, :, :end].add(dot("bkgts,bkgth->bksh", d_products, q))
         d_values = d_values.at[:, :, :end].add(dot("bkgts,bkgth->bksh", weights.astype(v.dtype), do))
     return jnp.concatenate(d_queries, axis=3), d_keys.astype(keys.dtype), d_values.astype(values.dtype), None
 
@@ -104,22 +132,39 @@ def _attend_backward(residuals, d_out):
 plain_attend.defvjp(_attend_forward, _attend_backward)
 
 
-def cudnn_attend(queries, keys, values, mask, sequences: Sequences | None = None, implementation: str | None = "cudnn"):
+class BySequence(NamedTuple):
+    """Visibility as sequences, in place of a mask: a token sees those before it in its sequence, or the latest ones."""
+
+    sequences: Sequences
+    sliding_window: int | None = None
+    """Number of tokens that a token sees, its own included; None for all before it."""
+
+
+def cudnn_attend(
+    queries,
+    keys,
+    values,
+    mask,
+    rule=ScoreRule(),
+    within: BySequence | None = None,
+    implementation: str | None = "cudnn",
+):
     """Like `plain_attend`, with cuDNN's fused kernel by way of `jax.nn.dot_product_attention`.
 
-    Falls back to the plain kernel for float32 and for head sizes that cuDNN does not support. With a mask besides its
-    own causal one, the cuDNN kernel runs at half speed. Where `sequences` describe the same visibility as the mask,
-    each sequence is therefore attended separately; the queries may then be those of some tokens only.
+    Falls back to the plain kernel for float32, for head sizes that cuDNN does not support, and for capped scores. With
+    a mask besides its own causal one, the cuDNN kernel runs at half speed. Where `within` describes the same visibility
+    as the mask, each sequence is therefore attended separately; the queries may then be those of some tokens only.
     """
     head_size = keys.shape[3]
     fused = queries.dtype in (jnp.bfloat16, jnp.float16) and head_size <= LARGEST_CUDNN_HEAD
-    if implementation == "cudnn" and not fused:
-        return plain_attend(queries, keys, values, mask)
-    if sequences is not None:
-        return _attend_sequences(queries, keys, values, sequences, implementation)
+    if rule.cap is not None or (implementation == "cudnn" and not fused):
+        return plain_attend(queries, keys, values, mask, rule)
+    scale = rule.scale_for(head_size)
+    if within is not None:
+        return _attend_sequences(queries, keys, values, scale, within, implementation)
     whole = jnp.broadcast_to(mask[:, None], (queries.shape[0], 1, *mask.shape[1:]))  # [B, 1, T, S]
     flat = (_by_token(x) for x in (queries, keys[:, :, None], values[:, :, None]))
-    out = jax.nn.dot_product_attention(*flat, mask=whole, is_causal=True, implementation=implementation)
+    out = jax.nn.dot_product_attention(*flat, mask=whole, is_causal=True, scale=scale, implementation=implementation)
     return _by_head(out, queries.shape)
 
 
@@ -132,8 +177,9 @@ def _by_head(x: Float[Array, "B T N H"], shape: tuple[int, ...]) -> Float[Array,
     return x.reshape(batch, length, num_kv_heads, group, head_size).transpose(0, 2, 3, 1, 4)
 
 
-def _attend_sequences(queries, keys, values, sequences: Sequences, implementation: str | None):
+def _attend_sequences(queries, keys, values, scale: float, within: BySequence, implementation: str | None):
     """Attends within each sequence separately; queries that belong to none get 0."""
+    reach = None if within.sliding_window is None else (within.sliding_window - 1, 0)
 
     def of_device(queries, keys, values, sequences: Sequences):
         (batch, num_queries), (_, num_sequences) = sequences.place.shape, sequences.lengths.shape
@@ -155,8 +201,10 @@ def _attend_sequences(queries, keys, values, sequences: Sequences, implementatio
         out = jax.nn.dot_product_attention(
             *map(apart, placed),
             is_causal=True,
+            scale=scale,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
+            local_window_size=reach,
             implementation=implementation,
         )
         found = moved(out.reshape(batch, sequences.query.shape[1], -1), sequences.place, sequences.query)  # [B, W, N*H]
@@ -164,10 +212,10 @@ def _attend_sequences(queries, keys, values, sequences: Sequences, implementatio
 
     heads = ("batch", "kv_heads", None, None)
     names = (("batch", "kv_heads", None, None, None), heads, heads, ("batch",))
-    return over_mesh(of_device, names, names[0])(queries, keys, values, sequences)
+    return over_mesh(of_device, names, names[0])(queries, keys, values, within.sequences)
 
 
-def _splash_row(queries, keys, values, mask, interpret: bool):
+def _splash_row(queries, keys, values, mask, cap: float | None, interpret: bool):
     """Attends within one row: queries [N, T, H], keys and values [K, T, H], mask [T, T], T a multiple of LANES."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, only for TPUs
 
@@ -176,14 +224,20 @@ def _splash_row(queries, keys, values, mask, interpret: bool):
     names = ("q", "kv", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
     kernel = splash.make_splash_mha(
-        mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=NAME, interpret=interpret
+        mask[None],
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name=NAME,
+        interpret=interpret,
     )
     # Under jit the flag is returned as a traced array, on which the kernel branches in Python (seen in jax 0.10.2).
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     return kernel(queries, keys, values)
 
 
-def splash_attend(queries, keys, values, mask, interpret: bool = False):
+def splash_attend(queries, keys, values, mask, rule=ScoreRule(), interpret: bool = False):
     """Like `plain_attend` for T = S, with the splash kernel for TPUs (jax.experimental.pallas).
 
     The kernel skips blocks that no token sees. Visibility is data here (`tree_mask`), not a fixed pattern: the kernel
@@ -200,12 +254,12 @@ def splash_attend(queries, keys, values, mask, interpret: bool = False):
         def pad(x):
             return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, padding), (0, 0)))
 
-        padded = pad(queries / math.sqrt(head_size))  # [B, K, G, T, H]
+        padded = pad(queries * rule.scale_for(head_size))  # [B, K, G, T, H]
         flat = padded.reshape(rows, kv_heads * group, length + padding, head_size)  # [B, N, T, H]
         mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
 
         def row(args):
-            return _splash_row(*args, interpret)
+            return _splash_row(*args, rule.cap, interpret)
 
         out = jax.lax.map(row, (flat, pad(keys), pad(values), mask))  # [B, N, T, H]
         return out[:, :, :length].reshape(queries.shape)
@@ -224,7 +278,7 @@ KERNELS: dict[str, Callable] = {
 }
 """Kernels for whole sequences, by name; `splash_interpreted` runs the TPU kernel in an interpreter, for tests."""
 BY_SEQUENCE = ("cudnn",)
-"""Kernels that can take `Sequences`."""
+"""Kernels that can take `BySequence`."""
 
 
 def default_kernel(platform: str) -> str:

@@ -1,36 +1,46 @@
-"""Layers of the decoder: RMS norm, projection with optional adapters, SwiGLU MLP and rotary positions."""
+"""Layers of the decoder: RMS norm, projection with optional adapters, gated MLP and rotary positions."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.remat_policy import save_for_backward
-from sso_jax.models.rope import unscaled_frequencies
+from sso_jax.models.rope import Rope
 from sso_jax.runtime.mesh import constrain, gathered
 
 _kernel_init = nn.initializers.normal(0.02)
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (Zhang & Sennrich 2019, eq. 4)."""
+    """`x / sqrt(mean(x^2) + eps) * (offset + scale)` over the last axis, in float32 (Zhang & Sennrich 2019, eq. 4).
+
+    Without an offset the product with the scale is in the type of `x`, as in Llama; with one it is in float32, as in
+    Gemma.
+    """
 
     eps: float
+    offset: float = 0.0
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Returns the normalized activations, in the type of `x`."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        init = nn.with_logical_partitioning(nn.initializers.constant(1.0 - self.offset), ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
+        factor = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        if self.offset:
+            return (normed * (self.offset + factor.astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * factor.astype(x.dtype)
 
 
 class HeadsNorm(nn.Module):
@@ -135,8 +145,12 @@ class Projection(nn.Module):
         return self.adapters.scale * flat_product(flat_product(x, down), up)
 
 
-class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU)."""
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
+"""Nonlinearities of the gate, by name."""
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`: SwiGLU or GeGLU (Shazeer 2020)."""
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
@@ -147,40 +161,36 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the output of the MLP."""
         width, hidden = self.architecture.embed_dim, self.architecture.mlp_dim
-        settings = projection_options(self)
+        settings, activation = projection_options(self), ACTIVATIONS[self.architecture.activation]
         gate = Projection((width, hidden), ("embed", "mlp"), **settings, name="gate")(x)
         up = Projection((width, hidden), ("embed", "mlp"), **settings, name="up")(x)
-        inner = constrain(nn.silu(save_for_backward(gate)) * save_for_backward(up), "batch", None, "mlp")
+        inner = constrain(activation(save_for_backward(gate)) * save_for_backward(up), "batch", None, "mlp")
         return Projection((hidden, width), ("mlp", "embed"), **settings, name="down")(inner)
 
 
 class Rotation(NamedTuple):
-    """Sine and cosine of each token's angles; computed once for all layers."""
+    """Sine and cosine of each token's angles, for R rotated features; computed once for all layers of a kind."""
 
-    sin: Float[Array, "B T H/2"]
-    cos: Float[Array, "B T H/2"]
-
-    def none_if(self, unturned: Bool[Array, ""]) -> "Rotation":
-        """Returns the rotation by no angle if `unturned`, else this one."""
-        return Rotation(jnp.where(unturned, 0.0, self.sin), jnp.where(unturned, 1.0, self.cos))
+    sin: Float[Array, "B T R/2"]
+    cos: Float[Array, "B T R/2"]
 
 
-def rotation(positions: Int[Array, "B T"], architecture: Architecture) -> Rotation:
+def rotation(positions: Int[Array, "B T"], rope: Rope | None, num_rotated: int) -> Rotation:
     """Returns the sine and cosine of the angles `position * frequency_i` of the tokens, in float32.
 
-    Both are multiplied by the attention factor of the scaling, if it has one other than 1.
+    Both are multiplied by the attention factor of the scaling. Without a rope all angles are 0.
     """
-    head_size, theta, scaling = architecture.head_size, architecture.rope_theta, architecture.rope_scaling
-    exact = unscaled_frequencies(head_size, theta) if scaling is None else scaling.frequencies(head_size, theta)
-    frequencies = exact.astype(np.float32)
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]  # [B, T, H/2]
-    factor = 1.0 if scaling is None else scaling.attention_factor
+    frequencies = (np.zeros(num_rotated // 2) if rope is None else rope.frequencies(num_rotated)).astype(np.float32)
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]  # [B, T, R/2]
+    factor = 1.0 if rope is None else rope.attention_factor
     return Rotation(jnp.sin(angles) * factor, jnp.cos(angles) * factor)
 
 
 def apply_rope(x: Float[Array, "B M T H"], by: Rotation) -> Float[Array, "B M T H"]:
-    """Rotates the pair (x_i, x_{i+H/2}) of each head by its angle, in float32 (paired as in Hugging Face)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotates the pairs (x_i, x_{i+R/2}) of each head's first R features, in float32 (paired as in Hugging Face)."""
+    half = by.sin.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     sin, cos = by.sin[:, None], by.cos[:, None]
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)

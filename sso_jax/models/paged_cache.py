@@ -9,7 +9,6 @@ its largest score, the sum of its weights relative to that, and the weighted sum
 combined in the order of its tokens, so that the result does not depend on where its pages lie or on other rows.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.kernels import HIDDEN_SCORE
+from sso_jax.models.kernels import HIDDEN_SCORE, ScoreRule
 from sso_jax.runtime.mesh import constrain, over_mesh
 
 PAGE_SIZES = {"cpu": 64}
@@ -44,8 +43,8 @@ class PageTable(NamedTuple):
 
     owner: Int[Array, "N"]
     """Row of each page; any row for a page that is not in use."""
-    visible: Bool[Array, "N P"]
-    """Slots that hold a token of the owner."""
+    positions: Int[Array, "N P"]
+    """Position of the owner's token in each slot; -1 for a slot without one."""
     pages: Int[Array, "B J"]
     """Pages of each row in the order of its tokens, -1 after the last."""
     num_used: Int[Array, "S"]
@@ -147,10 +146,10 @@ class _Parts(NamedTuple):
     mixed: Float[Array, "... G H"]
 
 
-def _attend_part(queries, keys, values, visible) -> _Parts:
+def _attend_part(queries, keys, values, visible, rule: ScoreRule) -> _Parts:
     """Attends from queries [Z, K, G, H] to keys [Z, K, H, S] and values [Z, K, S, H]; visible is [Z, S]."""
-    scale = 1.0 / math.sqrt(queries.shape[-1])
-    scores = jnp.einsum("zkgh,zkhs->zkgs", queries * scale, keys, preferred_element_type=jnp.float32)
+    scaled = queries * rule.scale_for(queries.shape[-1])
+    scores = rule.capped(jnp.einsum("zkgh,zkhs->zkgs", scaled, keys, preferred_element_type=jnp.float32))
     scores = scores + jnp.where(visible, 0.0, HIDDEN_SCORE)[:, None, None]
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(visible[:, None, None], jnp.exp(scores - top), 0.0)
@@ -158,9 +157,10 @@ def _attend_part(queries, keys, values, visible) -> _Parts:
     return _Parts(top, jnp.sum(weights, axis=-1, keepdims=True), mixed)
 
 
-def _attend_pages(queries, keys, values, layer, table: PageTable, size: int) -> _Parts:
+def _attend_pages(queries, earliest, pages: PagedCache, layer, table: PageTable, rule: ScoreRule, size: int) -> _Parts:
     """Returns the parts of all pages [N, K, G, .], read `size` at a time; those of pages that are not read are 0."""
-    num_pages = keys.shape[1]
+    num_pages = pages.keys.shape[1]
+    visible = table.positions >= earliest[table.owner][:, None]  # [N, P]
 
     def chunk_of(x, start):
         return jax.lax.dynamic_slice_in_dim(x, start, size)
@@ -171,7 +171,8 @@ def _attend_pages(queries, keys, values, layer, table: PageTable, size: int) -> 
     def add(number, parts: _Parts) -> _Parts:
         start = jnp.minimum(number * size, num_pages - size)  # the last chunk may overlap the one before
         own = queries[chunk_of(table.owner, start)]  # [Z, K, G, H]
-        found = _attend_part(own, of_layer(keys, start), of_layer(values, start), chunk_of(table.visible, start))
+        seen = chunk_of(visible, start)
+        found = _attend_part(own, of_layer(pages.keys, start), of_layer(pages.values, start), seen, rule)
 
         def put(whole, part):
             return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
@@ -183,35 +184,43 @@ def _attend_pages(queries, keys, values, layer, table: PageTable, size: int) -> 
     return jax.lax.fori_loop(0, -(-table.num_used[0] // size), add, nothing)
 
 
+class RowView(NamedTuple):
+    """What the one token of each row sees, in a layer."""
+
+    window_mask: Bool[Array, "#B W"]
+    """Which of the window's own tokens; at least one."""
+    earliest: Int[Array, "B"]
+    """Position from which on it sees the tokens in its pages; 0 for all."""
+
+
 def paged_attend(
     queries: Float[Array, "B K G H"],
-    keys: Float[Array, "B K W H"],
-    values: Float[Array, "B K W H"],
-    window_mask: Bool[Array, "#B W"],
+    recent: tuple[Float[Array, "B K W H"], Float[Array, "B K W H"]],
+    view: RowView,
     cache: PagedCache,
     layer: Int[Array, ""],
     table: PageTable,
+    rule: ScoreRule = ScoreRule(),
     kernel: str = "plain",
 ) -> Float[Array, "B K G H"]:
-    """Returns `softmax(q k / sqrt(H), over the row's keys) v` for one query per row, softmax in float32.
+    """Returns `softmax(scores of the row's keys) v` for one query per row, softmax in float32.
 
     Args:
       queries: query of each row.
-      keys: keys of the window's own tokens.
-      values: their values.
-      window_mask: which of them each row sees; at least one.
+      recent: keys and values of the window's own tokens.
+      view: what each row sees.
       cache: the tokens before the window.
       layer: index of the layer in the cache.
-      table: what each row sees of the cache.
+      table: where each row's tokens are in the cache.
+      rule: from products to scores.
       kernel: name of the kernel for whole sequences, which says what device this is for.
     """
 
-    def of_shard(queries, keys, values, window_mask, cached_keys, cached_values, layer, *table):
-        table = PageTable(*table)
-        size = chunk_size(cached_keys.shape[1], kernel)
-        pages = _attend_pages(queries, cached_keys, cached_values, layer, table, size)
+    def of_shard(queries, keys, values, window_mask, earliest, cached_keys, cached_values, layer, *table):
+        table, size = PageTable(*table), chunk_size(cached_keys.shape[1], kernel)
+        pages = _attend_pages(queries, earliest, PagedCache(cached_keys, cached_values), layer, table, rule, size)
         seen = jnp.broadcast_to(window_mask, (queries.shape[0], window_mask.shape[1]))
-        recent = _attend_part(queries, keys.swapaxes(2, 3), values, seen)
+        recent = _attend_part(queries, keys.swapaxes(2, 3), values, seen, rule)
         used = (table.pages >= 0)[:, :, None, None, None]  # [B, J, 1, 1, 1]
         of_rows = jax.tree.map(lambda part: part[jnp.maximum(table.pages, 0)], pages)  # [B, J, K, G, .]
         tops = jnp.where(used, of_rows.top, HIDDEN_SCORE)
@@ -222,6 +231,6 @@ def paged_attend(
         return (mixed / total).astype(values.dtype)
 
     heads = ("batch", "kv_heads", None, None)
-    mask_axes = ("batch" if window_mask.shape[0] > 1 else None, None)
-    names = (heads, heads, heads, mask_axes, CACHE_AXES, CACHE_AXES, (), *TABLE_AXES)
-    return over_mesh(of_shard, names, heads)(queries, keys, values, window_mask, *cache, jnp.asarray(layer), *table)
+    mask_axes = ("batch" if view.window_mask.shape[0] > 1 else None, None)
+    names = (heads, heads, heads, mask_axes, ("batch",), CACHE_AXES, CACHE_AXES, (), *TABLE_AXES)
+    return over_mesh(of_shard, names, heads)(queries, *recent, *view, *cache, jnp.asarray(layer), *table)

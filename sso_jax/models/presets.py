@@ -3,14 +3,27 @@
 Sizes are those of the models' published config.json. Only the dry run uses them; a run reads the folder's config.json.
 """
 
-from sso_jax.models.architecture import Architecture
-from sso_jax.models.rope import Llama3Rope
+from sso_jax.models.architecture import Architecture, LayerKind
+from sso_jax.models.families import FAMILIES
+from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
-_LLAMA_3 = dict(model_type="llama", vocab_size=128256, num_kv_heads=8, rope_theta=5e5, norm_eps=1e-5)
+
+def _turned(theta: float, scaling: RopeScaling | None = None) -> tuple[LayerKind, ...]:
+    return (LayerKind(Rope(theta, scaling)),)
+
+
+def _every(number: int, num_layers: int) -> tuple[int, ...]:
+    """Returns kind 1 for every so many layers, and kind 0 for those between."""
+    return tuple(int((layer + 1) % number == 0) for layer in range(num_layers))
+
+
+_LLAMA_3 = dict(model_type="llama", vocab_size=128256, num_kv_heads=8, norm_eps=1e-5)
 _LLAMA_3_8B = dict(**_LLAMA_3, embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, head_size=128)
-_LLAMA_3_1_8B = Architecture(**_LLAMA_3_8B, max_positions=131072, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192))
-_LLAMA_3_2 = dict(**_LLAMA_3, max_positions=131072, rope_scaling=Llama3Rope(32.0, 1.0, 4.0, 8192), tied_head=True)
-_QWEN_2 = dict(model_type="qwen2", max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
+_LLAMA_3_1_8B = Architecture(**_LLAMA_3_8B, max_positions=131072, kinds=_turned(5e5, Llama3Rope(8.0, 1.0, 4.0, 8192)))
+_LLAMA_3_2 = dict(
+    **_LLAMA_3, max_positions=131072, kinds=_turned(5e5, Llama3Rope(32.0, 1.0, 4.0, 8192)), tied_head=True
+)
+_QWEN_2 = dict(model_type="qwen2", max_positions=32768, kinds=_turned(1e6), norm_eps=1e-6, qkv_bias=True)
 _QWEN_2_7B = dict(
     **_QWEN_2,
     vocab_size=152064,
@@ -35,9 +48,58 @@ _QWEN_2_0_5B = dict(
     **_QWEN_2, vocab_size=151936, embed_dim=896, mlp_dim=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_size=64
 )
 
+_GEMMA_3 = dict(model_type="gemma3_text", tied_head=True, **FAMILIES["gemma3_text"].options)
+_GEMMA_3_1B = Architecture(
+    **_GEMMA_3,
+    vocab_size=262144,
+    embed_dim=1152,
+    mlp_dim=6912,
+    num_layers=26,
+    num_heads=4,
+    num_kv_heads=1,
+    head_size=256,
+    max_positions=32768,
+    embedding_factor=1152**0.5,
+    query_scalar=256,
+    kinds=(LayerKind(Rope(1e4), sliding_window=512), LayerKind(Rope(1e6))),
+    kind_of_layer=_every(6, 26),
+)
+_GEMMA_3_27B = Architecture(
+    **_GEMMA_3,
+    vocab_size=262208,
+    embed_dim=5376,
+    mlp_dim=21504,
+    num_layers=62,
+    num_heads=32,
+    num_kv_heads=16,
+    head_size=128,
+    max_positions=131072,
+    embedding_factor=5376**0.5,
+    query_scalar=168,
+    kinds=(LayerKind(Rope(1e4), sliding_window=1024), LayerKind(Rope(1e6, LinearRope(8.0)))),
+    kind_of_layer=_every(6, 62),
+)
+_OLMO_3_7B = Architecture(
+    model_type="olmo3",
+    vocab_size=100278,
+    embed_dim=4096,
+    mlp_dim=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=128,
+    max_positions=65536,
+    kinds=(
+        LayerKind(Rope(5e5), sliding_window=4096),
+        LayerKind(Rope(5e5, YarnRope(8.0, 8192, given_attention_factor=1.2079441541679836))),
+    ),
+    kind_of_layer=_every(4, 32),
+    **FAMILIES["olmo3"].options,
+)
+
 PRESETS: dict[str, Architecture] = {
-    "meta-llama/Meta-Llama-3-8B": Architecture(**_LLAMA_3_8B, max_positions=8192),
-    "meta-llama/Meta-Llama-3-8B-Instruct": Architecture(**_LLAMA_3_8B, max_positions=8192),
+    "meta-llama/Meta-Llama-3-8B": Architecture(**_LLAMA_3_8B, max_positions=8192, kinds=_turned(5e5)),
+    "meta-llama/Meta-Llama-3-8B-Instruct": Architecture(**_LLAMA_3_8B, max_positions=8192, kinds=_turned(5e5)),
     "meta-llama/Llama-3.1-8B": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.2-1B-Instruct": Architecture(
@@ -51,5 +113,8 @@ PRESETS: dict[str, Architecture] = {
     "Qwen/Qwen2.5-7B-Instruct": Architecture(**_QWEN_2_7B),
     "Qwen/Qwen2.5-1.5B-Instruct": Architecture(**_QWEN_2_1_5B, tied_head=True),
     "Qwen/Qwen2.5-0.5B-Instruct": Architecture(**_QWEN_2_0_5B, tied_head=True),
+    "google/gemma-3-1b-it": _GEMMA_3_1B,
+    "google/gemma-3-27b-it": _GEMMA_3_27B,
+    "allenai/Olmo-3-7B-Instruct": _OLMO_3_7B,
 }  # fmt: skip
 """Architectures by hub id."""

@@ -145,3 +145,22 @@ class LongRope(RopeScaling):
             return self.given_attention_factor
         factor = self.max_positions / self.original_max_positions if self.factor is None else self.factor
         return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(self.original_max_positions))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: their base and the scaling of their frequencies."""
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+    def frequencies(self, head_size: int) -> Float[np.ndarray, "H/2"]:
+        """Returns the angular frequencies for heads of so many rotated features."""
+        if self.scaling is None:
+            return unscaled_frequencies(head_size, self.theta)
+        return self.scaling.frequencies(head_size, self.theta)
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of sine and cosine."""
+        return 1.0 if self.scaling is None else self.scaling.attention_factor

@@ -8,16 +8,16 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.attention import Attention, AttentionInputs, Cache, Pages, causal_mask
+from sso_jax.models.attention import Attention, AttentionInputs, Cache, Pages, causal_mask, layer_view
 from sso_jax.models.kernels import BY_SEQUENCE
-from sso_jax.models.layers import Adapters, RMSNorm, SwiGLU, at_tokens, projection_options, rotation
+from sso_jax.models.layers import Adapters, GatedMLP, RMSNorm, at_tokens, projection_options
 from sso_jax.models.remat_policy import save_for_backward, save_marked
 from sso_jax.models.sequences import make_sequences
 from sso_jax.runtime.mesh import constrain, gathered
 
 
 class Layer(nn.Module):
-    """`x += attention(norm(x)); x += mlp(norm(x))`; with `norm_after` `x += norm(attention(x)); x += norm(mlp(x))`."""
+    """`x += attention(norm(x)); x += mlp(norm(x))`, with norms before attention and MLP, after them, or both."""
 
     architecture: Architecture
     dtype: jnp.dtype
@@ -36,16 +36,24 @@ class Layer(nn.Module):
         """
         x, cache = carry
         x = constrain(x, "batch", None, None)
-        options, after = projection_options(self), self.architecture.norm_after
+        options = projection_options(self)
         attention = Attention(self.architecture, **options, attend=self.attend, name="attention")
-        attended, cache = attention(x if after else self._norm("attention_norm", x), inputs, cache, layer)
-        attended = self._norm("attention_out_norm", save_for_backward(attended)) if after else attended
-        x = save_for_backward(x + attended)
-        out = SwiGLU(self.architecture, **options, name="mlp")(x if after else self._norm("mlp_norm", x))
-        return (x + (self._norm("mlp_out_norm", save_for_backward(out)) if after else out), cache), None
+        attended, cache = attention(self._before("attention", x), inputs, cache, layer)
+        x = save_for_backward(x + self._after("attention", attended))
+        out = GatedMLP(self.architecture, **options, name="mlp")(self._before("mlp", x))
+        return (x + self._after("mlp", out), cache), None
+
+    def _before(self, part: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Norms the input of a part, if the architecture does."""
+        return x if self.architecture.norms == "after" else self._norm(f"{part}_norm", x)
+
+    def _after(self, part: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Norms the output of a part, if the architecture does."""
+        return x if self.architecture.norms == "before" else self._norm(f"{part}_out_norm", save_for_backward(x))
 
     def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return RMSNorm(self.architecture.norm_eps, self.param_dtype, name=name)(x)
+        a = self.architecture
+        return RMSNorm(a.norm_eps, a.norm_offset, self.param_dtype, name=name)(x)
 
 
 class Transformer(nn.Module):
@@ -75,7 +83,7 @@ class Transformer(nn.Module):
         self.embedding = self.param("embedding", embedding, (a.vocab_size, a.embed_dim), self.param_dtype)
         options = (a, self.dtype, self.param_dtype, self.attend, self.adapters)
         self.layers = self._scan()(*options) if self.scanned else [Layer(*options) for _ in range(a.num_layers)]
-        self.final_norm = RMSNorm(a.norm_eps, self.param_dtype)
+        self.final_norm = RMSNorm(a.norm_eps, a.norm_offset, self.param_dtype)
         if not a.tied_head:
             head = nn.with_logical_partitioning(init, ("embed", "vocab"))
             self.head = self.param("head", head, (a.embed_dim, a.vocab_size), self.param_dtype)
@@ -121,10 +129,15 @@ class Transformer(nn.Module):
         """
         table = gathered(self.embedding.astype(self.dtype), "vocab", "embed")  # tokens are sharded by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
+        x = x * jnp.asarray(self.architecture.embedding_factor, x.dtype)
         by_sequence = self.by_sequence and sequences is not None and sequences.size > 0
         own_sequences = make_sequences(sequences, positions) if by_sequence else None
-        turns = rotation(positions, self.architecture)
-        inputs = AttentionInputs(turns, mask, jnp.asarray(slot), own_sequences, pages)
+        key_positions = positions if pages is None else pages.window_positions
+        views = tuple(
+            layer_view(kind, self.architecture.rotary_size, positions, key_positions, mask)
+            for kind in self.architecture.kinds
+        )
+        inputs = AttentionInputs(views, jnp.asarray(slot), own_sequences, pages)
         x, cache = (self._run_scanned if self.scanned else self._run_unrolled)(x, cache, inputs)
         return self.final_norm(at_tokens(x, query_indices)), cache
 
@@ -143,13 +156,19 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Returns the logits of the next token, in float32."""
-        return project(hidden, gathered(self.head_matrix(), "embed", "vocab"))
+        return project(hidden, gathered(self.head_matrix(), "embed", "vocab"), self.architecture.logit_cap)
 
 
-def project(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
-    """Returns logits, in float32, from hidden states and `Transformer.head_matrix` or some of its columns."""
+def project(
+    hidden: Float[Array, "... D"], head: Float[Array, "D V"], cap: float | None = None
+) -> Float[Array, "... V"]:
+    """Returns logits, in float32, from hidden states and `Transformer.head_matrix` or some of its columns.
+
+    With a cap they are `cap * tanh(logits / cap)`.
+    """
     flat = hidden.reshape(-1, hidden.shape[-1])  # see `flat_product`
-    return jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
+    logits = jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def init_params(model: Transformer, key: jax.Array):

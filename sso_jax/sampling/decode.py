@@ -62,18 +62,21 @@ def decode_window(
     A row whose response has ended is decoded on to no effect: no step depends on which rows have ended.
     """
     num_slots = state.last.shape[0]
-    pages = Pages(state.cache, inputs.table)
     places = jnp.arange(WINDOW)
+    first = inputs.prompt_tokens + inputs.counts - 1  # position of each row's latest token
+    pages = Pages(state.cache, inputs.table, first[:, None] + places[None, :])
 
     def advance(step, carry):
         """Runs the decoder on the last token of each row, then samples the next one."""
         cache, last, done, tokens = carry
         counts = inputs.counts + step
-        positions, mask = (inputs.prompt_tokens + counts - 1)[:, None], (places <= step)[None, None, :]
+        positions, mask = (first + step)[:, None], (places <= step)[None, None, :]
         hidden, cache = model.apply(
             {"params": weights.params}, last[:, None], positions, mask, cache, step, pages=pages
         )
-        token = sample_on_shards(project(hidden[:, 0], weights.head), state.keys, counts, strategy)
+        token = sample_on_shards(
+            project(hidden[:, 0], weights.head, model.architecture.logit_cap), state.keys, counts, strategy
+        )
         ended = done | is_end(token, counts + 1, inputs.limits, stop_ids)
         tokens = jax.lax.dynamic_update_slice(tokens, jnp.where(done, -1, token)[:, None], (0, step))
         return cache, token, ended, tokens

@@ -94,7 +94,8 @@ def admit(
     hidden, cache = model.apply(
         {"params": weights.params}, prompts.tokens, positions, causal_mask(length), cache, 0, last
     )
-    logits, counts = project(hidden[:, 0], weights.head), jnp.zeros((num_prompts,), jnp.int32)
+    logits = project(hidden[:, 0], weights.head, model.architecture.logit_cap)
+    counts = jnp.zeros((num_prompts,), jnp.int32)
     tokens = sample_on_shards(logits, prompts.keys, counts, strategy)
     done = is_end(tokens, counts + 1, prompts.limits, stop_ids)
 

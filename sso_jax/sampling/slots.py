@@ -203,7 +203,7 @@ class Slots:
         inputs = WindowInputs(
             table=PageTable(
                 owner=np.zeros(shape.num_pages, np.int32),
-                visible=np.zeros((shape.num_pages, shape.page_size), bool),
+                positions=np.full((shape.num_pages, shape.page_size), -1, np.int32),
                 pages=np.full((shape.num_slots, shape.row_pages), -1, np.int32),
                 num_used=np.zeros(shape.num_shards, np.int32),
             ),
@@ -228,7 +228,8 @@ class Slots:
         seen = (places < row.size.prompt_tokens) | ((places >= start) & (places < start + row.num_cached))
         own = np.asarray(used) + shard * self.shape.shard_pages
         table.owner[own] = slot - shard * self.shape.shard_slots
-        table.visible[own] = seen.reshape(-1, self.shape.page_size)
+        positions = np.where(places < start, places, places - start + row.size.prompt_tokens)
+        table.positions[own] = np.where(seen, positions, -1).reshape(-1, self.shape.page_size)
         table.pages[slot, : len(used)] = used
         table.num_used[shard] = max(table.num_used[shard], max(used) + 1)
         inputs.prompt_tokens[slot], inputs.counts[slot] = row.size.prompt_tokens, 1 + row.num_cached

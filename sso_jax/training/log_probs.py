@@ -27,14 +27,18 @@ LANES = 128
 
 
 def token_log_probs(
-    head: Float[Array, "D V"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "R M D"],
+    target: Int[Array, "R M"],
+    columns: int,
+    cap: float | None = None,
 ) -> Float[Array, "R M"]:
-    """Returns `log softmax(hidden head)[target]` in float32.
+    """Returns `log softmax(logits)[target]` in float32, with the logits of `models.transformer.project`.
 
     At most `columns` entries of each vocabulary shard are processed at a time.
     """
     parted = head.reshape(head.shape[0], vocab_shards_in_context(), -1)
-    return _sliced_log_probs(parted, hidden, target, columns)
+    return _sliced_log_probs(parted, hidden, target, columns, cap)
 
 
 class _Slice(NamedTuple):
@@ -72,8 +76,8 @@ def _slice(head: Float[Array, "D S L"], target: Int[Array, "R M"], number: Int[A
     return _Slice(start, matrix, (target[..., None] == ids[None, None, :]) & fresh[None, None, :], fresh)
 
 
-def _logits(hidden: Float[Array, "R M D"], part: _Slice) -> Float[Array, "R M E"]:
-    logits = project(hidden, part.matrix)
+def _logits(hidden: Float[Array, "R M D"], part: _Slice, cap: float | None) -> Float[Array, "R M E"]:
+    logits = project(hidden, part.matrix, cap)
     if part.fresh is not None:
         logits = jnp.where(part.fresh[None, None, :], logits, -jnp.inf)
     return constrain(logits, "batch", None, "vocab")
@@ -115,26 +119,31 @@ def _chosen_logits(logits: Float[Array, "R M E"], part: _Slice, target: Int[Arra
     return jnp.where((entry == inside) & (True if part.fresh is None else part.fresh[inside]), found, 0.0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _sliced_log_probs(
-    head: Float[Array, "D S L"], hidden: Float[Array, "R M D"], target: Int[Array, "R M"], columns: int
+    head: Float[Array, "D S L"],
+    hidden: Float[Array, "R M D"],
+    target: Int[Array, "R M"],
+    columns: int,
+    cap: float | None,
 ) -> Float[Array, "R M"]:
     """Log-probs over a vocabulary in S shards of L entries, one slice of every shard at a time.
 
     Only one slice's logits are in memory. With p the probabilities and g the gradient of a log-prob, that of the logits
-    is `g (onehot(target) - p)`. The backward pass computes p from the log-sum-exp saved by the forward pass and from
-    the logits, which are saved if there is only one slice and recomputed otherwise. The head's gradient of a slice is
-    complete when the slice is done, so that no float32 sum of the whole gradient is needed.
+    is `g (onehot(target) - p)`, times `1 - (logit / cap)^2` if logits are capped. The backward pass computes p from the
+    log-sum-exp saved by the forward pass and from the logits, which are saved if there is only one slice and recomputed
+    otherwise. The head's gradient of a slice is complete when the slice is done, so that no float32 sum of the whole
+    gradient is needed.
     """
-    return _log_probs_forward(head, hidden, target, columns)[0]
+    return _log_probs_forward(head, hidden, target, columns, cap)[0]
 
 
-def _log_probs_forward(head, hidden, target, columns):
+def _log_probs_forward(head, hidden, target, columns, cap):
     num, size = _slice_sizes(head.shape[2], columns)
 
     def of_slice(number):
         part = _slice(head, target, number, size)
-        logits = _logits(hidden, part)
+        logits = _logits(hidden, part, cap)
         return _log_sum_exp(logits), _chosen_logits(logits, part, target), logits
 
     if num == 1:
@@ -151,7 +160,7 @@ def _log_probs_forward(head, hidden, target, columns):
     return chosen - log_total, (head, hidden, target, log_total, logits)
 
 
-def _log_probs_backward(columns, residuals, gradient):
+def _log_probs_backward(columns, cap, residuals, gradient):
     head, hidden, target, log_total, logits = residuals
     (width, num_shards, local_size), flat_hidden = head.shape, hidden.reshape(-1, hidden.shape[-1])
     num, size = _slice_sizes(local_size, columns)
@@ -159,8 +168,11 @@ def _log_probs_backward(columns, residuals, gradient):
     def of_slice(number):
         """Returns the slice's start, gradient of the head, and share of the hidden states' by shard, in float32."""
         part = _slice(head, target, number, size)
-        probs = jnp.exp((_logits(hidden, part) if logits is None else logits) - log_total[..., None])
+        own = _logits(hidden, part, cap) if logits is None else logits
+        probs = jnp.exp(own - log_total[..., None])
         d_logits = gradient[..., None] * (part.is_target - probs)  # [R, M, E]
+        if cap is not None:
+            d_logits = jnp.where(jnp.isfinite(own), d_logits * (1.0 - (own / cap) ** 2), 0.0)
         flat = d_logits.astype(head.dtype).reshape(flat_hidden.shape[0], -1)  # [R*M, E], see `flat_product`
         d_matrix = jnp.matmul(flat_hidden.T, flat, preferred_element_type=jnp.float32)  # [D, E]
         d_matrix = d_matrix.reshape(width, num_shards, size)
@@ -237,7 +249,8 @@ def _cell_sums(
     head = model.apply({"params": params}, method="head_matrix")
     num_rows, num_targets = rows.target.shape
     tokens_of_device = -(-num_rows // batch_shards_in_context()) * num_targets
-    log_probs = token_log_probs(head, hidden, rows.target, max(1, model.max_logits // tokens_of_device))
+    columns = max(1, model.max_logits // tokens_of_device)
+    log_probs = token_log_probs(head, hidden, rows.target, columns, model.architecture.logit_cap)
     sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
     return sums[:num_cells]
 

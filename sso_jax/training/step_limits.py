@@ -90,5 +90,8 @@ def activation_widths(model: Transformer) -> tuple[int, int]:
     """Returns the numbers per token that a layer saves for the backward pass, and that it computes in all."""
     a = model.architecture
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_size
-    marked = 2 * a.embed_dim + heads + 2 * a.mlp_dim
+    if a.qk_norm != "none":
+        heads += (a.num_heads + a.num_kv_heads) * a.head_size  # before their norms
+    outputs = 0 if a.norms == "before" else 2 * a.embed_dim  # of attention and MLP, before their norms
+    marked = 2 * a.embed_dim + heads + outputs + 2 * a.mlp_dim
     return a.embed_dim if model.remat else marked, marked + 2 * a.embed_dim + a.mlp_dim

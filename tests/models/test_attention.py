@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from toys import toy_model, toy_params
 
-from sso_jax.models.attention import causal_mask, empty_cache, tree_mask
+from sso_jax.models.architecture import LayerKind
+from sso_jax.models.attention import causal_mask, empty_cache, layer_view, tree_mask
 from sso_jax.models.kernels import (
     KERNELS,
+    BySequence,
+    ScoreRule,
     cudnn_attend,
     default_kernel,
     plain_attend,
@@ -197,12 +200,50 @@ def test_attention_by_sequences_equals_that_by_the_mask_with_its_gradients(rows_
     sequences = make_sequences(rows.sequences, rows.positions)
 
     def by_sequence(*a):
-        return cudnn_attend(*a, sequences, implementation="xla")
+        return cudnn_attend(*a, ScoreRule(), BySequence(sequences), implementation="xla")
 
     got, expected = (
         _value_and_gradients(attend, inputs, mask, np.asarray(rows.tree) > 0) for attend in (by_sequence, plain_attend)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 4, 9])
+def test_a_sliding_window_of_sequences_counts_positions_with_its_gradients(rows_with_sequences, sliding_window):
+    """Responses of a packed row lie right of one another, and their positions go on from the prompt's."""
+    rows = rows_with_sequences
+    inputs, real = _random_heads(rows, rows.tokens.shape[1]), np.asarray(rows.tree) > 0
+    mask = tree_mask(rows.tree, rows.branch)
+    view = layer_view(LayerKind(sliding_window=sliding_window), 8, rows.positions, rows.positions, mask)
+    distance = np.asarray(rows.positions)[:, :, None] - np.asarray(rows.positions)[:, None]
+    np.testing.assert_array_equal(view.mask, np.asarray(mask) & (distance < sliding_window))
+    assert (np.asarray(mask) & ~np.asarray(view.mask))[real].any()
+    within = BySequence(make_sequences(rows.sequences, rows.positions), sliding_window)
+
+    def by_sequence(*a):
+        return cudnn_attend(*a, ScoreRule(), within, implementation="xla")
+
+    got, expected = (_value_and_gradients(attend, inputs, view.mask, real) for attend in (by_sequence, plain_attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("rule", [ScoreRule(scale=0.6), ScoreRule(cap=0.8), ScoreRule(scale=1.5, cap=2.0)])
+@pytest.mark.parametrize("name", ["plain", "splash_interpreted", "xla"])
+def test_scaled_and_capped_scores_with_their_gradients(rule, name, packed_rows):
+    """Held to a softmax of all scores at once that autodiff differentiates."""
+    inputs, mask, real = packed_rows
+
+    def dense(queries, keys, values, mask):
+        products = jnp.einsum("bkgth,bksh->bkgts", queries, keys) * (rule.scale or queries.shape[-1] ** -0.5)
+        scores = products if rule.cap is None else rule.cap * jnp.tanh(products / rule.cap)
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bkgts,bksh->bkgth", weights, values)
+
+    def attend(*a):
+        return cudnn_attend(*a, rule, implementation="xla") if name == "xla" else KERNELS[name](*a, rule)
+
+    got, expected = (_value_and_gradients(function, inputs, mask, real) for function in (attend, dense))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, expected)
 
 
 def test_queries_of_no_sequence_find_nothing_and_leave_no_gradient(rows_with_sequences):
@@ -212,7 +253,7 @@ def test_queries_of_no_sequence_find_nothing_and_leave_no_gradient(rows_with_seq
     sequences = make_sequences(rows.sequences, rows.positions)
 
     def attend(*a):
-        return cudnn_attend(*a, None, sequences, implementation="xla")
+        return cudnn_attend(*a, None, ScoreRule(), BySequence(sequences), implementation="xla")
 
     gradients = jax.grad(lambda *a: jnp.sum(attend(*a) ** 2), argnums=(0, 1, 2))(*inputs)
     for x in (attend(*inputs), *gradients):
@@ -229,7 +270,9 @@ def test_attention_by_sequences_is_cut_over_the_mesh(rows_with_sequences, eight_
     )
 
     def attend(*a):
-        return cudnn_attend(*a, None, make_sequences(rows.sequences, rows.positions), implementation="xla")
+        return cudnn_attend(
+            *a, None, ScoreRule(), BySequence(make_sequences(rows.sequences, rows.positions)), implementation="xla"
+        )
 
     with jax.set_mesh(eight_devices):
         got = jax.jit(attend)(*inputs)

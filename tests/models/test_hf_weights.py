@@ -25,7 +25,9 @@ from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.hf_config import CONFIG_FILE, read_architecture, to_hf_config
 from sso_jax.models.hf_folder import fetch
+from sso_jax.models.hf_tensors import RULES, TensorPart
 from sso_jax.models.hf_weights import WEIGHTS_FILE, check_weights, read_params, write_params
+from sso_jax.models.rope import LinearRope
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.mesh import param_shardings
@@ -75,6 +77,74 @@ KINDS = {
         dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=24),
     ),
     "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
+    "mistral_windowed": (transformers.MistralConfig, dict(sliding_window=9)),
+    "ministral": (
+        transformers.MinistralConfig,
+        dict(head_dim=16, sliding_window=9, layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+    ),
+    "qwen2_windowed": (
+        transformers.Qwen2Config,
+        dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    ),
+    "qwen3_windowed": (
+        transformers.Qwen3Config,
+        dict(head_dim=32, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    ),
+    "gemma2": (transformers.Gemma2Config, dict(head_dim=24, query_pre_attn_scalar=20, sliding_window=9)),
+    "gemma2_untied": (
+        transformers.Gemma2Config,
+        dict(head_dim=16, tie_word_embeddings=False, attn_logit_softcapping=0.5, final_logit_softcapping=None),
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        dict(
+            head_dim=32,
+            query_pre_attn_scalar=20,
+            sliding_window=9,
+            sliding_window_pattern=2,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+    ),
+    "gemma3_listed": (
+        transformers.Gemma3TextConfig,
+        dict(head_dim=16, sliding_window=9, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    ),
+    "olmo3": (
+        transformers.Olmo3Config,
+        dict(
+            num_hidden_layers=5,
+            sliding_window=9,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+    ),
+    "phi3": (transformers.Phi3Config, dict(pad_token_id=0, sliding_window=9)),
+    "phi4_mini": (
+        transformers.Phi3Config,
+        dict(
+            pad_token_id=0,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=256,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + 0.1 * i for i in range(6)],
+                "long_factor": [1.0 + i for i in range(6)],
+                "original_max_position_embeddings": 256,
+            },
+        ),
+    ),
     "olmo2": (transformers.Olmo2Config, {}),
     "olmo2_grouped": (transformers.Olmo2Config, dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "smollm3": (transformers.SmolLM3Config, dict(no_rope_layers=[1, 0, 1], pad_token_id=0)),
@@ -306,7 +376,7 @@ def test_every_byte_is_read_once_however_the_mesh_cuts_and_copies(folders, eight
 def test_a_part_of_a_tensor_is_read_without_its_neighbours():
     """Heads of the output matrix [heads, head size, width]: those of one device and its share of the width."""
     ours = np.arange(4 * 2 * 6).reshape(4, 2, 6)
-    stored, rule = ours.reshape(8, 6).T.copy(), hf_weights.RULES["layers/attention/out/kernel"]
+    stored, part = ours.reshape(8, 6).T.copy(), TensorPart(RULES["layers/attention/out/kernel"], ours.shape)
     taken = []
 
     class Stored:
@@ -315,7 +385,7 @@ def test_a_part_of_a_tensor_is_read_without_its_neighbours():
             return stored[cuts]
 
     window = (slice(1, 3), slice(None), slice(2, 4))
-    np.testing.assert_array_equal(hf_weights._from_hf(rule, Stored(), ours.shape, window), ours[window])
+    np.testing.assert_array_equal(part.from_hf(Stored(), window), ours[window])
     assert taken == [2 * 2 * 2]
 
 
@@ -463,13 +533,21 @@ def test_a_number_of_the_config_that_is_none_is_named(folder, name, value):
     [
         (dict(model_type="gpt2"), ("model_type", "'gpt2'")),
         (dict(hidden_act="gelu"), ("hidden_act", "'gelu'")),
-        (WINDOWED, ("sliding_window", "64")),
-        ({**WINDOWED, "sliding_window": 255}, ("sliding_window", "255")),
-        (dict(sliding_window=64, layer_types=["full_attention", "sliding_attention"]), ("sliding_window", "64")),
-        (dict(sliding_window=None, layer_types=["sliding_attention"]), ("layer_types", "sliding_attention")),
+        (dict(sliding_window=64, layer_types=["full_attention"] * 2), ("layer_types", "not a list of 3 entries")),
+        (dict(sliding_window=None, layer_types=["sliding_attention"] * 3), ("layer_types", "sliding_window None")),
+        ({**WINDOWED, "sliding_window": "8"}, ("sliding_window '8' is not a positive integer",)),
+        ({**WINDOWED, "sliding_window": 0}, ("sliding_window 0 is not a positive integer",)),
         (dict(layer_types=["linear_attention"]), ("layer_types", "linear_attention")),
-        (dict(model_type="mistral", sliding_window=255), ("sliding_window", "255")),
-        (dict(model_type="mistral", sliding_window=64, layer_types=["full_attention"]), ("sliding_window", "64")),
+        (dict(model_type="gemma3_text", hidden_activation="relu"), ("hidden_activation 'relu'",)),
+        (dict(model_type="gemma3_text", use_bidirectional_attention=True), ("use_bidirectional_attention",)),
+        (dict(model_type="gemma2", attn_logit_softcapping=-1.0), ("attn_logit_softcapping -1.0",)),
+        (dict(model_type="gemma2", query_pre_attn_scalar="256"), ("query_pre_attn_scalar '256'",)),
+        (dict(model_type="smollm3", no_rope_layers=[1, 0]), ("no_rope_layers is no list of 3 numbers",)),
+        (dict(model_type="gemma3n"), ("'gemma3n', which needs embeddings of each layer",)),
+        (dict(model_type="gemma4"), ("'gemma4', which needs embeddings of each layer",)),
+        (dict(model_type="qwen3_5"), ("'qwen3_5', which needs gated linear attention",)),
+        (dict(model_type="gpt_oss"), ("'gpt_oss', which needs attention sinks",)),
+        (dict(model_type="llama4"), ("'llama4', which needs attention in chunks",)),
         (dict(model_type="llava", text_config={"model_type": "llama"}), ("model_type", "'llava'")),
         (dict(model_type="qwen2_5_vl", text_config={"model_type": "qwen2"}), ("model_type", "'qwen2_5_vl'")),
         (rope("linear", factor=True), ("factor True is not a positive number",)),
@@ -498,10 +576,75 @@ def test_a_mistral_without_the_field_has_the_default_window_of_transformers(fold
     del config["sliding_window"]
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     assert transformers.AutoConfig.from_pretrained(folder).sliding_window == 4096
-    assert read_architecture(folder).max_positions == 4096
+    assert read_architecture(folder).kinds[0].sliding_window is None  # all positions
     (folder / CONFIG_FILE).write_text(json.dumps({**config, "max_position_embeddings": 8192}))
-    with pytest.raises(InputError, match="sliding_window 4096"):
-        read_architecture(folder)
+    assert read_architecture(folder).kinds[0].sliding_window == 4096
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gemma3", dict(layer_types=None, sliding_window_pattern=3)),
+        ("gemma3", dict(layer_types=None, sliding_window_pattern=None)),
+        ("gemma2", dict(layer_types=None)),
+        ("olmo3", dict(layer_types=None)),
+        ("ministral", dict(layer_types=None)),
+        ("qwen2_windowed", dict(layer_types=None)),
+        ("smollm3", dict(layer_types=None, use_sliding_window=True, sliding_window=9)),
+    ],
+)
+def test_layers_that_no_list_names_have_the_windows_of_transformers(folders, one_device, tmp_path, kind, fields):
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / file).write_bytes((folders / kind / file).read_bytes())
+    change_config(tmp_path, **fields)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    model, params = load(tmp_path, one_device)
+    ids = np.random.default_rng(0).integers(3, 128, (1, 60))
+    np.testing.assert_allclose(our_logits(model, params, ids), their_logits(tmp_path, ids), rtol=0, atol=1e-5)
+
+
+def test_the_text_model_of_a_gemma3_with_images(folders, one_device, tmp_path, caplog):
+    """Named as transformers names it in files: a prefix before the text model, and towers for images beside it."""
+    caplog.set_level("INFO")
+    config = json.loads((folders / "gemma3" / CONFIG_FILE).read_text())
+    whole = transformers.Gemma3Config(
+        text_config=config, vision_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+    )
+    (tmp_path / CONFIG_FILE).write_text(whole.to_json_string())
+    tensors = load_file(folders / "gemma3" / WEIGHTS_FILE)
+    images = {"vision_tower.vision_model.head.weight": np.zeros((2, 2), np.float32)}
+    for prefix in ("language_model.model.", "model.language_model."):
+        named = {prefix + name.removeprefix("model."): value for name, value in tensors.items()}
+        save_file({**named, **images}, tmp_path / WEIGHTS_FILE)
+        model, params = load(tmp_path, one_device)
+        check_weights(tmp_path, model)
+        assert model.architecture == read_architecture(folders / "gemma3")
+        ids = np.random.default_rng(0).integers(3, 128, (1, 40))
+        expected = their_logits(folders / "gemma3", ids)
+        np.testing.assert_allclose(our_logits(model, params, ids), expected, rtol=0, atol=1e-5)
+    assert "only the text model of this gemma3 is read and trained" in caplog.text
+    assert "vision_tower.vision_model.head.weight are of images, and are ignored" in caplog.text
+
+
+def test_published_gemma3_configs_leave_most_sizes_to_defaults(tmp_path):
+    """The config.json of gemma-3-4b-it has no heads, head size or vocabulary."""
+    text = dict(
+        hidden_size=2560,
+        intermediate_size=10240,
+        model_type="gemma3_text",
+        num_hidden_layers=34,
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+        sliding_window=1024,
+    )
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(dict(model_type="gemma3", text_config=text)))
+    theirs, ours = transformers.Gemma3TextConfig(**text), read_architecture(tmp_path)
+    assert (ours.num_heads, ours.num_kv_heads, ours.head_size) == (8, 4, 256)
+    assert ours.vocab_size == theirs.vocab_size and ours.max_positions == theirs.max_position_embeddings
+    windowed, full = ours.kinds
+    assert (windowed.sliding_window, windowed.rope.theta, windowed.rope.scaling) == (1024, 1e4, None)
+    assert (full.sliding_window, full.rope.theta, full.rope.scaling) == (None, 1e6, LinearRope(8.0))
+    assert [kind == "full_attention" for kind in theirs.layer_types] == [bool(i) for i in ours.kind_of_layer]
 
 
 def test_missing_config_field_is_named(folder):

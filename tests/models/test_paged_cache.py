@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sso_jax.models.kernels import ScoreRule
 from sso_jax.models.paged_cache import (
     PagedCache,
     PageTable,
+    RowView,
     chunk_size,
     paged_attend,
     write_prompts,
@@ -34,13 +36,14 @@ def make_table(lengths, num_pages, order):
     for count in needed:
         own.append(order[at : at + count])
         at += count
-    owner, visible = np.zeros(num_pages, np.int32), np.zeros((num_pages, PAGE), bool)
+    owner, positions = np.zeros(num_pages, np.int32), np.full((num_pages, PAGE), -1, np.int32)
     pages = np.full((len(lengths), max(needed)), -1, np.int32)
     for row, (mine, length) in enumerate(zip(own, lengths, strict=True)):
         pages[row, : len(mine)] = mine
         owner[mine] = row
-        visible[mine] = (np.arange(len(mine) * PAGE) < length).reshape(-1, PAGE)
-    return PageTable(owner, visible, pages, np.array([max(order[:at]) + 1], np.int32)), own
+        places = np.arange(len(mine) * PAGE)
+        positions[mine] = np.where(places < length, places, -1).reshape(-1, PAGE)
+    return PageTable(owner, positions, pages, np.array([max(order[:at]) + 1], np.int32)), own
 
 
 def filled(lengths, num_pages, order, layer=1):
@@ -64,23 +67,24 @@ def filled(lengths, num_pages, order, layer=1):
     return rows, PagedCache(keys, values), table
 
 
-def softmax(queries, rows, recent_keys, recent_values, num_recent):
-    """softmax(q k / sqrt(H)) v over a row's keys and the window's first ones, in float64."""
+def softmax(queries, rows, recent_keys, recent_values, num_recent, earliest=(0,) * 8, scale=HEAD**-0.5, cap=None):
+    """softmax(scores) v over a row's keys from `earliest` on and the window's first ones, in float64."""
     out = np.zeros(queries.shape)
     for b, k, g in np.ndindex(queries.shape[:3]):
-        keys = np.concatenate([rows[b][0][k], recent_keys[b, k, :num_recent]]).astype(np.float64)
-        values = np.concatenate([rows[b][1][k], recent_values[b, k, :num_recent]])
-        scores = keys @ queries[b, k, g] / np.sqrt(HEAD)
+        keys = np.concatenate([rows[b][0][k, earliest[b] :], recent_keys[b, k, :num_recent]]).astype(np.float64)
+        values = np.concatenate([rows[b][1][k, earliest[b] :], recent_values[b, k, :num_recent]])
+        scores = keys @ queries[b, k, g] * scale
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores - scores.max())
         out[b, k, g] = weights / weights.sum() @ values
     return out
 
 
-def attend(queries, recent, cache, table, num_recent, layer=1, kernel="plain"):
-    mask = (np.arange(WINDOW) < num_recent)[None]
-    return np.asarray(jax.jit(paged_attend, static_argnames="kernel")(
-        queries, *recent, mask, cache, jnp.int32(layer), table, kernel=kernel
-    ))  # fmt: skip
+def attend(queries, recent, cache, table, num_recent, earliest=None, rule=ScoreRule(), kernel="plain"):
+    first = np.zeros(len(queries), np.int32) if earliest is None else np.array(earliest, np.int32)
+    view = RowView((np.arange(WINDOW) < num_recent)[None], first)
+    attended = jax.jit(paged_attend, static_argnames=("rule", "kernel"))
+    return np.asarray(attended(queries, recent, view, cache, jnp.int32(1), table, rule=rule, kernel=kernel))
 
 
 LENGTHS = [1, 128, 300, 77, 513]
@@ -97,6 +101,17 @@ def test_a_row_attends_to_its_pages_and_to_the_window(num_recent, kernel):
     queries, recent = INPUTS
     expected = softmax(queries, rows, *recent, num_recent)
     np.testing.assert_allclose(attend(queries, recent, cache, table, num_recent, kernel=kernel), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [ScoreRule(), ScoreRule(scale=0.7), ScoreRule(scale=2.0, cap=1.5)])
+def test_a_row_attends_from_its_earliest_position_on_with_scaled_and_capped_scores(rule):
+    """Windows that begin within a page, at its start, at the row's start and at its end, with only recent keys."""
+    rows, cache, table = filled(LENGTHS, 80, np.random.default_rng(0).permutation(60).tolist())
+    queries, recent = INPUTS
+    earliest = (0, 65, 128, 77, 500)
+    scale = HEAD**-0.5 if rule.scale is None else rule.scale
+    expected = softmax(queries, rows, *recent, 9, earliest, scale, rule.cap)
+    np.testing.assert_allclose(attend(queries, recent, cache, table, 9, earliest, rule), expected, atol=1e-5)
 
 
 def test_bits_of_a_row_depend_neither_on_its_pages_places_nor_on_the_others():

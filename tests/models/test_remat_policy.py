@@ -12,6 +12,7 @@ from toys import ARCHITECTURE, toy_model
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.remat_policy import NAME, save_marked
 from sso_jax.models.transformer import abstract_params
+from sso_jax.training.step_limits import activation_widths
 
 ROWS, LENGTH = 2, 24
 
@@ -34,14 +35,19 @@ def kept_entries(model) -> int:
     return sum(leaf.size for leaf in stacked if leaf.shape not in of_params) // a.num_layers
 
 
+@pytest.mark.parametrize("norms", ["before", "after", "both"])
 @pytest.mark.parametrize("qk_norm", ["none", "head", "all_heads"])
-def test_a_layer_keeps_its_input_and_what_products_and_attention_give(qk_norm):
-    a = dataclasses.replace(ARCHITECTURE, qk_norm=qk_norm)
+def test_a_layer_keeps_its_input_and_what_products_and_attention_give(qk_norm, norms):
+    a = dataclasses.replace(ARCHITECTURE, qk_norm=qk_norm, norms=norms)
     heads = (a.num_heads + 2 * a.num_kv_heads) * a.head_size
     before_norms = (a.num_heads + a.num_kv_heads) * a.head_size if qk_norm != "none" else 0
     attended = a.num_heads * a.head_size + a.num_heads  # and the log-sum-exp of each head's scores
-    token = a.embed_dim + heads + before_norms + attended + a.embed_dim + 2 * a.mlp_dim
-    assert kept_entries(toy_model(qk_norm=qk_norm)) == ROWS * LENGTH * token
+    outputs = 0 if norms == "before" else 2 * a.embed_dim
+    token = a.embed_dim + heads + before_norms + attended + outputs + a.embed_dim + 2 * a.mlp_dim
+    model = toy_model(qk_norm=qk_norm, norms=norms)
+    assert kept_entries(model) == ROWS * LENGTH * token
+    log_sum_exps = a.num_heads
+    assert activation_widths(model)[0] == token - log_sum_exps
 
 
 def test_with_remat_a_layer_keeps_its_input_alone():

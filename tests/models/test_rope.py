@@ -65,9 +65,10 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(tmp_path, na
         del fields["rope_parameters"], fields["rope_scaling"]["rope_type"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     architecture = read_architecture(tmp_path)
-    ours = architecture.rope_scaling.frequencies(architecture.head_size, architecture.rope_theta)
+    (kind,) = architecture.kinds
+    ours = kind.rope.frequencies(architecture.head_size)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
-    assert architecture.rope_scaling.attention_factor == pytest.approx(attention_factor, rel=1e-12)
+    assert kind.rope.attention_factor == pytest.approx(attention_factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", SCALINGS)

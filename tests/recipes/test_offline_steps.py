@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 import transformers
-from toys import toy_model, toy_params
+from toys import FAMILIES, toy_model, toy_params
 
 import train
 from sso_jax.commands import train as train_command
+from sso_jax.models.architecture import LayerKind
 from sso_jax.models.export import export_policy
-from sso_jax.models.rope import YarnRope
+from sso_jax.models.rope import Rope, YarnRope
 from sso_jax.toy.pretraining import train_tokenizer
 
 RATE, STEPS, BATCH = 3e-3, 5, 4
@@ -53,12 +54,13 @@ PAIRS = [
 ]
 
 
-FAMILIES = {
+SHAPES = {
     "tied": dict(tied_head=True),
     "untied": {},
-    "olmo2": dict(model_type="olmo2", qkv_bias=False, qk_norm="all_heads", norm_after=True),
-    "smollm3": dict(model_type="smollm3", qkv_bias=False, num_layers=2, layers_without_positions=(1,)),
-    "yarn": dict(model_type="llama", qkv_bias=False, rope_scaling=YarnRope(4.0, 32)),
+    **{
+        name: dict(num_layers=2, **FAMILIES[name]) for name in ("olmo2", "olmo3", "smollm3", "gemma2", "gemma3", "phi3")
+    },
+    "yarn": dict(model_type="llama", qkv_bias=False, kinds=(LayerKind(Rope(1e4, YarnRope(4.0, 32))),)),
 }
 """Changes of the toy's architecture, a Qwen2."""
 
@@ -67,7 +69,7 @@ FAMILIES = {
 def folders(tmp_path_factory, one_device):
     """Random policies of one or two layers."""
     tokenizer, made = train_tokenizer(), {}
-    for name, changes in FAMILIES.items():
+    for name, changes in SHAPES.items():
         model = toy_model(**{"vocab_size": 1024, "num_layers": 1, **changes})
         folder = tmp_path_factory.mktemp("model") / "policy"
         export_policy(

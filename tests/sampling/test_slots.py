@@ -54,10 +54,11 @@ def check_pages(slots):
     for slot, row in slots.rows.items():
         first = slot // shape.shard_slots * shape.shard_pages
         pages = inputs.table.pages[slot][inputs.table.pages[slot] >= 0]
-        seen = inputs.table.visible[first + pages].reshape(-1)
-        start = response_start(row.size.prompt_tokens)
-        expected = [*range(row.size.prompt_tokens), *range(start, start + row.windows * WINDOW)]
-        assert np.flatnonzero(seen).tolist() == expected
+        positions, prompt_tokens = inputs.table.positions[first + pages].reshape(-1), row.size.prompt_tokens
+        start, num_cached = response_start(prompt_tokens), row.windows * WINDOW
+        places = [*range(prompt_tokens), *range(start, start + num_cached)]
+        assert np.flatnonzero(positions >= 0).tolist() == places
+        assert positions[places].tolist() == list(range(prompt_tokens + num_cached))
         assert (inputs.table.owner[first + pages] == slot % shape.shard_slots).all()
         assert inputs.table.num_used[slot // shape.shard_slots] > pages.max()
         if not row.ends_with_next_window:

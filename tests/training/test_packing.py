@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
-from toys import toy_model, toy_params
+from toys import FAMILIES, toy_model, toy_params
 
 from sso_jax.commands.flops import count_flops
 from sso_jax.models.attention import causal_mask
@@ -45,10 +45,7 @@ def plain_log_prob(model, params, prompt, response):
     return jnp.take_along_axis(log_probs, jnp.asarray(response)[:, None], axis=1).sum()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, dict(tied_head=True), dict(qk_norm="all_heads", norm_after=True), dict(layers_without_positions=(0, 2))],
-)
+@pytest.mark.parametrize("changes", [{}, *FAMILIES.values()], ids=["untied", *FAMILIES])
 def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_device, changes):
     model = toy_model(num_layers=2, **changes)
     params = toy_params(
@@ -74,10 +71,11 @@ def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one_device, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, FAMILIES["qwen2_windowed"]], ids=["full", "windowed"])
+def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one_device, monkeypatch, changes):
     """cuDNN itself needs a GPU; the same call without it stands in."""
     monkeypatch.setitem(KERNELS, "cudnn", partial(cudnn_attend, implementation="xla"))
-    model = toy_model(num_layers=2)
+    model = toy_model(num_layers=2, **changes)
     params = toy_params(model, one_device, scale=2.0)
     trees = random_trees()
     rows = jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], by_sequence=True), 40))

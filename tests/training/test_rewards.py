@@ -13,7 +13,7 @@ import torch
 import transformers
 from flax import linen as nn
 from jax import numpy as jnp
-from toys import ARCHITECTURE
+from toys import FAMILIES, toy_architecture
 
 from sso_jax.config import ModelConfig, RewardConfig
 from sso_jax.data.chat import make_chat
@@ -22,7 +22,6 @@ from sso_jax.data.tokenizer import encode_text, tokens_hash
 from sso_jax.models.export import export_reward_model, padding_for_rewards
 from sso_jax.models.kernels import KERNELS, cudnn_attend
 from sso_jax.models.reward_head import reward_model
-from sso_jax.models.rope import Llama3Rope
 from sso_jax.models.transformer import abstract_params, init_params
 from sso_jax.preferences.filters import keep_widest, with_rewards
 from sso_jax.recipes.reward import mix
@@ -84,15 +83,8 @@ def test_smoothing_is_least_where_the_odds_are_those_of_the_labels():
     assert slope(best) == pytest.approx(0.0, abs=1e-6) and slope(best - 1) < 0 < slope(best + 1)
 
 
-SMALL = dataclasses.replace(ARCHITECTURE, num_layers=2)
-FAMILIES = {
-    "llama": dataclasses.replace(SMALL, model_type="llama", qkv_bias=False, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 64)),
-    "qwen2": dataclasses.replace(SMALL, tied_head=True),
-    "qwen3": dataclasses.replace(SMALL, model_type="qwen3", qkv_bias=False, qk_norm="head"),
-    "mistral": dataclasses.replace(SMALL, model_type="mistral", qkv_bias=False),
-    "olmo2": dataclasses.replace(SMALL, model_type="olmo2", qkv_bias=False, qk_norm="all_heads", norm_after=True),
-    "smollm3": dataclasses.replace(SMALL, model_type="smollm3", qkv_bias=False, layers_without_positions=(1,)),
-}
+def small(family):
+    return toy_architecture(num_layers=2, **FAMILIES[family])
 
 
 def random_reward_model(architecture, mesh):
@@ -131,7 +123,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_are_those_of_transformers(family, tokenizer, one_device, tmp_path):
-    model, params = random_reward_model(FAMILIES[family], one_device)
+    model, params = random_reward_model(small(family), one_device)
     export_reward_model(params, model.architecture, tokenizer, tmp_path / "rm", "float32")
     scorer = open_reward_scorer(str(tmp_path / "rm"), ModelConfig(), one_device)
     ours = scorer.rewards([tokenize_pair(scorer.chat, pair) for pair in PAIRS], "stage")
@@ -162,7 +154,7 @@ def test_a_reward_does_not_depend_on_packing_or_on_the_mesh(one_device, eight_de
         return draw.integers(3, 1024, draw.integers(low, high)).tolist()
 
     pairs = [TokenizedPair(ids(2, 9), ids(1, 30), ids(1, 150)) for _ in range(7)]
-    architecture = dataclasses.replace(FAMILIES["qwen2"], mlp_dim=64)
+    architecture = dataclasses.replace(small("qwen2"), mlp_dim=64)
     model, params = random_reward_model(architecture, one_device)
     rate = build_reward_fn(model, one_device, jax.tree.map(lambda x: x.sharding, params))
     alone = [compute_rewards(rate, one_device, params, [pair], 128, "s")[0] for pair in pairs]
@@ -205,13 +197,14 @@ def test_a_stop_is_seen_after_a_batch_unless_the_caller_has_work_to_save(one_dev
     assert compute_rewards(rate, one_device, {}, pairs, 256, "rate", may_stop=False) == [(0.0, 0.0)] * 3
 
 
-def test_rewards_by_sequences_are_those_by_the_mask(one_device, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_windowed", "gemma3"])
+def test_rewards_by_sequences_are_those_by_the_mask(one_device, monkeypatch, family):
     """cuDNN itself needs a GPU, the same call without it stands in."""
     given = []
 
-    def attend(queries, keys, values, mask, sequences=None):
-        given.append(sequences is not None)
-        return cudnn_attend(queries, keys, values, mask, sequences, implementation="xla")
+    def attend(queries, keys, values, mask, rule, within=None):
+        given.append(within is not None)
+        return cudnn_attend(queries, keys, values, mask, rule, within, implementation="xla")
 
     monkeypatch.setitem(KERNELS, "cudnn", attend)
     draw = np.random.default_rng(1)
@@ -219,7 +212,7 @@ def test_rewards_by_sequences_are_those_by_the_mask(one_device, monkeypatch):
         TokenizedPair(*(draw.integers(3, 1024, size).tolist() for size in sizes))
         for sizes in [(5, 9, 30), (3, 200, 1), (40, 20, 60)]
     ]
-    model, params = random_reward_model(FAMILIES["qwen2"], one_device)
+    model, params = random_reward_model(small(family), one_device)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     expected, found = (
         compute_rewards(build_reward_fn(m, one_device, shardings), one_device, params, pairs, 256, "s")
@@ -241,7 +234,7 @@ def test_ends_are_where_pack_writes_the_last_tokens():
 
 
 def test_before_the_first_update_every_reward_is_zero(one_device):
-    model = reward_model(SMALL)
+    model = reward_model(small("qwen3"))
     params = nn.unbox(init_params(model, jax.random.key(0)))
     assert "head" not in params
     losses, metrics = reward_losses(model, 0.0, 0.0, 0.0)(

@@ -1,0 +1,149 @@
+"""The names and layouts of Hugging Face's tensors, for each of our parameters.
+
+The only file that knows these names.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+EMBEDDING_TENSOR, HEAD_TENSOR, SCORE_TENSOR = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
+DERIVED = "rotary_emb.inv_freq"
+"""How the names of tensors end that old checkpoints have, and that follow from config.json."""
+TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+"""Beginnings of the names of a text model's tensors in a model with images, and without images."""
+IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+"""Beginnings of the names of tensors that only images need."""
+
+
+class TensorRule(NamedTuple):
+    """How a parameter of ours (one layer of it, if scanned) is stored in Hugging Face's tensor."""
+
+    name: str
+    """Hugging Face's name; `{}` stands for the layer index."""
+    transposed: bool = False
+    """Whether Hugging Face has [outputs, inputs] where we have [inputs, outputs], with a separate head axis."""
+    num_inputs: int = 1
+    """Number of leading axes of ours that are inputs."""
+    flat: bool = False
+    """Whether Hugging Face has one axis for all of ours."""
+    before: tuple[str, ...] = ()
+    """Parameters whose rows come before ours in the same tensor."""
+
+
+LAYER, ATTENTION, MLP = "model.layers.{}.", "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+RULES: dict[str, TensorRule] = {
+    "embedding": TensorRule(EMBEDDING_TENSOR),
+    "head": TensorRule(HEAD_TENSOR, True),
+    "score": TensorRule(SCORE_TENSOR),
+    "final_norm/scale": TensorRule("model.norm.weight"),
+    "layers/attention_norm/scale": TensorRule(LAYER + "input_layernorm.weight"),
+    "layers/mlp_norm/scale": TensorRule(LAYER + "post_attention_layernorm.weight"),
+    "layers/attention/query/kernel": TensorRule(ATTENTION + "q_proj.weight", True),
+    "layers/attention/key/kernel": TensorRule(ATTENTION + "k_proj.weight", True),
+    "layers/attention/value/kernel": TensorRule(ATTENTION + "v_proj.weight", True),
+    "layers/attention/query/bias": TensorRule(ATTENTION + "q_proj.bias", flat=True),
+    "layers/attention/key/bias": TensorRule(ATTENTION + "k_proj.bias", flat=True),
+    "layers/attention/value/bias": TensorRule(ATTENTION + "v_proj.bias", flat=True),
+    "layers/attention/query_norm/scale": TensorRule(ATTENTION + "q_norm.weight"),
+    "layers/attention/key_norm/scale": TensorRule(ATTENTION + "k_norm.weight"),
+    "layers/attention/all_query_norm/scale": TensorRule(ATTENTION + "q_norm.weight", flat=True),
+    "layers/attention/all_key_norm/scale": TensorRule(ATTENTION + "k_norm.weight", flat=True),
+    "layers/attention_out_norm/scale": TensorRule(LAYER + "post_attention_layernorm.weight"),
+    "layers/mlp_out_norm/scale": TensorRule(LAYER + "post_feedforward_layernorm.weight"),
+    "layers/attention/out/kernel": TensorRule(ATTENTION + "o_proj.weight", True, num_inputs=2),
+    "layers/mlp/gate/kernel": TensorRule(MLP + "gate_proj.weight", True),
+    "layers/mlp/up/kernel": TensorRule(MLP + "up_proj.weight", True),
+    "layers/mlp/down/kernel": TensorRule(MLP + "down_proj.weight", True),
+}
+"""Rule of each parameter, by path."""
+
+_GEMMA = {"layers/mlp_norm/scale": TensorRule(LAYER + "pre_feedforward_layernorm.weight")}
+_PARTS = [f"layers/attention/{part}/kernel" for part in ("query", "key", "value")]
+FAMILY_RULES: dict[str, dict[str, TensorRule]] = {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": {
+        **{
+            path: TensorRule(ATTENTION + "qkv_proj.weight", True, before=tuple(_PARTS[:number]))
+            for number, path in enumerate(_PARTS)
+        },
+        "layers/mlp/gate/kernel": TensorRule(MLP + "gate_up_proj.weight", True),
+        "layers/mlp/up/kernel": TensorRule(MLP + "gate_up_proj.weight", True, before=("layers/mlp/gate/kernel",)),
+    },
+}
+"""Rules of families that differ."""
+
+
+class TensorPart(NamedTuple):
+    """Where a parameter of ours (one layer of it) is in a folder: rows of a tensor, from `offset` on."""
+
+    rule: TensorRule
+    shape: tuple[int, ...]
+    """Our shape."""
+    offset: int = 0
+    """First row of the tensor; other than 0 only if several parameters share it."""
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape in Hugging Face's layout."""
+        if not self.rule.transposed:
+            return (int(np.prod(self.shape)),) if self.rule.flat else self.shape
+        inputs, outputs = self.shape[: self.rule.num_inputs], self.shape[self.rule.num_inputs :]
+        return (int(np.prod(outputs)), int(np.prod(inputs)))
+
+    def to_hf(self, value: np.ndarray) -> np.ndarray:
+        """Returns our values in Hugging Face's layout."""
+        shape = self.hf_shape
+        return np.ascontiguousarray(value.reshape(shape[::-1]).T if self.rule.transposed else value.reshape(shape))
+
+    def from_hf(self, tensor, window: tuple[slice, ...]) -> np.ndarray:
+        """Reads only the part `window` of our parameter from Hugging Face's tensor.
+
+        Of axes that are flattened into one, only the first may be sharded: a mesh splits heads, never a single head.
+        """
+        cuts = []
+        for first, *others in self._groups():
+            start, stop, _ = window[first].indices(self.shape[first])
+            size = int(np.prod([self.shape[axis] for axis in others]))
+            cuts.append(slice(start * size, stop * size))
+        cuts[0] = slice(self.offset + cuts[0].start, self.offset + cuts[0].stop)
+        part = np.asarray(tensor[tuple(cuts)])
+        part = part.T if self.rule.transposed else part
+        return part.reshape([len(range(*cut.indices(size))) for cut, size in zip(window, self.shape, strict=True)])
+
+    def _groups(self) -> list[list[int]]:
+        """Returns, for each axis of Hugging Face's tensor, the axes of ours that it flattens."""
+        axes, rule = list(range(len(self.shape))), self.rule
+        if rule.transposed:
+            return [axes[rule.num_inputs :], axes[: rule.num_inputs]]
+        return [axes] if rule.flat else [[axis] for axis in axes]
+
+
+def is_layered(path: str) -> bool:
+    """Returns whether a parameter has the layers as its first axis."""
+    return path.startswith("layers/")
+
+
+def tensor_parts(model_type: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorPart]:
+    """Returns where each parameter is stored, by path.
+
+    Args:
+      model_type: the model's family.
+      shapes: shapes of all parameters, with the layers as first axis.
+    """
+    rules = {**RULES, **FAMILY_RULES.get(model_type, {})}
+    parts = {path: TensorPart(rules[path], shape[1:] if is_layered(path) else shape) for path, shape in shapes.items()}
+    return {
+        path: part._replace(offset=sum(parts[other].hf_shape[0] for other in part.rule.before))
+        for path, part in parts.items()
+    }
+
+
+def tensor_names(path: str, part: TensorPart, num_layers: int) -> list[str]:
+    """Returns the names of the tensors of a parameter, one for each layer if it has layers."""
+    return [part.rule.name.format(layer) for layer in range(num_layers)] if is_layered(path) else [part.rule.name]
