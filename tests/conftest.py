@@ -42,6 +42,7 @@ SLOW = {
     "test_recipes",
     "test_reward_run",
     "test_rewards",
+    "test_run_record",
     "test_safetensors_folder",
     "test_sampler",
     "test_sampling_params",

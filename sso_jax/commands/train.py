@@ -17,6 +17,7 @@ from sso_jax.commands.collapse_warnings import collapse_warnings
 from sso_jax.commands.preference_dataset import write_preference_dataset
 from sso_jax.commands.report.page import write_report
 from sso_jax.commands.report.tables import table
+from sso_jax.commands.run_record import check_start, config_hash, open_record, weights_of_round
 from sso_jax.config import Config, ToyConfig, to_dict, to_json_dict, with_value
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights
@@ -134,23 +135,26 @@ def _harmed_rounds(directory: Path, iterations: int) -> list[int]:
 def _run_rounds(run: Run) -> None:
     """Runs rounds in order; parameters are reloaded only on resume."""
     policy, policy_of = None, None
+    record = open_record(run.directory, config_hash(to_json_dict(run.config), MAY_CHANGE))
     for iteration in range(run.config.run.iterations + 1):
         this = Round(run, iteration)
         if finished(this.folder, "round") is not None:
             continue
         if policy is None or policy_of != iteration - 1:
             policy = start_policy(run, iteration)
-        policy_of = iteration
+        policy_of, start = iteration, check_start(run, iteration, policy)
         if iteration == 0:
             summary = _measure_start(this, policy)
         else:
             policy, summary = RECIPES[run.config.recipe].run_round(this, policy)
         write_preference_dataset(this.folder)
-        summary = dataclasses.replace(summary, warnings=_warnings(this, summary))
+        weights = weights_of_round(this, start, policy)
+        summary = dataclasses.replace(summary, weights=weights, warnings=_warnings(this, summary))
         finish(this.folder, "round", dataclasses.asdict(summary))
         if is_first():
             (run.directory / JOURNALS).rmtree(missing_ok=True)
-        _write_summary(run)
+        record.weights = [{"iteration": row["iteration"], **(row.get("weights") or {})} for row in _write_summary(run)]
+        record.write()
         if is_first():
             write_report(run.directory)
     log.info("done: %s", run.directory / "report.html")
@@ -233,8 +237,8 @@ def _toy_policy(config: Config, directory: Path) -> Path:
     return folder
 
 
-def _write_summary(run: Run) -> None:
-    """Writes summary.json from the finished rounds, and prints the table of the last one."""
+def _write_summary(run: Run) -> list[dict]:
+    """Writes summary.json from the finished rounds, and prints the table of the last one; returns the rows."""
     rows = []
     for iteration in range(run.config.run.iterations + 1):
         numbers = finished(run.folder(iteration), "round")
@@ -243,3 +247,4 @@ def _write_summary(run: Run) -> None:
     write_text(json.dumps(rows, indent=2), run.directory / "summary.json")
     if is_first():
         print(table(rows[-1]), flush=True)
+    return rows

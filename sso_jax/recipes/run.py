@@ -115,6 +115,8 @@ class RoundSummary:
     held_out: dict[str, float] | None = None
     """Numbers on the pairs that no update sees, of the parameters that the round ended with: see `TrainingResult`."""
     reward: dict[str, Any] | None = None
+    weights: dict[str, str | None] | None = None
+    """Fingerprints of the weights at the `start`, of the `generator`, of those `sampled_with`, and of the `trained`."""
     warnings: list[str] | None = None
     seconds: dict[str, float] | None = None
     tokens_per_second: dict[str, float | None] | None = None

@@ -23,7 +23,7 @@ STYLE = {
     "svg.hashsalt": "sso_jax",
 }
 """Style of every figure; with the fixed salt, equal runs write equal files."""
-COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed")
+COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#78350f", "#475569")
 Range = tuple[float, float]
 
 

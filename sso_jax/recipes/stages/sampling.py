@@ -11,6 +11,7 @@ from sso_jax.config import Config
 from sso_jax.data.queries import deal, load_queries, require_queries
 from sso_jax.data.records import RESPONSES, Dropped, Prompts, Query, SteeredQuery, Triple
 from sso_jax.data.rows import Records
+from sso_jax.models.fingerprint import fingerprint
 from sso_jax.preferences.principle_sources import (
     UNPARSED_FILE,
     PrincipleSource,
@@ -187,7 +188,8 @@ def responses(
         num_tokens = sum(len(ids) for triple in sampled.triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
         counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
-        return sampled.triples, {**counts, "tokens_per_second": rate, "roles": sampled.roles}
+        numbers = {"tokens_per_second": rate, "roles": sampled.roles, "weights": fingerprint(policy)}
+        return sampled.triples, {**counts, **numbers}
 
     triples, stats = record_stage(this.folder, "responses", Triple, make)
     return ResponsesResult(triples, stats["dropped"], stats["tokens_per_second"], stats["seconds"], stats["roles"])

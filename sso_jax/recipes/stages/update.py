@@ -14,6 +14,7 @@ import optax
 from sso_jax.config import Config, OptimizerConfig
 from sso_jax.data.records import Prompts, Triple
 from sso_jax.models.adapters import split_trainable
+from sso_jax.models.fingerprint import fingerprint
 from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.transformer import Transformer
 from sso_jax.recipes.engine import Engine
@@ -51,6 +52,8 @@ class TrainingResult:
     held_out: dict[str, float] | None = None
     """`num_pairs` held out, and of the parameters that the round ends with: after how many `updates`, and `loss`,
     `accuracy` and `margin` on these pairs; None without held-out pairs."""
+    weights: str | None = None
+    """Fingerprint of the parameters that the round ends with."""
 
     @classmethod
     def of_stage(cls, stats: dict) -> "TrainingResult":
@@ -155,18 +158,18 @@ def train(
         hooks = _hooks(this, plan, manager, first_step)
         if measure is not None:
             hooks = measuring_hooks(hooks, measure.numbers, len(plan.num_tokens), selection)
-        start = time.perf_counter()
-        updates = UpdatePlan(plan.make_batch, plan.num_tokens, rates, plan.ids)
+        updates, start = UpdatePlan(plan.make_batch, plan.num_tokens, rates, plan.ids), time.perf_counter()
         state = run_updates(update, state, updates, done, engine.mesh, hooks, title)
         seconds, last = time.perf_counter() - start, int(state.step)
         checkpoints.finish(manager)
         state = _selected_state(selection, this.folder, state, shapes, shardings)
         held_out = _held_out_numbers(selection, measure)
-    rate = sum(plan.num_tokens[done:last]) / seconds
-    result = TrainingResult(last, plan.steps.padding(), plan.steps.shapes, seconds, rate, held_out)
+    trained, rate = without_parts(state.all_params(), parts), sum(plan.num_tokens[done:last]) / seconds
+    numbers = (last, plan.steps.padding(), plan.steps.shapes, seconds, rate, held_out)
+    result = TrainingResult(*numbers, fingerprint(trained))
     stats = finished(this.folder, "training")  # a resumed round that had finished keeps its first statistics
     stats = finish(this.folder, "training", asdict(result)) if stats is None else stats
-    return without_parts(state.all_params(), parts), TrainingResult.of_stage(stats)
+    return trained, TrainingResult.of_stage(stats)
 
 
 def _compiled_update(
