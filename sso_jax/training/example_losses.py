@@ -12,8 +12,8 @@ from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
 from sso_jax.training.log_probs import cell_log_probs
-from sso_jax.training.losses import ContextValues, Pair
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
+from sso_jax.training.pair_values import ContextValues, Pair
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
 """(params, device step) -> loss and metrics of each example."""

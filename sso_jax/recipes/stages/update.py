@@ -204,7 +204,7 @@ def _held_out_numbers(selection: Selection, measure: Measure | None) -> dict[str
 
 
 def _learning_rates(config: OptimizerConfig, num_updates: int) -> list[float]:
-    return learning_rates(config.learning_rate, config.schedule, config.warmup_ratio, num_updates)
+    return learning_rates(config.learning_rate, config.schedule, config.warmup_ratio, num_updates, config.decay_ratio)
 
 
 def _without_stale_params(state: TrainState, params: Params) -> TrainState:
