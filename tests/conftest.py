@@ -31,6 +31,8 @@ SLOW = {
     "test_dry_run",
     "test_end_to_end",
     "test_examples",
+    "test_family_runs",
+    "test_families",
     "test_held_out",
     "test_held_out_recipes",
     "test_hf_weights",

@@ -85,7 +85,7 @@ def test_a_beta_that_a_file_has_for_another_base_is_named(argv, said, caplog):
         (["--optimizer.decay_ratio", "0.2"], r"optimizer.decay_ratio: 0.2 is not used by schedule 'cosine'; set"),
         (
             ["--optimizer.schedule", "wsd", "--optimizer.decay_ratio", "0.95"],
-            r"optimizer.decay_ratio: 0.95.*\(0, 0.9\]",
+            r"decay_ratio: 0.95.*\(0, 0.9\]",
         ),
         (["--objective.base", "fdpo_alpha", "--objective.alpha", "0"], r"objective.alpha: 0.0.*\(0, 1\]"),
     ],

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from toys import toy_model, toy_params
+from toys import FAMILIES, toy_model, toy_params
 
 from sso_jax.models.adapters import fresh_adapters, is_adapter, join, split_trainable
 from sso_jax.models.attention import causal_mask
@@ -31,9 +31,9 @@ ADAPTERS = Adapters(rank=2, alpha=8.0, targets=("query", "out", "down"))
 TOKENS = jnp.arange(24).reshape(2, 12)
 
 
-def adapted(base: dict, mesh) -> tuple:
-    """The toy decoder with adapters, and its parameters: `base` with fresh adapters."""
-    model = toy_model().clone(adapters=ADAPTERS)
+def adapted(base: dict, mesh, model=None) -> tuple:
+    """A decoder (the toy) with adapters, and its parameters: `base` with fresh adapters."""
+    model = (model or toy_model()).clone(adapters=ADAPTERS)
     return model, unflatten_dict({**flatten_dict(base, sep="/"), **fresh_adapters(model, mesh, 3)}, sep="/")
 
 
@@ -56,14 +56,15 @@ def train(model, params, mesh):
     return state
 
 
-@pytest.fixture(scope="module")
-def trained(one_device):
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "phi3"])
+def trained(request, one_device):
     """The base parameters (on the host, since training takes them over), the decoder with adapters, and its state after
     training.
     """
-    params = toy_params(toy_model(), one_device, scale=2.0)
+    plain = toy_model(**FAMILIES[request.param])
+    params = toy_params(plain, one_device, scale=2.0)
     base = jax.device_get(params)
-    model, whole = adapted(params, one_device)
+    model, whole = adapted(params, one_device, plain)
     return base, model, train(model, whole, one_device)
 
 
@@ -94,13 +95,13 @@ def test_training_moves_the_adapters_and_nothing_else(trained):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), base)
     assert all(is_adapter(path) for path in flatten_dict(state.params, sep="/"))
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(state.params))
-    assert np.abs(logits(model, state.all_params()) - logits(toy_model(), base)).max() > 1e-3
+    assert np.abs(logits(model, state.all_params()) - logits(model.clone(adapters=Adapters()), base)).max() > 1e-3
 
 
 def test_the_export_merges_adapters_into_the_weights(trained, one_device, tmp_path):
     _, model, state = trained
     write_params(state.all_params(), model.architecture, tmp_path, "float32", model.adapters)
-    plain = toy_model()
+    plain = model.clone(adapters=Adapters())
     merged = read_params(tmp_path, plain, one_device)
     np.testing.assert_allclose(logits(plain, merged), logits(model, state.all_params()), atol=1e-5)
     kernel, adapters = state.frozen["layers"]["mlp"]["down"]["kernel"], state.params["layers"]["mlp"]["down"]

@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from toys import DATA, toy_model, toy_params
+from toys import DATA, FAMILIES, toy_model, toy_params
 
 from sso_jax.commands import library
 from sso_jax.config import ModelConfig, SampleConfig, SamplingConfig
@@ -82,7 +82,8 @@ PROGRAM = """
 import json, sys, torch, transformers
 folder, response = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+exact = dict(dtype=torch.float32, attn_implementation="eager")  # the default leaves out Gemma 2's caps
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, **exact)
 text = tokenizer.apply_chat_template([{"role": "user", "content": "Spell fox."}], add_generation_prompt=True)
 with torch.no_grad():
     logits = model(torch.tensor([text + response])).logits[0, len(text) - 1 : -1]
@@ -92,8 +93,12 @@ print(json.dumps([transformers.__version__, text, float(log_prob)]))
 
 
 @pytest.mark.skipif(not OLDER, reason="SSO_TRANSFORMERS_4 names no Python with transformers 4")
-def test_an_older_transformers_opens_the_export(folders):
-    _, export, policy = folders
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_older_transformers_opens_the_export(one_device, tmp_path, family):
+    tokenizer, model = train_tokenizer(), toy_model(vocab_size=1024, **FAMILIES[family])
+    params, export = toy_params(model, one_device, scale=3.0), tmp_path / "policy"
+    export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), export, "float32")
+    policy = library.read_policy(export, SampleConfig(model=ModelConfig(compute_dtype="float32")))
     chat = policy.engine.chat
     response = [*encode_text(chat.tokenizer, "f o x"), end_of_turn(chat.tokenizer)]
     command = [str(OLDER), "-c", PROGRAM, str(export), json.dumps(response)]

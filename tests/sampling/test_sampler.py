@@ -110,10 +110,13 @@ def test_decoding_with_the_cache_equals_the_full_forward_pass(one_device, change
         np.testing.assert_array_equal(np.asarray(response)[clear], expected[clear])
 
 
-def test_eight_devices_give_the_tokens_of_one(one_device, eight_devices):
-    asked = requests(13, step=23)
-    one = sample(make_sampler(one_device, num_slots=8, **RAGGED), toy_params(MODEL, one_device), asked)
-    eight = sample(make_sampler(eight_devices, num_slots=8, **RAGGED), toy_params(MODEL, eight_devices), asked)
+@pytest.mark.parametrize("changes", [{}, FAMILIES["gemma2"], FAMILIES["gemma3"]], ids=["qwen2", "gemma2", "gemma3"])
+def test_eight_devices_give_the_tokens_of_one(one_device, eight_devices, changes):
+    asked, model = requests(13, step=23), toy_model(max_positions=512, **changes)
+    one, eight = (
+        sample(make_sampler(mesh, model, num_slots=8, **RAGGED), toy_params(model, mesh), asked)
+        for mesh in (one_device, eight_devices)
+    )
     assert one == eight
 
 
