@@ -42,6 +42,7 @@ SLOW = {
     "test_offline_steps",
     "test_packing",
     "test_recipes",
+    "test_rejected_sources",
     "test_reward_run",
     "test_rewards",
     "test_run_record",

@@ -139,14 +139,21 @@ def weights_of_round(this: Round, start: str, policy: Params) -> dict[str, str |
     """Returns the fingerprints of a round's weights: at its start, those that its responses came from, at its end.
 
     Raises:
-      RunError: if its responses came from other weights than those of its start, or of its generator.
+      RunError: if its responses came from other weights than those of its start, or of its generator, or its anchored
+        y- from others than the run's first.
     """
-    sampled = (finished(this.folder, "responses") or {}).get("weights")
+    stats = finished(this.folder, "responses") or {}
+    sampled, rejected = stats.get("weights"), stats.get("rejected_weights")
     generator = (finished(this.folder / GENERATOR_FOLDER, "training") or {}).get("weights")
-    expected = start if generator is None else generator
-    if sampled not in (None, expected):
-        raise RunError(
-            f"{this.folder / 'responses.jsonl'}: sampled by weights with the fingerprint {sampled}, not by the round's "
-            f"own, {expected}; delete {this.folder} to run it again"
-        )
-    return {"start": start, "generator": generator, "sampled_with": sampled, "trained": fingerprint(policy)}
+    first = (finished(this.run.folder(0), "round") or {}).get("weights") or {}
+    expected = {"the round's own": (sampled, start if generator is None else generator)}
+    if this.run.config.sampling.anchor_rejected:
+        expected["those that the run started from"] = (rejected, first.get("trained"))
+    for name, (own, wanted) in expected.items():
+        if None not in (own, wanted) and own != wanted:
+            raise RunError(
+                f"{this.folder / 'responses.jsonl'}: sampled by weights with the fingerprint {own}, not by {name}, "
+                f"{wanted}; delete {this.folder} to run it again"
+            )
+    sampling = {"generator": generator, "sampled_with": sampled, "rejected_with": rejected}
+    return {"start": start, **sampling, "trained": fingerprint(policy)}

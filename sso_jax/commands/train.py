@@ -23,10 +23,11 @@ from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights
 from sso_jax.preferences.principle_sources import open_endpoint
 from sso_jax.recipes import RECIPES
-from sso_jax.recipes.engine import build_decoder, build_engine, make_sampling_mesh
+from sso_jax.recipes.engine import Engine, build_decoder, build_engine, make_sampling_mesh
 from sso_jax.recipes.environment import no_judge, toy_environment
 from sso_jax.recipes.generator import GENERATOR_FOLDER
 from sso_jax.recipes.held_out_files import prepare_held_out, read_held_out
+from sso_jax.recipes.rejected_model import build_rejected_engine
 from sso_jax.recipes.reward_model import check_reward_model
 from sso_jax.recipes.run import Params, Round, RoundSummary, Run
 from sso_jax.recipes.stages.evaluation import evaluate
@@ -199,18 +200,24 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
         environment = toy_environment(config.toy.descriptions)
         dataset, dropped = recipe.prepare(config, engine, source)
         held_out = prepare_held_out(config, engine, held_out_source, recipe)
+        other = build_rejected_engine(config, engine)
     else:
         engine, environment = build_engine(source_folder(config), config), no_judge()
         if config.model.reference_path is not None:
             check_weights(fetch(config.model.reference_path, "model.reference_path"), engine.model)
         dataset, dropped = recipe.prepare(config, engine, source)
         held_out = prepare_held_out(config, engine, held_out_source, recipe)
+        other = build_rejected_engine(config, engine)
         require_same((dataclasses.replace(config, hosts=None), dataset, held_out), "fields, queries or pairs")
         stack.enter_context(claim(directory, to_json_dict(config)))
-    sampler = dataclasses.replace(engine.sampler, journals=directory / JOURNALS)
-    engine = dataclasses.replace(engine, sampler=sampler)
+    engine = _with_journals(engine, directory)
+    other = None if other is None else _with_journals(other, directory)
     metrics = open_metrics(directory, config.logging, to_dict(config), writes=is_first())
-    return Run(config, directory, engine, environment, dataset, dropped, metrics, held_out, endpoint)
+    return Run(config, directory, engine, environment, dataset, dropped, metrics, held_out, other, endpoint)
+
+
+def _with_journals(engine: Engine, directory: Path) -> Engine:
+    return dataclasses.replace(engine, sampler=dataclasses.replace(engine.sampler, journals=directory / JOURNALS))
 
 
 def _check_toy(config: Config, mesh: Mesh) -> None:

@@ -24,6 +24,7 @@ from sso_jax.recipes.checks import (
     refuse_judge_order,
     refuse_open_thoughts,
     refuse_unknown_tokens,
+    sampling_fields,
     warn_unused_objective,
 )
 from sso_jax.recipes.engine import Engine
@@ -120,7 +121,7 @@ def read(config: Config) -> RewardData:
         check_sampling(config)
         return RewardData(None, read_queries(config), mixed.records, mixed.dropped)
     unused = {"queries.path": config.queries.path, "filter.enabled": config.filter.enabled}
-    refuse_fields("reward with pairs.path", unused)
+    refuse_fields("reward with pairs.path", {**unused, **sampling_fields(config)})
     refuse_judge_order(config)
     given = load_pairs(pairs_table(config))
     return RewardData(given.records, None, mixed.records, given.dropped + mixed.dropped)

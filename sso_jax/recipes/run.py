@@ -37,6 +37,8 @@ class Run(Generic[Dataset]):
     metrics: MetricsLog
     held_out: list[Triple] | None = None
     """Pairs of the file of `train.held_out`, which no update sees; None if it names no file."""
+    rejected_engine: Engine | None = None
+    """The model of `sampling.rejected_path`, if the config has one."""
     endpoint: Endpoint | None = None
     """Server that writes principles or judges pairs, if the config has one."""
     programs: dict[str, Callable] = field(default_factory=dict)
@@ -116,7 +118,8 @@ class RoundSummary:
     """Numbers on the pairs that no update sees, of the parameters that the round ended with: see `TrainingResult`."""
     reward: dict[str, Any] | None = None
     weights: dict[str, str | None] | None = None
-    """Fingerprints of the weights at the `start`, of the `generator`, of those `sampled_with`, and of the `trained`."""
+    """Fingerprints of the weights at the `start`, of the `generator`, of those that the responses were `sampled_with`
+    and, if others, the rejected ones (`rejected_with`), and of the `trained` ones."""
     warnings: list[str] | None = None
     seconds: dict[str, float] | None = None
     tokens_per_second: dict[str, float | None] | None = None
