@@ -9,7 +9,7 @@ import dataclasses
 import logging
 
 from sso_jax.config import Config
-from sso_jax.data.records import Prompts, SteeredQuery
+from sso_jax.data.records import Cell, Prompts, SteeredQuery
 from sso_jax.recipes.checks import refuse_given_pairs, refuse_missing_scores
 from sso_jax.recipes.objective import LOSS_SETTINGS, Objective, build_objective
 from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
@@ -112,4 +112,9 @@ def _seconds(generator_round: Round) -> dict[str, float]:
     return {f"generator_{stage}": finished(generator_round.folder, stage)["seconds"] for stage in stages}
 
 
-RECIPE = Recipe(read, prepare_queries, run_round)
+def held_out_cells(config: Config) -> list[Cell]:
+    """Returns the log-probs that held-out pairs need: those of the generator's objective and of the policy's."""
+    return list(dict.fromkeys(cell for objective in objectives(config) for cell in objective.cells))
+
+
+RECIPE = Recipe(read, prepare_queries, run_round, held_out_cells)

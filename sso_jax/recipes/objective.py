@@ -10,7 +10,7 @@ from sso_jax.config import Config, ObjectiveConfig
 from sso_jax.data.records import Cell
 from sso_jax.runtime.errors import InputError
 from sso_jax.training.example_losses import cells_of
-from sso_jax.training.losses import BASE_LOSSES, REWARDS, base_loss, check_name, sum_rewards
+from sso_jax.training.losses import BASE_LOSSES, REWARDS, base_loss, check_name, keyword_settings
 from sso_jax.training.multi_response_losses import MULTI_RESPONSE_LOSSES, multi_response_loss
 from sso_jax.training.objectives import (
     BaseLoss,
@@ -23,6 +23,7 @@ from sso_jax.training.objectives import (
     online_objective,
     pairwise_objective,
 )
+from sso_jax.training.pair_values import sum_rewards
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         terms = partial(online_objective, base=base, plain=plain, weights=weights, sft_weight=sft_weight)
     cells = cells_of(form, config.use_steering and any(scale), scale, config.negative_winner, more)
     degree_weight = settings.get("degree_weight") if form != "generator" else None
-    rewards = partial(REWARDS.get(config.base, sum_rewards), beta=settings["beta"])
+    of_base = REWARDS.get(config.base, sum_rewards)
+    rewards = partial(of_base, **{name: settings[name] for name in keyword_settings(of_base)})
     return Objective(cells, terms, rewards, degree_weight, config.degree_removal)
 
 

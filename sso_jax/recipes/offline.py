@@ -11,7 +11,13 @@ from sso_jax.data.records import Triple
 from sso_jax.data.rows import Records
 from sso_jax.preferences.filters import FILTER_CELLS
 from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples
-from sso_jax.recipes.checks import refuse_fields, refuse_judge_order, refuse_open_thoughts, refuse_unknown_tokens
+from sso_jax.recipes.checks import (
+    refuse_fields,
+    refuse_judge_order,
+    refuse_open_thoughts,
+    refuse_unknown_tokens,
+    sampling_fields,
+)
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.input_tables import drop_refused_turns, pairs_table
 from sso_jax.recipes.objective import build_objective, with_original
@@ -32,7 +38,7 @@ def read(config: Config) -> Records[Triple]:
       InputError: if pairs lack something; names their ids.
     """
     unused = {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path}
-    refuse_fields("offline", unused)
+    refuse_fields("offline", {**unused, **sampling_fields(config)})
     path, objective = config.pairs.path, build_objective(config.objective)
     if path is None:
         raise InputError("pairs.path: not given; recipe 'offline' needs a file or data set of pairs")
@@ -88,4 +94,4 @@ def run_round(this: Round[list[Triple]], policy: Params) -> tuple[Params, RoundS
     return policy, summarize(num_queries, chosen, training, exported, evaluation, judged)
 
 
-RECIPE = Recipe(read, prepare, run_round)
+RECIPE = Recipe(read, prepare, run_round, lambda config: build_objective(config.objective).cells)

@@ -8,7 +8,7 @@ from sso_jax.data.chat import end_of_turn
 from sso_jax.data.demonstrations import demonstration_ids, load_demonstrations
 from sso_jax.data.records import Demonstration
 from sso_jax.data.rows import Records
-from sso_jax.recipes.checks import refuse_fields, refuse_open_thoughts, warn_unused_objective
+from sso_jax.recipes.checks import refuse_fields, refuse_open_thoughts, sampling_fields, warn_unused_objective
 from sso_jax.recipes.engine import Engine, router_weight
 from sso_jax.recipes.input_tables import demonstrations_table, drop_refused_turns
 from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
@@ -33,7 +33,7 @@ def read(config: Config) -> Records[Demonstration]:
         "filter.min_score_gap": config.filter.min_score_gap,
         "model.reference_path": config.model.reference_path,
     }
-    refuse_fields("sft", unused)
+    refuse_fields("sft", {**unused, **sampling_fields(config)})
     warn_unused_objective(config.objective)
     if config.demonstrations.path is None:
         raise InputError(

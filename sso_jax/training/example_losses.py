@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
 from sso_jax.training.log_probs import cell_sums, forward
-from sso_jax.training.losses import ContextValues, Pair
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
+from sso_jax.training.pair_values import ContextValues, Pair
 from sso_jax.training.router_balance import Balanced, with_router_loss
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
@@ -62,15 +62,38 @@ def preference_losses(
         num_examples, num_cells = step.num_tokens.shape
         states = forward(model, params, step.rows, step.rows.source)
         log_probs = cell_sums(model, params, step.rows, states.hidden, num_examples * num_cells)
-        policy = to_context_values(log_probs.reshape(num_examples, num_cells), cells)
-        reference = to_context_values(step.reference_log_probs, cells)
-        num_tokens = to_context_values(step.num_tokens.astype(jnp.float32), cells)
-        terms = objective(policy, reference, num_tokens)
-        values = Balanced(terms.loss, pair_metrics(terms, policy, reference, num_tokens, rewards))
-        group = step.rows.first_cell // num_cells
+        by_cell = CellValues(log_probs.reshape(num_examples, num_cells), step.reference_log_probs, step.num_tokens)
+        metrics = _metrics(objective, cells, rewards, by_cell)
+        values, group = Balanced(metrics["loss"], metrics), step.rows.first_cell // num_cells
         return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses
+
+
+class CellValues(NamedTuple):
+    """What a loss of E examples with C cells depends on."""
+
+    policy: Float[Array, "E C"]
+    """Log-prob sums, in nats."""
+    reference: Float[Array, "E C"]
+    num_tokens: Int[Array, "E C"]
+
+
+def _metrics(
+    objective: Callable[..., Terms], cells: list[Cell], rewards: Rewards, by_cell: CellValues
+) -> dict[str, Float[Array, "E"]]:
+    policy = to_context_values(by_cell.policy, cells)
+    reference = to_context_values(by_cell.reference, cells)
+    num_tokens = to_context_values(by_cell.num_tokens.astype(jnp.float32), cells)
+    return pair_metrics(objective(policy, reference, num_tokens), policy, reference, num_tokens, rewards)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def metrics_of_scores(
+    objective: Callable[..., Terms], cells: tuple[Cell, ...], rewards: Rewards, by_cell: CellValues
+) -> dict[str, Float[Array, "E"]]:
+    """Returns the metrics of `preference_losses` from log-probs that were computed before."""
+    return _metrics(objective, list(cells), rewards, by_cell)
 
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: UpdateBatch) -> float:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sso_jax.training.losses import ContextValues, Pair
-from sso_jax.training.losses import margin as pair_margin
+from sso_jax.training.pair_values import ContextValues, Pair
+from sso_jax.training.pair_values import margin as pair_margin
 
 BaseLoss = Callable[[Pair, Pair, Pair], Float[Array, "B"]]
 MultiResponseLoss = Callable[[ContextValues, ContextValues, ContextValues], Float[Array, "B"]]
