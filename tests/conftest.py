@@ -45,6 +45,7 @@ SLOW = {
     "test_rejected_sources",
     "test_reward_run",
     "test_rewards",
+    "test_router_balance",
     "test_run_record",
     "test_safetensors_folder",
     "test_sampler",

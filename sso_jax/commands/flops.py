@@ -32,6 +32,8 @@ def _of_equation(equation, while_trips: Iterator[int]) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
+    if name == "ragged_dot_general":  # rows and the matrix of their group, or the gradient of that matrix
+        return 2 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1]
     if name.startswith("dot_product_attention_"):
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":

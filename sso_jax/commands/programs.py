@@ -27,7 +27,7 @@ from sso_jax.models.paged_cache import chunk_size, page_size_of
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
-from sso_jax.recipes.engine import build_decoder, make_sampling_mesh
+from sso_jax.recipes.engine import build_decoder, make_sampling_mesh, mesh_of, router_weight
 from sso_jax.recipes.objective import Objective, round_objective
 from sso_jax.recipes.reward_model import as_reward_model
 from sso_jax.recipes.stages.batch_plans import losses_of, trained_cells
@@ -35,7 +35,7 @@ from sso_jax.recipes.stages.scoring import reference_cells
 from sso_jax.recipes.stages.update import abstract_state, build_optimizer, new_parts
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
-from sso_jax.runtime.mesh import bytes_on_device, make_mesh, num_batch_shards, param_shardings, replicated
+from sso_jax.runtime.mesh import bytes_on_device, num_batch_shards, param_shardings, replicated
 from sso_jax.sampling.decode import build_programs, state_shardings, weights_shardings
 from sso_jax.sampling.prefill import DecodeState, Prompts, Weights, empty_state
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -141,7 +141,7 @@ def find_architecture(path: str) -> Architecture:
 
 def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
     """Builds the decoder and meshes of the config for the given devices with `device_bytes` of memory each."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = mesh_of(config.mesh, devices)
     architecture = find_architecture(config.model.path)
     model, shardings = build_decoder(architecture, config.model, config.lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
@@ -333,7 +333,7 @@ def _trace_preferences(plan: Plan, objective: Objective) -> Traced:
     examples = _examples(plan, plan.config.train.batch_size, cells)
     steps = _plan_steps(plan, _trees(examples, cells))
     build = partial(preference_step, cells=cells, weight=1.0 / len(examples))
-    return _trace_update(plan, examples, steps, build, losses_of(plan.model, objective))
+    return _trace_update(plan, examples, steps, build, losses_of(plan.model, objective, plan.config.train))
 
 
 def trace_supervised_update(plan: Plan) -> Traced:
@@ -341,7 +341,8 @@ def trace_supervised_update(plan: Plan) -> Traced:
     trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * plan.config.train.batch_size
     steps = _plan_steps(plan, [[tree] for tree in trees])
     build = partial(supervised_step, weight=token_weight(trees))
-    return _trace_update(plan, trees, steps, build, supervised_losses(plan.model))
+    weight = router_weight(plan.model.architecture, plan.config.train)
+    return _trace_update(plan, trees, steps, build, supervised_losses(plan.model, weight))
 
 
 def trace_reward_update(plan: Plan) -> Traced:
@@ -355,7 +356,8 @@ def trace_reward_update(plan: Plan) -> Traced:
     pairs = [one] * plan.config.train.batch_size
     steps = _plan_steps(plan, [pair_trees([pair]) for pair in pairs])
     build = partial(reward_step, weight=1.0 / len(pairs))
-    return _trace_update(plan, pairs, steps, build, reward_losses(model, 0.0, 0.0, 0.0))
+    losses = reward_losses(model, 0.0, 0.0, 0.0, router_weight(model.architecture, plan.config.train))
+    return _trace_update(plan, pairs, steps, build, losses)
 
 
 def _trace_update(plan: Plan, examples: list, steps: StepPlan, build: Callable, losses: ExampleLosses) -> Traced:

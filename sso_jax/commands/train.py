@@ -23,7 +23,7 @@ from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights
 from sso_jax.preferences.principle_sources import open_endpoint
 from sso_jax.recipes import RECIPES
-from sso_jax.recipes.engine import Engine, build_decoder, build_engine, make_sampling_mesh
+from sso_jax.recipes.engine import Engine, build_decoder, build_engine, make_sampling_mesh, mesh_of
 from sso_jax.recipes.environment import no_judge, toy_environment
 from sso_jax.recipes.generator import GENERATOR_FOLDER
 from sso_jax.recipes.held_out_files import prepare_held_out, read_held_out
@@ -37,7 +37,6 @@ from sso_jax.runtime.files import write_text
 from sso_jax.runtime.hosts import is_first, join_hosts, report_lost_process, require_same
 from sso_jax.runtime.jax_setup import prepare_jax, require_devices
 from sso_jax.runtime.json_lines import read_json_lines
-from sso_jax.runtime.mesh import make_mesh
 from sso_jax.runtime.run_dir import changed_fields, claim, describe_changes, refuse_changes
 from sso_jax.runtime.signals import NOTHING_WRITTEN, Farewell, say_when_stopped
 from sso_jax.runtime.stage_markers import damaged, file_stage, finish, finished, reopen
@@ -190,7 +189,7 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config.endpoint, config.principles.source, config.judging.pairs)
     held_out_source, source = read_held_out(config, recipe), recipe.read(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     if config.filter.reward_path is not None:
         check_reward_model(config.filter.reward_path, "filter.reward_path", config.model, mesh)
     if config.model.path == "toy":
@@ -235,7 +234,7 @@ def _toy_policy(config: Config, directory: Path) -> Path:
     curriculum = pretraining.Curriculum(**dataclasses.asdict(config.toy))
 
     def train() -> dict:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = mesh_of(config.mesh)
         log.info("toy world: training a small policy from scratch on demonstrations; this takes a few minutes")
         pretraining.write_policy(config.run.seed, curriculum, mesh, folder, config.checkpoint.every_steps)
         return {}

@@ -151,6 +151,8 @@ class TrainConfig:
     long_examples: Literal["drop", "cut"] = "drop"
     """What to do with pairs and demonstrations above train.max_tokens, which are counted: leave them out, or cut their
     responses, which then have no end of turn."""
+    router_loss: Optional[float] = None
+    """Weight of the loss that spreads tokens over a model's experts, 0.001 if null; null for models without experts."""
     shuffle: bool = True
     """Reshuffle the examples in each epoch, by the seed."""
     log_original: bool = True
@@ -174,6 +176,8 @@ class TrainConfig:
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
         require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         require(self.max_tokens >= 2, "train.max_tokens", self.max_tokens, "2 or more")
+        weight = self.router_loss
+        require(weight is None or weight >= 0, "train.router_loss", weight, "0 or more, or null")
         tokens = self.tokens_per_step
         require(tokens is None or tokens >= 1, "train.tokens_per_step", tokens, "1 or more tokens, or null")
 

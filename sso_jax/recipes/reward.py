@@ -27,7 +27,7 @@ from sso_jax.recipes.checks import (
     sampling_fields,
     warn_unused_objective,
 )
-from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.engine import Engine, router_weight
 from sso_jax.recipes.environment import order_accuracy
 from sso_jax.recipes.input_tables import annotated_table, drop_refused_turns, pairs_table
 from sso_jax.recipes.reward_model import RewardScorer, accuracy_of, reward_engine, reward_params, tokenize_pair
@@ -245,7 +245,8 @@ def _train(
     """Trains the reward model; the metrics of every checkpointed update include the numbers on held-out pairs."""
     rules = this.run.config.reward
     settings = {name: getattr(rules, name) for name in ("label_smoothing", "margin", "center_coefficient")}
-    losses = reward_losses(engine.model, **settings)
+    weight = router_weight(engine.model.architecture, this.run.config.train)
+    losses = reward_losses(engine.model, **settings, router_weight=weight)
     scorer = _scorer(this, engine, {})
 
     def numbers(params: Params) -> dict[str, float]:

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
-from sso_jax.training.log_probs import cell_log_probs, weighted_cell_log_probs
+from sso_jax.training.log_probs import cell_sums, forward, weighted_cell_sums
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
 from sso_jax.training.pair_values import ContextValues, Pair
+from sso_jax.training.router_balance import Balanced, with_router_loss
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
 """(params, device step) -> loss and metrics of each example."""
@@ -53,21 +54,28 @@ def preference_losses(
     objective: Callable[..., Terms],
     cells: list[Cell],
     rewards: Rewards,
+    router_weight: float = 0.0,
     has_token_weights: bool = False,
 ) -> ExampleLosses:
-    """Returns the loss function of preference pairs under `objective`; with token weights in the base loss or not."""
+    """Returns the loss function of preference pairs under `objective`, with the router's if the model has experts.
+
+    With `has_token_weights` the base loss compares weighted sums of the tokens' log-probs.
+    """
 
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
-        shape, total = (num_examples, num_cells), num_examples * num_cells
+        states = forward(model, params, step.rows, step.rows.source)
+        inputs, weighted = (model, params, step.rows, states.hidden, num_examples * num_cells), ()
         if has_token_weights:
-            sums = weighted_cell_log_probs(model, params, step.rows, total)
-            weighted = (sums[1].reshape(shape), step.weighted_reference)
+            log_probs, of_weighted = weighted_cell_sums(*inputs)
+            weighted = (of_weighted.reshape(num_examples, num_cells), step.weighted_reference)
         else:
-            sums, weighted = (cell_log_probs(model, params, step.rows, total),), ()
-        by_cell = CellValues(sums[0].reshape(shape), step.reference_log_probs, step.num_tokens, *weighted)
+            log_probs = cell_sums(*inputs)
+        of_cells = log_probs.reshape(num_examples, num_cells)
+        by_cell = CellValues(of_cells, step.reference_log_probs, step.num_tokens, *weighted)
         metrics = _metrics(objective, cells, rewards, by_cell)
-        return metrics["loss"], metrics
+        values, group = Balanced(metrics["loss"], metrics), step.rows.first_cell // num_cells
+        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses
 
@@ -128,14 +136,19 @@ def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[Cell, ...],
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
 
 
-def supervised_losses(model: Transformer) -> ExampleLosses:
+def supervised_losses(model: Transformer, router_weight: float = 0.0) -> ExampleLosses:
     """Returns the loss function of prompt-response records: negative log-prob sums.
 
-    The batch's weights turn them into a mean over tokens.
+    The batch's weights turn them into a mean over tokens. The router's loss is a mean over records, each weighted by
+    its response tokens.
     """
 
     def losses(params, step: SupervisedBatch):
-        nll = -cell_log_probs(model, params, step.rows, step.weights.shape[0])
-        return nll, {"loss": nll}
+        num_examples, rows = step.weights.shape[0], step.rows
+        states = forward(model, params, rows, rows.source)
+        nll = -cell_sums(model, params, rows, states.hidden, num_examples)
+        counts = jnp.zeros(num_examples + 1).at[rows.cell].add(1.0)[:num_examples]
+        values, experts = Balanced(nll, {"loss": nll}), model.architecture.experts
+        return with_router_loss(values, experts, states.router_logits, rows.first_cell, router_weight, counts)
 
     return losses

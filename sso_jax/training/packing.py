@@ -27,6 +27,8 @@ class Rows(NamedTuple):
     """Cell of each response token."""
     weight: Float[np.ndarray, "R M"]
     """Weight of each response token in weighted sums."""
+    first_cell: Int[np.ndarray, "R T"]
+    """Cell of the first response of each token's tree; the number of cells for padding."""
     sequences: Int[np.ndarray, "R Z U"]
     """Columns of the tokens of each sequence, -1 after its end."""
 
@@ -61,6 +63,7 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int, bins: list[list[int
         target=of_targets(),
         cell=of_targets(num_cells),
         weight=np.ones((shape.num_rows, shape.num_targets), np.float32),
+        first_cell=np.full((shape.num_rows, shape.num_tokens), num_cells, np.int32),
         sequences=np.full((shape.num_rows, shape.num_sequences, shape.sequence_tokens), -1, np.int32),
     )
     for row, members in enumerate(bins):
@@ -119,4 +122,5 @@ def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _
             rows.sequences[row, sequence, : trunk + size] = [*range(at, trunk_end), *range(end, end + size)]
         end, targets = end + size, targets + size
     rows.tree[row, at:end] = number
+    rows.first_cell[row, at:end] = np.min(tree.branches[0].cell)
     return _Free(end, targets, free.sequence + len(tree.branches))

@@ -93,5 +93,9 @@ def activation_widths(model: Transformer) -> tuple[int, int]:
     if a.qk_norm != "none":
         heads += (a.num_heads + a.num_kv_heads) * a.head_size  # before their norms
     outputs = 0 if a.norms == "before" else 2 * a.embed_dim  # of attention and MLP, before their norms
-    marked = 2 * a.embed_dim + heads + outputs + 2 * a.mlp_dim
-    return a.embed_dim if model.remat else marked, marked + 2 * a.embed_dim + a.mlp_dim
+    inner = a.mlp_dim if a.experts is None else a.experts.num_per_token * a.experts.mlp_dim
+    if a.experts is not None:
+        outputs += 2 * a.experts.num_experts  # of the router, in float32
+    marked = 2 * a.embed_dim + heads + outputs + 2 * inner
+    rows = 0 if a.experts is None else 2 * a.experts.num_per_token * a.embed_dim  # into and out of the experts
+    return a.embed_dim if model.remat else marked, marked + 2 * a.embed_dim + inner + rows

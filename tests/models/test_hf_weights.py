@@ -90,6 +90,14 @@ KINDS = {
         transformers.Qwen3Config,
         dict(head_dim=32, use_sliding_window=True, sliding_window=7, max_window_layers=2),
     ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
+    ),
+    "qwen3_moe_raw_weights": (
+        transformers.Qwen3MoeConfig,
+        dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, tie_word_embeddings=True, head_dim=32),
+    ),
     "gemma2": (transformers.Gemma2Config, dict(head_dim=24, query_pre_attn_scalar=20, sliding_window=9)),
     "gemma2_untied": (
         transformers.Gemma2Config,

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from sso_jax.config import TrainConfig
 from sso_jax.data.chat import encode_response
 from sso_jax.data.records import Cell, Prompts, TokenContrast, Triple
 from sso_jax.models.transformer import Transformer
 from sso_jax.preferences.keywords import graded_variants, random_variants
-from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.engine import Engine, router_weight
 from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.run import Round
 from sso_jax.training.batches import (
@@ -102,12 +103,16 @@ def trained_cells(objective: Objective) -> list[Cell]:
     return objective.cells if objective.degree_weight is None else [*objective.cells, *DEGREE_CELLS]
 
 
-def losses_of(model: Transformer, objective: Objective) -> ExampleLosses:
+def losses_of(model: Transformer, objective: Objective, train: TrainConfig) -> ExampleLosses:
     """Returns the loss function of device steps whose cells are `trained_cells`."""
+    of_router = router_weight(model.architecture, train)
     if objective.degree_weight is None:
         has_weights = objective.token_contrast > 0
-        return preference_losses(model, objective.terms, objective.cells, objective.rewards, has_weights)
-    return spo_losses(model, objective.terms, trained_cells(objective), objective.rewards, objective.degree_weight)
+        return preference_losses(
+            model, objective.terms, objective.cells, objective.rewards, of_router, has_token_weights=has_weights
+        )
+    cells = trained_cells(objective)
+    return spo_losses(model, objective.terms, cells, objective.rewards, objective.degree_weight, of_router)
 
 
 def degree_ids(engine: Engine, triple: Triple, removal: str, seed: int) -> dict[str, list[int]]:

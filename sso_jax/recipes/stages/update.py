@@ -111,7 +111,8 @@ def train_on_pairs(
     strength = objective.token_contrast
     contrasts = token_contrasts(this, strength, policy, trained, prompts) if strength else {}
     plan = plan_preferences(this, objective, trained, prompts, contrasts)
-    return train(this, losses_of(engine.model, objective), plan, policy, first_step, measure=measure)
+    losses = losses_of(engine.model, objective, this.run.config.train)
+    return train(this, losses, plan, policy, first_step, measure=measure)
 
 
 def train(
