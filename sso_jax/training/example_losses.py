@@ -57,7 +57,10 @@ def preference_losses(
     router_weight: float = 0.0,
     has_token_weights: bool = False,
 ) -> ExampleLosses:
-    """Returns the loss function of preference pairs under `objective`; with token weights in the base loss or not."""
+    """Returns the loss function of preference pairs under `objective`, with the router's if the model has experts.
+
+    With `has_token_weights` the base loss compares weighted sums of the tokens' log-probs.
+    """
 
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
