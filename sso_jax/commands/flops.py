@@ -1,7 +1,8 @@
 """Counts the floating-point operations of a traced program before compilation: those of its matrix products.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here a scan counts its length, and a while loop the number of
-iterations given by the caller.
+iterations given by the caller. Of experts only the active ones count: devices among which experts are split have the
+rows of all of them, of which each multiplies its own.
 """
 
 import math
@@ -10,6 +11,8 @@ from itertools import repeat
 
 from jax import core
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from sso_jax.runtime.mesh import num_expert_shards
 
 
 def count_flops(program: ClosedJaxpr, while_trips: int | Sequence[int] = 1) -> int:
@@ -24,24 +27,24 @@ def count_flops(program: ClosedJaxpr, while_trips: int | Sequence[int] = 1) -> i
     return _count(program.jaxpr, repeat(while_trips) if isinstance(while_trips, int) else iter(while_trips))
 
 
-def _count(jaxpr: Jaxpr, while_trips: Iterator[int]) -> int:
-    return sum(_of_equation(equation, while_trips) for equation in jaxpr.eqns)
+def _count(jaxpr: Jaxpr, while_trips: Iterator[int], expert_shards: int = 1) -> int:
+    return sum(_of_equation(equation, while_trips, expert_shards) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation, while_trips: Iterator[int]) -> int:
+def _of_equation(equation, while_trips: Iterator[int], expert_shards: int = 1) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
     if name == "ragged_dot_general":  # rows and the matrix of their group, or the gradient of that matrix
-        return 2 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1]
+        return 2 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1] // expert_shards
     if name.startswith("dot_product_attention_"):
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
-        return max(_count(branch.jaxpr, while_trips) for branch in params["branches"])
+        return max(_count(branch.jaxpr, while_trips, expert_shards) for branch in params["branches"])
     repeats = _repeats(name, params, while_trips)
-    return repeats * sum(
-        _count(_open(value), while_trips) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)
-    )
+    shards = num_expert_shards(params["mesh"]) if name == "shard_map" else expert_shards
+    programs = [_open(value) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
+    return repeats * sum(_count(program, while_trips, shards) for program in programs)
 
 
 def _repeats(name: str, params: dict, while_trips: Iterator[int]) -> int:

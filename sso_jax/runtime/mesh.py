@@ -236,6 +236,11 @@ def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int
     return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
 
 
+def num_expert_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Returns the number of devices among which experts are split."""
+    return int(mesh.shape[RULES["experts"]]) if RULES["experts"] in mesh.shape else 1
+
+
 def batch_shards_in_context() -> int:
     """Returns `num_batch_shards` of the mesh in context (`jax.set_mesh`); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
