@@ -6,12 +6,14 @@ rows of all of them, of which each multiplies its own.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 from jax import core
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from sso_jax.models.grouped_product import SCOPE
 from sso_jax.runtime.mesh import num_expert_shards
 
 
@@ -41,6 +43,12 @@ def _of_equation(equation, while_trips: Iterator[int], expert_shards: int = 1) -
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
         return max(_count(branch.jaxpr, while_trips, expert_shards) for branch in params["branches"])
+    blocks = (
+        re.search(SCOPE.format(r"(\d+)", r"(\d+)"), str(equation.source_info.name_stack)) if name == "while" else None
+    )
+    if blocks is not None:  # on a CPU; the number of blocks is known only when it runs
+        num_rows, block = map(int, blocks.groups())
+        return num_rows * _count(_open(params["body_jaxpr"]), while_trips) // (block * expert_shards)
     repeats = _repeats(name, params, while_trips)
     shards = num_expert_shards(params["mesh"]) if name == "shard_map" else expert_shards
     programs = [_open(value) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
