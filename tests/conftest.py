@@ -35,6 +35,7 @@ SLOW = {
     "test_families",
     "test_held_out",
     "test_held_out_recipes",
+    "test_gradients",
     "test_hf_weights",
     "test_hosts",
     "test_interruptions",

@@ -1,8 +1,7 @@
 """Counts the floating-point operations of a traced program before compilation: those of its matrix products.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here a scan counts its length, and a while loop the number of
-iterations given by the caller. Of experts only the active ones count: devices among which experts are split have the
-rows of all of them, of which each multiplies its own.
+iterations given by the caller.
 """
 
 import math
@@ -15,6 +14,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sso_jax.models.grouped_product import SCOPE
 from sso_jax.runtime.mesh import num_expert_shards
+
+BLOCK_LOOP = re.compile(SCOPE.format(r"(\d+)", r"(\d+)"))
+"""Scope of a loop over blocks of rows, of which one knows only when it runs how often that is."""
 
 
 def count_flops(program: ClosedJaxpr, while_trips: int | Sequence[int] = 1) -> int:
@@ -34,6 +36,7 @@ def _count(jaxpr: Jaxpr, while_trips: Iterator[int], expert_shards: int = 1) -> 
 
 
 def _of_equation(equation, while_trips: Iterator[int], expert_shards: int = 1) -> int:
+    """Counts an operation; of the rows for experts, each of `expert_shards` devices has its own share to compute."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
@@ -43,16 +46,14 @@ def _of_equation(equation, while_trips: Iterator[int], expert_shards: int = 1) -
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
         return max(_count(branch.jaxpr, while_trips, expert_shards) for branch in params["branches"])
-    blocks = (
-        re.search(SCOPE.format(r"(\d+)", r"(\d+)"), str(equation.source_info.name_stack)) if name == "while" else None
-    )
-    if blocks is not None:  # on a CPU; the number of blocks is known only when it runs
+    if name == "while" and (blocks := BLOCK_LOOP.search(str(equation.source_info.name_stack))):
         num_rows, block = map(int, blocks.groups())
         return num_rows * _count(_open(params["body_jaxpr"]), while_trips) // (block * expert_shards)
     repeats = _repeats(name, params, while_trips)
-    shards = num_expert_shards(params["mesh"]) if name == "shard_map" else expert_shards
-    programs = [_open(value) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
-    return repeats * sum(_count(program, while_trips, shards) for program in programs)
+    if name == "shard_map":
+        expert_shards = num_expert_shards(params["mesh"])
+    inner = [_open(value) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
+    return repeats * sum(_count(program, while_trips, expert_shards) for program in inner)
 
 
 def _repeats(name: str, params: dict, while_trips: Iterator[int]) -> int:

@@ -177,9 +177,8 @@ def _trace(
     """Traces a program with `args`, parameters first, and counts its operations; while loops count `trips` times."""
     with jax.set_mesh(place.mesh):
         traced = program.trace(*args)
-    return Traced(
-        traced, place.mesh, count_flops(traced.jaxpr, trips), bytes_on_device(plan.params, place.shardings), **sizes
-    )
+    sizes.setdefault("params_bytes", bytes_on_device(plan.params, place.shardings))
+    return Traced(traced, place.mesh, count_flops(traced.jaxpr, trips), **sizes)
 
 
 def needed_bytes(message: str, held_bytes: int) -> int | None:
@@ -237,6 +236,11 @@ def _sampling_inputs(plan: Plan) -> tuple[Weights, DecodeState, tuple]:
     return Weights(params, head), state, (strategy, jax.ShapeDtypeStruct((2,), jnp.int32))
 
 
+def _is_cast(plan: Plan) -> bool:
+    """Returns whether programs other than the update take a copy of the parameters in the compute type."""
+    return plan.model.dtype != plan.model.param_dtype
+
+
 def _trace_sampling(plan: Plan, name: str, inputs: tuple, trips: int) -> Traced:
     """Traces one of `SamplerPrograms`."""
     mesh, (weights, state, settings) = plan.sampling.mesh, _sampling_inputs(plan)
@@ -245,8 +249,9 @@ def _trace_sampling(plan: Plan, name: str, inputs: tuple, trips: int) -> Traced:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     weights = jax.tree.map(on_mesh, weights, weights_shardings(plan.model, mesh))
-    is_copy = plan.sampling is not plan.training or plan.model.dtype != plan.model.param_dtype
+    is_copy = plan.sampling is not plan.training or _is_cast(plan)
     sizes = {
+        "params_bytes": sum(bytes_on_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(weights.params)),
         "cache_bytes": bytes_on_device(state.cache, state_shardings(mesh).cache),
         "beside_bytes": bytes_on_device(plan.params, plan.training.shardings) if is_copy else 0,
     }
@@ -313,8 +318,12 @@ def trace_scoring(plan: Plan) -> Traced:
     num_cells = shape.num_examples * len(cells)
     rows = pack(example_trees([examples[i] for i in first.examples], cells), shape.rows, num_cells, first.bins)
     score = build_score(plan.model, plan.training.mesh, plan.training.shardings)
-    params = jax.eval_shape(score.prepare, plan.params)
-    return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells))
+    params, shardings = jax.eval_shape(score.prepare, plan.params), plan.training.shardings
+    sizes = {
+        "params_bytes": bytes_on_device(params, shardings),
+        "beside_bytes": bytes_on_device(plan.params, shardings) if _is_cast(plan) else 0,
+    }
+    return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells), **sizes)
 
 
 def trace_policy_update(plan: Plan) -> Traced:

@@ -237,8 +237,8 @@ def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int
 
 
 def num_expert_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """Returns the number of devices among which experts are split."""
-    return int(mesh.shape[RULES["experts"]]) if RULES["experts"] in mesh.shape else 1
+    """Returns the number of devices among which experts are split; 1 for a mesh of other axes."""
+    return int(mesh.shape.get(str(RULES["experts"]), 1))
 
 
 def batch_shards_in_context() -> int:

@@ -13,6 +13,8 @@ from toys import FAMILIES, toy_model, toy_params
 from sso_jax.commands.flops import _of_equation, count_flops
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.experts import ExpertsMLP
+from sso_jax.models.grouped_product import grouped_product
+from sso_jax.models.transformer import abstract_params
 from sso_jax.runtime.mesh import make_mesh
 
 A, B = jnp.zeros((4, 8)), jnp.zeros((8, 16))
@@ -55,6 +57,33 @@ def test_a_gradient_counts_three_products_and_a_checkpoint_a_fourth():
 
     assert count(jax.grad(loss, argnums=(0, 1)), A, B) == 3 * PRODUCT
     assert count(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), A, B) == 4 * PRODUCT
+
+
+def test_rows_of_experts_count_once_each_and_their_gradients_likewise():
+    """Six rows, two groups: each row meets one matrix; the gradients of rows and matrices are a product each."""
+    rows, matrices, sizes = jnp.zeros((6, 8)), jnp.zeros((2, 8, 16)), jnp.array([4, 2])
+
+    def product(rows, matrices):
+        return grouped_product(rows, matrices, sizes, "splash")
+
+    each = 2 * 6 * 8 * 16
+    assert count(product, rows, matrices) == each
+    assert count(jax.grad(lambda *a: jnp.sum(jnp.sin(product(*a))), argnums=(0, 1)), rows, matrices) == 3 * each
+
+
+@pytest.mark.parametrize("expert", [1, 2, 4])
+def test_experts_on_several_devices_count_as_on_one(expert):
+    """A device has the rows of all that split the experts with it, but computes its share."""
+    model = toy_model(**FAMILIES["qwen3_moe"]).clone(attend="splash_interpreted")
+    tokens = jnp.zeros((8, 128), jnp.int32)
+
+    def run(params):
+        return model.apply({"params": params}, tokens, tokens, causal_mask(128))[0]
+
+    params = nn.unbox(abstract_params(model))
+    alone = count(run, params)
+    with jax.set_mesh(make_mesh(1, 8 // expert, 1, expert=expert)):
+        assert count(run, params) == alone
 
 
 def test_a_decoder_counts_what_its_sizes_say(one_device):
