@@ -5,13 +5,18 @@ iterations given by the caller.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 from jax import core
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from sso_jax.models.grouped_product import SCOPE
 from sso_jax.runtime.mesh import num_expert_shards
+
+BLOCK_LOOP = re.compile(SCOPE.format(r"(\d+)", r"(\d+)"))
+"""Scope of a loop over blocks of rows, of which one knows only when it runs how often that is."""
 
 
 def count_flops(program: ClosedJaxpr, while_trips: int | Sequence[int] = 1) -> int:
@@ -41,6 +46,9 @@ def _of_equation(equation, while_trips: Iterator[int], expert_shards: int = 1) -
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
         return max(_count(branch.jaxpr, while_trips, expert_shards) for branch in params["branches"])
+    if name == "while" and (blocks := BLOCK_LOOP.search(str(equation.source_info.name_stack))):
+        num_rows, block = map(int, blocks.groups())
+        return num_rows * _count(_open(params["body_jaxpr"]), while_trips) // (block * expert_shards)
     repeats = _repeats(name, params, while_trips)
     if name == "shard_map":
         expert_shards = num_expert_shards(params["mesh"])

@@ -12,7 +12,16 @@ from sso_jax.models.architecture import Architecture
 from sso_jax.models.grouped_product import grouped_product
 from sso_jax.models.layers import ACTIVATIONS, Adapters, Projection, projection_options
 from sso_jax.models.remat_policy import save_for_backward
-from sso_jax.runtime.mesh import all_gathered, constrain, gathered, over_mesh, scattered_sum, shard_index, summed
+from sso_jax.runtime.mesh import (
+    all_gathered,
+    constrain,
+    exchanged,
+    gathered,
+    over_mesh,
+    scattered_sum,
+    shard_index,
+    summed,
+)
 
 ROUTER, LOGITS = "router", "logits"
 """Collection and name of the router's logits, which a caller may ask for with `mutable`."""
@@ -63,23 +72,35 @@ class ExpertProjection(nn.Module):
     adapters: Adapters = Adapters()
 
     @nn.compact
-    def __call__(self) -> ExpertWeights:
-        """Returns the weights in the compute type, with their embed axis gathered."""
-        kernel = self._matrix("kernel", nn.initializers.normal(0.02), self.shape, self.axes, self.param_dtype)
-        if self.name not in self.adapters.targets:
-            return ExpertWeights(kernel)
-        (experts, inputs, outputs), rank = self.shape, self.adapters.rank
-        spread = nn.initializers.normal(1.0 / math.sqrt(inputs))
-        sizes = (experts, inputs, rank), (experts, rank, outputs)
-        axes = (*self.axes[:2], None), (self.axes[0], None, self.axes[2])
-        down = self._matrix("adapter_a", spread, sizes[0], axes[0], jnp.float32)
-        return ExpertWeights(
-            kernel, (down, self._matrix("adapter_b", nn.initializers.zeros, sizes[1], axes[1], jnp.float32))
-        )
+    def __call__(self, gather: bool) -> ExpertWeights:
+        """Returns the weights in the compute type, with their embed axis gathered if asked for."""
+        kernel = self._matrix("kernel", nn.initializers.normal(0.02), self.shape, self.param_dtype, self.axes)
+        low_rank: tuple = ()
+        if self.name in self.adapters.targets:
+            (experts, inputs, outputs), rank = self.shape, self.adapters.rank
+            spread, (down_axes, up_axes) = nn.initializers.normal(1.0 / math.sqrt(inputs)), self._low_rank_axes()
+            down = self._matrix("adapter_a", spread, (experts, inputs, rank), jnp.float32, down_axes)
+            low_rank = (
+                down,
+                self._matrix("adapter_b", nn.initializers.zeros, (experts, rank, outputs), jnp.float32, up_axes),
+            )
+        weights = ExpertWeights(kernel, low_rank)
+        return jax.tree.map(lambda leaf, axes: gathered(leaf, *axes), weights, self.names()) if gather else weights
 
-    def _matrix(self, name: str, init, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype) -> Array:
-        value = self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
-        return gathered(value.astype(self.dtype), *axes)
+    def names(self) -> ExpertWeights:
+        """Returns the logical names of the axes of each of the weights."""
+        return ExpertWeights(self.axes, self._low_rank_axes() if self.name in self.adapters.targets else ())
+
+    def _low_rank_axes(self):
+        return (*self.axes[:2], None), (self.axes[0], None, self.axes[2])
+
+    def _matrix(self, name: str, init, shape: tuple[int, ...], dtype, axes) -> Array:
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype).astype(self.dtype)
+
+
+def _flat_names(names: ExpertWeights) -> list[tuple[str | None, ...]]:
+    """Returns the names of the axes in the order of the leaves of the weights."""
+    return [names.kernel, *names.low_rank]
 
 
 class ExpertsMLP(nn.Module):
@@ -88,6 +109,10 @@ class ExpertsMLP(nn.Module):
     No token is dropped. Devices of the mesh axis of experts exchange tokens: each gathers the tokens of the others,
     computes its own experts, and the sums are scattered back. For b tokens a device, n such devices and width D that
     is 2 (n - 1) b D numbers a layer, forward; its buffers hold n b Q rows, of which b Q are its own on average.
+
+    Weights are gathered over their embed axis for whole sequences. For single tokens, as in decoding, the m devices of
+    that axis exchange tokens too: each takes its D/m of the numbers of all their tokens, and they sum the products of
+    gate and up. Of E experts with F units that moves about 4 m n b Q F numbers a layer instead of 3 E D F / n.
     """
 
     architecture: Architecture
@@ -106,33 +131,39 @@ class ExpertsMLP(nn.Module):
         routes = route(logits, a.experts.num_per_token, a.experts.normalized)
         inner, outer = (a.experts.num_experts, a.embed_dim, a.experts.mlp_dim), ("experts", "embed", "mlp")
         turned, turned_axes = (inner[0], inner[2], inner[1]), ("experts", "mlp", "embed")
-        weights = (
-            ExpertProjection(inner, outer, **options, name="gate")(),
-            ExpertProjection(inner, outer, **options, name="up")(),
-            ExpertProjection(turned, turned_axes, **options, name="down")(),
+        gate, up, down = (
+            ExpertProjection(inner, outer, **options, name="gate"),
+            ExpertProjection(inner, outer, **options, name="up"),
+            ExpertProjection(turned, turned_axes, **options, name="down"),
         )
-        return constrain(self._compute(x, routes, weights), "batch", None, None)
+        split = x.shape[1] == 1  # see `Projection`
+        weights = tuple(projection(gather=not split) for projection in (gate, up, down))
+        names = [axes for projection in (gate, up, down) for axes in _flat_names(projection.names())]
+        return constrain(self._compute(x, routes, weights, names, split), "batch", None, None)
 
-    def _compute(self, x, routes: Routes, weights: tuple[ExpertWeights, ...]) -> Float[Array, "B T D"]:
-        """Computes the experts on the shards of each device."""
+    def _compute(self, x, routes: Routes, weights: tuple[ExpertWeights, ...], names: list, split: bool):
+        """Computes the experts on the shards of each device; `split` says that weights are split over their embed axis.
+
+        A batch is split over its axis first, and over that of experts last.
+        """
         leaves, structure = jax.tree.flatten(weights)
 
-        def of_device(x, experts, token_weights, *leaves):
-            local = Routes(*(all_gathered(part, "experts") for part in (experts, token_weights)))
-            out = self._own_experts(all_gathered(x, "experts"), local, jax.tree.unflatten(structure, leaves))
-            return scattered_sum(summed(out, "mlp"), "experts")
+        def of_all(part):
+            part = all_gathered(part, "experts")
+            return all_gathered(part, "embed") if split else part
 
-        def names(path, leaf):
-            is_down, part = path[0].idx == 2, path[-1]
-            inputs, outputs = ("mlp", None) if is_down else (None, "mlp")
-            low_rank = {0: ("experts", inputs, None), 1: ("experts", None, outputs)}
-            return low_rank[part.idx] if hasattr(part, "idx") and len(path) > 2 else ("experts", inputs, outputs)
+        def of_device(x, experts, token_weights, *leaves):
+            x = all_gathered(x, "experts")
+            x = exchanged(x, "embed", 2, 0) if split else x  # [tokens of all, 1, D/m]
+            routes = Routes(of_all(experts), of_all(token_weights))
+            out = summed(self._own_experts(x, routes, jax.tree.unflatten(structure, leaves), split), "mlp")
+            return scattered_sum(exchanged(out, "embed", 0, 2) if split else out, "experts")
 
         by_batch = ("batch", None, None)
-        own = [names(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
+        own = [axes if split else tuple(None if name == "embed" else name for name in axes) for axes in names]
         return over_mesh(of_device, (by_batch, by_batch, by_batch, *own), by_batch)(x, *routes, *leaves)
 
-    def _own_experts(self, x, routes: Routes, weights: tuple[ExpertWeights, ...]) -> Float[Array, "B T D"]:
+    def _own_experts(self, x, routes: Routes, weights: tuple[ExpertWeights, ...], split: bool) -> Float[Array, "B T D"]:
         """Returns the weighted sum of the outputs of the experts that this device holds."""
         gate, up, down = weights
         num_own, per_token = gate.kernel.shape[0], routes.experts.shape[-1]
@@ -147,8 +178,11 @@ class ExpertsMLP(nn.Module):
         def product(rows, weights: ExpertWeights):
             return weights.product(rows, sizes, scale, self.attend)
 
-        activation = ACTIVATIONS[self.architecture.activation]
-        inner = activation(save_for_backward(product(rows, gate))) * save_for_backward(product(rows, up))
+        def into(weights: ExpertWeights):
+            out = product(rows, weights)
+            return save_for_backward(summed(out, "embed") if split else out)
+
+        inner = ACTIVATIONS[self.architecture.activation](into(gate)) * into(up)
         # Weighted before the last product, so that the backward pass need not compute its output again.
         out = product(inner * routes.weights.reshape(-1)[order, None], down)
         places = jnp.argsort(order)  # where each (token, choice) is among the rows

@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
 """Limits of the number of rows that are multiplied at once on a CPU."""
+SCOPE = "rows_by_block_{}_{}"
+"""Name of the loops over blocks, with the number of rows and that of a block, which say how often they run."""
 
 
 def grouped_product(
@@ -63,7 +65,9 @@ def _by_blocks(x: Float[Array, "M D"], matrices: Float[Array, "E D F"], sizes: I
         # Rows of the next group are overwritten by the block that begins there.
         return jax.lax.dynamic_update_slice_in_dim(out, product.astype(x.dtype), start, axis=0)
 
-    out = jax.lax.fori_loop(0, num_blocks, multiply, jnp.zeros((num_rows + block, matrices.shape[2]), x.dtype))
+    start = jnp.zeros((num_rows + block, matrices.shape[2]), x.dtype)
+    with jax.named_scope(SCOPE.format(num_rows, block)):
+        out = jax.lax.fori_loop(0, num_blocks, multiply, start)
     return jnp.where(jnp.arange(num_rows)[:, None] < jnp.sum(sizes), out[:num_rows], 0)
 
 
@@ -81,7 +85,8 @@ def _by_blocks_backward(residuals, d_out):
         product = jnp.matmul(own.T, d_rows, preferred_element_type=jnp.float32)
         return d_matrices.at[group].add(product)
 
-    d_matrices = jax.lax.fori_loop(0, num_blocks, add, jnp.zeros(matrices.shape, jnp.float32))
+    with jax.named_scope(SCOPE.format(x.shape[0], block)):
+        d_matrices = jax.lax.fori_loop(0, num_blocks, add, jnp.zeros(matrices.shape, jnp.float32))
     return _by_blocks(d_out, matrices.swapaxes(1, 2), sizes), d_matrices.astype(matrices.dtype), None
 
 

@@ -3,7 +3,7 @@
 The only file that knows these names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -123,18 +123,20 @@ class TensorPart(NamedTuple):
         shape = self.hf_shape
         return np.ascontiguousarray(value.reshape(shape[::-1]).T if self.rule.transposed else value.reshape(shape))
 
-    def from_hf(self, tensors: Sequence, window: tuple[slice, ...]) -> np.ndarray:
-        """Reads only the part `window` of our parameter from Hugging Face's tensors.
+    def windows(self, window: tuple[slice, ...]) -> Iterator[tuple[int, tuple[slice, ...]]]:
+        """Yields the number of each tensor that a window of our parameter is in, and the window of what it has."""
+        if not self.rule.per_expert:
+            yield 0, window
+            return
+        first, *others = window
+        for number in range(*first.indices(self.num_tensors)):
+            yield number, tuple(others)
+
+    def from_hf(self, tensor, window: tuple[slice, ...]) -> np.ndarray:
+        """Reads only the part `window` of our values from Hugging Face's tensor.
 
         Of axes that are flattened into one, only the first may be sharded: a mesh splits heads, never a single head.
         """
-        if self.rule.per_expert:
-            first, *others = window
-            return np.stack([self._from_one(tensor, tuple(others)) for tensor in tensors[first]])
-        (tensor,) = tensors
-        return self._from_one(tensor, window)
-
-    def _from_one(self, tensor, window: tuple[slice, ...]) -> np.ndarray:
         shape, cuts = self.own_shape, []
         for first, *others in self._groups():
             start, stop, _ = window[first].indices(shape[first])

@@ -122,8 +122,8 @@ def check_weights(folder: str | Path, model: Transformer) -> None:
 def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh):
     """Reads the parameters of `model`, except adapters, from a folder's safetensors.
 
-    Reads tensor by tensor: besides the parameters, the host holds one tensor at a time, and only what its own devices
-    need of it.
+    Reads tensor by tensor: besides the parameters, the host holds one tensor at a time, and the experts of one layer
+    that it is put together from; and only what its own devices need of it.
 
     Raises:
       InputError: if a tensor is missing, unexpected, of another shape or type, or not finite, or a file is truncated;
@@ -166,10 +166,15 @@ def _read_tensor(
     def read(window: tuple[slice, ...]) -> np.ndarray:
         key = tuple((cut.start, cut.stop) for cut in window)
         if key not in parts:
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is named
-                parts[key] = part.from_hf([source.slices[name] for name in names], window).astype(dtype)
-            if not _is_finite(parts[key]):
-                broken.append(names[0] if len(names) == 1 else f"{names[0]}, or one of the other experts,")
+            parts[key] = np.empty(
+                [len(range(*cut.indices(n))) for cut, n in zip(window, part.shape, strict=True)], dtype
+            )
+            of_tensors = parts[key] if part.rule.per_expert else parts[key][None]
+            for values, (number, own) in zip(of_tensors, part.windows(window), strict=True):
+                with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is named
+                    values[...] = part.from_hf(source.slices[names[number]], own)
+                if not _is_finite(values):
+                    broken.append(names[number])
         return parts[key]
 
     array = jax.make_array_from_callback(part.shape, sharding, read)

@@ -163,6 +163,18 @@ def all_gathered(x: jax.Array, logical: str) -> jax.Array:
     return x if axis is None else jax.lax.all_gather(x, axis, axis=0, tiled=True)
 
 
+def exchanged(x: jax.Array, logical: str, split: int, joined: int) -> jax.Array:
+    """Under `over_mesh`: devices that split a logical axis send each other parts of axis `split` of `x`.
+
+    Each joins those that it gets along axis `joined`.
+    """
+    axis = _splits(logical)
+    if axis is None:
+        return x
+    parts: jax.Array = jax.lax.all_to_all(x, axis, split, joined, tiled=True)  # type: ignore[no-untyped-call]  # untyped
+    return parts
+
+
 def scattered_sum(x: jax.Array, logical: str) -> jax.Array:
     """Under `over_mesh`: sums over the devices that split a logical axis; each keeps its part of the first axis."""
     axis = _splits(logical)

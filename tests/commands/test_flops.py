@@ -12,6 +12,7 @@ from toys import FAMILIES, toy_model, toy_params
 
 from sso_jax.commands.flops import _of_equation, count_flops
 from sso_jax.models.attention import causal_mask
+from sso_jax.models.experts import ExpertsMLP
 from sso_jax.models.grouped_product import grouped_product
 from sso_jax.models.transformer import abstract_params
 from sso_jax.runtime.mesh import make_mesh
@@ -113,3 +114,21 @@ def test_cudnn_attention_counts_half_of_each_square():
     for name, products in (("dot_product_attention_fwd_wrapper", 2), ("dot_product_attention_bwd_wrapper", 5)):
         equation = SimpleNamespace(primitive=SimpleNamespace(name=name), params={}, invars=operands)
         assert _of_equation(equation, 1) == products * (2 * 6 * 3 * 4 * 8)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 8), (1, 2, 2, 2), (2, 4, 1, 1)])
+@pytest.mark.parametrize("length", [1, 12])
+@pytest.mark.parametrize("kernel", ["splash", "plain"])
+def test_of_experts_the_active_ones_count_however_they_are_split(sizes, length, kernel):
+    """The router meets every expert; three of eight experts, of three matrices each, compute a token."""
+    data, fsdp, tensor, expert = sizes
+    mesh, a = make_mesh(data, fsdp, tensor, expert=expert), toy_model(**FAMILIES["qwen3_moe"]).architecture
+    mlp, x = ExpertsMLP(a, kernel), jnp.zeros((16, length, a.embed_dim))
+    params = nn.unbox(mlp.init(jax.random.key(0), x))
+    expected = 2 * 16 * length * a.embed_dim * (8 + 3 * 3 * a.experts.mlp_dim)
+    with jax.set_mesh(mesh):
+        assert count(mlp.apply, params, x, while_trips=[]) == expected
+        gradient = count(
+            jax.grad(lambda params, x: jnp.sum(mlp.apply(params, x)), argnums=(0, 1)), params, x, while_trips=[]
+        )
+    assert gradient == 3 * expected
