@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from flax import linen as nn
 
-from sso_jax.models.architecture import Architecture, LayerKind
+from sso_jax.models.architecture import Architecture, Experts, LayerKind
 from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.runtime.mesh import param_shardings
@@ -38,6 +38,7 @@ FAMILIES = {
     "qwen2_windowed": dict(kinds=(LayerKind(), LayerKind(sliding_window=4)), pattern=(0, 1)),
     "qwen3": dict(model_type="qwen3", qkv_bias=False, qk_norm="head"),
     "mistral": dict(model_type="mistral", qkv_bias=False, kinds=(LayerKind(sliding_window=6),)),
+    "qwen3_moe": dict(model_type="qwen3_moe", qkv_bias=False, qk_norm="head", experts=Experts(8, 3, 16, True)),
     "olmo2": dict(model_type="olmo2", qkv_bias=False, qk_norm="all_heads", norms="after"),
     "olmo3": dict(
         model_type="olmo3",

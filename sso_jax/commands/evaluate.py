@@ -12,12 +12,12 @@ from sso_jax.config import EvaluateConfig
 from sso_jax.data.pair_files import load_pairs
 from sso_jax.data.records import Triple
 from sso_jax.data.rows import Records, RowError, Table, drop_unusable
+from sso_jax.recipes.engine import mesh_of
 from sso_jax.recipes.input_tables import drop_refused_turns, pairs_table
 from sso_jax.recipes.reward_model import accuracy_of, open_reward_scorer, tokenize_pair
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.jax_setup import prepare_jax, require_devices
-from sso_jax.runtime.mesh import make_mesh
 
 DOMAIN_FIELDS = ("subset", "domain", "category", "section", "task", "source", "dataset")
 """Fields that may hold the kind of a pair; the first one present is used."""
@@ -40,7 +40,7 @@ def run(config: EvaluateConfig) -> None:
     found = drop_equal_sides(load_pairs(pairs_table(config)), pairs_table(config))
     prepare_jax(config.run.compilation_cache)
     require_devices()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     scorer = open_reward_scorer(config.model.path, config.model, mesh, config.chat.thinking)
     pairs, refused = drop_refused_turns(scorer.chat, found.records, pairs_table(config))
     rewards = scorer.rewards([tokenize_pair(scorer.chat, pair) for pair in pairs], "rewards")

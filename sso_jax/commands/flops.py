@@ -5,11 +5,18 @@ iterations given by the caller.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 from jax import core
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from sso_jax.models.grouped_product import SCOPE
+from sso_jax.runtime.mesh import num_expert_shards
+
+BLOCK_LOOP = re.compile(SCOPE.format(r"(\d+)", r"(\d+)"))
+"""Scope of a loop over blocks of rows, of which one knows only when it runs how often that is."""
 
 
 def count_flops(program: ClosedJaxpr, while_trips: int | Sequence[int] = 1) -> int:
@@ -24,22 +31,29 @@ def count_flops(program: ClosedJaxpr, while_trips: int | Sequence[int] = 1) -> i
     return _count(program.jaxpr, repeat(while_trips) if isinstance(while_trips, int) else iter(while_trips))
 
 
-def _count(jaxpr: Jaxpr, while_trips: Iterator[int]) -> int:
-    return sum(_of_equation(equation, while_trips) for equation in jaxpr.eqns)
+def _count(jaxpr: Jaxpr, while_trips: Iterator[int], expert_shards: int = 1) -> int:
+    return sum(_of_equation(equation, while_trips, expert_shards) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation, while_trips: Iterator[int]) -> int:
+def _of_equation(equation, while_trips: Iterator[int], expert_shards: int = 1) -> int:
+    """Counts an operation; of the rows for experts, each of `expert_shards` devices has its own share to compute."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
+    if name == "ragged_dot_general":  # rows and the matrix of their group, or the gradient of that matrix
+        return 2 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1] // expert_shards
     if name.startswith("dot_product_attention_"):
         return _of_cudnn(equation, 2 if "fwd" in name else 5)
     if name == "cond":
-        return max(_count(branch.jaxpr, while_trips) for branch in params["branches"])
+        return max(_count(branch.jaxpr, while_trips, expert_shards) for branch in params["branches"])
+    if name == "while" and (blocks := BLOCK_LOOP.search(str(equation.source_info.name_stack))):
+        num_rows, block = map(int, blocks.groups())
+        return num_rows * _count(_open(params["body_jaxpr"]), while_trips) // (block * expert_shards)
     repeats = _repeats(name, params, while_trips)
-    return repeats * sum(
-        _count(_open(value), while_trips) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)
-    )
+    if name == "shard_map":
+        expert_shards = num_expert_shards(params["mesh"])
+    inner = [_open(value) for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
+    return repeats * sum(_count(program, while_trips, expert_shards) for program in inner)
 
 
 def _repeats(name: str, params: dict, while_trips: Iterator[int]) -> int:

@@ -27,7 +27,7 @@ from sso_jax.models.paged_cache import chunk_size, page_size_of
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
-from sso_jax.recipes.engine import build_decoder, make_sampling_mesh
+from sso_jax.recipes.engine import build_decoder, make_sampling_mesh, mesh_of, router_weight
 from sso_jax.recipes.objective import Objective, round_objective
 from sso_jax.recipes.reward_model import as_reward_model
 from sso_jax.recipes.stages.batch_plans import losses_of, trained_cells
@@ -35,7 +35,7 @@ from sso_jax.recipes.stages.scoring import reference_cells
 from sso_jax.recipes.stages.update import abstract_state, build_optimizer, new_parts
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
-from sso_jax.runtime.mesh import bytes_on_device, make_mesh, num_batch_shards, param_shardings, replicated
+from sso_jax.runtime.mesh import bytes_on_device, num_batch_shards, param_shardings, replicated
 from sso_jax.sampling.decode import build_programs, state_shardings, weights_shardings
 from sso_jax.sampling.prefill import DecodeState, Prompts, Weights, empty_state
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -141,7 +141,7 @@ def find_architecture(path: str) -> Architecture:
 
 def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
     """Builds the decoder and meshes of the config for the given devices with `device_bytes` of memory each."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = mesh_of(config.mesh, devices)
     architecture = find_architecture(config.model.path)
     model, shardings = build_decoder(architecture, config.model, config.lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
@@ -177,9 +177,8 @@ def _trace(
     """Traces a program with `args`, parameters first, and counts its operations; while loops count `trips` times."""
     with jax.set_mesh(place.mesh):
         traced = program.trace(*args)
-    return Traced(
-        traced, place.mesh, count_flops(traced.jaxpr, trips), bytes_on_device(plan.params, place.shardings), **sizes
-    )
+    sizes.setdefault("params_bytes", bytes_on_device(plan.params, place.shardings))
+    return Traced(traced, place.mesh, count_flops(traced.jaxpr, trips), **sizes)
 
 
 def needed_bytes(message: str, held_bytes: int) -> int | None:
@@ -237,6 +236,11 @@ def _sampling_inputs(plan: Plan) -> tuple[Weights, DecodeState, tuple]:
     return Weights(params, head), state, (strategy, jax.ShapeDtypeStruct((2,), jnp.int32))
 
 
+def _is_cast(plan: Plan) -> bool:
+    """Returns whether programs other than the update take a copy of the parameters in the compute type."""
+    return plan.model.dtype != plan.model.param_dtype
+
+
 def _trace_sampling(plan: Plan, name: str, inputs: tuple, trips: int) -> Traced:
     """Traces one of `SamplerPrograms`."""
     mesh, (weights, state, settings) = plan.sampling.mesh, _sampling_inputs(plan)
@@ -245,8 +249,9 @@ def _trace_sampling(plan: Plan, name: str, inputs: tuple, trips: int) -> Traced:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     weights = jax.tree.map(on_mesh, weights, weights_shardings(plan.model, mesh))
-    is_copy = plan.sampling is not plan.training or plan.model.dtype != plan.model.param_dtype
+    is_copy = plan.sampling is not plan.training or _is_cast(plan)
     sizes = {
+        "params_bytes": sum(bytes_on_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(weights.params)),
         "cache_bytes": bytes_on_device(state.cache, state_shardings(mesh).cache),
         "beside_bytes": bytes_on_device(plan.params, plan.training.shardings) if is_copy else 0,
     }
@@ -313,8 +318,12 @@ def trace_scoring(plan: Plan) -> Traced:
     num_cells = shape.num_examples * len(cells)
     rows = pack(example_trees([examples[i] for i in first.examples], cells), shape.rows, num_cells, first.bins)
     score = build_score(plan.model, plan.training.mesh, plan.training.shardings)
-    params = jax.eval_shape(score.prepare, plan.params)
-    return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells))
+    params, shardings = jax.eval_shape(score.prepare, plan.params), plan.training.shardings
+    sizes = {
+        "params_bytes": bytes_on_device(params, shardings),
+        "beside_bytes": bytes_on_device(plan.params, shardings) if _is_cast(plan) else 0,
+    }
+    return _trace(plan, plan.training, score.log_probs, (params, _shapes(rows), num_cells), **sizes)
 
 
 def trace_policy_update(plan: Plan) -> Traced:
@@ -333,7 +342,7 @@ def _trace_preferences(plan: Plan, objective: Objective) -> Traced:
     examples = _examples(plan, plan.config.train.batch_size, cells)
     steps = _plan_steps(plan, _trees(examples, cells))
     build = partial(preference_step, cells=cells, weight=1.0 / len(examples))
-    return _trace_update(plan, examples, steps, build, losses_of(plan.model, objective))
+    return _trace_update(plan, examples, steps, build, losses_of(plan.model, objective, plan.config.train))
 
 
 def trace_supervised_update(plan: Plan) -> Traced:
@@ -341,7 +350,8 @@ def trace_supervised_update(plan: Plan) -> Traced:
     trees = [Tree([0] * plan.prompt_tokens, [Branch([0] * plan.response_tokens, 0)])] * plan.config.train.batch_size
     steps = _plan_steps(plan, [[tree] for tree in trees])
     build = partial(supervised_step, weight=token_weight(trees))
-    return _trace_update(plan, trees, steps, build, supervised_losses(plan.model))
+    weight = router_weight(plan.model.architecture, plan.config.train)
+    return _trace_update(plan, trees, steps, build, supervised_losses(plan.model, weight))
 
 
 def trace_reward_update(plan: Plan) -> Traced:
@@ -355,7 +365,8 @@ def trace_reward_update(plan: Plan) -> Traced:
     pairs = [one] * plan.config.train.batch_size
     steps = _plan_steps(plan, [pair_trees([pair]) for pair in pairs])
     build = partial(reward_step, weight=1.0 / len(pairs))
-    return _trace_update(plan, pairs, steps, build, reward_losses(model, 0.0, 0.0, 0.0))
+    losses = reward_losses(model, 0.0, 0.0, 0.0, router_weight(model.architecture, plan.config.train))
+    return _trace_update(plan, pairs, steps, build, losses)
 
 
 def _trace_update(plan: Plan, examples: list, steps: StepPlan, build: Callable, losses: ExampleLosses) -> Traced:

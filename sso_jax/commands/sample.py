@@ -72,6 +72,9 @@ def _check_fields(config: SampleConfig) -> None:
         raise InputError(f"query: {config.query!r} is empty; give a text")
     if config.sampling.policies != 1:
         raise InputError(f"sampling.policies: {config.sampling.policies} is for the rounds of train.py; remove it")
+    for name in ("anchor_rejected", "rejected_path"):
+        if value := getattr(config.sampling, name):
+            raise InputError(f"sampling.{name}: {value!r} is for the rounds of train.py; remove it")
     if config.out is None and config.query is None:
         raise InputError("out: not given; give the file to write")
     if config.out is not None and not Path(config.out).parent.is_dir():

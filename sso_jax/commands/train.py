@@ -17,6 +17,7 @@ from sso_jax.commands.collapse_warnings import collapse_warnings
 from sso_jax.commands.preference_dataset import write_preference_dataset
 from sso_jax.commands.report.page import write_report
 from sso_jax.commands.report.tables import table
+from sso_jax.commands.run_record import check_start, config_hash, open_record, weights_of_round
 from sso_jax.config import Config, ToyConfig, to_dict, to_json_dict, with_value
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights
@@ -24,9 +25,19 @@ from sso_jax.models.peft_adapters import check_adapter
 from sso_jax.models.peft_folder import open_adapter
 from sso_jax.preferences.principle_sources import open_endpoint
 from sso_jax.recipes import RECIPES
-from sso_jax.recipes.engine import build_decoder, build_engine, find_adapter, make_sampling_mesh, with_start_adapter
+from sso_jax.recipes.engine import (
+    Engine,
+    build_decoder,
+    build_engine,
+    find_adapter,
+    make_sampling_mesh,
+    mesh_of,
+    with_start_adapter,
+)
 from sso_jax.recipes.environment import no_judge, toy_environment
 from sso_jax.recipes.generator import GENERATOR_FOLDER
+from sso_jax.recipes.held_out_files import prepare_held_out, read_held_out
+from sso_jax.recipes.rejected_model import build_rejected_engine
 from sso_jax.recipes.reward_model import check_reward_model
 from sso_jax.recipes.run import Params, Round, RoundSummary, Run
 from sso_jax.recipes.stages.evaluation import evaluate
@@ -36,7 +47,6 @@ from sso_jax.runtime.files import write_text
 from sso_jax.runtime.hosts import is_first, join_hosts, report_lost_process, require_same
 from sso_jax.runtime.jax_setup import prepare_jax, require_devices
 from sso_jax.runtime.json_lines import read_json_lines
-from sso_jax.runtime.mesh import make_mesh
 from sso_jax.runtime.run_dir import changed_fields, claim, describe_changes, refuse_changes
 from sso_jax.runtime.signals import NOTHING_WRITTEN, Farewell, say_when_stopped
 from sso_jax.runtime.stage_markers import damaged, file_stage, finish, finished, reopen
@@ -136,23 +146,26 @@ def _harmed_rounds(directory: Path, iterations: int) -> list[int]:
 def _run_rounds(run: Run) -> None:
     """Runs rounds in order; parameters are reloaded only on resume."""
     policy, policy_of = None, None
+    record = open_record(run.directory, config_hash(to_json_dict(run.config), MAY_CHANGE))
     for iteration in range(run.config.run.iterations + 1):
         this = Round(run, iteration)
         if finished(this.folder, "round") is not None:
             continue
         if policy is None or policy_of != iteration - 1:
             policy = start_policy(run, iteration)
-        policy_of = iteration
+        policy_of, start = iteration, check_start(run, iteration, policy)
         if iteration == 0:
             summary = _measure_start(this, policy)
         else:
             policy, summary = RECIPES[run.config.recipe].run_round(this, policy)
         write_preference_dataset(this.folder)
-        summary = dataclasses.replace(summary, warnings=_warnings(this, summary))
+        weights = weights_of_round(this, start, policy)
+        summary = dataclasses.replace(summary, weights=weights, warnings=_warnings(this, summary))
         finish(this.folder, "round", dataclasses.asdict(summary))
         if is_first():
             (run.directory / JOURNALS).rmtree(missing_ok=True)
-        _write_summary(run)
+        record.weights = [{"iteration": row["iteration"], **(row.get("weights") or {})} for row in _write_summary(run)]
+        record.write()
         if is_first():
             write_report(run.directory)
     log.info("done: %s", run.directory / "report.html")
@@ -186,8 +199,8 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     """
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config.endpoint, config.principles.source, config.judging.pairs)
-    source = recipe.read(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    held_out_source, source = read_held_out(config, recipe), recipe.read(config)
+    mesh = mesh_of(config.mesh)
     if config.filter.reward_path is not None:
         check_reward_model(config.filter.reward_path, "filter.reward_path", config.model, mesh)
     if config.model.path == "toy":
@@ -196,17 +209,25 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
         engine = build_engine(_toy_policy(config, directory), config)
         environment = toy_environment(config.toy.descriptions)
         dataset, dropped = recipe.prepare(config, engine, source)
+        held_out = prepare_held_out(config, engine, held_out_source, recipe)
+        other = build_rejected_engine(config, engine)
     else:
         engine, environment = build_engine(source_folder(config), config), no_judge()
         if config.model.reference_path is not None:
             check_weights(fetch(config.model.reference_path, "model.reference_path"), engine.model)
         dataset, dropped = recipe.prepare(config, engine, source)
-        require_same((dataclasses.replace(config, hosts=None), dataset), "fields, queries or pairs")
+        held_out = prepare_held_out(config, engine, held_out_source, recipe)
+        other = build_rejected_engine(config, engine)
+        require_same((dataclasses.replace(config, hosts=None), dataset, held_out), "fields, queries or pairs")
         stack.enter_context(claim(directory, to_json_dict(config)))
-    sampler = dataclasses.replace(engine.sampler, journals=directory / JOURNALS)
-    engine = dataclasses.replace(engine, sampler=sampler)
+    engine = _with_journals(engine, directory)
+    other = None if other is None else _with_journals(other, directory)
     metrics = open_metrics(directory, config.logging, to_dict(config), writes=is_first())
-    return Run(config, directory, engine, environment, dataset, dropped, metrics, endpoint)
+    return Run(config, directory, engine, environment, dataset, dropped, metrics, held_out, other, endpoint)
+
+
+def _with_journals(engine: Engine, directory: Path) -> Engine:
+    return dataclasses.replace(engine, sampler=dataclasses.replace(engine.sampler, journals=directory / JOURNALS))
 
 
 def _check_toy(config: Config, mesh: Mesh) -> None:
@@ -226,7 +247,7 @@ def _toy_policy(config: Config, directory: Path) -> Path:
     curriculum = pretraining.Curriculum(**dataclasses.asdict(config.toy))
 
     def train() -> dict:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = mesh_of(config.mesh)
         log.info("toy world: training a small policy from scratch on demonstrations; this takes a few minutes")
         pretraining.write_policy(config.run.seed, curriculum, mesh, folder, config.checkpoint.every_steps)
         return {}
@@ -235,8 +256,8 @@ def _toy_policy(config: Config, directory: Path) -> Path:
     return folder
 
 
-def _write_summary(run: Run) -> None:
-    """Writes summary.json from the finished rounds, and prints the table of the last one."""
+def _write_summary(run: Run) -> list[dict]:
+    """Writes summary.json from the finished rounds, and prints the table of the last one; returns the rows."""
     rows = []
     for iteration in range(run.config.run.iterations + 1):
         numbers = finished(run.folder(iteration), "round")
@@ -245,3 +266,4 @@ def _write_summary(run: Run) -> None:
     write_text(json.dumps(rows, indent=2), run.directory / "summary.json")
     if is_first():
         print(table(rows[-1]), flush=True)
+    return rows

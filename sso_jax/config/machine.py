@@ -38,12 +38,14 @@ class MeshConfig:
     """Number of shards of weights, optimizer state and batch; -1 uses the remaining devices."""
     tensor: int = 1
     """Number of shards of attention heads, hidden units and vocabulary."""
+    expert: int = 1
+    """Number of shards of a model's experts, among which the batch is split as well."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp", "tensor"):
+        for name in ("data", "fsdp", "tensor", "expert"):
             value = getattr(self, name)
             require(value >= 1 or value == -1, f"mesh.{name}", value, "1 or more, or -1 for the remaining devices")
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.expert)
         require(sizes.count(-1) <= 1, "mesh", sizes, "-1 to one axis at most")
 
 

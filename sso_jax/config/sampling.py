@@ -31,6 +31,15 @@ class SamplingConfig:
     policies: int = 1
     """Number of policies that y+ and y- are sampled from: the present one and those of the latest earlier rounds (TSO's
     model matrix)."""
+    anchor_rejected: bool = False
+    """Sample y- from the policy that the run started from (anchored rejection), so that the contrast does not shrink
+    from round to round; y+ and y_o are as without it."""
+    rejected_path: Optional[str] = None
+    """Control (delta learning): folder, run directory or hub id of another model, such as a smaller one of the same
+    family, that samples y- in place of the policy; it needs the policy's tokenizer."""
+    rejected_context: Literal["negative", "plain"] = "negative"
+    """Prompt from which the model of sampling.rejected_path samples y-: x-, or x, which leaves the contrast to the
+    models."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
@@ -39,6 +48,16 @@ class SamplingConfig:
         require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "1 or more")
         require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "1 or more")
         require(self.policies >= 1, "sampling.policies", self.policies, "1 (the present one) or more")
+        if self.anchor_rejected and self.rejected_path is not None:
+            raise InputError(
+                f"sampling.rejected_path: {self.rejected_path!r} besides sampling.anchor_rejected true; each says what "
+                "y- is sampled from, remove one"
+            )
+        if self.rejected_context != "negative" and self.rejected_path is None:
+            raise InputError(
+                f"sampling.rejected_context: {self.rejected_context!r} is for another model's y-; give "
+                "sampling.rejected_path, or remove it"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ class ObjectiveConfig:
     """Loss on preference pairs."""
 
     base: str = "ipo"
-    """Base loss of the objective: dpo, ipo, cdpo, robust, hinge, simpo, orpo, exo, nca, sppo, apo_zero, apo_down,
-    discopop, aps, clipped in every context; rpo, selm, opo, reward_conditioned, spo on the plain prompt only."""
+    """Base loss of the objective: dpo, dpo_norm, fdpo_forward_kl, fdpo_js, fdpo_alpha, ipo, cdpo, robust, hinge, simpo,
+    orpo, exo, nca, sppo, apo_zero, apo_down, discopop, aps, clipped in every context; rpo, selm, opo,
+    reward_conditioned, spo on the plain prompt only."""
     beta: Optional[float] = None
     """Strength of the base loss; null uses the base's own default."""
     label_smoothing: Optional[float] = None
@@ -25,7 +26,8 @@ class ObjectiveConfig:
     margin: Optional[float] = None
     """Target margin, for base losses that have one."""
     alpha: Optional[float] = None
-    """Weight of the exploration term of base `selm`."""
+    """Weight of the exploration term of base `selm`; base `fdpo_alpha`: order of the divergence, from the reverse KL
+    (near 0) to the forward KL (1)."""
     rho: Optional[float] = None
     """Base `aps`: how far the entropy of a pair's preference is kept below ln 2, in nats."""
     t_min: Optional[float] = None
@@ -44,6 +46,9 @@ class ObjectiveConfig:
     """g, the weight of the self-steering terms in form `online`."""
     weight_alpha: float = 0.66
     """a, the share of the chosen response in W."""
+    token_contrast: float = 0.0
+    """Share s of the contrast of the principles in the weights of the base loss's tokens: 1 - s + s |e_t| / mean |e|
+    with e_t = log pi(y_t|x+) - log pi(y_t|x-), by the reference (this project's extension of RLCSD); 0 is off."""
     use_weight: bool = True
     """Whether W multiplies the steering terms (or the base loss, if there are none)."""
     use_steering: bool = True
@@ -68,6 +73,10 @@ class ObjectiveConfig:
         require(self.tau is None or self.tau > 0, "objective.tau", self.tau, "a number above 0")
         alpha = self.weight_alpha
         require(0 <= alpha <= 1, "objective.weight_alpha", alpha, "a share in [0, 1]")
+        contrast = self.token_contrast
+        require(0 <= contrast <= 1, "objective.token_contrast", contrast, "a share in [0, 1]")
+        order = self.alpha if self.base == "fdpo_alpha" else None
+        require(order is None or 0 < order <= 1, "objective.alpha", order, "a number in (0, 1] for base fdpo_alpha")
         require(self.rho is None or 0 < self.rho < 0.693, "objective.rho", self.rho, "a number of nats in (0, ln 2)")
         for name in ("t_min", "t_max", "clip"):
             value = getattr(self, name)
@@ -84,10 +93,13 @@ class OptimizerConfig:
 
     learning_rate: float = 5e-7
     """Peak learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Schedule after the warm-up: cosine decay to 0, or constant at the peak."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Schedule after the warm-up: cosine or linear decay to 0, constant at the peak, or `wsd` (warm-up, stable, decay):
+    constant, then linear to 0 over the last optimizer.decay_ratio."""
     warmup_ratio: float = 0.1
     """Share of the updates, rounded up, over which the learning rate rises from 0; the first update has rate 0."""
+    decay_ratio: Optional[float] = None
+    """Schedule `wsd`: share of the updates, rounded up, over which the learning rate falls to 0; null means 0.1."""
     b1: float = 0.9
     """Decay of AdamW's first moment."""
     b2: float = 0.95
@@ -102,12 +114,25 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
         require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+        self._check_decay()
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", value, "a decay in [0, 1)")
         require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
+
+    def _check_decay(self) -> None:
+        share = self.decay_ratio
+        if share is None:
+            return
+        if self.schedule != "wsd":
+            raise InputError(
+                f"optimizer.decay_ratio: {share} is not used by schedule {self.schedule!r}; set optimizer.schedule to "
+                "wsd, or remove it"
+            )
+        most = 1 - self.warmup_ratio
+        require(0 < share <= most, "optimizer.decay_ratio", share, f"a share in (0, {most:g}], after the warm-up")
 
 
 @dataclass(frozen=True)
@@ -126,18 +151,42 @@ class TrainConfig:
     long_examples: Literal["drop", "cut"] = "drop"
     """What to do with pairs and demonstrations above train.max_tokens, which are counted: leave them out, or cut their
     responses, which then have no end of turn."""
+    router_loss: Optional[float] = None
+    """Weight of the loss that spreads tokens over a model's experts, 0.001 if null; null for models without experts."""
     shuffle: bool = True
     """Reshuffle the examples in each epoch, by the seed."""
     log_original: bool = True
     """Also compute y_o under the plain prompt, so that metrics.jsonl reports log-probs of chosen, rejected and original
     responses separately."""
+    held_out: Optional[float | str] = None
+    """Pairs that no update sees: a share of a round's pairs, split by query and seed, or a file of pairs, whose queries
+    are then left out of training. Their loss, accuracy and margin are measured every checkpoint.every_steps updates.
+    Null holds out none (recipe `reward`: reward.held_out)."""
+    select: Literal["last", "best"] = "last"
+    """Parameters that a round ends with: those after the last update, or the best of those measured on the held-out
+    pairs."""
+    select_by: Literal["loss", "accuracy"] = "loss"
+    """What is best: the lowest loss or the highest accuracy on the held-out pairs; the earlier one of equals."""
+    patience: Optional[int] = None
+    """Stop a round's updates after so many measurements in a row that are not better than the best; null never
+    does."""
 
     def __post_init__(self) -> None:
+        self._check_held_out()
         require(self.batch_size >= 1, "train.batch_size", self.batch_size, "1 or more")
         require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         require(self.max_tokens >= 2, "train.max_tokens", self.max_tokens, "2 or more")
+        weight = self.router_loss
+        require(weight is None or weight >= 0, "train.router_loss", weight, "0 or more, or null")
         tokens = self.tokens_per_step
         require(tokens is None or tokens >= 1, "train.tokens_per_step", tokens, "1 or more tokens, or null")
+
+    def _check_held_out(self) -> None:
+        share, patience = self.held_out, self.patience
+        if not isinstance(share, str):
+            require(share is None or 0 < share < 1, "train.held_out", share, "a share in (0, 1), a file, or null")
+        require(share != "", "train.held_out", share, "a share in (0, 1), a file, or null")
+        require(patience is None or patience >= 1, "train.patience", patience, "1 or more, or null")
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,18 @@ def fresh_adapters(model: Transformer, mesh: jax.sharding.Mesh, seed: int) -> di
     return jax.jit(draw, out_shardings=shardings)()
 
 
-def merged(flat: dict[str, jax.Array], path: str, layer: int, adapters: Adapters) -> jax.Array:
-    """Returns `W + scale * A B` for a layer of the kernel at `path`, or the parameter itself if it has no adapter."""
+def merged(flat: dict[str, jax.Array], path: str, at: tuple[int, ...], adapters: Adapters) -> jax.Array:
+    """Returns `W + scale * A B` of the kernel at `path`, or the parameter itself if it has no adapter.
+
+    Args:
+      flat: all parameters by path.
+      path: path of the parameter.
+      at: index of the layer, and of the expert if the parameter has experts.
+      adapters: the adapters.
+    """
     stem = path.rsplit("/", 1)[0]
-    weight = flat[path][layer]
+    weight = flat[path][at]
     down, up = (flat.get(f"{stem}/{name}") for name in NAMES)
     if down is None or not path.endswith("/kernel"):
         return weight
-    return weight + adapters.scale * jnp.tensordot(down[layer], up[layer], 1)
+    return weight + adapters.scale * jnp.tensordot(down[at], up[at], 1)

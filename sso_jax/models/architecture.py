@@ -22,6 +22,25 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP: each token is computed by a few of many small MLPs."""
+
+    num_experts: int
+    num_per_token: int
+    mlp_dim: int
+    """Hidden units of an expert."""
+    normalized: bool = False
+    """Whether the weights of a token's experts sum to 1."""
+
+    def __post_init__(self):
+        if not 1 <= self.num_per_token <= self.num_experts:
+            raise InputError(
+                f"num_experts_per_tok {self.num_per_token} is not from 1 to num_experts {self.num_experts}; check the "
+                "model's config.json"
+            )
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder with rotary positions, grouped-query attention and a gated MLP.
 
@@ -56,6 +75,8 @@ class Architecture:
     qkv_bias: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     """Nonlinearity of the MLP's gate."""
+    experts: Experts | None = None
+    """Experts of every layer; None for an MLP of `mlp_dim` units."""
     embedding_factor: float = 1.0
     """Factor of the token embeddings: sqrt(embed_dim) for Gemma."""
     query_scalar: float | None = None

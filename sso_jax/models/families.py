@@ -63,6 +63,22 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         "Qwen3ForCausalLM", dict(qk_norm="head"), dict(head_dim=128, **_QWEN_DEFAULTS), windows="late", bias_field=True
     ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        dict(qk_norm="head"),
+        dict(
+            head_dim=None,
+            use_sliding_window=False,
+            sliding_window=4096,
+            decoder_sparse_step=1,
+            moe_intermediate_size=768,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+        ),
+        fields=("num_experts",),
+        windows="all",
+        bias_field=True,
+    ),
     "olmo2": Family("Olmo2ForCausalLM", dict(qk_norm="all_heads", norms="after"), bias_field=True, padded=True),
     "olmo3": Family(
         "Olmo3ForCausalLM",

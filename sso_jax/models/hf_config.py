@@ -5,7 +5,7 @@ import logging
 import math
 from pathlib import Path
 
-from sso_jax.models.architecture import Architecture
+from sso_jax.models.architecture import Architecture, Experts
 from sso_jax.models.families import FAMILIES, LACKING, TEXT_MODELS, Family
 from sso_jax.models.hf_layer_kinds import read_layer_kinds, to_hf_layer_kinds
 from sso_jax.models.hf_rope import rotated_share
@@ -77,6 +77,7 @@ def read_architecture(folder: str | Path) -> Architecture:
             rotated_features=rotated,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tied_head=config.get("tie_word_embeddings", False),
+            experts=_experts(config, path) if "num_experts" in family.fields else None,
             embedding_factor=math.sqrt(config["hidden_size"]) if family.scaled_embedding else 1.0,
             **{**own, **family.options},
         )
@@ -114,6 +115,28 @@ def _rotated_features(config: dict, family: Family, head_size: int, path: Path) 
     return int(head_size * share)
 
 
+EXPERT_FIELDS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_per_token",
+    "moe_intermediate_size": "mlp_dim",
+    "norm_topk_prob": "normalized",
+}
+"""Fields of config.json for experts, and their names in `Experts`."""
+
+
+def _experts(config: dict, path: Path) -> Experts:
+    """Returns the experts; raises `InputError` for layers without them, which are not supported beside others."""
+    for name, needed in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if (config.get(name) or needed) != needed:
+            raise InputError(
+                f"{path}: {name} {config[name]!r} gives layers without experts, which are not supported; use a model "
+                f"with {needed!r}"
+            )
+    config = {"num_experts": config.get("num_local_experts", 128), **config}  # the name that transformers 5 writes
+    values = {own: config.get(name) for name, own in EXPERT_FIELDS.items()}
+    return Experts(**{**values, "normalized": bool(values["normalized"])})
+
+
 def _is_long(rope: Rope | None) -> bool:
     """Returns whether rotations end at their original context."""
     return rope is not None and isinstance(rope.scaling, LongRope)
@@ -128,6 +151,10 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
 )
 
 
@@ -196,6 +223,8 @@ def to_hf_config(architecture: Architecture, dtype: str, bos_id: int | None, eos
         "torch_dtype": dtype,
         **{name: getattr(a, own) for name, own in OWN_FIELDS.items() if name in family.fields},
     }
+    if a.experts is not None:
+        config |= {name: getattr(a.experts, own) for name, own in EXPERT_FIELDS.items()}
     if a.rotated_features is not None:
         config["partial_rotary_factor"] = a.rotated_features / a.head_size
         config["rope_parameters"]["partial_rotary_factor"] = config["partial_rotary_factor"]

@@ -3,6 +3,7 @@
 The only file that knows these names.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,8 @@ class TensorRule(NamedTuple):
     """Whether Hugging Face has one axis for all of ours."""
     before: tuple[str, ...] = ()
     """Parameters whose rows come before ours in the same tensor."""
+    per_expert: bool = False
+    """Whether our first axis is that of experts, each of which has a tensor; a second `{}` stands for its index."""
 
 
 LAYER, ATTENTION, MLP = "model.layers.{}.", "model.layers.{}.self_attn.", "model.layers.{}.mlp."
@@ -64,12 +67,17 @@ RULES: dict[str, TensorRule] = {
     "layers/mlp/gate/kernel": TensorRule(MLP + "gate_proj.weight", True),
     "layers/mlp/up/kernel": TensorRule(MLP + "up_proj.weight", True),
     "layers/mlp/down/kernel": TensorRule(MLP + "down_proj.weight", True),
+    "layers/mlp/router/kernel": TensorRule(MLP + "gate.weight", True),
 }
 """Rule of each parameter, by path."""
 
 _GEMMA = {"layers/mlp_norm/scale": TensorRule(LAYER + "pre_feedforward_layernorm.weight")}
 _PARTS = [f"layers/attention/{part}/kernel" for part in ("query", "key", "value")]
 FAMILY_RULES: dict[str, dict[str, TensorRule]] = {
+    "qwen3_moe": {
+        f"layers/mlp/{part}/kernel": TensorRule(MLP + "experts.{}." + part + "_proj.weight", True, per_expert=True)
+        for part in ("gate", "up", "down")
+    },
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "phi3": {
@@ -85,7 +93,10 @@ FAMILY_RULES: dict[str, dict[str, TensorRule]] = {
 
 
 class TensorPart(NamedTuple):
-    """Where a parameter of ours (one layer of it) is in a folder: rows of a tensor, from `offset` on."""
+    """Where a parameter of ours (one layer of it) is in a folder: rows of a tensor, from `offset` on.
+
+    With experts, each has such a tensor.
+    """
 
     rule: TensorRule
     shape: tuple[int, ...]
@@ -94,11 +105,22 @@ class TensorPart(NamedTuple):
     """First row of the tensor; other than 0 only if several parameters share it."""
 
     @property
+    def num_tensors(self) -> int:
+        """Number of tensors that a layer's values are in."""
+        return self.shape[0] if self.rule.per_expert else 1
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Our shape of what is in one tensor."""
+        return self.shape[1:] if self.rule.per_expert else self.shape
+
+    @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Shape in Hugging Face's layout."""
+        """Shape of that in Hugging Face's layout."""
+        shape = self.own_shape
         if not self.rule.transposed:
-            return (int(np.prod(self.shape)),) if self.rule.flat else self.shape
-        inputs, outputs = self.shape[: self.rule.num_inputs], self.shape[self.rule.num_inputs :]
+            return (int(np.prod(shape)),) if self.rule.flat else shape
+        inputs, outputs = shape[: self.rule.num_inputs], shape[self.rule.num_inputs :]
         return (int(np.prod(outputs)), int(np.prod(inputs)))
 
     @property
@@ -107,28 +129,37 @@ class TensorPart(NamedTuple):
         return slice(self.offset, self.offset + self.hf_shape[0])
 
     def to_hf(self, value: np.ndarray) -> np.ndarray:
-        """Returns our values in Hugging Face's layout."""
+        """Returns our values of one tensor in Hugging Face's layout."""
         shape = self.hf_shape
         return np.ascontiguousarray(value.reshape(shape[::-1]).T if self.rule.transposed else value.reshape(shape))
 
+    def windows(self, window: tuple[slice, ...]) -> Iterator[tuple[int, tuple[slice, ...]]]:
+        """Yields the number of each tensor that a window of our parameter is in, and the window of what it has."""
+        if not self.rule.per_expert:
+            yield 0, window
+            return
+        first, *others = window
+        for number in range(*first.indices(self.num_tensors)):
+            yield number, tuple(others)
+
     def from_hf(self, tensor, window: tuple[slice, ...]) -> np.ndarray:
-        """Reads only the part `window` of our parameter from Hugging Face's tensor.
+        """Reads only the part `window` of our values from Hugging Face's tensor.
 
         Of axes that are flattened into one, only the first may be sharded: a mesh splits heads, never a single head.
         """
-        cuts = []
+        shape, cuts = self.own_shape, []
         for first, *others in self._groups():
-            start, stop, _ = window[first].indices(self.shape[first])
-            size = int(np.prod([self.shape[axis] for axis in others]))
+            start, stop, _ = window[first].indices(shape[first])
+            size = int(np.prod([shape[axis] for axis in others]))
             cuts.append(slice(start * size, stop * size))
         cuts[0] = slice(self.offset + cuts[0].start, self.offset + cuts[0].stop)
         part = np.asarray(tensor[tuple(cuts)])
         part = part.T if self.rule.transposed else part
-        return part.reshape([len(range(*cut.indices(size))) for cut, size in zip(window, self.shape, strict=True)])
+        return part.reshape([len(range(*cut.indices(size))) for cut, size in zip(window, shape, strict=True)])
 
     def _groups(self) -> list[list[int]]:
         """Returns, for each axis of Hugging Face's tensor, the axes of ours that it flattens."""
-        axes, rule = list(range(len(self.shape))), self.rule
+        axes, rule = list(range(len(self.own_shape))), self.rule
         if rule.transposed:
             return [axes[rule.num_inputs :], axes[: rule.num_inputs]]
         return [axes] if rule.flat else [[axis] for axis in axes]
@@ -154,9 +185,11 @@ def tensor_parts(model_type: str, shapes: dict[str, tuple[int, ...]]) -> dict[st
     }
 
 
-def tensor_names(path: str, part: TensorPart, num_layers: int) -> list[str]:
-    """Returns the names of the tensors of a parameter, one for each layer if it has layers."""
-    return [part.rule.name.format(layer) for layer in range(num_layers)] if is_layered(path) else [part.rule.name]
+def tensor_names(path: str, part: TensorPart, num_layers: int) -> list[list[str]]:
+    """Returns the names of the tensors of a parameter: a list for each layer, or a single list if it has no layers."""
+    if not is_layered(path):
+        return [[part.rule.name]]
+    return [[part.rule.name.format(layer, i) for i in range(part.num_tensors)] for layer in range(num_layers)]
 
 
 class AdaptedModule(NamedTuple):
@@ -190,7 +223,7 @@ class AdaptedModule(NamedTuple):
 def adapted_modules(
     model_type: str, shapes: dict[str, tuple[int, ...]], targets: tuple[str, ...]
 ) -> list[AdaptedModule]:
-    """Returns the modules of which some projections are adapted.
+    """Returns the modules of which some projections are adapted; experts are no modules of their own.
 
     Args:
       model_type: the model's family.
@@ -201,7 +234,7 @@ def adapted_modules(
     parts = tensor_parts(model_type, shapes)
     for path, part in sorted(parts.items(), key=lambda item: item[1].offset):
         stem, _, kind = path.rpartition("/")
-        if is_layered(path) and kind == "kernel":
+        if is_layered(path) and kind == "kernel" and not part.rule.per_expert:
             name = part.rule.name.removesuffix(".weight")
             found.setdefault(name, AdaptedModule(name, {})).parts[stem] = part
     return [module for module in found.values() if module.adapted(targets)]

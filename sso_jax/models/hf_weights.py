@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Collection
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def _expected_tensors(
     expected: dict[str, tuple[int, ...]] = {}
     for path, part in _parts_of(architecture, abstract).items():
         rows, *columns = part.hf_shape
-        for name in tensor_names(path, part, architecture.num_layers):
+        for name in chain.from_iterable(tensor_names(path, part, architecture.num_layers)):
             known = expected.get(name, (0,))[0]
             expected[name] = (max(known, part.offset + rows), *columns)  # the last part has the end of the tensor
     return expected
@@ -121,8 +122,8 @@ def check_weights(folder: str | Path, model: Transformer) -> None:
 def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh):
     """Reads the parameters of `model`, except adapters, from a folder's safetensors.
 
-    Reads tensor by tensor: besides the parameters, the host holds one tensor at a time, and only what its own devices
-    need of it.
+    Reads tensor by tensor: besides the parameters, the host holds one tensor at a time, and the experts of one layer
+    that it is put together from; and only what its own devices need of it.
 
     Raises:
       InputError: if a tensor is missing, unexpected, of another shape or type, or not finite, or a file is truncated;
@@ -149,14 +150,14 @@ def _read_param(
     of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     start, put = _stacking(leaf.shape, leaf.dtype, sharding)
     stacked = start()
-    for layer, name in enumerate(names):
-        tensor = _read_tensor(source, name, part, leaf.dtype, of_layer)
+    for layer, of_experts in enumerate(names):
+        tensor = _read_tensor(source, of_experts, part, leaf.dtype, of_layer)
         stacked = jax.block_until_ready(put(stacked, tensor, layer))  # waits before reading the next
     return stacked
 
 
 def _read_tensor(
-    source: SafetensorsFolder, name: str, part: TensorPart, dtype: jnp.dtype, sharding: NamedSharding
+    source: SafetensorsFolder, names: list[str], part: TensorPart, dtype: jnp.dtype, sharding: NamedSharding
 ) -> jax.Array:
     """Reads one parameter (of a layer) onto the devices; what several devices hold is read once."""
     parts: dict[tuple, np.ndarray] = {}
@@ -165,17 +166,22 @@ def _read_tensor(
     def read(window: tuple[slice, ...]) -> np.ndarray:
         key = tuple((cut.start, cut.stop) for cut in window)
         if key not in parts:
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is named
-                parts[key] = part.from_hf(source.slices[name], window).astype(dtype)
-            if not _is_finite(parts[key]):
-                broken.append(name)
+            parts[key] = np.empty(
+                [len(range(*cut.indices(n))) for cut, n in zip(window, part.shape, strict=True)], dtype
+            )
+            of_tensors = parts[key] if part.rule.per_expert else parts[key][None]
+            for values, (number, own) in zip(of_tensors, part.windows(window), strict=True):
+                with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is named
+                    values[...] = part.from_hf(source.slices[names[number]], own)
+                if not _is_finite(values):
+                    broken.append(names[number])
         return parts[key]
 
     array = jax.make_array_from_callback(part.shape, sharding, read)
     if broken:
         raise InputError(
-            f"{source.folder}: tensor {name} has values that are not finite; the training that wrote it has failed, "
-            "use an earlier checkpoint or fetch the file again"
+            f"{source.folder}: tensor {broken[0]} has values that are not finite; the training that wrote it has "
+            "failed, use an earlier checkpoint or fetch the file again"
         )
     return array
 
@@ -215,12 +221,14 @@ def write_params(
     element_type = jnp.dtype(dtype)
     flat = flatten_dict(params, sep="/")
     parts = _parts_of(architecture, {path: leaf for path, leaf in flat.items() if not is_adapter(path)})
-    pieces: dict[str, list[tuple[str, int]]] = {}  # by tensor: parameters and layers that it is made of, in order
+    pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}  # by tensor: the parameters of its rows, and where
     for path, part in sorted(parts.items(), key=lambda item: item[1].offset):
-        for layer, name in enumerate(tensor_names(path, part, architecture.num_layers)):
-            pieces.setdefault(name, []).append((path, layer))
+        for layer, names in enumerate(tensor_names(path, part, architecture.num_layers)):
+            for expert, name in enumerate(names):
+                at = (layer, expert) if part.rule.per_expert else (layer,)
+                pieces.setdefault(name, []).append((path, at))
     sizes = {
-        name: sum(int(np.prod(parts[path].shape)) for path, _ in own) * element_type.itemsize
+        name: sum(int(np.prod(parts[path].own_shape)) for path, _ in own) * element_type.itemsize
         for name, own in pieces.items()
     }
     shards = _in_shards(sizes, max_shard_bytes)
@@ -230,15 +238,20 @@ def write_params(
         arrays = {}
         for name in shard:
             values = [
-                (path, fetch_global(merged(flat, path, layer, adapters) if is_layered(path) else flat[path]))
-                for path, layer in pieces[name]
+                parts[path].to_hf(fetch_global(_values(flat, path, at, adapters)).astype(element_type))
+                for path, at in pieces[name]
             ]
-            arrays[name] = np.concatenate([parts[path].to_hf(value.astype(element_type)) for path, value in values])
+            arrays[name] = values[0] if len(values) == 1 else np.concatenate(values)
             weight_map[name] = file
         if is_first():
             save_file(arrays, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(json.dumps(index, indent=2), folder / INDEX_FILE)
+
+
+def _values(flat: dict, path: str, at: tuple[int, ...], adapters: Adapters) -> jax.Array:
+    """Returns a layer (or an expert) of a parameter with its adapters merged, or the whole parameter if it has none."""
+    return merged(flat, path, at, adapters) if is_layered(path) else flat[path]
 
 
 def _in_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:

@@ -55,6 +55,16 @@ def _shapes_of(params: dict) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items() if not is_adapter(path)}
 
 
+def check_writable(model: Transformer) -> None:
+    """Raises `InputError` for adapters of experts, which are no modules that PEFT could adapt."""
+    adapted = sorted({"gate", "up", "down"}.intersection(model.adapters.targets))
+    if model.architecture.experts is not None and adapted:
+        raise InputError(
+            f"lora.targets: adapters of {adapted[0]} belong to experts, which PEFT's format has no place for; set "
+            "lora.export to merged, or give targets of attention alone"
+        )
+
+
 def write_adapter(params, architecture: Architecture, adapters: Adapters, folder: Path, base: BaseModel) -> None:
     """Writes the adapters among the parameters in PEFT's format, in float32, atomically.
 

@@ -176,7 +176,7 @@ def _targets(tensors: Tensors, split: frozenset[str], rank: int, path: Path) -> 
     for name in tensors.names():
         module, _, kind = name.partition(".lora_")
         short_name = module.rsplit(".", 1)[-1]
-        targets = targets_of_module(short_name)
+        targets = [target for target in targets_of_module(short_name) if target in ORDER]
         if not targets or not kind:
             raise InputError(
                 f"{path}: tensor {name} is of no adapter of attention's or an MLP's projections, which alone get "

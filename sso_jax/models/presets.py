@@ -3,7 +3,7 @@
 Sizes are those of the models' published config.json. Only the dry run uses them; a run reads the folder's config.json.
 """
 
-from sso_jax.models.architecture import Architecture, LayerKind
+from sso_jax.models.architecture import Architecture, Experts, LayerKind
 from sso_jax.models.families import FAMILIES
 from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 
@@ -96,6 +96,20 @@ _OLMO_3_7B = Architecture(
     kind_of_layer=_every(4, 32),
     **FAMILIES["olmo3"].options,
 )
+_QWEN_3_30B_A3B = Architecture(
+    model_type="qwen3_moe",
+    vocab_size=151936,
+    embed_dim=2048,
+    mlp_dim=6144,
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    head_size=128,
+    max_positions=40960,
+    kinds=_turned(1e6),
+    experts=Experts(num_experts=128, num_per_token=8, mlp_dim=768, normalized=True),
+    **FAMILIES["qwen3_moe"].options,
+)
 
 PRESETS: dict[str, Architecture] = {
     "meta-llama/Meta-Llama-3-8B": Architecture(**_LLAMA_3_8B, max_positions=8192, kinds=_turned(5e5)),
@@ -113,6 +127,7 @@ PRESETS: dict[str, Architecture] = {
     "Qwen/Qwen2.5-7B-Instruct": Architecture(**_QWEN_2_7B),
     "Qwen/Qwen2.5-1.5B-Instruct": Architecture(**_QWEN_2_1_5B, tied_head=True),
     "Qwen/Qwen2.5-0.5B-Instruct": Architecture(**_QWEN_2_0_5B, tied_head=True),
+    "Qwen/Qwen3-30B-A3B": _QWEN_3_30B_A3B,
     "google/gemma-3-1b-it": _GEMMA_3_1B,
     "google/gemma-3-27b-it": _GEMMA_3_27B,
     "allenai/Olmo-3-7B-Instruct": _OLMO_3_7B,

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, AttentionInputs, Cache, Pages, causal_mask, layer_view
+from sso_jax.models.experts import ROUTER, ExpertsMLP
 from sso_jax.models.kernels import BY_SEQUENCE
 from sso_jax.models.layers import Adapters, GatedMLP, RMSNorm, at_tokens, projection_options
 from sso_jax.models.remat_policy import save_for_backward, save_marked
@@ -40,7 +41,11 @@ class Layer(nn.Module):
         attention = Attention(self.architecture, **options, attend=self.attend, name="attention")
         attended, cache = attention(self._before("attention", x), inputs, cache, layer)
         x = save_for_backward(x + self._after("attention", attended))
-        out = GatedMLP(self.architecture, **options, name="mlp")(self._before("mlp", x))
+        if self.architecture.experts is None:
+            mlp: nn.Module = GatedMLP(self.architecture, **options, name="mlp")
+        else:
+            mlp = ExpertsMLP(self.architecture, self.attend, **options, name="mlp")
+        out = mlp(self._before("mlp", x))
         return (x + self._after("mlp", out), cache), None
 
     def _before(self, part: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -96,7 +101,7 @@ class Transformer(nn.Module):
     def _scan(self) -> type[nn.Module]:
         return nn.scan(
             nn.remat(Layer, prevent_cse=False, policy=None if self.remat else save_marked),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ROUTER: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.architecture.num_layers,

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -19,11 +19,26 @@ _LABEL = re.compile(r"\s*\**(?:[A-Z][a-z]+(?:(?:,| and) [A-Za-z]+)*\s+)?(?:[Rr]e
 """Matches `Helpful response:`, `Helpful and accurate answer:` and the like, in bold or not."""
 
 
+OTHER = -1
+
+
 class SampleKey(NamedTuple):
     """What the random keys of a round's samples are derived from, besides the query and the response."""
 
     seed: int
     iteration: int
+
+
+class RejectedSource(NamedTuple):
+    """Another policy, which all y- are sampled from in place of the present one."""
+
+    name: str
+    """What the triples' extra key `rejected_by` says."""
+    sampler: Sampler
+    load: Callable[[], Any]
+    """Returns its parameters."""
+    context: str = "negative"
+    """Context of the prompt that it answers."""
 
 
 class _Draw(NamedTuple):
@@ -33,7 +48,7 @@ class _Draw(NamedTuple):
     response: str
     request: Request
     back: int
-    """Age in rounds of the policy that is sampled; 0 is the present one."""
+    """Age in rounds of the policy that is sampled; 0 is the present one, OTHER a `RejectedSource`."""
 
 
 class SampledTriples(NamedTuple):
@@ -51,6 +66,7 @@ def sample_triples(
     prompts: dict[str, Prompts],
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
+    rejected: RejectedSource | None = None,
 ) -> SampledTriples:
     """Samples y+ from x+, y- from x- and y_o from x for every query.
 
@@ -64,34 +80,48 @@ def sample_triples(
       prompts: prompts by query id and context.
       key: seed and iteration, from which the random keys derive.
       wanted: the responses to sample, of `chosen` (y+), `rejected` (y-) and `original` (y_o).
+      rejected: what y- is sampled from instead; the triple's extra key `rejected_by` has its name.
     """
     present, *earlier = policies
-    draws = [
-        _Draw(
-            query.id,
-            response,
-            Request(prompts[query.id][CONTEXT_OF[response]], row_key(*key, query.id, response)),
-            rounds_back(f"{key.seed}/{key.iteration}/{query.id}/{response}", response, len(earlier)),
-        )
-        for query in queries
-        for response in wanted
-    ]
+
+    def draw(query_id: str, response: str) -> _Draw:
+        other = rejected if response == "rejected" else None
+        context = CONTEXT_OF[response] if other is None else other.context
+        request = Request(prompts[query_id][context], row_key(*key, query_id, response))
+        seed = f"{key.seed}/{key.iteration}/{query_id}/{response}"
+        return _Draw(query_id, response, request, rounds_back(seed, response, len(earlier)) if other is None else OTHER)
+
+    draws = [draw(query.id, response) for query in queries for response in wanted]
     sampled: dict[str, dict[str, list[int]]] = {query.id: {} for query in queries}
-    backs: dict[str, dict[str, int]] = {query.id: {} for query in queries}
     stages: list[Samples] = []
     roles: list[list[str]] = []
     for back in sorted({draw.back for draw in draws}):
         own = [draw for draw in draws if draw.back == back]
-        policy = present if back == 0 else earlier[back - 1]()
-        stage = f"iteration {key.iteration}: responses" + (f" by the policy {back} rounds back" if back else "")
-        stages.append(sampler.sample(policy, [draw.request for draw in own], stage))
+        stage, requests = f"iteration {key.iteration}: responses", [draw.request for draw in own]
+        if back == OTHER and rejected is not None:
+            stages.append(rejected.sampler.sample(rejected.load(), requests, f"{stage} by {rejected.name}"))
+        else:
+            policy = present if back == 0 else earlier[back - 1]()
+            stages.append(
+                sampler.sample(policy, requests, stage + (f" by the policy {back} rounds back" if back else ""))
+            )
         roles.append([draw.response for draw in own])
-        for draw, ids in zip(own, stages[-1].responses, strict=True):
-            sampled[draw.query_id][draw.response] = ids
-            backs[draw.query_id][draw.response] = back
-    extra = {query.id: {"policies": {r: backs[query.id][r] for r in wanted}} if earlier else {} for query in queries}
-    triples = [_triple(query, sampled[query.id], wanted, tokenizer, extra[query.id]) for query in queries]
+        for one, ids in zip(own, stages[-1].responses, strict=True):
+            sampled[one.query_id][one.response] = ids
+    extra = _extra(draws, bool(earlier), rejected)
+    triples = [_triple(query, sampled[query.id], wanted, tokenizer, extra.get(query.id, {})) for query in queries]
     return SampledTriples(triples, role_numbers(stages, roles))
+
+
+def _extra(draws: list[_Draw], several: bool, rejected: RejectedSource | None) -> dict[str, dict[str, Any]]:
+    """Returns what the triples say about the policies of their responses, by query id."""
+    extra: dict[str, dict[str, Any]] = {draw.query_id: {} for draw in draws}
+    for draw in draws:
+        if draw.back == OTHER and rejected is not None:
+            extra[draw.query_id]["rejected_by"] = rejected.name
+        elif several:
+            extra[draw.query_id].setdefault("policies", {})[draw.response] = draw.back
+    return extra
 
 
 def _triple(

@@ -36,6 +36,12 @@ def refuse_fields(recipe: str, unused: dict[str, Any]) -> None:
             raise InputError(f"{name}: {value!r} is not used by recipe {recipe!r}; remove it")
 
 
+def sampling_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields of what y- is sampled from, by dotted name, for recipes that do not sample pairs."""
+    names = ("anchor_rejected", "rejected_path")
+    return {f"sampling.{name}": getattr(config.sampling, name) for name in names}
+
+
 def refuse_judge_order(config: Config) -> None:
     """Raises `InputError` if pairs that the toy policy did not sample are to be ordered by the judge."""
     if config.pairs.control == "judge_order":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sso_jax.config import Config, LoraConfig, ModelConfig, SampleConfig, SamplingConfig
+from sso_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, SampleConfig, SamplingConfig, TrainConfig
 from sso_jax.data.chat import Chat, make_chat, stop_ids
 from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.models.adapters import fresh_adapters
@@ -20,7 +20,7 @@ from sso_jax.models.hf_weights import check_weights, read_params
 from sso_jax.models.kernels import default_kernel
 from sso_jax.models.known_tokens import KnownTokens
 from sso_jax.models.layers import Adapters
-from sso_jax.models.peft_adapters import ADAPTER_FOLDER, check_adapter, read_adapter
+from sso_jax.models.peft_adapters import ADAPTER_FOLDER, check_adapter, check_writable, read_adapter
 from sso_jax.models.peft_folder import open_adapter
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes.vocabulary import known_tokens
@@ -65,13 +65,33 @@ class Engine:
         return nn.unbox(abstract_params(self.model))
 
 
+def mesh_of(config: MeshConfig, devices: list | None = None, section: str = "mesh") -> jax.sharding.Mesh:
+    """Builds the device mesh that a config section describes, on all devices if none are given."""
+    return make_mesh(config.data, config.fsdp, config.tensor, devices, section, config.expert)
+
+
+ROUTER_LOSS = 0.001
+"""Weight of the router's loss where the config has none, as in transformers."""
+
+
+def router_weight(architecture: Architecture, train: TrainConfig) -> float:
+    """Returns the weight of the router's loss; raises `InputError` if one is given for a model without experts."""
+    given = train.router_loss
+    if architecture.experts is None:
+        if given is not None:
+            raise InputError(f"train.router_loss: {given} for a model without experts; leave it out")
+        return 0.0
+    return ROUTER_LOSS if given is None else given
+
+
 def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture, section: str = "mesh") -> None:
     """Raises `InputError` if the mesh does not divide the model's matrices evenly."""
     a = architecture
     sizes = {
         "heads": ("num_attention_heads", a.num_heads),
         "kv_heads": ("num_key_value_heads", a.num_kv_heads),
-        "mlp": ("intermediate_size", a.mlp_dim),
+        "mlp": ("intermediate_size", a.mlp_dim) if a.experts is None else ("moe_intermediate_size", a.experts.mlp_dim),
+        "experts": ("num_experts", 1 if a.experts is None else a.experts.num_experts),
         "vocab": ("vocab_size", a.vocab_size),
         "embed": ("hidden_size", a.embed_dim),
     }
@@ -90,7 +110,7 @@ def make_sampling_mesh(
     own = sampling.mesh
     if own is None:
         return None
-    mesh = make_mesh(own.data, own.fsdp, own.tensor, devices, "sampling.mesh")
+    mesh = mesh_of(own, devices, "sampling.mesh")
     _check_mesh(mesh, architecture, "sampling.mesh")
     return mesh
 
@@ -130,11 +150,14 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
       InputError: if the folder is incomplete, or its files are inconsistent.
     """
     architecture = read_architecture(folder)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    router_weight(architecture, config.train)
+    mesh = mesh_of(config.mesh)
     lora = config.lora if isinstance(config, Config) else LoraConfig()
     model, shardings = build_decoder(architecture, config.model, lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     check_weights(folder, model)
+    if lora.rank and lora.export != "merged":
+        check_writable(model)
     if lora.start_from is not None:
         check_adapter(open_adapter(find_adapter(lora.start_from)), model)
     tokenizer = load_tokenizer(folder)

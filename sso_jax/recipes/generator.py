@@ -9,7 +9,7 @@ import dataclasses
 import logging
 
 from sso_jax.config import Config
-from sso_jax.data.records import Prompts, SteeredQuery
+from sso_jax.data.records import Cell, Prompts, SteeredQuery
 from sso_jax.recipes.checks import refuse_given_pairs, refuse_missing_scores
 from sso_jax.recipes.objective import LOSS_SETTINGS, Objective, build_objective
 from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
@@ -39,9 +39,10 @@ def objectives(config: Config) -> tuple[Objective, Objective]:
     given = config.objective
     if given.form != "generator":
         log.warning("recipe 'generator' does not use objective.form %r: it trains a generator on L+ + L-", given.form)
-    shared = {field: getattr(given, field) for field in ("base", "degree_removal", *LOSS_SETTINGS)}
+    shared = {field: getattr(given, field) for field in ("base", "degree_removal", "token_contrast", *LOSS_SETTINGS)}
     of_policy = type(given)(form="pairwise", sft_weight=0.0, **shared)
-    return build_objective(dataclasses.replace(given, form="generator")), build_objective(of_policy)
+    of_generator = dataclasses.replace(given, form="generator", token_contrast=0.0)
+    return build_objective(of_generator), build_objective(of_policy)
 
 
 def generator_config(config: Config) -> Config:
@@ -112,4 +113,9 @@ def _seconds(generator_round: Round) -> dict[str, float]:
     return {f"generator_{stage}": finished(generator_round.folder, stage)["seconds"] for stage in stages}
 
 
-RECIPE = Recipe(read, prepare_queries, run_round)
+def held_out_cells(config: Config) -> list[Cell]:
+    """Returns the log-probs that held-out pairs need: those of the generator's objective and of the policy's."""
+    return list(dict.fromkeys(cell for objective in objectives(config) for cell in objective.cells))
+
+
+RECIPE = Recipe(read, prepare_queries, run_round, held_out_cells)

@@ -11,10 +11,16 @@ from sso_jax.data.records import Triple
 from sso_jax.data.rows import Records
 from sso_jax.preferences.filters import FILTER_CELLS
 from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples
-from sso_jax.recipes.checks import refuse_fields, refuse_judge_order, refuse_open_thoughts, refuse_unknown_tokens
+from sso_jax.recipes.checks import (
+    refuse_fields,
+    refuse_judge_order,
+    refuse_open_thoughts,
+    refuse_unknown_tokens,
+    sampling_fields,
+)
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.input_tables import drop_refused_turns, pairs_table
-from sso_jax.recipes.objective import build_objective, with_original
+from sso_jax.recipes.objective import build_objective, needed_cells, with_original
 from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.evaluation import evaluate, judge_by_endpoint
 from sso_jax.recipes.stages.policies import export
@@ -32,14 +38,14 @@ def read(config: Config) -> Records[Triple]:
       InputError: if pairs lack something; names their ids.
     """
     unused = {"queries.path": config.queries.path, "demonstrations.path": config.demonstrations.path}
-    refuse_fields("offline", unused)
+    refuse_fields("offline", {**unused, **sampling_fields(config)})
     path, objective = config.pairs.path, build_objective(config.objective)
     if path is None:
         raise InputError("pairs.path: not given; recipe 'offline' needs a file or data set of pairs")
     refuse_judge_order(config)
     table = pairs_table(config)
     needed_by = f"objective.form {config.objective.form!r} with base {config.objective.base!r}"
-    found = complete_pairs(load_pairs(table), objective.cells, table, needed_by)
+    found = complete_pairs(load_pairs(table), needed_cells(config.objective), table, needed_by)
     if config.filter.enabled:
         found = complete_pairs(found, FILTER_CELLS, table, "filter.enabled")
     pairs = found.records
@@ -88,4 +94,4 @@ def run_round(this: Round[list[Triple]], policy: Params) -> tuple[Params, RoundS
     return policy, summarize(num_queries, chosen, training, exported, evaluation, judged)
 
 
-RECIPE = Recipe(read, prepare, run_round)
+RECIPE = Recipe(read, prepare, run_round, lambda config: build_objective(config.objective).cells)

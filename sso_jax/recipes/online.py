@@ -47,4 +47,4 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
     )
 
 
-RECIPE = Recipe(read, prepare_queries, run_round)
+RECIPE = Recipe(read, prepare_queries, run_round, lambda config: build_objective(config.objective).cells)

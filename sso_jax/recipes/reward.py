@@ -1,11 +1,14 @@
 """Recipe `reward`: trains a Bradley-Terry reward model on the policy's decoder, from given or sampled pairs."""
 
 import dataclasses
-import hashlib
+import logging
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
+
+import jax
+import numpy as np
 
 from sso_jax.config import Config, RewardConfig
 from sso_jax.data.pair_files import load_pairs
@@ -14,21 +17,24 @@ from sso_jax.data.rows import Records
 from sso_jax.models.export import REWARD_FOLDER, export_reward_model
 from sso_jax.preferences.filters import with_rewards
 from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples
+from sso_jax.preferences.splits import without_queries
 from sso_jax.recipes.checks import (
     check_sampling,
     refuse_fields,
     refuse_judge_order,
     refuse_open_thoughts,
     refuse_unknown_tokens,
+    sampling_fields,
     warn_unused_objective,
 )
-from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.engine import Engine, router_weight
 from sso_jax.recipes.environment import order_accuracy
 from sso_jax.recipes.input_tables import annotated_table, drop_refused_turns, pairs_table
 from sso_jax.recipes.reward_model import RewardScorer, accuracy_of, reward_engine, reward_params, tokenize_pair
 from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.batch_plans import plan_rewards
 from sso_jax.recipes.stages.evaluation import judge_by_endpoint
+from sso_jax.recipes.stages.held_out import Measure, split_round
 from sso_jax.recipes.stages.prompts import render_prompts
 from sso_jax.recipes.stages.sampling import (
     PrinciplesResult,
@@ -54,12 +60,14 @@ from sso_jax.recipes.vocabulary import with_known_padding
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.json_lines import write_records
 from sso_jax.runtime.stage_markers import file_stage, record_stage
-from sso_jax.training.rewards import TokenizedPair, build_reward_fn, reward_losses
+from sso_jax.training.losses import Pair
+from sso_jax.training.rewards import TokenizedPair, bradley_terry_loss, build_reward_fn, reward_losses
 
 PLAIN_PAIR = [Cell("plain", "chosen"), Cell("plain", "rejected")]
 """Cells of the plain pair."""
+log = logging.getLogger(__name__)
 HELD_OUT_FILE = "held_out.jsonl"
-Pair = TypeVar("Pair")
+Mixed = TypeVar("Mixed")
 TokenizedPairs = dict[str, TokenizedPair]
 """Pairs as token ids, by id."""
 
@@ -113,7 +121,7 @@ def read(config: Config) -> RewardData:
         check_sampling(config)
         return RewardData(None, read_queries(config), mixed.records, mixed.dropped)
     unused = {"queries.path": config.queries.path, "filter.enabled": config.filter.enabled}
-    refuse_fields("reward with pairs.path", unused)
+    refuse_fields("reward with pairs.path", {**unused, **sampling_fields(config)})
     refuse_judge_order(config)
     given = load_pairs(pairs_table(config))
     return RewardData(given.records, None, mixed.records, given.dropped + mixed.dropped)
@@ -141,13 +149,12 @@ def run_round(this: Round[RewardData], policy: Params) -> tuple[Params, RoundSum
     run, data = this.run, this.run.dataset
     own = _sampled_pairs(this, policy) if data.pairs is None else _given_pairs(this)
     require_pairs(own.result, len(data.pairs or data.queries.rounds[0]), this.folder / "pairs.jsonl")
-    train_pairs, held_out = split_pairs(own.result.pairs, run.config.reward.held_out)
-    annotated = [tokenize_pair(run.engine.chat, pair) for pair in data.annotated]
+    train_pairs, held_out, held_out_tokens = _hold_out(this, own)
+    annotated = [tokenize_pair(run.engine.chat, pair) for pair in without_queries(data.annotated, held_out)]
     mixed = mix([own.tokens[pair.id] for pair in train_pairs], annotated, run.config.reward, this.seed)
 
     engine = reward_engine(run.engine)
     reward = reward_params(policy, engine)
-    held_out_tokens = [own.tokens[pair.id] for pair in held_out]
     reward, training = _train(this, engine, reward, mixed, held_out_tokens)
     exported = _export(this, engine, reward)
     measured = _measure_held_out(this, engine, reward, held_out, held_out_tokens)
@@ -184,27 +191,7 @@ def _sampled_pairs(this: Round[RewardData], policy: Params) -> _OwnPairs:
     return _OwnPairs(chosen, tokens, len(queries), judged, steered, sampled)
 
 
-def split_pairs(pairs: list[Triple], held_out: float) -> tuple[list[Triple], list[Triple]]:
-    """Splits pairs into (training pairs, held-out pairs) by the hash of the query, so that no query is on both sides.
-
-    Raises:
-      InputError: if no pair is left for training.
-    """
-
-    def is_held_out(pair: Triple) -> bool:
-        text = f"{pair.query}\0{pair.history}".encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64 < held_out
-
-    sides = [is_held_out(pair) for pair in pairs]
-    train = [pair for pair, out in zip(pairs, sides, strict=True) if not out]
-    if not train:
-        raise InputError(
-            f"reward.held_out: {held_out} of {len(pairs)} pairs leaves none for training; lower it, or give more pairs"
-        )
-    return train, [pair for pair, out in zip(pairs, sides, strict=True) if out]
-
-
-def mix(own: list[Pair], annotated: list[Pair], config: RewardConfig, seed: str) -> list[Pair]:
+def mix(own: list[Mixed], annotated: list[Mixed], config: RewardConfig, seed: str) -> list[Mixed]:
     """Mixes own and annotated pairs, so that the annotated ones have their share; drops the rest at random by the seed.
 
     Raises:
@@ -226,6 +213,27 @@ def mix(own: list[Pair], annotated: list[Pair], config: RewardConfig, seed: str)
     return draw.sample(own, num_own) + draw.sample(annotated, num_annotated)
 
 
+def _hold_out(this: Round, own: _OwnPairs) -> tuple[list[Triple], list[Triple], list[TokenizedPair]]:
+    """Returns the pairs to train on, and those held out with their token ids: a share of the round's, or a file's.
+
+    Raises:
+      InputError: if one of the sides has no pair.
+    """
+    trained, held_out = split_round(this, own.result.pairs)
+    if this.run.held_out is None:
+        return trained, held_out, [own.tokens[pair.id] for pair in held_out]
+    chat, limit = this.run.engine.chat, this.run.engine.max_tokens
+    tokens = {pair.id: tokenize_pair(chat, pair) for pair in held_out}
+    fitting = [pair for pair in held_out if tokens[pair.id].longest() <= limit]
+    if not fitting:
+        raise InputError(
+            f"train.held_out: none of the {len(held_out)} pairs has at most {limit} tokens; raise train.max_tokens"
+        )
+    if len(fitting) < len(held_out):
+        log.warning("train.held_out: %d pairs have more than %d tokens", len(held_out) - len(fitting), limit)
+    return trained, fitting, [tokens[pair.id] for pair in fitting]
+
+
 def _scorer(this: Round, engine: Engine, reward: Params) -> RewardScorer:
     reward_fn = build_reward_fn(engine.model, engine.mesh, engine.shardings)
     return RewardScorer(engine.model, reward, this.run.engine.chat, reward_fn, engine.mesh, engine.known_tokens)
@@ -234,19 +242,26 @@ def _scorer(this: Round, engine: Engine, reward: Params) -> RewardScorer:
 def _train(
     this: Round, engine: Engine, reward: Params, pairs: list[TokenizedPair], held_out: list[TokenizedPair]
 ) -> tuple[Params, TrainingResult]:
-    """Trains the reward model; the metrics of every checkpointed update include the accuracy on held-out pairs."""
+    """Trains the reward model; the metrics of every checkpointed update include the numbers on held-out pairs."""
     rules = this.run.config.reward
-    losses = reward_losses(engine.model, rules.label_smoothing, rules.margin, rules.center_coefficient)
+    settings = {name: getattr(rules, name) for name in ("label_smoothing", "margin", "center_coefficient")}
+    weight = router_weight(engine.model.architecture, this.run.config.train)
+    losses = reward_losses(engine.model, **settings, router_weight=weight)
     scorer = _scorer(this, engine, {})
 
-    def held_out_accuracy(params: Params) -> dict:
-        if not held_out:
-            return {}
+    def numbers(params: Params) -> dict[str, float]:
         # The updates before it are not saved yet, so a stop waits.
         rewards = replace(scorer, params=params).rewards(held_out, "held-out pairs", may_stop=False)
-        return {"held_out_accuracy": accuracy_of(rewards)}
+        chosen, rejected = (np.array(side, np.float32) for side in zip(*rewards, strict=True))
+        loss = jax.device_get(bradley_terry_loss(Pair(chosen, rejected), **settings))
+        return {
+            "held_out_loss": float(np.mean(loss, dtype=np.float64)),
+            "held_out_accuracy": accuracy_of(rewards),
+            "held_out_margin": float(np.mean(chosen - rejected, dtype=np.float64)),
+        }
 
-    return train(this, losses, plan_rewards(this, pairs), reward, engine=engine, eval_fn=held_out_accuracy)
+    measure = Measure(numbers, len(held_out)) if held_out else None
+    return train(this, losses, plan_rewards(this, pairs), reward, engine=engine, measure=measure)
 
 
 def _export(this: Round, engine: Engine, reward: Params) -> float:
@@ -297,6 +312,7 @@ def _summarize(
         padding=padding_of(own.result, training),
         num_cut=own.result.num_cut,
         sampling=role_numbers(own.steered, own.sampled),
+        held_out=training.held_out,
         reward={"num_trained": num_trained, **held_out},
         seconds={**seconds, "export": export_seconds, "held_out": measured["seconds"]},
         tokens_per_second={
@@ -306,4 +322,4 @@ def _summarize(
     )
 
 
-RECIPE = Recipe(read, prepare, run_round)
+RECIPE = Recipe(read, prepare, run_round, lambda config: PLAIN_PAIR)

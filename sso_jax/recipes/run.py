@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sso_jax.config import Config
+from sso_jax.data.records import Cell, Triple
 from sso_jax.preferences.endpoint import Endpoint
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.environment import Environment
@@ -34,6 +35,10 @@ class Run(Generic[Dataset]):
     dropped: Counter
     """Number of data dropped before the first round, by reason."""
     metrics: MetricsLog
+    held_out: list[Triple] | None = None
+    """Pairs of the file of `train.held_out`, which no update sees; None if it names no file."""
+    rejected_engine: Engine | None = None
+    """The model of `sampling.rejected_path`, if the config has one."""
     endpoint: Endpoint | None = None
     """Server that writes principles or judges pairs, if the config has one."""
     programs: dict[str, Callable] = field(default_factory=dict)
@@ -109,7 +114,12 @@ class RoundSummary:
     unparsed: int | None = None
     unanswered: dict[str, int] | None = None
     endpoint_judge: dict[str, Any] | None = None
+    held_out: dict[str, float] | None = None
+    """Numbers on the pairs that no update sees, of the parameters that the round ended with: see `TrainingResult`."""
     reward: dict[str, Any] | None = None
+    weights: dict[str, str | None] | None = None
+    """Fingerprints of the weights at the `start`, of the `generator`, of those that the responses were `sampled_with`
+    and, if others, the rejected ones (`rejected_with`), and of the `trained` ones."""
     warnings: list[str] | None = None
     seconds: dict[str, float] | None = None
     tokens_per_second: dict[str, float | None] | None = None
@@ -125,3 +135,5 @@ class Recipe(Generic[Source, Dataset]):
     """Returns the part of the data that the engine can use, and the number of data dropped by reason."""
     run_round: Callable[[Round[Dataset], Params], tuple[Params, RoundSummary]]
     """(round, policy at its start) -> policy at its end, and the round's row of summary.json."""
+    held_out_cells: Callable[[Config], list[Cell]] | None = None
+    """Log-probs that held-out pairs from a file must have; None if the recipe has no pairs."""

@@ -8,8 +8,8 @@ from sso_jax.data.chat import end_of_turn
 from sso_jax.data.demonstrations import demonstration_ids, load_demonstrations
 from sso_jax.data.records import Demonstration
 from sso_jax.data.rows import Records
-from sso_jax.recipes.checks import refuse_fields, refuse_open_thoughts, warn_unused_objective
-from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.checks import refuse_fields, refuse_open_thoughts, sampling_fields, warn_unused_objective
+from sso_jax.recipes.engine import Engine, router_weight
 from sso_jax.recipes.input_tables import demonstrations_table, drop_refused_turns
 from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.batch_plans import plan_demonstrations
@@ -33,7 +33,7 @@ def read(config: Config) -> Records[Demonstration]:
         "filter.min_score_gap": config.filter.min_score_gap,
         "model.reference_path": config.model.reference_path,
     }
-    refuse_fields("sft", unused)
+    refuse_fields("sft", {**unused, **sampling_fields(config)})
     warn_unused_objective(config.objective)
     if config.demonstrations.path is None:
         raise InputError(
@@ -75,7 +75,8 @@ def prepare(config: Config, engine: Engine, found: Records[Demonstration]) -> tu
 def run_round(this: Round[list[Tree]], policy: Params) -> tuple[Params, RoundSummary]:
     """demonstrations -> update -> policy; each round trains on the same demonstrations."""
     trees, end = this.run.dataset, end_of_turn(this.run.engine.chat.tokenizer)
-    losses = supervised_losses(this.run.engine.model)
+    weight = router_weight(this.run.engine.model.architecture, this.run.config.train)
+    losses = supervised_losses(this.run.engine.model, weight)
     policy, training = train(this, losses, plan_demonstrations(this, trees), policy)
     exported = export(this, policy)
     evaluation = evaluate(this, policy)

@@ -48,6 +48,7 @@ def summarize(
         unparsed=counts.unparsed if counts else None,
         unanswered=counts.unanswered if counts else None,
         endpoint_judge=judged,
+        held_out=training.held_out,
         padding=padding_of(chosen, training),
         num_cut=chosen.num_cut,
         sampling=role_numbers(steered, sampled),

@@ -12,13 +12,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sso_jax.runtime.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
-RULES = {
-    "batch": ("data", "fsdp"),
+AXES = ("data", "fsdp", "tensor", "expert")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "expert",
     "vocab": "tensor",
     "head_size": None,
     "layers": None,
@@ -38,7 +39,12 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
 
 
 def make_mesh(
-    data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None, section: str = "mesh"
+    data: int,
+    fsdp: int,
+    tensor: int,
+    devices: list[jax.Device] | None = None,
+    section: str = "mesh",
+    expert: int = 1,
 ) -> jax.sharding.Mesh:
     """Builds a device mesh of the given sizes; one of them may be -1, which takes the remaining devices.
 
@@ -48,17 +54,19 @@ def make_mesh(
       tensor: size of axis `tensor`.
       devices: devices of the mesh; None takes all.
       section: config section of the sizes, which errors name.
+      expert: size of axis `expert`.
 
     Raises:
       InputError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
+    given_sizes = (data, fsdp, tensor, expert)
+    sizes = list(given_sizes)
     if -1 in sizes:
         known = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) != len(devices):
-        given = ", ".join(f"{section}.{axis} {size}" for axis, size in zip(AXES, (data, fsdp, tensor), strict=True))
+        given = ", ".join(f"{section}.{axis} {size}" for axis, size in zip(AXES, given_sizes, strict=True))
         raise InputError(f"{given}: the product is not the number of devices, {len(devices)}; set one axis to -1")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -144,6 +152,53 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
+def _splits(logical: str) -> str | None:
+    """Returns the mesh axis of a logical axis, for functions under `over_mesh`; None without a mesh in context."""
+    return None if jax.sharding.get_abstract_mesh().empty else str(RULES[logical])
+
+
+def all_gathered(x: jax.Array, logical: str) -> jax.Array:
+    """Under `over_mesh`: concatenates the first axis of `x` over the devices that split a logical axis."""
+    axis = _splits(logical)
+    return x if axis is None else jax.lax.all_gather(x, axis, axis=0, tiled=True)
+
+
+def exchanged(x: jax.Array, logical: str, split: int, joined: int) -> jax.Array:
+    """Under `over_mesh`: devices that split a logical axis send each other parts of axis `split` of `x`.
+
+    Each joins those that it gets along axis `joined`.
+    """
+    axis = _splits(logical)
+    if axis is None:
+        return x
+    parts: jax.Array = jax.lax.all_to_all(x, axis, split, joined, tiled=True)  # type: ignore[no-untyped-call]  # untyped
+    return parts
+
+
+def scattered_sum(x: jax.Array, logical: str) -> jax.Array:
+    """Under `over_mesh`: sums over the devices that split a logical axis; each keeps its part of the first axis."""
+    axis = _splits(logical)
+    if axis is None:
+        return x
+    scattered: jax.Array = jax.lax.psum_scatter(x, axis, tiled=True)  # type: ignore[no-untyped-call]  # untyped
+    return scattered
+
+
+def summed(x: jax.Array, logical: str) -> jax.Array:
+    """Under `over_mesh`: sums over the devices that split a logical axis."""
+    axis = _splits(logical)
+    if axis is None:
+        return x
+    total: jax.Array = jax.lax.psum(x, axis)  # type: ignore[no-untyped-call]  # untyped
+    return total
+
+
+def shard_index(logical: str) -> jax.Array | int:
+    """Under `over_mesh`: returns the index of this device's part of a logical axis."""
+    axis = _splits(logical)
+    return 0 if axis is None else jax.lax.axis_index(axis)
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, spec())
@@ -178,7 +233,12 @@ def bytes_on_device(shapes: Any, shardings: Any, itemsize: int | None = None) ->
 
 def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Returns the number of shards of a batch's first axis."""
-    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+
+
+def num_expert_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Returns the number of devices among which experts are split; 1 for a mesh of other axes."""
+    return int(mesh.shape.get(str(RULES["experts"]), 1))
 
 
 def batch_shards_in_context() -> int:

@@ -103,8 +103,24 @@ def finish(checkpoints: Checkpoints) -> None:
         checkpoints.wait_until_finished()
 
 
-def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState) -> TrainState | None:
+def delete_after(checkpoints: Checkpoints, num_updates: int) -> None:
+    """Deletes the checkpoints of states after more than `num_updates` updates."""
+    for step in steps(checkpoints):
+        if step > num_updates:
+            checkpoints.manager.delete(step)
+
+
+def steps(checkpoints: Checkpoints) -> list[int]:
+    """Returns the numbers of updates of all checkpoints."""
+    return sorted(checkpoints.manager.all_steps())
+
+
+def restore(
+    checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState, only: int | None = None
+) -> TrainState | None:
     """Restores the newest intact checkpoint, without frozen parameters, with the given shardings; None without one.
+
+    With `only`, no checkpoint but that of so many updates is considered.
 
     A checkpoint whose files do not match their checksums is deleted with a warning in the log, and the previous one is
     restored. So is an unreadable one whose checksums had not been written yet.
@@ -116,7 +132,7 @@ def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainStat
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings)
     )
-    for step in sorted(manager.all_steps(), reverse=True):
+    for step in sorted(manager.all_steps() if only is None else {only} & set(manager.all_steps()), reverse=True):
         expected = on_first_process(lambda step=step: _expected(manager.directory, step))
         harm = None
         if expected is not None:

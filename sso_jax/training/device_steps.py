@@ -109,6 +109,14 @@ def plan_steps(
     return StepPlan(limited, planned, search.num_tokens)
 
 
+def plan_in_shapes(updates: list[list[list[Tree]]], limits: StepLimits, shapes: list[StepShape]) -> StepPlan | None:
+    """Plans the device steps of updates in given shapes, whatever padding this takes; None if they do not fit."""
+    sizes = [[example_size(trees) for trees in examples] for examples in updates]
+    planned = _packed_alike(sizes, shapes, limits.num_shards) if shapes else None
+    num_tokens = sum(example.tokens for update in sizes for example in update)
+    return None if planned is None else StepPlan(shapes, planned, num_tokens)
+
+
 def _require_known(updates: list[list[list[Tree]]], known: KnownTokens) -> None:
     for tree in (tree for examples in updates for trees in examples for tree in trees):
         known.require(tree.prompt_ids, "the prompt of an example")

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
-from sso_jax.training.log_probs import cell_log_probs
-from sso_jax.training.losses import ContextValues, Pair
+from sso_jax.training.log_probs import cell_sums, forward, weighted_cell_sums
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
+from sso_jax.training.pair_values import ContextValues, Pair
+from sso_jax.training.router_balance import Balanced, with_router_loss
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
 """(params, device step) -> loss and metrics of each example."""
@@ -49,20 +50,65 @@ def to_context_values(values: Float[Array, "E C"], cells: list[Cell]) -> Context
 
 
 def preference_losses(
-    model: Transformer, objective: Callable[..., Terms], cells: list[Cell], rewards: Rewards
+    model: Transformer,
+    objective: Callable[..., Terms],
+    cells: list[Cell],
+    rewards: Rewards,
+    router_weight: float = 0.0,
+    has_token_weights: bool = False,
 ) -> ExampleLosses:
-    """Returns the loss function of preference pairs under `objective`."""
+    """Returns the loss function of preference pairs under `objective`, with the router's if the model has experts.
+
+    With `has_token_weights` the base loss compares weighted sums of the tokens' log-probs.
+    """
 
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
-        log_probs = cell_log_probs(model, params, step.rows, num_examples * num_cells)
-        policy = to_context_values(log_probs.reshape(num_examples, num_cells), cells)
-        reference = to_context_values(step.reference_log_probs, cells)
-        num_tokens = to_context_values(step.num_tokens.astype(jnp.float32), cells)
-        terms = objective(policy, reference, num_tokens)
-        return terms.loss, pair_metrics(terms, policy, reference, num_tokens, rewards)
+        shape, total = (num_examples, num_cells), num_examples * num_cells
+        states = forward(model, params, step.rows, step.rows.source)
+        if has_token_weights:
+            sums = weighted_cell_sums(model, params, step.rows, states.hidden, total)
+            weighted = (sums[1].reshape(shape), step.weighted_reference)
+        else:
+            sums, weighted = (cell_sums(model, params, step.rows, states.hidden, total),), ()
+        by_cell = CellValues(sums[0].reshape(shape), step.reference_log_probs, step.num_tokens, *weighted)
+        metrics = _metrics(objective, cells, rewards, by_cell)
+        values, group = Balanced(metrics["loss"], metrics), step.rows.first_cell // num_cells
+        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses
+
+
+class CellValues(NamedTuple):
+    """What a loss of E examples with C cells depends on."""
+
+    policy: Float[Array, "E C"]
+    """Log-prob sums, in nats."""
+    reference: Float[Array, "E C"]
+    num_tokens: Int[Array, "E C"]
+    weighted_policy: Float[Array, "E C"] | None = None
+    """Sums with the weights of the tokens; None if the base loss has none."""
+    weighted_reference: Float[Array, "E C"] | None = None
+
+
+def _metrics(
+    objective: Callable[..., Terms], cells: list[Cell], rewards: Rewards, by_cell: CellValues
+) -> dict[str, Float[Array, "E"]]:
+    policy = to_context_values(by_cell.policy, cells)
+    reference = to_context_values(by_cell.reference, cells)
+    num_tokens = to_context_values(by_cell.num_tokens.astype(jnp.float32), cells)
+    if by_cell.weighted_policy is not None and by_cell.weighted_reference is not None:
+        policy = policy._replace(weighted=to_context_values(by_cell.weighted_policy, cells).plain)
+        reference = reference._replace(weighted=to_context_values(by_cell.weighted_reference, cells).plain)
+    return pair_metrics(objective(policy, reference, num_tokens), policy, reference, num_tokens, rewards)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def metrics_of_scores(
+    objective: Callable[..., Terms], cells: tuple[Cell, ...], rewards: Rewards, by_cell: CellValues
+) -> dict[str, Float[Array, "E"]]:
+    """Returns the metrics of `preference_losses` from log-probs that were computed before."""
+    return _metrics(objective, list(cells), rewards, by_cell)
 
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: UpdateBatch) -> float:
@@ -71,33 +117,37 @@ def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch:
     The first update of a round must have this loss.
     """
     return sum(
-        float(_loss_at_reference(objective, tuple(cells), steps.reference_log_probs, steps.num_tokens, steps.weights))
+        float(_loss_at_reference(objective, tuple(cells), steps._replace(rows=None)))  # rows are not needed
         for steps in batch.groups
     )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _loss_at_reference(
-    objective: Callable[..., Terms], cells: tuple[Cell, ...], reference_log_probs, num_tokens, weights
-):
+def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[Cell, ...], steps: PreferenceBatch):
     """Jitted so that every round reuses one program."""
 
     def flat(part):
         return to_context_values(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))
 
-    reference, weights = flat(reference_log_probs), weights.reshape(-1)
-    losses = objective(reference, reference, flat(num_tokens)).loss
+    reference, weights = flat(steps.reference_log_probs), steps.weights.reshape(-1)
+    reference = reference._replace(weighted=flat(steps.weighted_reference).plain)  # the same sums without token weights
+    losses = objective(reference, reference, flat(steps.num_tokens)).loss
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
 
 
-def supervised_losses(model: Transformer) -> ExampleLosses:
+def supervised_losses(model: Transformer, router_weight: float = 0.0) -> ExampleLosses:
     """Returns the loss function of prompt-response records: negative log-prob sums.
 
-    The batch's weights turn them into a mean over tokens.
+    The batch's weights turn them into a mean over tokens. The router's loss is a mean over records, each weighted by
+    its response tokens.
     """
 
     def losses(params, step: SupervisedBatch):
-        nll = -cell_log_probs(model, params, step.rows, step.weights.shape[0])
-        return nll, {"loss": nll}
+        num_examples, rows = step.weights.shape[0], step.rows
+        states = forward(model, params, rows, rows.source)
+        nll = -cell_sums(model, params, rows, states.hidden, num_examples)
+        counts = jnp.zeros(num_examples + 1).at[rows.cell].add(1.0)[:num_examples]
+        values, experts = Balanced(nll, {"loss": nll}), model.architecture.experts
+        return with_router_loss(values, experts, states.router_logits, rows.first_cell, router_weight, counts)
 
     return losses

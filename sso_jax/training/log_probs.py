@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sso_jax.models.attention import tree_mask
+from sso_jax.models.experts import LOGITS, ROUTER
 from sso_jax.models.layer_layout import build_cast
 from sso_jax.models.transformer import Transformer, project
 from sso_jax.runtime.mesh import (
@@ -215,17 +216,43 @@ _sliced_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 def cell_log_probs(model: Transformer, params, rows: Rows, num_cells: int) -> Float[Array, "cells"]:
     """Returns the sum of the log-probs of each cell's tokens, at temperature 1, in nats, in float32."""
-    return _cell_sums(model, params, rows, _hidden_at_sources(model, params, rows), num_cells)
+    return cell_sums(model, params, rows, hidden_states(model, params, rows, rows.source), num_cells)
 
 
-def cell_log_probs_and_means(
-    model: Transformer, params, rows: Rows, num_cells: int
-) -> tuple[Float[Array, "cells"], Float[Array, "cells D"]]:
-    """Returns `cell_log_probs`, and the mean of the final hidden states over each cell's tokens except its last.
+def hidden_states(
+    model: Transformer, params, rows: Rows, query_indices: Int[Array, "R M"] | None = None
+) -> Float[Array, "R M D"]:
+    """Returns the final hidden states of the tokens `query_indices` of each row, or of all."""
+    return _apply(model, params, rows, query_indices)[0]
+
+
+class Forward(NamedTuple):
+    """What a training step takes from the decoder."""
+
+    hidden: Float[Array, "R M D"]
+    """Final hidden states of the tokens asked for."""
+    router_logits: Float[Array, "L R T E"] | None
+    """Those of every token in every layer; None without experts."""
+
+
+def forward(model: Transformer, params, rows: Rows, query_indices: Int[Array, "R M"] | None) -> Forward:
+    """Runs the decoder on rows for a training step; see `hidden_states`."""
+    if model.architecture.experts is None:
+        return Forward(hidden_states(model, params, rows, query_indices), None)
+    (hidden, _), left = _apply(model, params, rows, query_indices, mutable=[ROUTER])
+    return Forward(hidden, left[ROUTER]["layers"]["mlp"][LOGITS])
+
+
+def _apply(model: Transformer, params, rows: Rows, query_indices, **options):
+    inputs = rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch)
+    return model.apply({"params": params}, *inputs, query_indices=query_indices, sequences=rows.sequences, **options)
+
+
+def cell_means(rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells D"]:
+    """Returns the mean of the final hidden states over each cell's tokens except its last, from those at its sources.
 
     Means are in float32; that of a single-token response is 0.
     """
-    hidden = _hidden_at_sources(model, params, rows)
     in_response = jnp.take_along_axis(rows.branch, rows.source, axis=1) > 0  # False at the prompt's last token
     inside = in_response.astype(jnp.float32).reshape(-1)
     flat = hidden.astype(jnp.float32).reshape(-1, hidden.shape[-1])
@@ -233,24 +260,33 @@ def cell_log_probs_and_means(
         jax.ops.segment_sum(values, rows.cell.reshape(-1), num_segments=num_cells + 1)[:num_cells]
         for values in (flat * inside[:, None], inside)
     )
-    means = totals / jnp.maximum(counts, 1.0)[:, None]
-    return _cell_sums(model, params, rows, hidden, num_cells), means
+    return totals / jnp.maximum(counts, 1.0)[:, None]
 
 
-def _hidden_at_sources(model: Transformer, params, rows: Rows) -> Float[Array, "R M D"]:
-    """Returns the final hidden states from which response tokens are predicted."""
-    inputs = rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch)
-    return model.apply({"params": params}, *inputs, query_indices=rows.source, sequences=rows.sequences)[0]
+def weighted_cell_sums(
+    model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int
+) -> tuple[Float[Array, "cells"], Float[Array, "cells"]]:
+    """Returns `cell_sums`, and the sums of the log-probs times their tokens' weights."""
+    log_probs = _token_log_probs(model, params, rows, hidden)
+    return _sum_by_cell(log_probs, rows, num_cells), _sum_by_cell(log_probs * rows.weight, rows, num_cells)
 
 
-def _cell_sums(
+def cell_sums(
     model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int
 ) -> Float[Array, "cells"]:
+    """Returns `cell_log_probs` from the hidden states at the sources."""
+    return _sum_by_cell(_token_log_probs(model, params, rows, hidden), rows, num_cells)
+
+
+def _token_log_probs(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"]) -> Float[Array, "R M"]:
     head = model.apply({"params": params}, method="head_matrix")
     num_rows, num_targets = rows.target.shape
     tokens_of_device = -(-num_rows // batch_shards_in_context()) * num_targets
     columns = max(1, model.max_logits // tokens_of_device)
-    log_probs = token_log_probs(head, hidden, rows.target, columns, model.architecture.logit_cap)
+    return token_log_probs(head, hidden, rows.target, columns, model.architecture.logit_cap)
+
+
+def _sum_by_cell(log_probs: Float[Array, "R M"], rows: Rows, num_cells: int) -> Float[Array, "cells"]:
     sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
     return sums[:num_cells]
 

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,11 @@ def nothing_to_finish() -> None:
     """Does nothing, where states are not saved in the background."""
 
 
+def never() -> bool:
+    """Returns False, where nothing ends the updates before their plan does."""
+    return False
+
+
 class Hooks(NamedTuple):
     """What happens between updates."""
 
@@ -34,6 +40,8 @@ class Hooks(NamedTuple):
     """Maximum number of updates that are repeated after a kill."""
     finish_save: Callable[[], None] = nothing_to_finish
     """Waits until what `save` has started is written."""
+    is_over: Callable[[], bool] = never
+    """Whether to end before the next update; it may change in `save` only."""
 
 
 SLOW_UPDATE_SECONDS = 10.0
@@ -125,10 +133,10 @@ def run_updates(
     hooks: Hooks,
     stage: str,
 ) -> TrainState:
-    """Runs the updates of the plan from number `start` to the last.
+    """Runs the updates of the plan from number `start` to the last, or until `hooks.is_over`.
 
-    The metrics of an update are fetched after the next one has been dispatched, so that the device never waits for the
-    host. A lone process waits for each slow update and saves its state, so that a stop has little to wait for.
+    An update's metrics are fetched after the next one was dispatched, so that the device never waits for the host. A
+    lone process waits for each slow update and saves its state, so that a stop has little to wait for.
 
     Args:
       update: (state, batch, learning rate) -> (state, metrics), as from `build_update`.
@@ -161,7 +169,7 @@ def run_updates(
             bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             bar.update()
 
-        for step in range(start, num_updates):
+        for step in takewhile(lambda _: not hooks.is_over(), range(start, num_updates)):
             if lone and (step == start + 1 or seconds > SLOW_UPDATE_SECONDS):
                 flush()
                 saves.save_slow(state, step, seconds)

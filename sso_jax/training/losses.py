@@ -10,70 +10,28 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sso_jax.runtime.errors import InputError
-
-
-class Pair(NamedTuple):
-    """A value for the chosen and the rejected response of each pair: log-prob sums, or numbers of tokens."""
-
-    chosen: Float[Array, "B"]
-    rejected: Float[Array, "B"]
-
-
-class ContextValues(NamedTuple):
-    """The values of an example by context; None for those that the objective does not use."""
-
-    plain: Pair | None = None
-    """(x; y+, y-)"""
-    positive: Pair | None = None
-    """(x+; y+, y-)"""
-    negative: Pair | None = None
-    """(x-; y_o, y+), or y- instead of y_o"""
-    original: Float[Array, "B"] | None = None
-    """(x; y_o)"""
-    score_conditioned_chosen: Pair | None = None
-    """(x with the score of y+ in its system message; y+, y-)"""
-    score_conditioned_rejected: Pair | None = None
-    """(x with the score of y- in its system message; y-, y+)"""
-
-
-def log_ratios(policy: Pair, reference: Pair) -> Pair:
-    """Returns h = lp_policy - lp_reference of both responses, in nats."""
-    return Pair(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
-
-
-def margin(policy: Pair, reference: Pair) -> Float[Array, "B"]:
-    """Returns D = h(chosen) - h(rejected), in nats."""
-    ratios = log_ratios(policy, reference)
-    return ratios.chosen - ratios.rejected
-
-
-def mean_log_probs(policy: Pair, num_tokens: Pair) -> Pair:
-    """Returns mlp = lp / |y| of both responses, in nats per token."""
-    return Pair(policy.chosen / num_tokens.chosen, policy.rejected / num_tokens.rejected)
-
-
-def sum_rewards(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float) -> Pair:
-    """Returns beta*h of both responses: the rewards that losses on sums compare."""
-    del num_tokens
-    return Pair(*(beta * ratio for ratio in log_ratios(policy, reference)))
-
-
-def mean_rewards(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float) -> Pair:
-    """Returns beta*h/|y| of both responses: the rewards that ipo compares."""
-    return mean_log_probs(sum_rewards(policy, reference, num_tokens, beta=beta), num_tokens)
-
-
-def reference_free_rewards(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float) -> Pair:
-    """Returns beta*mlp of both responses: the rewards of losses without a reference (Meng et al. 2024, eq. 4)."""
-    del reference
-    return Pair(*(beta * mean for mean in mean_log_probs(policy, num_tokens)))
+from sso_jax.training.f_dpo import (
+    alpha_rewards,
+    fdpo_alpha_loss,
+    fdpo_forward_kl_loss,
+    fdpo_js_loss,
+    forward_kl_rewards,
+    js_rewards,
+)
+from sso_jax.training.pair_values import (
+    Pair,
+    log_ratios,
+    margin,
+    mean_log_probs,
+    mean_rewards,
+    reference_free_rewards,
+)
 
 
 def dpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
@@ -83,6 +41,16 @@ def dpo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0
     """
     del num_tokens  # sums, not means
     return -jax.nn.log_sigmoid(beta * margin(policy, reference))
+
+
+def dpo_norm_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 5.0) -> Float[Array, "B"]:
+    """`-log sigmoid(beta * (h(chosen)/|chosen| - h(rejected)/|rejected|))`, on means: length-normalized DPO.
+
+    Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), whose beta is 5; TRL's `sigmoid_norm`. At policy = reference it is
+    ln 2.
+    """
+    rewards = mean_rewards(policy, reference, num_tokens, beta=beta)
+    return -jax.nn.log_sigmoid(rewards.chosen - rewards.rejected)
 
 
 def ipo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
@@ -284,6 +252,7 @@ def clipped_loss(
 
 BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "dpo": dpo_loss,
+    "dpo_norm": dpo_norm_loss,
     "ipo": ipo_loss,
     "cdpo": cdpo_loss,
     "robust": robust_loss,
@@ -298,14 +267,21 @@ BASE_LOSSES: dict[str, Callable[..., Float[Array, "B"]]] = {
     "discopop": discopop_loss,
     "aps": aps_loss,
     "clipped": clipped_loss,
+    "fdpo_forward_kl": fdpo_forward_kl_loss,
+    "fdpo_js": fdpo_js_loss,
+    "fdpo_alpha": fdpo_alpha_loss,
 }
 """Losses of a pair in any context; multi_response_losses.py has those that need more than a pair."""
 
 
 REWARDS: dict[str, Callable[..., Pair]] = {
+    "dpo_norm": mean_rewards,
     "ipo": mean_rewards,
     "simpo": reference_free_rewards,
     "orpo": reference_free_rewards,
+    "fdpo_forward_kl": forward_kl_rewards,
+    "fdpo_js": js_rewards,
+    "fdpo_alpha": alpha_rewards,
 }
 """Rewards that a loss compares, where they are not `sum_rewards`."""
 

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sso_jax.data.records import Cell
-from sso_jax.training.losses import ContextValues, bind_loss, dpo_loss, log_ratios
+from sso_jax.training.losses import bind_loss, dpo_loss
+from sso_jax.training.pair_values import ContextValues, log_ratios
 
 RANKS = (2.0, 1.0, 0.0)
 """opo's labels psi of y+, y_o and y-: their order is the paper's; the numbers are this project's choice."""

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sso_jax.data.buckets import bucket
-from sso_jax.models.attention import tree_mask
 from sso_jax.models.reward_head import RewardModel
 from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import stop_now
@@ -19,8 +18,10 @@ from sso_jax.runtime.mesh import batch_sharding, num_batch_shards, replicated
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
 from sso_jax.training.example_losses import ExampleLosses
+from sso_jax.training.log_probs import forward, hidden_states
 from sso_jax.training.losses import Pair
 from sso_jax.training.packing import Rows, pack
+from sso_jax.training.router_balance import Balanced, with_router_loss
 from sso_jax.training.row_shapes import RowShape
 from sso_jax.training.step_packing import StepShape
 from sso_jax.training.trees import Branch, Tree, first_fit
@@ -114,21 +115,24 @@ def reward_step(
 
 def end_rewards(model: RewardModel, params, rows: Rows, ends: Int[Array, "C 2"]) -> Float[Array, "C"]:
     """Returns the rewards at the ends of responses, in float32."""
-    mask = tree_mask(rows.tree, rows.branch)
-    hidden, _ = model.apply({"params": params}, rows.tokens, rows.positions, mask, sequences=rows.sequences)
+    return _rewards_at(model, params, hidden_states(model, params, rows), ends)
+
+
+def _rewards_at(model: RewardModel, params, hidden: Float[Array, "R T D"], ends: Int[Array, "C 2"]):
     return model.apply({"params": params}, hidden[ends[:, 0], ends[:, 1]], method="rewards")
 
 
 def reward_losses(
-    model: RewardModel, label_smoothing: float, margin: float, center_coefficient: float
+    model: RewardModel, label_smoothing: float, margin: float, center_coefficient: float, router_weight: float = 0.0
 ) -> ExampleLosses:
-    """Returns the loss function of pairs: Bradley-Terry losses.
+    """Returns the loss function of pairs: Bradley-Terry losses, with the router's if the model has experts.
 
     Metrics are the rewards, their gap, and the accuracy (share of gaps above 0, ties as half).
     """
 
     def losses(params, step: RewardBatch):
-        rewards = end_rewards(model, params, step.rows, step.ends)
+        states = forward(model, params, step.rows, None)
+        rewards = _rewards_at(model, params, states.hidden, step.ends)
         pair = Pair(rewards[0::2], rewards[1::2])
         loss = bradley_terry_loss(
             pair, label_smoothing=label_smoothing, margin=margin, center_coefficient=center_coefficient
@@ -142,7 +146,8 @@ def reward_losses(
             "margin": gap,
             "accuracy": accuracy,
         }
-        return loss, metrics
+        values, group = Balanced(loss, metrics), step.rows.first_cell // 2
+        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses
 

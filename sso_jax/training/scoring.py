@@ -12,7 +12,7 @@ from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.mesh import batch_sharding, place
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
-from sso_jax.training.device_steps import StepLimits, StepPlan, plan_steps
+from sso_jax.training.device_steps import StepLimits, StepPlan, plan_in_shapes, plan_steps
 from sso_jax.training.log_probs import Score
 from sso_jax.training.packing import Rows, pack
 from sso_jax.training.step_packing import StepShape
@@ -46,9 +46,20 @@ def plan_scoring(
     is_last: bool = True,
 ) -> StepPlan:
     """Plans the device steps of scoring; see `plan_steps`, whose updates are groups of PACKED_TOGETHER examples."""
+    return plan_steps(_groups(items, cells), limits, earlier, is_last)
+
+
+def plan_scoring_again(
+    items: list[Scorable], cells: list[Cell], limits: StepLimits, shapes: list[StepShape]
+) -> StepPlan:
+    """Plans like `plan_scoring`, in shapes whose programs are compiled already if the items fit into them."""
+    groups = _groups(items, cells)
+    return plan_in_shapes(groups, limits, shapes) or plan_steps(groups, limits)
+
+
+def _groups(items: list[Scorable], cells: list[Cell]) -> list[list[list[Tree]]]:
     trees = [steered_trees(*item, cells, 0) for item in items]
-    groups = [trees[start : start + PACKED_TOGETHER] for start in range(0, len(trees), PACKED_TOGETHER)]
-    return plan_steps(groups, limits, earlier, is_last)
+    return [trees[start : start + PACKED_TOGETHER] for start in range(0, len(trees), PACKED_TOGETHER)]
 
 
 def score_examples(
@@ -59,6 +70,7 @@ def score_examples(
     plan: StepPlan | StepLimits,
     stage: str,
     journal: Journal | None = None,
+    may_stop: bool = True,
 ) -> list[list[float]]:
     """Returns the log-prob sum of every cell (context, response) of each item, in nats, from the training forward pass.
 
@@ -70,6 +82,7 @@ def score_examples(
       plan: device steps from `plan_scoring`, or their limits.
       stage: title of the progress bar.
       journal: journal of these items, parameters, cells and steps, in which results are kept as they come.
+      may_stop: whether a requested stop is seen between steps; not where the caller has work to save first.
 
     Raises:
       Stopped: between two steps, if a stop was requested.
@@ -99,7 +112,7 @@ def score_examples(
                 running, before = (step, score.log_probs(params, rows, num_cells)), running
             if before is not None:
                 take(*before)
-            if stop_now():
+            if may_stop and stop_now():
                 take(*running)
                 raise Stopped(f"a signal in {stage}, after {len(done)} of {len(items)} examples")
         if running is not None:

@@ -14,8 +14,9 @@ from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch
 from sso_jax.training.example_losses import ExampleLosses, to_context_values
-from sso_jax.training.log_probs import cell_log_probs_and_means
+from sso_jax.training.log_probs import cell_means, cell_sums, forward
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
+from sso_jax.training.router_balance import Balanced, with_router_loss
 
 HEAD = "degree_head"
 NUM_DEGREES = 4
@@ -53,7 +54,9 @@ def degree_terms(head: dict, means: Float[Array, "E K D"]) -> tuple[Float[Array,
     return -jnp.diagonal(log_probs, axis1=1, axis2=2).mean(-1), right.astype(jnp.float32).mean(-1)
 
 
-def spo_losses(model: Transformer, objective, cells: list[Cell], rewards: Rewards, weight: float) -> ExampleLosses:
+def spo_losses(
+    model: Transformer, objective, cells: list[Cell], rewards: Rewards, weight: float, router_weight: float = 0.0
+) -> ExampleLosses:
     """Returns the loss function `L_align + gamma * CE`; `objective` gets the cells that are not degrees."""
     own = [cell for cell in cells if cell not in DEGREE_CELLS]
     graded = [cells.index(Cell("plain", "chosen")), *(cells.index(cell) for cell in DEGREE_CELLS)]
@@ -62,7 +65,9 @@ def spo_losses(model: Transformer, objective, cells: list[Cell], rewards: Reward
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
         policy_params = {name: part for name, part in params.items() if name != HEAD}
-        sums, means = cell_log_probs_and_means(model, policy_params, step.rows, num_examples * num_cells)
+        states = forward(model, policy_params, step.rows, step.rows.source)
+        sums = cell_sums(model, policy_params, step.rows, states.hidden, num_examples * num_cells)
+        means = cell_means(step.rows, states.hidden, num_examples * num_cells)
 
         def of_own(values):
             return to_context_values(values[:, columns], own)
@@ -75,6 +80,8 @@ def spo_losses(model: Transformer, objective, cells: list[Cell], rewards: Reward
         degree_loss, degree_accuracy = degree_terms(params[HEAD], of_degrees)
         total = terms._replace(loss=terms.loss + weight * degree_loss)
         of_degree = {"degree_loss": degree_loss, "degree_accuracy": degree_accuracy}
-        return total.loss, {**pair_metrics(total, policy, reference, num_tokens, rewards), **of_degree}
+        metrics = {**pair_metrics(total, policy, reference, num_tokens, rewards), **of_degree}
+        values, group = Balanced(total.loss, metrics), step.rows.first_cell // num_cells
+        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses

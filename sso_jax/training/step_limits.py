@@ -10,7 +10,7 @@ from flax import linen as nn
 from sso_jax.models.adapters import split_trainable
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.hosts import on_first_process
-from sso_jax.runtime.mesh import AXES, bytes_on_device, num_batch_shards
+from sso_jax.runtime.mesh import AXES, bytes_on_device, num_batch_shards, num_expert_shards
 from sso_jax.training.device_steps import StepLimits
 
 USED_SHARE = 0.8
@@ -46,9 +46,19 @@ def step_limits(
         # The hosts of a run may see different memory, but must plan the same steps.
         of_device = on_first_process(lambda: memory or device_bytes(jax.local_devices()[0]))
         tokens = fitting_tokens(model, shardings, mesh, of_device)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract_params(model))))
+    num_params = active_params(model)
     flops = COMPILE_FLOPS.get(device.platform, MORE_COMPILE_FLOPS * mesh.size)
     return StepLimits(tokens, num_batch_shards(mesh), model.by_sequence, int(flops / (FLOPS_PER_PARAM * num_params)))
+
+
+def active_params(model: Transformer) -> int:
+    """Returns the number of parameters that a token is computed with: all except those of other experts."""
+    a = model.architecture
+    total = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract_params(model))))
+    if a.experts is None:
+        return total
+    others = a.experts.num_experts - a.experts.num_per_token
+    return total - a.num_layers * others * 3 * a.embed_dim * a.experts.mlp_dim
 
 
 def device_bytes(device: jax.Device) -> int:
@@ -79,19 +89,28 @@ def fitting_tokens(model: Transformer, shardings: dict, mesh: jax.sharding.Mesh,
     held = bytes_on_device(params, shardings) + bytes_on_device(params, shardings, copies)
     held += bytes_on_device(trainable, own, MOMENT_BYTES + GRADIENT_BYTES)
     free = USED_SHARE * bytes_of_device - held - LOGIT_BYTES * model.max_logits
-    saved, layer = activation_widths(model)
+    saved, layer = activation_widths(model, num_expert_shards(mesh))
     parts = mesh.shape[AXES[2]]
     per_token = width * (model.architecture.num_layers * saved + 3 * layer) / parts
     shards = num_batch_shards(mesh)
     return shards * int(np.clip(free / per_token, LEAST_TOKENS, MOST_TOKENS))
 
 
-def activation_widths(model: Transformer) -> tuple[int, int]:
-    """Returns the numbers per token that a layer saves for the backward pass, and that it computes in all."""
+def activation_widths(model: Transformer, expert_shards: int = 1) -> tuple[int, int]:
+    """Returns the numbers per token that a layer saves for the backward pass, and that it computes in all.
+
+    Devices among which experts are split have the rows of all of them. The router's logits are saved for its loss even
+    with `remat`, with their probabilities in float32.
+    """
     a = model.architecture
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_size
     if a.qk_norm != "none":
         heads += (a.num_heads + a.num_kv_heads) * a.head_size  # before their norms
     outputs = 0 if a.norms == "before" else 2 * a.embed_dim  # of attention and MLP, before their norms
-    marked = 2 * a.embed_dim + heads + outputs + 2 * a.mlp_dim
-    return a.embed_dim if model.remat else marked, marked + 2 * a.embed_dim + a.mlp_dim
+    inner, rows, routed = a.mlp_dim, 0, 0
+    if a.experts is not None:
+        inner = expert_shards * a.experts.num_per_token * a.experts.mlp_dim
+        rows = 2 * expert_shards * a.experts.num_per_token * a.embed_dim  # into and out of the experts
+        routed = 3 * a.experts.num_experts
+    marked = 2 * a.embed_dim + heads + outputs + 2 * inner
+    return (a.embed_dim if model.remat else marked) + routed, marked + routed + 2 * a.embed_dim + inner + rows

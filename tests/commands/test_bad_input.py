@@ -192,7 +192,7 @@ CASES = {
     "word_for_a_count_or_null": config(("top_k", "'all'", "give a whole number, or null"), sampling__top_k="all"),
     "no_truth_value": config(("filter.enabled", "'perhaps'", "give true or false"), filter__enabled="perhaps"),
     "wrong_choice": config(
-        ("optimizer.schedule", "'linear'", "give one of cosine, constant"), optimizer__schedule="linear"
+        ("optimizer.schedule", "'step'", "give one of cosine, linear, wsd, constant"), optimizer__schedule="step"
     ),
     "unknown_recipe": config(("recipe", "'magic'", "one of online, generator, offline"), recipe="magic"),
     "wrong_choice_or_null": config(
@@ -420,7 +420,7 @@ CASES = {
     "heads_of_zero": folder(("config.json", "num_attention_heads", "0"), changed("config.json", num_attention_heads=0)),
     "sliding_window": folder(
         ("config.json", "sliding_window"),
-        changed("config.json", use_sliding_window=True, sliding_window=64, max_window_layers=0),
+        changed("config.json", use_sliding_window=True, sliding_window="64", max_window_layers=0),
     ),
     "unknown_rotary_type": folder(
         ("config.json", "'yarn'"), changed("config.json", rope_parameters={"rope_type": "yarn"})

@@ -69,7 +69,7 @@ def test_help_has_type_default_and_meaning(capsys):
         assert "share of the chosen response in W" in text
     assert "--run.seed" not in help_of(train, capsys, "objective")
     assert "a whole number, or null; default: null" in help_of(train, capsys, "sampling.top_k")
-    assert "one of cosine, constant; default: cosine" in help_of(train, capsys, "optimizer.schedule")
+    assert "one of cosine, linear, wsd, constant; default: cosine" in help_of(train, capsys, "optimizer.schedule")
     assert "true or false; default: true" in help_of(train, capsys, "logging.tensorboard")
 
 

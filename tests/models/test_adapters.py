@@ -56,7 +56,7 @@ def train(model, params, mesh):
     return state
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3", "phi3"])
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "phi3", "qwen3_moe"])
 def trained(request, one_device):
     """The base parameters (on the host, since training takes them over), the decoder with adapters, and its state after
     training.

@@ -11,7 +11,7 @@ from toys import toy_model, toy_params
 from sso_jax.models.families import FAMILIES, LACKING, TEXT_MODELS
 from sso_jax.models.hf_config import CAUSAL_CLASS, REWARD_CLASS, to_hf_config
 from sso_jax.models.presets import PRESETS
-from sso_jax.runtime.mesh import batch_sharding
+from sso_jax.runtime.mesh import batch_sharding, make_mesh
 from sso_jax.training.log_probs import cell_log_probs
 from sso_jax.training.packing import pack
 from sso_jax.training.row_shapes import row_shape
@@ -29,8 +29,25 @@ def packed_rows():
     return pack(trees, row_shape([trees], 8), 32)
 
 
+MESHES = {"expert_4": (1, 2, 1, 4), "expert_2_and_tensor": (1, 2, 2, 2), "expert_8": (1, 1, 1, 8)}
+"""Sizes of the axes data, fsdp, tensor, expert of eight devices."""
+
+
 @pytest.mark.parametrize("family", MEMBERS)
 def test_eight_devices_give_the_log_probs_and_gradients_of_one(one_device, eight_devices, family):
+    hold_equal(family, one_device, eight_devices)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_sharded_experts_give_the_log_probs_and_gradients_of_one_device(one_device, sizes):
+    data, fsdp, tensor, expert = sizes
+    mesh = make_mesh(data, fsdp, tensor, expert=expert)
+    hold_equal("qwen3_moe", one_device, mesh)
+    kernel = toy_params(toy_model(**MEMBERS["qwen3_moe"]), mesh)["layers"]["mlp"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[1] == 8 // expert  # [layers, experts, ...]
+
+
+def hold_equal(family, one_device, other):
     model, rows = toy_model(**MEMBERS[family]), packed_rows()
     assert rows.tokens.shape[0] % 4 == 0
     weights = jnp.asarray(np.random.default_rng(1).normal(size=32), jnp.float32)
@@ -45,7 +62,7 @@ def test_eight_devices_give_the_log_probs_and_gradients_of_one(one_device, eight
             gradients, log_probs = jax.jit(jax.grad(loss, has_aux=True))(params, placed)
         return jax.device_get((log_probs, gradients))
 
-    (one, one_gradients), (eight, eight_gradients) = run(one_device), run(eight_devices)
+    (one, one_gradients), (eight, eight_gradients) = run(one_device), run(other)
     np.testing.assert_allclose(eight, one, rtol=0, atol=2e-5)
     for a, b in zip(jax.tree.leaves(eight_gradients), jax.tree.leaves(one_gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())

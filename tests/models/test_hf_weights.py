@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from toys import DATA
 
 from sso_jax.models import hf_weights, safetensors_folder
-from sso_jax.models.architecture import Architecture
+from sso_jax.models.architecture import Architecture, Experts
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.hf_config import CONFIG_FILE, read_architecture, to_hf_config
 from sso_jax.models.hf_folder import fetch
@@ -89,6 +89,14 @@ KINDS = {
     "qwen3_windowed": (
         transformers.Qwen3Config,
         dict(head_dim=32, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
+    ),
+    "qwen3_moe_raw_weights": (
+        transformers.Qwen3MoeConfig,
+        dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, tie_word_embeddings=True, head_dim=32),
     ),
     "gemma2": (transformers.Gemma2Config, dict(head_dim=24, query_pre_attn_scalar=20, sliding_window=9)),
     "gemma2_untied": (
@@ -362,7 +370,7 @@ class Counting:
         return Slice()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama3.2_tied"])
+@pytest.mark.parametrize("name", ["qwen2", "llama3.2_tied", "qwen3_moe"])
 def test_every_byte_is_read_once_however_the_mesh_cuts_and_copies(folders, eight_devices, monkeypatch, name):
     """Eight devices, two copies of four parts: what is read is what one copy holds, so a host reads what its own
     devices hold.
@@ -408,6 +416,29 @@ def test_the_host_holds_about_one_tensor_beside_the_arrays(tmp_path, one_device)
     assert whole > 100 * largest and peak < 3 * largest
 
 
+def test_to_read_the_experts_of_a_layer_takes_them_and_one_tensor(tmp_path, one_device, monkeypatch):
+    """Eight layers of 16 experts, bfloat16 on disk and float32 in the arrays: what each read adds to Python's memory."""
+    experts = Experts(16, 2, 256, True)
+    model = Transformer(Architecture("qwen3_moe", 64, 256, 512, 8, 2, 2, 128, 64, qk_norm="head", experts=experts))
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), nn.unbox(abstract_params(model)))
+    write_params(ones, model.architecture, tmp_path, "bfloat16")
+    read, added = hf_weights._read_tensor, []
+
+    def watched(source, names, *args):
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        array = read(source, names, *args)
+        added.append((len(names), tracemalloc.get_traced_memory()[1] - before))
+        return array
+
+    monkeypatch.setattr(hf_weights, "_read_tensor", watched)
+    tracemalloc.start()
+    read_params(tmp_path, model, one_device)
+    tracemalloc.stop()
+    of_layers, one = [size for count, size in added if count == 16], 256 * 256 * 4
+    assert len(of_layers) == 3 * 8 and max(of_layers) < (16 + 2) * one
+
+
 @pytest.fixture
 def folder(folders, tmp_path):
     """A copy of a good folder, to be damaged."""
@@ -446,6 +477,42 @@ def test_extra_tensor_is_named(folder):
 def test_misshaped_tensor_is_named_with_both_shapes(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(63, np.float32)}))
     assert all(part in refusal(folder) for part in ("model.norm.weight", "(63,)", "(64,)"))
+
+
+def test_the_expert_that_is_not_finite_is_named(folders, tmp_path, one_device):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / name).write_bytes((folders / "qwen3_moe" / name).read_bytes())
+    broken = "model.layers.1.mlp.experts.6.up_proj.weight"
+    change_tensors(tmp_path, lambda tensors: tensors[broken].__setitem__((0, 0), np.inf))
+    with pytest.raises(InputError, match=rf"tensor {broken} has values that are not finite"):
+        load(tmp_path, one_device)
+
+
+def test_a_missing_expert_is_named(folders, tmp_path):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / name).write_bytes((folders / "qwen3_moe" / name).read_bytes())
+    lost = "model.layers.2.mlp.experts.7.down_proj.weight"
+    change_tensors(tmp_path, lambda tensors: tensors.pop(lost))
+    assert "1 missing" in refusal(tmp_path) and lost in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(decoder_sparse_step=2), ("decoder_sparse_step 2", "layers without experts", "with 1")),
+        (dict(mlp_only_layers=[0]), ("mlp_only_layers [0]", "layers without experts", "with []")),
+        (dict(num_experts_per_tok=9), ("num_experts_per_tok 9 is not from 1 to num_experts 8",)),
+        (dict(num_experts_per_tok=0), ("num_experts_per_tok 0 is not a positive integer",)),
+        (dict(moe_intermediate_size=1.5), ("moe_intermediate_size 1.5 is not a positive integer",)),
+    ],
+)
+def test_what_is_not_supported_of_experts_is_refused_by_file_field_and_value(folders, tmp_path, fields, words):
+    (tmp_path / CONFIG_FILE).write_bytes((folders / "qwen3_moe" / CONFIG_FILE).read_bytes())
+    assert read_architecture(tmp_path).experts == Experts(8, 3, 24, True)
+    change_config(tmp_path, **fields)
+    with pytest.raises(InputError) as caught:
+        read_architecture(tmp_path)
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_tensor_of_integers_is_named(folder):

@@ -38,7 +38,7 @@ def run(directory, folder, **fields):
     return directory / "iteration_1"
 
 
-@pytest.fixture(scope="module", params=["gemma3", "phi3"])
+@pytest.fixture(scope="module", params=["gemma3", "phi3", "qwen3_moe"])
 def folder(request, tmp_path_factory, one_device):
     """A random policy with a real tokenizer."""
     folder, tokenizer = tmp_path_factory.mktemp("model") / "policy", train_tokenizer()

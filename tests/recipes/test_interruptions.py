@@ -26,10 +26,11 @@ from toys import toy_model, toy_params
 import train
 from sso_jax.commands.report import page as report
 from sso_jax.commands.train import resumed_config
-from sso_jax.config import Config, ToyConfig, to_dict
+from sso_jax.config import Config, ToyConfig, TrainConfig, to_dict
 from sso_jax.models.export import export_policy
 from sso_jax.recipes import engine as assembly
 from sso_jax.recipes.stages import update as update_stage
+from sso_jax.recipes.stages.selection import Selection
 from sso_jax.runtime import signals
 from sso_jax.runtime.checksums import checksums
 from sso_jax.runtime.errors import InputError, RunError
@@ -479,16 +480,17 @@ def test_updates_resumed_anywhere_are_those_of_one_pass(one_device, num_updates,
     )
 
 
-def test_a_stop_between_looks_is_saved_without_one():
+def test_a_stop_between_looks_is_saved_without_one(tmp_path):
     """A round that looks at the policy every 4 updates and is stopped after one: the line is written, and the state
     saved.
     """
     written, saved = [], []
     plain = Hooks(written.append, lambda state, step: saved.append(step), 4)
-    hooks = update_stage.evaluating_hooks(plain, lambda params: {"seen": 1}, 8)
+    selection = Selection(TrainConfig(), tmp_path, None)
+    hooks = update_stage.measuring_hooks(plain, lambda params: {"held_out_loss": 1.0}, 8, selection)
     hooks.log_metrics({"step": 0})
     hooks.save(None, 1)
-    assert written == [{"step": 0}] and saved == [1]
+    assert written == [{"step": 0}] and saved == [1] and selection.measurements == []
 
 
 def test_a_field_that_came_after_the_run_began_is_no_change_at_its_default(tmp_path):

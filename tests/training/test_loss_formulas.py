@@ -20,6 +20,14 @@ def sigmoid(z):
 
 # Of a = h(chosen), b = h(rejected), the means mw and ml, and the settings; written from the table of formulas, float64.
 FORMULAS = {
+    "dpo_norm": lambda a, b, mw, ml, beta, nw, nl: -log_sigmoid(beta * (a / nw - b / nl)),
+    "fdpo_forward_kl": lambda a, b, mw, ml, beta: -log_sigmoid(beta * (np.exp(-b) - np.exp(-a))),
+    "fdpo_js": lambda a, b, mw, ml, beta: (
+        -log_sigmoid(beta * (np.log(2 * np.exp(a) / (1 + np.exp(a))) - np.log(2 * np.exp(b) / (1 + np.exp(b)))))
+    ),
+    "fdpo_alpha": lambda a, b, mw, ml, beta, alpha: (
+        -log_sigmoid(beta * (np.exp(-alpha * b) - np.exp(-alpha * a)) / alpha)
+    ),
     "cdpo": lambda a, b, mw, ml, beta, label_smoothing: (
         -(1 - label_smoothing) * log_sigmoid(beta * (a - b)) - label_smoothing * log_sigmoid(-beta * (a - b))
     ),
@@ -48,6 +56,10 @@ FORMULAS = {
     ),
 }
 DEFAULTS = {
+    "dpo_norm": dict(beta=5.0),
+    "fdpo_forward_kl": dict(beta=0.1),
+    "fdpo_js": dict(beta=0.1),
+    "fdpo_alpha": dict(beta=0.1, alpha=0.5),
     "cdpo": dict(beta=0.1, label_smoothing=0.1),
     "robust": dict(beta=0.1, label_smoothing=0.1),
     "hinge": dict(beta=0.1),
@@ -74,7 +86,8 @@ def random_pairs(seed=0, size=24):
 
 def numpy_value(name, policy, reference, tokens, settings):
     (a, b), (mw, ml) = policy - reference, policy / tokens
-    return FORMULAS[name](a, b, mw, ml, **settings)
+    lengths = dict(zip(("nw", "nl"), tokens, strict=True)) if name == "dpo_norm" else {}
+    return FORMULAS[name](a, b, mw, ml, **settings, **lengths)
 
 
 def as_pair(values):
@@ -150,6 +163,15 @@ def test_extreme_log_ratios_give_no_nan(name, gap):
     policy = Pair(jnp.array([-2e4 + max(gap, 0)]), jnp.array([-2e4 + max(-gap, 0)]))
     value, gradient = jax.value_and_grad(lambda p: loss(p, reference, tokens).sum())(policy)
     assert np.isfinite(value) and np.isfinite(gradient.chosen).all() and np.isfinite(gradient.rejected).all()
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 1.0])
+def test_alpha_divergences_are_between_the_two_kls(alpha):
+    """Near 0 the reverse KL, which is dpo, and at 1 the forward KL."""
+    values = [as_pair(part) for part in random_pairs(seed=3)]
+    ours, _ = base_loss("fdpo_alpha", {"alpha": alpha})
+    other, _ = base_loss("dpo" if alpha < 1 else "fdpo_forward_kl", {})
+    np.testing.assert_allclose(ours(*values), other(*values), rtol=1e-2 if alpha < 1 else 1e-6, atol=1e-6)
 
 
 def test_orpo_stays_finite_where_a_response_is_certain():

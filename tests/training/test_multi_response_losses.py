@@ -12,9 +12,10 @@ from scipy.optimize import brentq, minimize_scalar
 from sso_jax.config import ObjectiveConfig
 from sso_jax.recipes.objective import build_objective
 from sso_jax.runtime.errors import InputError
-from sso_jax.training.losses import ContextValues, Pair, base_loss
+from sso_jax.training.losses import base_loss
 from sso_jax.training.multi_response_losses import MULTI_RESPONSE_LOSSES, multi_response_loss, neural_sort, sinkhorn
 from sso_jax.training.objectives import OnlineWeights, online_objective
+from sso_jax.training.pair_values import ContextValues, Pair
 
 CONTEXTS = ("plain", "score_conditioned_chosen", "score_conditioned_rejected")
 DEFAULTS = {

@@ -9,9 +9,8 @@ import pytest
 
 from sso_jax.config import ObjectiveConfig
 from sso_jax.recipes.objective import build_objective
-from sso_jax.training.losses import Pair, base_loss, sum_rewards
+from sso_jax.training.losses import Pair, base_loss
 from sso_jax.training.objectives import (
-    ContextValues,
     OnlineWeights,
     SteeringScale,
     Terms,
@@ -21,6 +20,7 @@ from sso_jax.training.objectives import (
     pairwise_objective,
     policy_weight,
 )
+from sso_jax.training.pair_values import ContextValues, sum_rewards
 
 BETA = 0.2
 PLAIN, POSITIVE, NEGATIVE = range(3)

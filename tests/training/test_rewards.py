@@ -24,7 +24,7 @@ from sso_jax.models.kernels import KERNELS, cudnn_attend
 from sso_jax.models.reward_head import reward_model
 from sso_jax.models.transformer import abstract_params, init_params
 from sso_jax.preferences.filters import keep_widest, with_rewards
-from sso_jax.recipes.reward import mix, split_pairs
+from sso_jax.recipes.reward import mix
 from sso_jax.recipes.reward_model import accuracy_of, find_reward_model, open_reward_scorer, tokenize_pair
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.mesh import param_shardings
@@ -276,15 +276,6 @@ def test_padding_is_never_the_end_of_turn(tokenizer, pad):
 
 def triples(count: int, name: str = "own") -> list[Triple]:
     return [Triple(f"{name}{i}", f"{name} query {i // 2}", None, None, "good", "bad", None) for i in range(count)]
-
-
-def test_no_query_is_on_both_sides_of_the_split():
-    train, held_out = split_pairs(triples(2000), 0.2)
-    assert not {t.query for t in train} & {t.query for t in held_out} and len(train) + len(held_out) == 2000
-    assert 320 <= len(held_out) <= 480  # 1000 queries: five standard deviations of 12.6 queries
-    assert split_pairs(triples(2000), 0.0)[1] == []
-    with pytest.raises(InputError, match=r"^reward.held_out"):
-        split_pairs(triples(2), 1 - 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ def SAME(x):
 
 NAMES = {
     "dpo": "sigmoid",
+    "dpo_norm": "sigmoid_norm",
+    "fdpo_forward_kl": "sigmoid",
+    "fdpo_js": "sigmoid",
+    "fdpo_alpha": "sigmoid",
     "hinge": "hinge",
     "ipo": "ipo",
     "exo": "exo_pair",
@@ -30,6 +34,7 @@ NAMES = {
     "apo_down": "apo_down",
     "discopop": "discopop",
 }
+DIVERGENCES = {"fdpo_forward_kl": "forward_kl", "fdpo_js": "js_divergence", "fdpo_alpha": "alpha_divergence"}
 NUM, TOKENS = 6, 9
 
 
@@ -48,7 +53,8 @@ def trl_loss(name, settings, log_probs, mask, references):
     """Mean loss of the pairs and its slopes, by `DPOTrainer._compute_loss` on a model that answers with these
     log-probs.
     """
-    values = torch.tensor(log_probs, requires_grad=True)
+    dtype = torch.float32 if name == "fdpo_alpha" else torch.float64  # TRL has no limit of its exponents in float64
+    values = torch.tensor(log_probs, dtype=dtype, requires_grad=True)
     nothing = torch.zeros_like(values)
     outputs = SimpleNamespace(log_probs=values, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     trainer = SimpleNamespace(
@@ -58,7 +64,8 @@ def trl_loss(name, settings, log_probs, mask, references):
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
+        f_divergence_type=DIVERGENCES.get(name, "reverse_kl"),
+        f_alpha_divergence_coef=1.0 - settings.get("alpha", 0.0),  # the exponent of its f' is this less 1
         use_weighting=False,
         loss_types=[NAMES[name]],
         loss_weights=[1.0],
@@ -69,7 +76,7 @@ def trl_loss(name, settings, log_probs, mask, references):
         _tp_size=1,
     )
     completion = torch.tensor(np.concatenate([np.zeros((2 * NUM, 1), bool), mask], axis=1)).long()
-    chosen, rejected = torch.tensor(references).chunk(2)
+    chosen, rejected = torch.tensor(references, dtype=dtype).chunk(2)
     inputs = {name: completion for name in ("input_ids", "attention_mask", "completion_mask")}
     inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     loss = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+import transformers
 from toys import Compilations, toy_model, toy_params
 
 from sso_jax.config import ObjectiveConfig
@@ -272,6 +273,28 @@ def test_schedule_warms_up_from_0_to_the_peak(kind, expected):
     rates = learning_rates(1.0, kind, 0.2, 10)
     np.testing.assert_allclose(rates[:4], expected, atol=1e-6)
     assert len(rates) == 10
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.2])
+@pytest.mark.parametrize("num_updates", [1, 10, 37])
+@pytest.mark.parametrize("kind", ["linear", "wsd", "cosine", "constant"])
+def test_schedules_are_those_of_transformers(kind, num_updates, warmup_ratio):
+    warmup, decay = math.ceil(warmup_ratio * num_updates), math.ceil(0.3 * num_updates)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    if kind == "wsd":
+        theirs = transformers.get_wsd_schedule(
+            optimizer, warmup, min(decay, num_updates - warmup), num_updates, decay_type="linear"
+        )
+    else:
+        name = kind if kind != "constant" else "constant_with_warmup"
+        theirs = transformers.get_scheduler(name, optimizer, warmup, num_updates)
+    expected = []
+    for _ in range(num_updates):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    ours = learning_rates(2.0, kind, warmup_ratio, num_updates, 0.3 if kind == "wsd" else None)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_supervised_loss_is_the_mean_over_the_response_tokens_of_the_batch(one_device):

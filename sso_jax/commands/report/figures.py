@@ -23,7 +23,7 @@ STYLE = {
     "svg.hashsalt": "sso_jax",
 }
 """Style of every figure; with the fixed salt, equal runs write equal files."""
-COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed")
+COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#78350f", "#475569")
 Range = tuple[float, float]
 
 
@@ -132,9 +132,13 @@ def panels_of_rounds(summary: list[dict]) -> list[Panel]:
 def panels_of_updates(metrics: list[dict]) -> list[Panel]:
     """Returns the panels of a run's updates, from the lines of metrics.jsonl."""
     losses = [("loss", "loss"), ("base", "base_loss"), ("L+", "positive_loss"), ("L-", "negative_loss")]
+    losses += [("held out", "held_out_loss")]
     titled = {
         "Loss": [_curve(metrics, name, field) for name, field in losses],
-        "Margin of the pair": [_curve(metrics, "margin", "margin")],
+        "Margin of the pair": [
+            _curve(metrics, "margin", "margin"),
+            _curve(metrics, "held out", "held_out_margin"),
+        ],
         "Accuracy of the pair": [
             _curve(metrics, "of the batch", "accuracy"),
             _curve(metrics, "held out", "held_out_accuracy"),

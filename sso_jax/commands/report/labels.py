@@ -17,7 +17,10 @@ LEADS = {
 TERMS = {
     "policy quality": "mean score that the judge gives unsteered answers to held-out queries; it is never trained on",
     "pair accuracy": "share of pairs whose chosen response the judge prefers; ties count as half",
-    "held-out accuracy": "share of held-out pairs whose chosen response has the higher reward; ties count as half",
+    "held-out loss": "loss on the pairs that no update sees, of the parameters that the iteration ended with",
+    "held-out accuracy": "share of held-out pairs whose chosen response has the higher reward: that of a reward model, "
+    "with ties as half, or the one that the loss compares",
+    "held out": "the same number on the pairs that no update sees",
     "p(chosen)": "probability of the chosen responses under the plain prompt: the mean over pairs of exp(mean log-prob "
     "per token), by the policy at the start of the iteration; high means on-policy",
     "p(rejected)": "the same of the rejected responses",

@@ -32,14 +32,21 @@ def _number(field: str, digits: int = 3) -> Callable[[dict], str]:
     return lambda row: format_number(row.get(field), digits)
 
 
-def _reward_accuracy(row: dict) -> str:
-    return format_number((row.get("reward") or {}).get("held_out_accuracy"))
+def _held_out(field: str) -> Callable[[dict], str]:
+    return lambda row: format_number((row.get("held_out") or {}).get(field))
+
+
+def _held_out_accuracy(row: dict) -> str:
+    """Returns the accuracy of the reward model, or of the policy's loss, on held-out pairs."""
+    reward = (row.get("reward") or {}).get("held_out_accuracy")
+    return format_number((row.get("held_out") or {}).get("accuracy") if reward is None else reward)
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "iteration": lambda row: str(row["iteration"]),
     "policy quality": _number("policy_quality"),
-    "held-out accuracy": _reward_accuracy,
+    "held-out loss": _held_out("loss"),
+    "held-out accuracy": _held_out_accuracy,
     "pairs / queries": count_of_pairs,
     "demonstrations": _demonstrations,
     "pair accuracy": _number("pair_accuracy"),

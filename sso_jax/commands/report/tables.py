@@ -12,7 +12,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 def table(row: dict) -> str:
     """Formats the table of one round, a row of summary.json, for the terminal."""
     title = f"iteration {row['iteration']}" + (" (before any update)" if row["iteration"] == 0 else "")
-    lines = [*_data_lines(row), *judged_lines(row), *_quality_lines(row), *_timing_lines(row)]
+    lines = [*_data_lines(row), *judged_lines(row), *_held_out_lines(row), *_quality_lines(row), *_timing_lines(row)]
     width = max((len(name) for name, _ in lines), default=0)
     body = [f"  {name:<{width}}  {value}" for name, value in lines] or ["  nothing to measure without a judge"]
     return "\n".join([f"== {title} ".ljust(width + 30, "="), *body])
@@ -68,6 +68,17 @@ def judged_lines(row: dict) -> list[Line]:
         if reward.get("judge_accuracy") is not None:
             lines.append(("reward model, in the judge's order", format_number(reward["judge_accuracy"])))
     return lines
+
+
+def _held_out_lines(row: dict) -> list[Line]:
+    """Returns the line of the pairs that no update saw."""
+    numbers = row.get("held_out")
+    if not numbers:
+        return []
+    said = ", ".join(
+        f"{name} {format_number(numbers[name])}" for name in ("loss", "accuracy", "margin") if numbers[name] is not None
+    )
+    return [(f"held-out pairs ({numbers['num_pairs']}), after update {numbers['updates']}", said)]
 
 
 def _quality_lines(row: dict) -> list[Line]:

@@ -29,7 +29,7 @@ def start_policy(run: Run, iteration: int) -> Params:
 
     if iteration <= 1:
         return first()
-    return restore_params(run.engine, run.config, run.folder(iteration - 1) / "checkpoints", first)
+    return restore_params(run.engine, run.config, run.folder(iteration - 1), first)
 
 
 def exported_policy(run: Run, iteration: int) -> Params:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from sso_jax.config import Config
 from sso_jax.data.queries import deal, load_queries, require_queries
 from sso_jax.data.records import RESPONSES, Dropped, Prompts, Query, SteeredQuery, Triple
 from sso_jax.data.rows import Records
+from sso_jax.models.fingerprint import fingerprint
 from sso_jax.preferences.principle_sources import (
     UNPARSED_FILE,
     PrincipleSource,
@@ -20,8 +21,8 @@ from sso_jax.preferences.principle_sources import (
     policy_asker,
     steer_queries,
 )
-from sso_jax.preferences.responses import SampledTriples, SampleKey, sample_triples
-from sso_jax.recipes.engine import Engine
+from sso_jax.preferences.responses import RejectedSource, SampledTriples, SampleKey, sample_triples
+from sso_jax.recipes.engine import Engine, load_params
 from sso_jax.recipes.environment import fitting_queries, toy_queries
 from sso_jax.recipes.input_tables import drop_refused_turns, queries_table
 from sso_jax.recipes.run import Params, Round
@@ -152,16 +153,45 @@ def sample_fitting(
     prompts: dict[str, Prompts],
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
+    rejected: RejectedSource | None = None,
 ) -> tuple[SampledTriples, Dropped]:
     """Samples triples for the queries whose prompts all leave room for a response, and drops the others.
 
     See `sample_triples`.
     """
-    fits = engine.sampler.fits
-    fitting = [query for query in queries if all(fits(prompt) for prompt in prompts[query.id].values())]
-    sampled = sample_triples(engine.sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted)
+
+    def fits(own: Prompts) -> bool:
+        other = rejected is None or rejected.sampler.fits(own[rejected.context])
+        return other and all(engine.sampler.fits(prompt) for prompt in own.values())
+
+    fitting = [query for query in queries if fits(prompts[query.id])]
+    sampled = sample_triples(engine.sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted, rejected)
     kept = {query.id for query in fitting}
     return sampled, {query.id: "prompt_too_long" for query in queries if query.id not in kept}
+
+
+def rejected_source(this: Round, weights: dict[str, str]) -> RejectedSource | None:
+    """Returns what y- is sampled from in place of the round's policy; None by default.
+
+    Adds the fingerprint of its parameters to `weights` once these are loaded.
+    """
+
+    def recorded(load: Callable[[], Params]) -> Callable[[], Params]:
+        def load_and_record() -> Params:
+            params = load()
+            weights["rejected_weights"] = fingerprint(params)
+            return params
+
+        return load_and_record
+
+    run, config, other = this.run, this.run.config.sampling, this.run.rejected_engine
+    if config.anchor_rejected:
+        first = recorded(partial(exported_policy, run, 0))
+        return RejectedSource("the first policy", run.engine.sampler, first)
+    if other is None:
+        return None
+    load = recorded(partial(load_params, other.source, other))
+    return RejectedSource(str(config.rejected_path), other.sampler, load, config.rejected_context)
 
 
 def responses(
@@ -174,7 +204,8 @@ def responses(
 ) -> ResponsesResult:
     """Stage `responses`: samples y+ from x+, y- from x- and y_o from x, those that are `wanted`, in `responses.jsonl`.
 
-    With more than one policy, y+ and y- come from the policies of the last `num_policies` rounds, including this one.
+    With more than one policy, y+ and y- come from the policies of the last `num_policies` rounds, including this one;
+    y- comes from elsewhere with `sampling.anchor_rejected` or `.rejected_path`.
     """
     run = this.run
     rounds_back = range(1, min(num_policies, this.iteration))
@@ -182,12 +213,13 @@ def responses(
 
     def make() -> tuple[list[Triple], dict]:
         key = SampleKey(run.config.run.seed, this.iteration)
-        start = time.perf_counter()
-        sampled, dropped = sample_fitting(run.engine, [policy, *earlier], queries, prompts, key, wanted)
+        weights = {"weights": fingerprint(policy)}
+        start, rejected = time.perf_counter(), rejected_source(this, weights)
+        sampled, dropped = sample_fitting(run.engine, [policy, *earlier], queries, prompts, key, wanted, rejected)
         num_tokens = sum(len(ids) for triple in sampled.triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
         counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
-        return sampled.triples, {**counts, "tokens_per_second": rate, "roles": sampled.roles}
+        return sampled.triples, {**counts, "tokens_per_second": rate, "roles": sampled.roles, **weights}
 
     triples, stats = record_stage(this.folder, "responses", Triple, make)
     return ResponsesResult(triples, stats["dropped"], stats["tokens_per_second"], stats["seconds"], stats["roles"])

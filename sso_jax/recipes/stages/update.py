@@ -14,12 +14,16 @@ import optax
 from sso_jax.config import Config, OptimizerConfig
 from sso_jax.data.records import Prompts, Triple
 from sso_jax.models.adapters import split_trainable
+from sso_jax.models.fingerprint import fingerprint
 from sso_jax.models.layer_layout import cast_to_compute
 from sso_jax.models.transformer import Transformer
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.batch_plans import BatchPlan, losses_of, plan_preferences
+from sso_jax.recipes.stages.contrasts import token_contrasts
+from sso_jax.recipes.stages.held_out import Measure, hold_out
+from sso_jax.recipes.stages.selection import BEST_FOLDER, KEEP_BEST, Selection, open_selection, restore_best
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.mesh import replicated
 from sso_jax.runtime.stage_markers import finish, finished
@@ -46,6 +50,11 @@ class TrainingResult:
     step_shapes: list[StepShape]
     seconds: float
     tokens_per_second: float
+    held_out: dict[str, float] | None = None
+    """`num_pairs` held out, and of the parameters that the round ends with: after how many `updates`, and `loss`,
+    `accuracy` and `margin` on these pairs; None without held-out pairs."""
+    weights: str | None = None
+    """Fingerprint of the parameters that the round ends with."""
 
     @classmethod
     def of_stage(cls, stats: dict) -> "TrainingResult":
@@ -96,10 +105,14 @@ def train_on_pairs(
     prompts: dict[str, Prompts],
     first_step: int = 0,
 ) -> tuple[Params, TrainingResult]:
-    """Trains the policy on the pairs of a round; see `train`."""
+    """Trains the policy on the pairs of a round, without those that are held out; see `train` and `hold_out`."""
     engine = this.run.engine
-    plan = plan_preferences(this, objective, pairs, prompts)
-    return train(this, losses_of(engine.model, objective), plan, policy, first_step)
+    trained, measure = hold_out(this, objective, policy, pairs, prompts)
+    strength = objective.token_contrast
+    contrasts = token_contrasts(this, strength, policy, trained, prompts) if strength else {}
+    plan = plan_preferences(this, objective, trained, prompts, contrasts)
+    losses = losses_of(engine.model, objective, this.run.config.train)
+    return train(this, losses, plan, policy, first_step, measure=measure)
 
 
 def train(
@@ -109,9 +122,9 @@ def train(
     params: Params,
     first_step: int = 0,
     engine: Engine | None = None,
-    eval_fn: Callable[[Params], dict] | None = None,
+    measure: Measure | None = None,
 ) -> tuple[Params, TrainingResult]:
-    """Runs the updates of a round and returns the resulting parameters; `params` are donated.
+    """Runs the updates of a round and returns the resulting parameters, the last or the best; `params` are donated.
 
     Args:
       this: the round, whose metrics are written line by line.
@@ -120,46 +133,82 @@ def train(
       params: parameters to start from.
       first_step: number of the first update in metrics.jsonl, which continues those of the round's earlier training.
       engine: the run's engine, unless another model than the policy is trained.
-      eval_fn: maps the parameters to metrics, which are added to the line of every `checkpoint.every_steps`-th update.
+      measure: measures parameters on held-out pairs; its numbers are added to the line of every
+        `checkpoint.every_steps`-th update.
 
     Raises:
       RunError: if a metric is not finite, the first loss is wrong, or a checkpoint cannot be written or read.
       Stopped: if a stop was requested, after a checkpoint.
     """
     run, engine = this.run, engine or this.run.engine
-    stage = "updates of the generator" if this.part else "updates"
     rates = _learning_rates(run.config.optimizer, len(plan.num_tokens))
     parts = new_parts(engine.model, run.config)
     optimizer = build_optimizer(run.config.optimizer)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
-    first = plan.make_batch(0)
-    if stage not in run.programs:
-        cast = partial(cast_to_compute, engine.model)
-        run.programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, first, cast)
-    update, title = run.programs[stage], this.title(stage)
+    update, title = _compiled_update(this, losses, plan, engine, shardings), this.title("updates")
     log.info("%s: %s", title, plan.steps.describe())
-    with checkpoints.open_checkpoints(this.folder / "checkpoints", run.config.checkpoint.keep) as manager:
+    with (
+        checkpoints.open_checkpoints(this.folder / "checkpoints", run.config.checkpoint.keep) as manager,
+        open_selection(this.folder, run.config.train) as selection,
+    ):
         state = checkpoints.restore(manager, shapes, shardings)
         if state is None:
             state = init_state({**params, **parts}, optimizer, shardings)
         else:
             state = _without_stale_params(state, params)
         done = int(state.step)
+        selection.rewind(done)
         run.metrics.rewind(this.iteration, first_step + done)
-        hooks = _hooks(this, plan, manager, first_step, eval_fn)
-        start = time.perf_counter()
-        updates = UpdatePlan(plan.make_batch, plan.num_tokens, rates, plan.ids)
+        hooks = _hooks(this, plan, manager, first_step)
+        if measure is not None:
+            hooks = measuring_hooks(hooks, measure.numbers, len(plan.num_tokens), selection)
+        updates, start = UpdatePlan(plan.make_batch, plan.num_tokens, rates, plan.ids), time.perf_counter()
         state = run_updates(update, state, updates, done, engine.mesh, hooks, title)
-        seconds = time.perf_counter() - start
-    rate = sum(plan.num_tokens[done:]) / seconds
-    result = TrainingResult(len(plan.num_tokens), plan.steps.padding(), plan.steps.shapes, seconds, rate)
+        seconds, last = time.perf_counter() - start, int(state.step)
+        checkpoints.finish(manager)
+        state = _selected_state(selection, this.folder, state, shapes, shardings)
+        held_out = _held_out_numbers(selection, measure)
+    trained, rate = without_parts(state.all_params(), parts), sum(plan.num_tokens[done:last]) / seconds
+    numbers = (last, plan.steps.padding(), plan.steps.shapes, seconds, rate, held_out)
+    result = TrainingResult(*numbers, fingerprint(trained))
     stats = finished(this.folder, "training")  # a resumed round that had finished keeps its first statistics
     stats = finish(this.folder, "training", asdict(result)) if stats is None else stats
-    return without_parts(state.all_params(), parts), TrainingResult.of_stage(stats)
+    return trained, TrainingResult.of_stage(stats)
+
+
+def _compiled_update(
+    this: Round, losses: ExampleLosses, plan: BatchPlan, engine: Engine, shardings: TrainState
+) -> Callable:
+    """Returns the compiled update of the round, which all rounds share."""
+    programs, stage = this.run.programs, "updates of the generator" if this.part else "updates"
+    if stage not in programs:
+        cast = partial(cast_to_compute, engine.model)
+        optimizer = build_optimizer(this.run.config.optimizer)
+        programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, plan.make_batch(0), cast)
+    return programs[stage]
+
+
+def _selected_state(
+    selection: Selection, folder: Path, state: TrainState, shapes: TrainState, shardings: TrainState
+) -> TrainState:
+    """Returns the state with the parameters that the round ends with; frees those after the last update if others."""
+    selected = selection.selected()
+    if selection.best is None or selected is None or selected.updates == int(state.step):
+        return state
+    for leaf in jax.tree.leaves((state.params, state.optimizer)):
+        leaf.delete()
+    return restore_best(selection.best, folder, selected.updates, shapes, shardings)._replace(frozen=state.frozen)
+
+
+def _held_out_numbers(selection: Selection, measure: Measure | None) -> dict[str, float] | None:
+    selected = selection.selected()
+    if measure is None or selected is None:
+        return None
+    return {"num_pairs": measure.num_pairs, **asdict(selected)}
 
 
 def _learning_rates(config: OptimizerConfig, num_updates: int) -> list[float]:
-    return learning_rates(config.learning_rate, config.schedule, config.warmup_ratio, num_updates)
+    return learning_rates(config.learning_rate, config.schedule, config.warmup_ratio, num_updates, config.decay_ratio)
 
 
 def _without_stale_params(state: TrainState, params: Params) -> TrainState:
@@ -170,14 +219,8 @@ def _without_stale_params(state: TrainState, params: Params) -> TrainState:
     return state._replace(frozen=frozen)
 
 
-def _hooks(
-    this: Round,
-    plan: BatchPlan,
-    manager: checkpoints.Checkpoints,
-    first_step: int,
-    eval_fn: Callable[[Params], dict] | None,
-) -> Hooks:
-    """Returns the hooks of a round: metrics lines, checkpoints, the check of the first loss, and evaluations."""
+def _hooks(this: Round, plan: BatchPlan, manager: checkpoints.Checkpoints, first_step: int) -> Hooks:
+    """Returns the hooks of a round: metrics lines, checkpoints, and the check of the first loss."""
     run, every_steps = this.run, this.run.config.checkpoint.every_steps
     updates_before = sum(_num_updates(run.folder(k)) for k in range(1, this.iteration))
 
@@ -190,12 +233,16 @@ def _hooks(
     def save(state: TrainState, step: int) -> None:
         checkpoints.save(manager, state, step, wait=every_steps == 1)
 
-    hooks = Hooks(log_metrics, save, every_steps, partial(checkpoints.finish, manager))
-    return hooks if eval_fn is None else evaluating_hooks(hooks, eval_fn, len(plan.num_tokens))
+    return Hooks(log_metrics, save, every_steps, partial(checkpoints.finish, manager))
 
 
-def evaluating_hooks(hooks: Hooks, eval_fn: Callable[[Params], dict], num_updates: int) -> Hooks:
-    """Wraps hooks: holds the metrics of every `every_steps`-th update until `eval_fn` has evaluated the parameters."""
+def measuring_hooks(
+    hooks: Hooks, numbers_of: Callable[[Params], dict[str, float]], num_updates: int, selection: Selection
+) -> Hooks:
+    """Wraps hooks: holds the metrics of every `every_steps`-th update until the parameters have been measured.
+
+    The measurement is added to `selection` before the state is saved.
+    """
     held: list[dict] = []
 
     def log_metrics(numbers: dict) -> None:
@@ -207,10 +254,12 @@ def evaluating_hooks(hooks: Hooks, eval_fn: Callable[[Params], dict], num_update
 
     def save(state: TrainState, step: int) -> None:
         if held:
-            hooks.log_metrics({**held.pop(), **eval_fn(state.all_params())})
+            measured = numbers_of(state.all_params())
+            hooks.log_metrics({**held.pop(), **measured})
+            selection.add(state, step, measured)
         hooks.save(state, step)
 
-    return hooks._replace(log_metrics=log_metrics, save=save)
+    return hooks._replace(log_metrics=log_metrics, save=save, is_over=selection.is_over)
 
 
 def _check_first_loss(loss: float, expected: float, dtype: str, stage: str) -> None:
@@ -230,25 +279,33 @@ def _num_updates(folder: Path) -> int:
 
 
 def restore_params(engine: Engine, config: Config, folder: Path, base: Callable[[], Params]) -> Params:
-    """Restores the parameters of the newest checkpoint of a finished round.
+    """Restores the parameters that a finished round ended with, from its newest checkpoint or its best one.
 
     Args:
       engine: the run's engine.
       config: the run's config.
-      folder: folder of the checkpoints.
+      folder: folder of the round.
       base: loads the parameters that training started from, for those that it left frozen.
 
     Raises:
       InputError: if the folder has no checkpoint.
+      RunError: if the round ended with its best checkpoint, which is gone.
     """
     optimizer = build_optimizer(config.optimizer)
     parts = new_parts(engine.model, config)
     shapes, shardings = _shapes_with(parts, engine, optimizer)
-    with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
-        state = checkpoints.restore(manager, shapes, shardings)
+    stats = finished(folder, "training") or {}
+    selected = (stats.get("held_out") or {}).get("updates")
+    if selected is not None and selected != stats["updates"]:
+        with checkpoints.open_checkpoints(folder / BEST_FOLDER, KEEP_BEST) as best:
+            state = restore_best(best, folder, selected, shapes, shardings)
+    else:
+        with checkpoints.open_checkpoints(folder / "checkpoints", config.checkpoint.keep) as manager:
+            state = checkpoints.restore(manager, shapes, shardings)
     if state is None:
         raise InputError(
-            f"{folder}: no checkpoint, although the round is marked as done; delete {folder.parent} to run it again"
+            f"{folder / 'checkpoints'}: no checkpoint, although the round is marked as done; delete {folder} to run it "
+            "again"
         )
     frozen = split_trainable(base())[1] if shapes.frozen else {}
     return without_parts(state._replace(frozen=frozen).all_params(), parts)
