@@ -20,7 +20,7 @@ from sso_jax.models.hf_weights import read_params, write_params
 from sso_jax.models.layers import Adapters
 from sso_jax.models.peft_adapters import BaseModel, check_adapter, check_writable, read_adapter, write_adapter
 from sso_jax.models.peft_folder import open_adapter
-from sso_jax.models.transformer import abstract_params, init_params
+from sso_jax.models.transformer import init_params
 from sso_jax.runtime.errors import InputError
 
 ALL = ("query", "key", "value", "out", "gate", "up", "down")
@@ -59,8 +59,9 @@ def logits(model, params) -> np.ndarray:
 
 
 def logits_of(theirs) -> np.ndarray:
+    """Their logits in float64: in float32 theirs differ from these by up to 2e-5, more than ours do."""
     with torch.no_grad():
-        return theirs(torch.tensor(TOKENS)).logits.numpy()
+        return theirs.double()(torch.tensor(TOKENS)).logits.numpy()
 
 
 def opened_by_peft(base, adapter):
@@ -328,5 +329,4 @@ def test_merged_is_what_peft_merges(phi, one_device):
     (folder / "ours").mkdir()
     write_params(params, model.architecture, folder / "ours", "float32", model.adapters)
     ours, theirs = (read_params(folder / name, plain, one_device) for name in ("ours", "theirs"))
-    assert jax.tree.structure(ours) == jax.tree.structure(abstract_params(plain)) or ours.keys() == theirs.keys()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
