@@ -46,6 +46,9 @@ class ObjectiveConfig:
     """g, the weight of the self-steering terms in form `online`."""
     weight_alpha: float = 0.66
     """a, the share of the chosen response in W."""
+    token_contrast: float = 0.0
+    """Share s of the contrast of the principles in the weights of the base loss's tokens: 1 - s + s |e_t| / mean |e|
+    with e_t = log pi(y_t|x+) - log pi(y_t|x-), by the reference (this project's extension of RLCSD); 0 is off."""
     use_weight: bool = True
     """Whether W multiplies the steering terms (or the base loss, if there are none)."""
     use_steering: bool = True
@@ -70,6 +73,8 @@ class ObjectiveConfig:
         require(self.tau is None or self.tau > 0, "objective.tau", self.tau, "a number above 0")
         alpha = self.weight_alpha
         require(0 <= alpha <= 1, "objective.weight_alpha", alpha, "a share in [0, 1]")
+        contrast = self.token_contrast
+        require(0 <= contrast <= 1, "objective.token_contrast", contrast, "a share in [0, 1]")
         order = self.alpha if self.base == "fdpo_alpha" else None
         require(order is None or 0 < order <= 1, "objective.alpha", order, "a number in (0, 1] for base fdpo_alpha")
         require(self.rho is None or 0 < self.rho < 0.693, "objective.rho", self.rho, "a number of nats in (0, ln 2)")

@@ -131,6 +131,17 @@ class Triple:
 
 
 @dataclass(frozen=True)
+class TokenContrast:
+    """How much the principles tell the tokens of a pair's responses apart: a line of `contrasts.jsonl`."""
+
+    id: str
+    weights: dict[str, list[float]]
+    """Weight of each token in the base loss, by response (`chosen`, `rejected`)."""
+    reference: dict[str, float]
+    """Sums of the reference's log-probs under x times these weights, by response."""
+
+
+@dataclass(frozen=True)
 class Demonstration:
     """A prompt and a response to learn."""
 

@@ -115,7 +115,7 @@ def to_hf_layer_kinds(architecture: Architecture) -> dict[str, Any]:
     windowed = next((kind.rope for kind in kinds if kind.sliding_window is not None and kind.rope), None)
     rope = full or windowed or Rope()
     fields: dict[str, Any] = {**to_hf_rope(rope), "sliding_window": next(iter(windows), None)}
-    if family.windows not in ("none", "all"):
+    if family.windows == "listed" or (windows and family.windows != "all"):
         fields["layer_types"] = [FULL if kind.sliding_window is None else WINDOWED for kind in kinds]
     if "use_sliding_window" in family.defaults:
         fields["use_sliding_window"] = bool(windows)

@@ -39,9 +39,10 @@ def objectives(config: Config) -> tuple[Objective, Objective]:
     given = config.objective
     if given.form != "generator":
         log.warning("recipe 'generator' does not use objective.form %r: it trains a generator on L+ + L-", given.form)
-    shared = {field: getattr(given, field) for field in ("base", "degree_removal", *LOSS_SETTINGS)}
+    shared = {field: getattr(given, field) for field in ("base", "degree_removal", "token_contrast", *LOSS_SETTINGS)}
     of_policy = type(given)(form="pairwise", sft_weight=0.0, **shared)
-    return build_objective(dataclasses.replace(given, form="generator")), build_objective(of_policy)
+    of_generator = dataclasses.replace(given, form="generator", token_contrast=0.0)
+    return build_objective(of_generator), build_objective(of_policy)
 
 
 def generator_config(config: Config) -> Config:

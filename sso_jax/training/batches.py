@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from sso_jax.data.records import Cell, Triple
+from sso_jax.data.records import Cell, TokenContrast, Triple
 from sso_jax.training.packing import Rows, pack
 from sso_jax.training.row_shapes import size_of
 from sso_jax.training.step_packing import DeviceStep, StepShape
@@ -33,6 +33,10 @@ class Example(NamedTuple):
     prompts: dict[str, list[int]]
     responses: dict[str, list[int]]
     reference_log_probs: list[float]
+    token_weights: dict[str, list[float]] | None = None
+    """Weights of the tokens of responses under x, whose sums the base loss then compares."""
+    weighted_reference: list[float] | None = None
+    """`reference_log_probs` with these weights; None without weights."""
 
 
 class PreferenceBatch(NamedTuple):
@@ -44,6 +48,8 @@ class PreferenceBatch(NamedTuple):
     """[E, C] sums in nats."""
     weights: np.ndarray
     """[E]; they sum to 1 over the update, and are 0 for examples that only fill a step up."""
+    weighted_reference: np.ndarray
+    """[E, C] sums with the weights of the tokens, where these have any."""
 
 
 class SupervisedBatch(NamedTuple):
@@ -68,10 +74,21 @@ class UpdateBatch(NamedTuple):
 
 
 def make_example(
-    triple: Triple, prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell]
+    triple: Triple,
+    prompts: dict[str, list[int]],
+    responses: dict[str, list[int]],
+    cells: list[Cell],
+    contrast: TokenContrast | None = None,
 ) -> Example:
-    """Returns the example of a scored triple."""
-    return Example(triple.id, prompts, responses, [triple.log_probs[context][response] for context, response in cells])
+    """Returns the example of a scored triple, with the weights of its tokens if it has a `contrast`."""
+    references = [triple.log_probs[context][response] for context, response in cells]
+    if contrast is None:
+        return Example(triple.id, prompts, responses, references)
+    weighted = [
+        contrast.reference[response] if context == "plain" and response in contrast.reference else value
+        for (context, response), value in zip(cells, references, strict=True)
+    ]
+    return Example(triple.id, prompts, responses, references, contrast.weights, weighted)
 
 
 def example_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
@@ -79,7 +96,7 @@ def example_trees(examples: list[Example], cells: list[Cell]) -> list[Tree]:
     return [
         tree
         for e, example in enumerate(examples)
-        for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells))
+        for tree in steered_trees(example.prompts, example.responses, cells, e * len(cells), example.token_weights)
     ]
 
 
@@ -115,12 +132,14 @@ def preference_step(
     most = shape.num_examples
     num_tokens = np.ones((most, len(cells)), np.int32)
     references, weights = np.zeros((most, len(cells)), np.float32), np.zeros(most, np.float32)
+    weighted = np.zeros_like(references)
     for e, example in enumerate(examples):
         num_tokens[e] = [len(example.responses[response]) for _, response in cells]
         references[e] = example.reference_log_probs
+        weighted[e] = example.reference_log_probs if example.weighted_reference is None else example.weighted_reference
         weights[e] = weight
     rows = pack(example_trees(examples, cells), shape.rows, most * len(cells), bins)
-    return PreferenceBatch(rows, num_tokens, references, weights)
+    return PreferenceBatch(rows, num_tokens, references, weights, weighted)
 
 
 def supervised_step(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
-from sso_jax.training.log_probs import cell_sums, forward
+from sso_jax.training.log_probs import cell_sums, forward, weighted_cell_sums
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
 from sso_jax.training.pair_values import ContextValues, Pair
 from sso_jax.training.router_balance import Balanced, with_router_loss
@@ -55,14 +55,23 @@ def preference_losses(
     cells: list[Cell],
     rewards: Rewards,
     router_weight: float = 0.0,
+    has_token_weights: bool = False,
 ) -> ExampleLosses:
-    """Returns the loss function of preference pairs under `objective`, with the router's if the model has experts."""
+    """Returns the loss function of preference pairs under `objective`, with the router's if the model has experts.
+
+    With `has_token_weights` the base loss compares weighted sums of the tokens' log-probs.
+    """
 
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
+        shape, total = (num_examples, num_cells), num_examples * num_cells
         states = forward(model, params, step.rows, step.rows.source)
-        log_probs = cell_sums(model, params, step.rows, states.hidden, num_examples * num_cells)
-        by_cell = CellValues(log_probs.reshape(num_examples, num_cells), step.reference_log_probs, step.num_tokens)
+        if has_token_weights:
+            sums = weighted_cell_sums(model, params, step.rows, states.hidden, total)
+            weighted = (sums[1].reshape(shape), step.weighted_reference)
+        else:
+            sums, weighted = (cell_sums(model, params, step.rows, states.hidden, total),), ()
+        by_cell = CellValues(sums[0].reshape(shape), step.reference_log_probs, step.num_tokens, *weighted)
         metrics = _metrics(objective, cells, rewards, by_cell)
         values, group = Balanced(metrics["loss"], metrics), step.rows.first_cell // num_cells
         return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
@@ -77,6 +86,9 @@ class CellValues(NamedTuple):
     """Log-prob sums, in nats."""
     reference: Float[Array, "E C"]
     num_tokens: Int[Array, "E C"]
+    weighted_policy: Float[Array, "E C"] | None = None
+    """Sums with the weights of the tokens; None if the base loss has none."""
+    weighted_reference: Float[Array, "E C"] | None = None
 
 
 def _metrics(
@@ -85,6 +97,9 @@ def _metrics(
     policy = to_context_values(by_cell.policy, cells)
     reference = to_context_values(by_cell.reference, cells)
     num_tokens = to_context_values(by_cell.num_tokens.astype(jnp.float32), cells)
+    if by_cell.weighted_policy is not None and by_cell.weighted_reference is not None:
+        policy = policy._replace(weighted=to_context_values(by_cell.weighted_policy, cells).plain)
+        reference = reference._replace(weighted=to_context_values(by_cell.weighted_reference, cells).plain)
     return pair_metrics(objective(policy, reference, num_tokens), policy, reference, num_tokens, rewards)
 
 
@@ -102,22 +117,21 @@ def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch:
     The first update of a round must have this loss.
     """
     return sum(
-        float(_loss_at_reference(objective, tuple(cells), steps.reference_log_probs, steps.num_tokens, steps.weights))
+        float(_loss_at_reference(objective, tuple(cells), steps._replace(rows=None)))  # rows are not needed
         for steps in batch.groups
     )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _loss_at_reference(
-    objective: Callable[..., Terms], cells: tuple[Cell, ...], reference_log_probs, num_tokens, weights
-):
+def _loss_at_reference(objective: Callable[..., Terms], cells: tuple[Cell, ...], steps: PreferenceBatch):
     """Jitted so that every round reuses one program."""
 
     def flat(part):
         return to_context_values(part.astype(jnp.float32).reshape(-1, len(cells)), list(cells))
 
-    reference, weights = flat(reference_log_probs), weights.reshape(-1)
-    losses = objective(reference, reference, flat(num_tokens)).loss
+    reference, weights = flat(steps.reference_log_probs), steps.weights.reshape(-1)
+    reference = reference._replace(weighted=flat(steps.weighted_reference).plain)  # the same sums without token weights
+    losses = objective(reference, reference, flat(steps.num_tokens)).loss
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
 
 

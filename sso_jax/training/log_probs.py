@@ -263,15 +263,30 @@ def cell_means(rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Flo
     return totals / jnp.maximum(counts, 1.0)[:, None]
 
 
+def weighted_cell_sums(
+    model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int
+) -> tuple[Float[Array, "cells"], Float[Array, "cells"]]:
+    """Returns `cell_sums`, and the sums of the log-probs times their tokens' weights."""
+    log_probs = _token_log_probs(model, params, rows, hidden)
+    return _sum_by_cell(log_probs, rows, num_cells), _sum_by_cell(log_probs * rows.weight, rows, num_cells)
+
+
 def cell_sums(
     model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int
 ) -> Float[Array, "cells"]:
     """Returns `cell_log_probs` from the hidden states at the sources."""
+    return _sum_by_cell(_token_log_probs(model, params, rows, hidden), rows, num_cells)
+
+
+def _token_log_probs(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"]) -> Float[Array, "R M"]:
     head = model.apply({"params": params}, method="head_matrix")
     num_rows, num_targets = rows.target.shape
     tokens_of_device = -(-num_rows // batch_shards_in_context()) * num_targets
     columns = max(1, model.max_logits // tokens_of_device)
-    log_probs = token_log_probs(head, hidden, rows.target, columns, model.architecture.logit_cap)
+    return token_log_probs(head, hidden, rows.target, columns, model.architecture.logit_cap)
+
+
+def _sum_by_cell(log_probs: Float[Array, "R M"], rows: Rows, num_cells: int) -> Float[Array, "cells"]:
     sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
     return sums[:num_cells]
 

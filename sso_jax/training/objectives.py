@@ -101,7 +101,14 @@ def plain_term(
     """Returns `L_base(x, y+, y-)`, or the loss `plain` if it replaces the base loss."""
     if plain is not None:
         return plain(policy, reference, num_tokens)
-    return base(policy.plain, reference.plain, num_tokens.plain)
+    return base(*base_pair(policy, reference), num_tokens.plain)
+
+
+def base_pair(policy: ContextValues, reference: ContextValues) -> tuple[Pair, Pair]:
+    """Returns what the base loss compares under x: sums, or weighted sums if tokens have weights."""
+    if policy.weighted is None or reference.weighted is None:
+        return policy.plain, reference.plain
+    return policy.weighted, reference.weighted
 
 
 def pairwise_objective(
@@ -184,7 +191,7 @@ def pair_metrics(
     """
     metrics = {name: value for name, value in terms._asdict().items() if value is not None}
     if policy.plain is not None:
-        of_pair = rewards(policy.plain, reference.plain, num_tokens.plain)
+        of_pair = rewards(*base_pair(policy, reference), num_tokens.plain)
         margin = of_pair.chosen - of_pair.rejected
         metrics.update(
             chosen_log_prob=policy.plain.chosen,

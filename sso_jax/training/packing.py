@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sso_jax.training.row_shapes import RowShape, size_of
 from sso_jax.training.trees import Tree, first_fit
@@ -25,6 +25,8 @@ class Rows(NamedTuple):
     """Token id of each response token."""
     cell: Int[np.ndarray, "R M"]
     """Cell of each response token."""
+    weight: Float[np.ndarray, "R M"]
+    """Weight of each response token in weighted sums."""
     first_cell: Int[np.ndarray, "R T"]
     """Cell of the first response of each token's tree; the number of cells for padding."""
     sequences: Int[np.ndarray, "R Z U"]
@@ -60,6 +62,7 @@ def pack(trees: list[Tree], shape: RowShape, num_cells: int, bins: list[list[int
         source=of_targets(),
         target=of_targets(),
         cell=of_targets(num_cells),
+        weight=np.ones((shape.num_rows, shape.num_targets), np.float32),
         first_cell=np.full((shape.num_rows, shape.num_tokens), num_cells, np.int32),
         sequences=np.full((shape.num_rows, shape.num_sequences, shape.sequence_tokens), -1, np.int32),
     )
@@ -112,10 +115,12 @@ def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _
         rows.source[row, wanted] = [trunk_end - 1, *range(end, end + size - 1)][:size]
         rows.target[row, wanted] = branch.response_ids
         rows.cell[row, wanted] = branch.cell
+        if branch.weights is not None:
+            rows.weight[row, wanted] = branch.weights
         if rows.sequences.size:
             sequence = free.sequence + branch_number - 1
             rows.sequences[row, sequence, : trunk + size] = [*range(at, trunk_end), *range(end, end + size)]
         end, targets = end + size, targets + size
     rows.tree[row, at:end] = number
-    rows.first_cell[row, at:end] = tree.branches[0].cell
+    rows.first_cell[row, at:end] = np.min(tree.branches[0].cell)
     return _Free(end, targets, free.sequence + len(tree.branches))

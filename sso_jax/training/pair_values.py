@@ -27,6 +27,8 @@ class ContextValues(NamedTuple):
     """(x with the score of y+ in its system message; y+, y-)"""
     score_conditioned_rejected: Pair | None = None
     """(x with the score of y- in its system message; y-, y+)"""
+    weighted: Pair | None = None
+    """(x; y+, y-) with the weights of their tokens, which then takes the place of `plain` in the base loss."""
 
 
 def log_ratios(policy: Pair, reference: Pair) -> Pair:

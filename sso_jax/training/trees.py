@@ -9,7 +9,10 @@ class Branch(NamedTuple):
     """A response and the cell that its log-prob is summed into."""
 
     response_ids: list[int]
-    cell: int
+    cell: int | list[int]
+    """A cell of all its tokens, or one for each."""
+    weights: list[float] | None = None
+    """Weight of each token in weighted sums; None for 1."""
 
 
 class Tree(NamedTuple):
@@ -24,7 +27,11 @@ class Tree(NamedTuple):
 
 
 def steered_trees(
-    prompts: dict[str, list[int]], responses: dict[str, list[int]], cells: list[Cell], start: int
+    prompts: dict[str, list[int]],
+    responses: dict[str, list[int]],
+    cells: list[Cell],
+    start: int,
+    token_weights: dict[str, list[float]] | None = None,
 ) -> list[Tree]:
     """Returns the trees of one example: each context's prompt with the responses that `cells` names for it.
 
@@ -33,10 +40,17 @@ def steered_trees(
       responses: responses by name.
       cells: (context, response) of each log-prob.
       start: cell of the first of them; the others follow.
+      token_weights: weights of the tokens of responses under the plain prompt.
     """
     contexts = dict.fromkeys(context for context, _ in cells)
+    of_plain = token_weights or {}
+
+    def branch(number: int, cell: Cell) -> Branch:
+        weights = of_plain.get(cell.response) if cell.context == "plain" else None
+        return Branch(responses[cell.response], start + number, weights)
+
     return [
-        Tree(prompts[wanted], [Branch(responses[r], start + i) for i, (c, r) in enumerate(cells) if c == wanted])
+        Tree(prompts[wanted], [branch(i, Cell(*cell)) for i, cell in enumerate(cells) if cell[0] == wanted])
         for wanted in contexts
     ]
 

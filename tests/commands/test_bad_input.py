@@ -420,7 +420,7 @@ CASES = {
     "heads_of_zero": folder(("config.json", "num_attention_heads", "0"), changed("config.json", num_attention_heads=0)),
     "sliding_window": folder(
         ("config.json", "sliding_window"),
-        changed("config.json", use_sliding_window=True, sliding_window=64, max_window_layers=0),
+        changed("config.json", use_sliding_window=True, sliding_window="64", max_window_layers=0),
     ),
     "unknown_rotary_type": folder(
         ("config.json", "'yarn'"), changed("config.json", rope_parameters={"rope_type": "yarn"})

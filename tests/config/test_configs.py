@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sso_jax.config import Config, parse
+from sso_jax.config import Config, ObjectiveConfig, parse
 from sso_jax.models.presets import PRESETS
 from sso_jax.recipes.objective import build_objective
 from sso_jax.runtime.errors import InputError
@@ -87,9 +87,16 @@ def test_a_beta_that_a_file_has_for_another_base_is_named(argv, said, caplog):
             ["--optimizer.schedule", "wsd", "--optimizer.decay_ratio", "0.95"],
             r"decay_ratio: 0.95.*\(0, 0.9\]",
         ),
+        (["--objective.token_contrast", "1.5"], r"objective.token_contrast: 1.5.*\[0, 1\]"),
         (["--objective.base", "fdpo_alpha", "--objective.alpha", "0"], r"objective.alpha: 0.0.*\(0, 1\]"),
     ],
 )
 def test_settings_out_of_range_are_named(argv, message):
     with pytest.raises(InputError, match=message):
         parse(Config, argv, "train.py", "")
+
+
+@pytest.mark.parametrize("changes", [dict(form="generator"), dict(base="selm")])
+def test_token_weights_need_a_pairwise_loss_of_the_plain_pair(changes):
+    with pytest.raises(InputError, match=r"objective.token_contrast: 0.5 .* does not have; set it to 0"):
+        build_objective(ObjectiveConfig(token_contrast=0.5, **changes))

@@ -52,7 +52,7 @@ def arguments(model_folder, tmp_path_factory):
         "objective.form": "pairwise",
         "objective.base": "dpo",
         "objective.beta": BETA,
-        "optimizer.learning_rate": 3e-3,
+        "optimizer.learning_rate": 6e-4,
         "optimizer.schedule": "constant",
         "optimizer.warmup_ratio": 0,
         "train.batch_size": 4,

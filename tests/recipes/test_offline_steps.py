@@ -3,6 +3,7 @@ folder and file.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -192,3 +193,93 @@ def test_five_steps_follow_pytorch(folders, tmp_path, monkeypatch, form, base, f
     assert max(abs(a - expected[0]) / expected[0] for a in expected) > 0.005  # the steps do something
     assert got == pytest.approx(expected, rel=1e-4)
     assert rows[0]["original_log_prob"] == (pytest.approx(originals, rel=1e-4) if form == "online" else None)
+
+
+def token_log_probs(model, tokenizer, system, query, response):
+    """Log-prob of each response token, end of turn included; one row, the whole prompt."""
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": query}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    logits = model(torch.tensor([prompt_ids + ids])).logits[0].double()
+    return logits[len(prompt_ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def torch_contrast_losses(folder, strength):
+    """DPO on sums of the tokens' log-probs times w_t = 1 - s + s |e_t| / mean |e|, e_t of the first policy."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).double()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sides, weights, references = ("chosen", "rejected"), [], []
+    with torch.no_grad():
+        for row in PAIRS:
+            own, sums = [], []
+            for side in sides:
+                good, bad = (
+                    token_log_probs(model, tokenizer, row[system], row["query"], row[side])
+                    for system in ("good_system", "bad_system")
+                )
+                contrast = (good - bad).abs()
+                own.append(1 - strength + strength * contrast / contrast.mean())
+                sums.append((own[-1] * token_log_probs(model, tokenizer, None, row["query"], row[side])).sum())
+            weights.append(own)
+            references.append(sums)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    losses = []
+    for step in range(STEPS):
+        loss = 0.0
+        for i in range(step * BATCH, (step + 1) * BATCH):
+            ratios = [
+                (w * token_log_probs(model, tokenizer, None, PAIRS[i]["query"], PAIRS[i][side])).sum() - reference
+                for w, side, reference in zip(weights[i], sides, references[i], strict=True)
+            ]
+            loss = loss - torch.nn.functional.logsigmoid(BETA * (ratios[0] - ratios[1])) / BATCH
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, weights
+
+
+def test_five_steps_with_weighted_tokens_follow_pytorch(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_command, "write_report", lambda directory: None)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    changes = {
+        "--model.path": folders["untied"],
+        "--pairs.path": tmp_path / "pairs.jsonl",
+        "--run.directory": tmp_path / "run",
+        "--objective.form": "pairwise",
+        "--objective.base": "dpo",
+        "--objective.token_contrast": 0.75,
+        "--train.batch_size": BATCH,
+        "--train.shuffle": "false",
+        "--optimizer.learning_rate": RATE,
+        "--optimizer.warmup_ratio": 0,
+        "--model.remat": "false",
+        "--logging.tensorboard": "false",
+    }
+    argv = ["--config", "configs/offline.yaml", *(str(part) for pair in changes.items() for part in pair)]
+    assert train.main(argv) == 0
+    expected, weights = torch_contrast_losses(folders["untied"], 0.75)
+    contrasts = tmp_path / "run" / "iteration_1" / "contrasts.jsonl"
+    stored = {row["id"]: row for row in map(json.loads, contrasts.read_text().splitlines())}
+    for row, own in zip(PAIRS, weights, strict=True):
+        for side, values in zip(("chosen", "rejected"), own, strict=True):
+            assert stored[row["id"]]["weights"][side] == pytest.approx(values.tolist(), rel=1e-3, abs=1e-4)
+    assert max(max(w) for own in weights for w in own) > 1.5  # the weights do something
+    got = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(abs(a - expected[0]) / expected[0] for a in expected) > 0.005
+    assert got == pytest.approx(expected, rel=1e-4)
+    # a round that begins its updates again reads its weights
+    shutil.rmtree(tmp_path / "run" / "iteration_1" / "checkpoints")
+    for name in ("round", "training", "export"):
+        (tmp_path / "run" / "iteration_1" / "done" / f"{name}.json").unlink()
+    assert train.main(argv) == 0
+    again = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert again == got

@@ -17,7 +17,7 @@ from sso_jax.models.export import export_policy
 from sso_jax.recipes.objective import build_objective
 from sso_jax.runtime.errors import InputError
 from sso_jax.toy.pretraining import train_tokenizer
-from sso_jax.training.log_probs import cell_log_probs, cell_log_probs_and_means
+from sso_jax.training.log_probs import cell_log_probs, cell_means, cell_sums, forward
 from sso_jax.training.packing import pack
 from sso_jax.training.row_shapes import row_shape
 from sso_jax.training.spo_head import NUM_DEGREES, degree_terms, init_head
@@ -32,7 +32,12 @@ def test_means_are_those_of_rows_of_their_own(one_device):
     params = toy_params(model, one_device)
     trees = [Tree([5, 6, 7], [Branch([8, 9, 10], 0), Branch([11], 1)]), Tree([5, 4], [Branch([12, 13], 2)])]
     rows = pack(trees, row_shape([trees]), 3)
-    sums, means = jax.jit(lambda: cell_log_probs_and_means(model, params, rows, 3))()
+
+    def of_cells():
+        hidden = forward(model, params, rows, rows.source).hidden
+        return cell_sums(model, params, rows, hidden, 3), cell_means(rows, hidden, 3)
+
+    sums, means = jax.jit(of_cells)()
     np.testing.assert_allclose(sums, jax.jit(lambda: cell_log_probs(model, params, rows, 3))(), rtol=1e-5)
     apply = jax.jit(lambda ids, positions, mask: model.apply({"params": params}, ids, positions, mask))
     for tree in trees:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sso_jax.config import TrainConfig
 from sso_jax.data.chat import encode_response
-from sso_jax.data.records import Cell, Prompts, Triple
+from sso_jax.data.records import Cell, Prompts, TokenContrast, Triple
 from sso_jax.models.transformer import Transformer
 from sso_jax.preferences.keywords import graded_variants, random_variants
 from sso_jax.recipes.engine import Engine, router_weight
@@ -47,14 +47,23 @@ class BatchPlan:
     """Loss that the first update must have, if the policy then equals the reference; else None."""
 
 
-def plan_preferences(this: Round, objective: Objective, pairs: list[Triple], prompts: dict[str, Prompts]) -> BatchPlan:
-    """Plans the batches of pairs.
+def plan_preferences(
+    this: Round,
+    objective: Objective,
+    pairs: list[Triple],
+    prompts: dict[str, Prompts],
+    contrasts: dict[str, TokenContrast],
+) -> BatchPlan:
+    """Plans the batches of pairs; `contrasts` has the weights of their tokens, and is empty without any.
 
     The plan depends only on the pairs, the seed and the previous round's shapes, so that a resumed round makes the same
     batches.
     """
     config, cells = this.run.config, trained_cells(objective)
-    examples = [make_example(triple, prompts[triple.id], triple.response_ids, objective.cells) for triple in pairs]
+    examples = [
+        make_example(pair, prompts[pair.id], pair.response_ids, objective.cells, contrasts.get(pair.id))
+        for pair in pairs
+    ]
     if objective.degree_weight is not None:
         removal, seed = objective.degree_removal, config.run.seed
         variants = [degree_ids(this.run.engine, triple, removal, seed) for triple in pairs]
@@ -98,7 +107,10 @@ def losses_of(model: Transformer, objective: Objective, train: TrainConfig) -> E
     """Returns the loss function of device steps whose cells are `trained_cells`."""
     of_router = router_weight(model.architecture, train)
     if objective.degree_weight is None:
-        return preference_losses(model, objective.terms, objective.cells, objective.rewards, of_router)
+        has_weights = objective.token_contrast > 0
+        return preference_losses(
+            model, objective.terms, objective.cells, objective.rewards, of_router, has_token_weights=has_weights
+        )
     cells = trained_cells(objective)
     return spo_losses(model, objective.terms, cells, objective.rewards, objective.degree_weight, of_router)
 

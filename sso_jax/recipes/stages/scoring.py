@@ -22,6 +22,7 @@ from sso_jax.data.tokenizer import tokens_hash
 from sso_jax.models.fingerprint import fingerprint
 from sso_jax.models.hf_folder import fetch
 from sso_jax.preferences import pairs as pair_rules
+from sso_jax.preferences.contrast import CONTRAST_CELLS
 from sso_jax.preferences.filters import FILTER_CELLS, filter_pairs, keep_clear_scores, keep_widest, with_rewards
 from sso_jax.preferences.responses import clean_triples
 from sso_jax.recipes.engine import load_params
@@ -83,6 +84,7 @@ def reference_cells(objective: Objective | None, filter_enabled: bool) -> list[C
         *pair_rules.SCORED_CELLS,
         *(objective.cells if objective else ()),
         *(FILTER_CELLS if filter_enabled else ()),
+        *(CONTRAST_CELLS if objective and objective.token_contrast else ()),  # must fit the token limit too
     }
     return sorted(cells)
 
@@ -128,7 +130,7 @@ def score_and_filter(
     stored, trained = read_verified(this.folder, "pairs"), finished(this.folder, "training") is not None
     if stored is not None and trained:
         return PairsResult.of_stage(read_records(Triple, this.folder / PAIRS_FILE), stored)
-    reference = _reference(this, policy)
+    reference = reference_of(this, policy)
     reference_hash = fingerprint(reference)
     if stored is not None:
         _discard_stale_pairs(this, reference_hash, cells, prompts, stored)
@@ -143,7 +145,7 @@ def score_and_filter(
     return PairsResult.of_stage(*record_stage(this.folder, "pairs", Triple, make))
 
 
-def _reference(this: Round, policy: Params) -> Params:
+def reference_of(this: Round, policy: Params) -> Params:
     """Returns the current policy, or the model at `model.reference_path`."""
     path = this.run.config.model.reference_path
     return policy if path is None else load_params(fetch(path), this.run.engine)

@@ -21,6 +21,7 @@ from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.batch_plans import BatchPlan, losses_of, plan_preferences
+from sso_jax.recipes.stages.contrasts import token_contrasts
 from sso_jax.recipes.stages.held_out import Measure, hold_out
 from sso_jax.recipes.stages.selection import BEST_FOLDER, KEEP_BEST, Selection, open_selection, restore_best
 from sso_jax.runtime.errors import InputError, RunError
@@ -107,7 +108,9 @@ def train_on_pairs(
     """Trains the policy on the pairs of a round, without those that are held out; see `train` and `hold_out`."""
     engine = this.run.engine
     trained, measure = hold_out(this, objective, policy, pairs, prompts)
-    plan = plan_preferences(this, objective, trained, prompts)
+    strength = objective.token_contrast
+    contrasts = token_contrasts(this, strength, policy, trained, prompts) if strength else {}
+    plan = plan_preferences(this, objective, trained, prompts, contrasts)
     losses = losses_of(engine.model, objective, this.run.config.train)
     return train(this, losses, plan, policy, first_step, measure=measure)
 
