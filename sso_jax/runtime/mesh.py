@@ -153,8 +153,9 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def _splits(logical: str) -> str | None:
-    """Returns the mesh axis of a logical axis, for functions under `over_mesh`; None without a mesh in context."""
-    return None if jax.sharding.get_abstract_mesh().empty else str(RULES[logical])
+    """Returns the mesh axis of a logical axis, for functions under `over_mesh`; None if no two devices split it."""
+    mesh, axis = jax.sharding.get_abstract_mesh(), str(RULES[logical])
+    return None if mesh.empty or mesh.shape[axis] == 1 else axis
 
 
 def all_gathered(x: jax.Array, logical: str) -> jax.Array:
