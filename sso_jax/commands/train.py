@@ -21,9 +21,19 @@ from sso_jax.commands.run_record import check_start, config_hash, open_record, w
 from sso_jax.config import Config, ToyConfig, to_dict, to_json_dict, with_value
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights
+from sso_jax.models.peft_adapters import check_adapter
+from sso_jax.models.peft_folder import open_adapter
 from sso_jax.preferences.principle_sources import open_endpoint
 from sso_jax.recipes import RECIPES
-from sso_jax.recipes.engine import Engine, build_decoder, build_engine, make_sampling_mesh, mesh_of
+from sso_jax.recipes.engine import (
+    Engine,
+    build_decoder,
+    build_engine,
+    find_adapter,
+    make_sampling_mesh,
+    mesh_of,
+    with_start_adapter,
+)
 from sso_jax.recipes.environment import toy_environment
 from sso_jax.recipes.evaluation_queries import folder_environment, read_evaluation_queries
 from sso_jax.recipes.generator import GENERATOR_FOLDER
@@ -58,6 +68,7 @@ def run(config: Config) -> None:
       Stopped: if a stop was requested.
     """
     _refuse_toy_fields(config)
+    config = dataclasses.replace(config, lora=with_start_adapter(config.lora))
     if config.dry_run is not None:
         say_when_stopped(Farewell(NOTHING_WRITTEN, NOTHING_WRITTEN))
         return dry_run.run(config)
@@ -229,6 +240,8 @@ def _check_toy(config: Config, mesh: Mesh) -> None:
     """Raises what building the engine would, before the toy policy is trained."""
     architecture = pretraining.architecture(pretraining.Curriculum(**dataclasses.asdict(config.toy)))
     decoder, _ = build_decoder(architecture, config.model, config.lora, mesh)
+    if config.lora.start_from is not None:
+        check_adapter(open_adapter(find_adapter(config.lora.start_from)), decoder)
     make_sampling_mesh(architecture, config.sampling)
     if config.model.reference_path is not None:
         check_weights(fetch(config.model.reference_path, "model.reference_path"), decoder)

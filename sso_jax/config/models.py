@@ -76,6 +76,14 @@ class LoraConfig:
         "down",
     )
     """Projections that get adapters."""
+    rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead of alpha/rank (rank-stabilized LoRA)."""
+    start_from: Optional[str] = None
+    """Folder or hub id of adapters in PEFT's format, or a run directory, to continue from; rank, alpha, targets and
+    rslora are read from it. null starts with new adapters."""
+    export: Literal["merged", "adapter", "both"] = "both"
+    """What a round with adapters leaves: `merged` into the weights as `policy/`, the `adapter` alone in PEFT's format
+    as `policy_adapter/`, or both."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "0 (none) or more")

@@ -12,6 +12,8 @@ from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_config import CONFIG_FILE, GENERATION_FILE, read_json_file, to_hf_config, to_hf_reward_config
 from sso_jax.models.hf_weights import write_params
 from sso_jax.models.layers import Adapters
+from sso_jax.models.peft_adapters import ADAPTER_FOLDER
+from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import replace_folder
 from sso_jax.runtime.run_dir import newest_folder
 
@@ -102,8 +104,18 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def find_policy(path: str) -> str:
-    """Returns the newest exported policy if `path` is a run directory, else `path` itself."""
-    return newest_folder(path, POLICY_FOLDER)
+    """Returns the newest exported policy if `path` is a run directory, else `path` itself.
+
+    Raises:
+      InputError: if the run left adapters alone.
+    """
+    found = newest_folder(path, POLICY_FOLDER)
+    if found == path and newest_folder(path, ADAPTER_FOLDER) != path:
+        raise InputError(
+            f"{path}: this run left adapters and no policy (lora.export adapter); merge {ADAPTER_FOLDER} with PEFT's "
+            "merge_and_unload and give that folder, or train with lora.export both"
+        )
+    return found
 
 
 REWARD_FOLDER = "reward_model"

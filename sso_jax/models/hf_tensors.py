@@ -20,6 +20,11 @@ TEXT_PREFIXES = {
 IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 """Beginnings of the names of tensors that only images need."""
 
+ADAPTER_PREFIX = "base_model.model."
+"""Beginning of the names of PEFT's tensors, before the name of the adapted module."""
+ADAPTER_TENSORS = ("lora_A.weight", "lora_B.weight")
+"""Ends of the names of the two tensors of an adapted module: [rank, inputs] and [outputs, rank]."""
+
 
 class TensorRule(NamedTuple):
     """How a parameter of ours (one layer of it, if scanned) is stored in Hugging Face's tensor."""
@@ -118,6 +123,11 @@ class TensorPart(NamedTuple):
         inputs, outputs = shape[: self.rule.num_inputs], shape[self.rule.num_inputs :]
         return (int(np.prod(outputs)), int(np.prod(inputs)))
 
+    @property
+    def rows(self) -> slice:
+        """Its rows of Hugging Face's tensor."""
+        return slice(self.offset, self.offset + self.hf_shape[0])
+
     def to_hf(self, value: np.ndarray) -> np.ndarray:
         """Returns our values of one tensor in Hugging Face's layout."""
         shape = self.hf_shape
@@ -180,3 +190,76 @@ def tensor_names(path: str, part: TensorPart, num_layers: int) -> list[list[str]
     if not is_layered(path):
         return [[part.rule.name]]
     return [[part.rule.name.format(layer, i) for i in range(part.num_tensors)] for layer in range(num_layers)]
+
+
+class AdaptedModule(NamedTuple):
+    """A linear module of Hugging Face's, as PEFT adapts it: one projection of ours, or several that it fuses."""
+
+    name: str
+    """Its name; `{}` stands for the layer index."""
+    parts: dict[str, TensorPart]
+    """The kernels of all its projections, in the order of its rows, by path without `/kernel`."""
+
+    @property
+    def short_name(self) -> str:
+        """Last part of its name, by which PEFT's configs call it."""
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of its outputs, those of all its projections together."""
+        return sum(part.hf_shape[0] for part in self.parts.values())
+
+    def adapted(self, targets: tuple[str, ...]) -> dict[str, TensorPart]:
+        """Returns the projections that are adapted."""
+        return {stem: part for stem, part in self.parts.items() if stem.rsplit("/", 1)[-1] in targets}
+
+    def tensor_names(self, layer: int) -> tuple[str, str]:
+        """Returns the names of the two tensors of a layer."""
+        down, up = (f"{ADAPTER_PREFIX}{self.name.format(layer)}.{end}" for end in ADAPTER_TENSORS)
+        return down, up
+
+
+def adapted_modules(
+    model_type: str, shapes: dict[str, tuple[int, ...]], targets: tuple[str, ...]
+) -> list[AdaptedModule]:
+    """Returns the modules of which some projections are adapted; experts are no modules of their own.
+
+    Args:
+      model_type: the model's family.
+      shapes: shapes of all parameters but adapters, with the layers as first axis.
+      targets: names of the adapted projections.
+    """
+    found: dict[str, AdaptedModule] = {}
+    parts = tensor_parts(model_type, shapes)
+    for path, part in sorted(parts.items(), key=lambda item: item[1].offset):
+        stem, _, kind = path.rpartition("/")
+        if is_layered(path) and kind == "kernel" and not part.rule.per_expert:
+            name = part.rule.name.removesuffix(".weight")
+            found.setdefault(name, AdaptedModule(name, {})).parts[stem] = part
+    return [module for module in found.values() if module.adapted(targets)]
+
+
+def targets_of_module(short_name: str) -> tuple[str, ...]:
+    """Returns the projections that a module with this last part of its name consists of; none if it has none of ours.
+
+    >>> targets_of_module("qkv_proj")
+    ('query', 'key', 'value')
+    """
+    end, tables = f".{short_name}.weight", (RULES, *FAMILY_RULES.values())
+    kernels = [path for rules in tables for path, rule in rules.items() if rule.transposed and rule.name.endswith(end)]
+    return tuple(dict.fromkeys(path.split("/")[-2] for path in kernels))
+
+
+def with_images(name: str) -> str:
+    """Returns the name that a text model's tensor or module has in the model with images that it belongs to."""
+    return name.replace("model.layers.", "model.language_model.layers.", 1)
+
+
+def without_images(name: str) -> str:
+    """Returns the name that a tensor of PEFT's has for the text model, of one for a model with images."""
+    bare = name.removeprefix(ADAPTER_PREFIX)
+    for prefix, own in TEXT_PREFIXES.items():
+        if bare.startswith(prefix):
+            return ADAPTER_PREFIX + own + bare.removeprefix(prefix)
+    return name

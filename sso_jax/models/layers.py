@@ -69,11 +69,13 @@ class Adapters(NamedTuple):
     alpha: float = 0.0
     targets: tuple[str, ...] = ()
     """Names of the projections: query, key, value, out, gate, up, down."""
+    rslora: bool = False
+    """Whether the scale is alpha / sqrt(rank), as in rank-stabilized LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
 
     @property
     def scale(self) -> float:
-        """Factor of the low-rank product: alpha / rank."""
-        return self.alpha / self.rank
+        """Factor of the low-rank product: alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def flat_product(x: Float[Array, "B T ..."], kernel: Float[Array, "..."]) -> Float[Array, "B T ..."]:

@@ -15,15 +15,19 @@ from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.models.adapters import fresh_adapters
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_config import read_architecture
+from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights, read_params
 from sso_jax.models.kernels import default_kernel
 from sso_jax.models.known_tokens import KnownTokens
 from sso_jax.models.layers import Adapters
+from sso_jax.models.peft_adapters import ADAPTER_FOLDER, check_adapter, check_writable, read_adapter
+from sso_jax.models.peft_folder import open_adapter
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes.vocabulary import known_tokens
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
 from sso_jax.runtime.mesh import check_divides, make_mesh, param_shardings
+from sso_jax.runtime.run_dir import newest_folder
 from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -133,7 +137,7 @@ def build_decoder(
         jnp.dtype(model.param_dtype),
         remat=model.remat,
         attend=default_kernel(platform) if model.attention == "auto" else model.attention,
-        adapters=Adapters(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else Adapters(),
+        adapters=Adapters(lora.rank, lora.alpha, tuple(lora.targets), lora.rslora) if lora.rank else Adapters(),
         max_logits=model.max_logits,
     )
     return decoder, param_shardings(abstract_params(decoder), mesh)
@@ -152,6 +156,10 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     model, shardings = build_decoder(architecture, config.model, lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     check_weights(folder, model)
+    if lora.rank and lora.export != "merged":
+        check_writable(model)
+    if lora.start_from is not None:
+        check_adapter(open_adapter(find_adapter(lora.start_from)), model)
     tokenizer = load_tokenizer(folder)
     stops = stop_ids(tokenizer, folder)
     chat = make_chat(tokenizer, config.chat.thinking, config.chat.thought_tokens)
@@ -194,7 +202,40 @@ def build_sampler(
     )
 
 
-def load_params(folder: str | Path, engine: Engine):
-    """Loads the parameters of a folder onto the engine's mesh, with new adapters if the engine has any."""
+def find_adapter(path: str) -> Path:
+    """Returns the folder of adapters that `lora.start_from` means: a folder, the newest of a run, or from the hub."""
+    return fetch(newest_folder(path, ADAPTER_FOLDER), "lora.start_from")
+
+
+def with_start_adapter(lora: LoraConfig) -> LoraConfig:
+    """Returns the section with rank, alpha, targets and rslora of the adapters that the run starts from, if any.
+
+    Raises:
+      InputError: if these are not supported, or the section gives another value.
+    """
+    if lora.start_from is None:
+        return lora
+    adapter, default = open_adapter(find_adapter(lora.start_from)), LoraConfig()
+    own = dict(adapter.adapters._asdict())
+    for name, value in own.items():
+        given, known = getattr(lora, name), getattr(default, name)
+        same = set(given) == set(value) if name == "targets" else given == value
+        if given != known and not same:
+            raise InputError(
+                f"lora.{name}: {given!r}, but the adapters of lora.start_from {lora.start_from!r} have {value!r}; "
+                "remove it, since it is read from them"
+            )
+    return replace(lora, **own)
+
+
+def load_params(folder: str | Path, engine: Engine, adapter: str | Path | None = None):
+    """Loads the parameters of a folder onto the engine's mesh.
+
+    If the engine has adapters, they are those of the folder `adapter` in PEFT's format, or new ones.
+    """
     params = flatten_dict(read_params(folder, engine.model, engine.mesh), sep="/")
-    return unflatten_dict({**params, **fresh_adapters(engine.model, engine.mesh, engine.seed)}, sep="/")
+    if adapter is None:
+        own = fresh_adapters(engine.model, engine.mesh, engine.seed)
+    else:
+        own = read_adapter(adapter, engine.model, engine.mesh)
+    return unflatten_dict({**params, **own}, sep="/")

@@ -4,10 +4,14 @@ from pathlib import Path
 
 from sso_jax.config import Config
 from sso_jax.models.export import POLICY_FOLDER, export_policy, find_policy
+from sso_jax.models.families import TEXT_MODELS
+from sso_jax.models.hf_config import CONFIG_FILE, read_json_file
 from sso_jax.models.hf_folder import fetch
-from sso_jax.recipes.engine import load_params
+from sso_jax.models.peft_adapters import ADAPTER_FOLDER, BaseModel, write_adapter
+from sso_jax.recipes.engine import find_adapter, load_params
 from sso_jax.recipes.run import Params, Round, Run
 from sso_jax.recipes.stages.update import restore_params
+from sso_jax.runtime.files import is_remote
 from sso_jax.runtime.stage_markers import file_stage
 
 
@@ -20,8 +24,8 @@ def start_policy(run: Run, iteration: int) -> Params:
     """Loads the policy at the start of a round: from the model folder, or the previous round's last checkpoint."""
 
     def first() -> Params:
-        toy = run.config.model.path == "toy"
-        return load_params(run.folder(0) / "start" if toy else source_folder(run.config), run.engine)
+        start = run.config.lora.start_from
+        return load_params(run.engine.source, run.engine, None if start is None else find_adapter(start))
 
     if iteration <= 1:
         return first()
@@ -32,11 +36,54 @@ def exported_policy(run: Run, iteration: int) -> Params:
     """Loads the policy that a finished round exported; for round 0 the one that the run started from."""
     if iteration == 0:
         return start_policy(run, 0)
-    return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine)
+    if _leaves_merged(run.config):
+        return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine)
+    return load_params(run.engine.source, run.engine, run.folder(iteration) / ADAPTER_FOLDER)
+
+
+def _leaves_merged(config: Config) -> bool:
+    """Returns whether rounds leave `policy/`."""
+    return not config.lora.rank or config.lora.export != "adapter"
+
+
+def _leaves_adapter(config: Config) -> bool:
+    """Returns whether rounds leave `policy_adapter/`."""
+    return bool(config.lora.rank) and config.lora.export != "merged"
+
+
+def base_model(config: Config, source: Path) -> BaseModel:
+    """Returns the name under which others find the model that adapters belong to.
+
+    Args:
+      config: the run's config.
+      source: folder that the model was read from; for a hub id a snapshot, whose name is the revision.
+    """
+    has_images = read_json_file(source / CONFIG_FILE).get("model_type") in TEXT_MODELS
+    if source.parent.name == "snapshots" and not Path(config.model.path).exists():
+        return BaseModel(config.model.path, source.name, has_images)
+    return BaseModel(config.model.path if is_remote(config.model.path) else str(source.absolute()), None, has_images)
 
 
 def export(this: Round, policy: Params) -> float:
-    """Writes the policy of the round as a Hugging Face folder; returns the seconds this took."""
+    """Writes the policy of the round as a Hugging Face folder, and its adapters in PEFT's format.
+
+    Section `lora` says which of both, if there are adapters. Returns the seconds this took.
+    """
+    engine, config, seconds = this.run.engine, this.run.config, 0.0
+    adapters = engine.model.adapters
+    if _leaves_adapter(config):
+
+        def write_adapters() -> dict:
+            base = base_model(config, engine.source)
+            write_adapter(policy, engine.model.architecture, adapters, this.folder / ADAPTER_FOLDER, base)
+            return {}
+
+        seconds += file_stage(this.folder, "export_adapter", write_adapters, ADAPTER_FOLDER)["seconds"]
+    return seconds + _export_merged(this, policy) if _leaves_merged(config) else seconds
+
+
+def _export_merged(this: Round, policy: Params) -> float:
+    """Writes the policy of the round, with its adapters merged; returns the seconds this took."""
     engine = this.run.engine
 
     def write() -> dict:

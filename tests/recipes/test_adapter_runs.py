@@ -1,0 +1,154 @@
+"""Runs with adapters: what a round leaves, who opens it, and runs that continue from it."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from toys import FAMILIES, toy_model, toy_params
+
+import sample
+import train
+from sso_jax.models.export import export_policy
+from sso_jax.toy.pretraining import train_tokenizer
+
+WORDS = ("fox", "fig", "cat", "red", "ten", "oak")
+DEMONSTRATIONS = [{"prompt": f"Spell {word}.", "response": " ".join(word)} for word in WORDS]
+TENSOR = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, one_device):
+    """A random Phi, whose modules fuse projections, with a real tokenizer, and demonstrations."""
+    folder, tokenizer = tmp_path_factory.mktemp("model"), train_tokenizer()
+    model = toy_model(vocab_size=1024, num_layers=1, **FAMILIES["phi3"])
+    params = toy_params(model, one_device, scale=3.0)
+    export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), folder / "policy", "float32")
+    (folder / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DEMONSTRATIONS))
+    return folder
+
+
+def run(directory, folder, **fields) -> int:
+    fields = {
+        "recipe": "sft",
+        "run.directory": directory,
+        "run.iterations": 1,
+        "model.path": folder / "policy",
+        "demonstrations.path": folder / "demos.jsonl",
+        "train.batch_size": 3,
+        "optimizer.learning_rate": "1e-2",
+        "logging.tensorboard": "false",
+        **fields,
+    }
+    return train.main([str(part) for name, value in fields.items() for part in (f"--{name}", value)])
+
+
+@pytest.fixture(scope="module")
+def first(folder, tmp_path_factory):
+    """A run of two rounds that leaves both forms."""
+    directory = tmp_path_factory.mktemp("first") / "run"
+    assert run(directory, folder, **{"lora.rank": 2, "lora.alpha": 8, "run.iterations": 2}) == 0
+    return directory
+
+
+def refusal(capsys, *given, **fields) -> str:
+    capsys.readouterr()
+    assert run(*given, **fields) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1]
+
+
+def test_a_round_leaves_adapters_that_peft_opens_as_the_merged_policy(folder, first):
+    iteration = first / "iteration_2"
+    config = json.loads((iteration / "policy_adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "policy") and config["revision"] is None
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(iteration / "policy_adapter")  # finds the base by its name
+    merged = transformers.AutoModelForCausalLM.from_pretrained(iteration / "policy")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy")
+    tokens = torch.arange(4, 28)[None]
+    with torch.no_grad():
+        ours, theirs, before = (model.double()(tokens).logits.numpy() for model in (merged, adapted, base))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(theirs - before).max() > 1e-2
+
+
+@pytest.mark.parametrize("export, left", [("merged", {"policy"}), ("adapter", {"policy_adapter"})])
+def test_lora_export_says_what_a_round_leaves(export, left, folder, tmp_path):
+    assert run(tmp_path / "run", folder, **{"lora.rank": 2, "lora.export": export}) == 0
+    assert {path.name for path in (tmp_path / "run" / "iteration_1").iterdir()} & {"policy", "policy_adapter"} == left
+
+
+def test_a_run_continues_from_adapters_as_if_it_had_not_ended(folder, first, tmp_path):
+    """At a learning rate of nearly nothing, what is left is what the run started from."""
+    start = first / "iteration_1" / "policy_adapter"
+    fields = {"lora.start_from": start, "optimizer.learning_rate": "1e-30", "optimizer.weight_decay": 0}
+    assert run(tmp_path / "run", folder, **fields) == 0
+    again = tmp_path / "run" / "iteration_1" / "policy_adapter"
+    assert {file.name: file.read_bytes() for file in again.iterdir()} == {
+        file.name: file.read_bytes() for file in start.iterdir()
+    }
+    resolved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "rank: 2" in resolved and "alpha: 8.0" in resolved
+    assert run(tmp_path / "run", folder, **fields) == 0  # a finished run says so
+
+
+def test_the_losses_after_a_start_from_adapters_are_those_of_the_next_round(folder, first, tmp_path):
+    """Recipe sft repeats its data: round 2 of the first run starts from the adapters of its round 1."""
+
+    def losses(directory, iteration):
+        rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        return [row["loss"] for row in rows if row["iteration"] == iteration]
+
+    start = {"lora.start_from": first / "iteration_1" / "policy_adapter", "run.seed": 0, "train.shuffle": "false"}
+    assert run(tmp_path / "second", folder, **start) == 0
+    assert run(tmp_path / "whole", folder, **{"lora.rank": 2, "train.shuffle": "false", "run.iterations": 1}) == 0
+    continued, fresh = losses(tmp_path / "second", 1), losses(tmp_path / "whole", 1)
+    assert continued[0] < fresh[0]
+    first_rows = load_file(first / "iteration_1" / "policy_adapter" / "adapter_model.safetensors")
+    moved = load_file(tmp_path / "second" / "iteration_1" / "policy_adapter" / "adapter_model.safetensors")
+    assert first_rows.keys() == moved.keys() and np.abs(first_rows[TENSOR] - moved[TENSOR]).max() > 0
+
+
+def test_a_start_from_a_run_takes_its_newest_round(folder, first, tmp_path):
+    fields = {"lora.start_from": first, "optimizer.learning_rate": "1e-30", "optimizer.weight_decay": 0}
+    assert run(tmp_path / "run", folder, **fields) == 0
+    newest, again = (
+        load_file(path / "policy_adapter" / "adapter_model.safetensors")
+        for path in (first / "iteration_2", tmp_path / "run" / "iteration_1")
+    )
+    assert all((newest[name] == again[name]).all() for name in newest)
+
+
+def test_values_against_those_of_the_adapters_are_refused(folder, first, tmp_path, capsys):
+    start = {"lora.start_from": first}
+    message = refusal(capsys, tmp_path / "run", folder, **start, **{"lora.rank": 4})
+    assert "lora.rank: 4, but the adapters of lora.start_from" in message and "have 2" in message
+    message = refusal(capsys, tmp_path / "run", folder, **start, **{"lora.targets": "[query]"})
+    assert "lora.targets" in message
+    message = refusal(capsys, tmp_path / "run", folder, **{"lora.start_from": "./nowhere"})
+    assert "lora.start_from: no folder './nowhere'" in message
+    message = refusal(capsys, tmp_path / "run", folder, **{"lora.start_from": folder / "policy"})
+    assert "adapter_config.json: no such file; lora.start_from must be" in message
+    message = refusal(capsys, tmp_path / "run", folder, **start, recipe="reward", **{"pairs.path": "p.jsonl"})
+    assert "lora.rank: 2 is not used by recipe 'reward'" in message or "demonstrations.path" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_of_another_base_are_refused_before_anything_is_written(first, tmp_path, one_device, capsys, folder):
+    tokenizer, model = train_tokenizer(), toy_model(vocab_size=1024, num_layers=1)
+    params = toy_params(model, one_device)
+    export_policy(params, model.architecture, tokenizer, (tokenizer.eos_token_id,), tmp_path / "policy", "float32")
+    (tmp_path / "demos.jsonl").write_bytes((folder / "demos.jsonl").read_bytes())
+    message = refusal(capsys, tmp_path / "run", tmp_path, **{"lora.start_from": first})
+    assert "gate_up_proj" in message and str(folder / "policy") in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_sampling_from_a_run_that_left_adapters_alone_says_what_to_do(folder, tmp_path, capsys):
+    assert run(tmp_path / "run", folder, **{"lora.rank": 2, "lora.export": "adapter"}) == 0
+    capsys.readouterr()
+    assert sample.main(["--model.path", str(tmp_path / "run"), "--query", "Spell fox."]) == 2
+    assert "this run left adapters and no policy (lora.export adapter); merge" in capsys.readouterr().err
