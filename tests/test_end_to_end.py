@@ -19,6 +19,7 @@ import sample
 import train
 from sso_jax.data.chat import make_chat
 from sso_jax.data.tokenizer import load_tokenizer
+from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints
 
@@ -321,6 +322,26 @@ def test_sample_at_temperature_0_gives_the_tokens_of_transformers(tmp_path):
         assert row["response_ids"] == out and len(out) > 4
 
 
+def check_answers_without_a_judge(run: Path, rows: list[dict]) -> None:
+    """The numbers of the held-out answers are those of evaluation.jsonl, and no round has a held-out query."""
+    assert rows[0]["dropped"]["held_out_for_evaluation"] == 8
+    held_out = {row["query"] for row in read_json_lines(run / "iteration_0" / "evaluation.jsonl")}
+    for row in rows:
+        folder = run / f"iteration_{row['iteration']}"
+        answers, numbers = read_json_lines(folder / "evaluation.jsonl"), row["held_out_answers"]
+        assert {answer["query"] for answer in answers} == held_out and numbers["num_responses"] == len(answers) > 0
+        tokens = [answer["tokens"] for answer in answers]
+        assert numbers["mean_tokens"] == pytest.approx(sum(tokens) / len(tokens)) == row["held_out_tokens"]
+        assert numbers["cut"] == sum(answer["cut"] for answer in answers) / len(answers)
+        assert all(answer["tokens"] == 24 for answer in answers if answer["cut"]) and max(tokens) <= 24
+        assert numbers["empty"] == sum(not answer["response"].strip() for answer in answers) / len(answers)
+        assert row["held_out_log_prob"] < 0
+        if row["iteration"]:
+            assert not held_out & {query["query"] for query in read_json_lines(folder / "queries.jsonl")}
+    report = (run / "report.html").read_text()
+    assert "repeated 4-grams" in report and "refusals" in report
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}")
 def test_two_rounds_on_a_trained_model_with_real_questions(tmp_path):
     subprocess.run(
@@ -333,6 +354,10 @@ def test_two_rounds_on_a_trained_model_with_real_questions(tmp_path):
         tmp_path / "model",
         "--queries.path",
         DATA / "prompts" / "gsm8k_test.jsonl",
+        "--evaluation.path",
+        DATA / "prompts" / "gsm8k_test.jsonl",
+        "--evaluation.max_queries",
+        "8",
     ]
     command += [
         "--run.directory",
@@ -351,6 +376,7 @@ def test_two_rounds_on_a_trained_model_with_real_questions(tmp_path):
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert rows[0]["dropped"]["query_too_long"] > 0 and all(row["policy_quality"] is None for row in rows)
     assert all(row["num_pairs"] + sum(row["dropped"].values()) == row["num_queries"] for row in rows[1:])
+    check_answers_without_a_judge(tmp_path / "run", rows)
     folder = tmp_path / "run" / "iteration_2" / "policy"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -34,7 +34,8 @@ from sso_jax.recipes.engine import (
     mesh_of,
     with_start_adapter,
 )
-from sso_jax.recipes.environment import no_judge, toy_environment
+from sso_jax.recipes.environment import toy_environment
+from sso_jax.recipes.evaluation_queries import folder_environment, read_evaluation_queries
 from sso_jax.recipes.generator import GENERATOR_FOLDER
 from sso_jax.recipes.held_out_files import prepare_held_out, read_held_out
 from sso_jax.recipes.rejected_model import build_rejected_engine
@@ -200,6 +201,7 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config.endpoint, config.principles.source, config.judging.pairs)
     held_out_source, source = read_held_out(config, recipe), recipe.read(config)
+    evaluation_queries = read_evaluation_queries(config)
     mesh = mesh_of(config.mesh)
     if config.filter.reward_path is not None:
         check_reward_model(config.filter.reward_path, "filter.reward_path", config.model, mesh)
@@ -212,13 +214,17 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
         held_out = prepare_held_out(config, engine, held_out_source, recipe)
         other = build_rejected_engine(config, engine)
     else:
-        engine, environment = build_engine(source_folder(config), config), no_judge()
+        engine = build_engine(source_folder(config), config)
+        environment = folder_environment(config, engine, evaluation_queries)
         if config.model.reference_path is not None:
             check_weights(fetch(config.model.reference_path, "model.reference_path"), engine.model)
         dataset, dropped = recipe.prepare(config, engine, source)
         held_out = prepare_held_out(config, engine, held_out_source, recipe)
         other = build_rejected_engine(config, engine)
-        require_same((dataclasses.replace(config, hosts=None), dataset, held_out), "fields, queries or pairs")
+        require_same(
+            (dataclasses.replace(config, hosts=None), dataset, held_out, environment.held_out),
+            "fields, queries or pairs",
+        )
         stack.enter_context(claim(directory, to_json_dict(config)))
     engine = _with_journals(engine, directory)
     other = None if other is None else _with_journals(other, directory)

@@ -8,6 +8,7 @@ from sso_jax.config.inputs import (
     DataConfig,
     DemonstrationsConfig,
     EndpointConfig,
+    EvaluationConfig,
     JudgingConfig,
     PairsConfig,
     PrinciplesConfig,
@@ -40,6 +41,7 @@ class Config:
     principles: PrinciplesConfig = PrinciplesConfig()
     endpoint: EndpointConfig = EndpointConfig()
     judging: JudgingConfig = JudgingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     filter: FilterConfig = FilterConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -136,6 +136,25 @@ class JudgingConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out queries of a model from a folder; its unsteered answers to them are measured at the start and after
+    every round. The toy world has its own."""
+
+    path: Optional[str] = None
+    """File, folder or hub data set of queries. It may be that of queries.path: what is held out is in no round. Null
+    measures no answers."""
+    max_queries: int = 64
+    """Number of held-out queries; from a file with more, so many are drawn by run.seed."""
+    split: str = "train"
+    """Split of a data set."""
+    name: Optional[str] = None
+    """Config name of a hub data set with several."""
+
+    def __post_init__(self) -> None:
+        require(self.max_queries >= 1, "evaluation.max_queries", self.max_queries, "1 or more")
+
+
+@dataclass(frozen=True)
 class PairsConfig:
     """Given preference pairs."""
 

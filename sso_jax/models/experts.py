@@ -112,7 +112,8 @@ class ExpertsMLP(nn.Module):
 
     Weights are gathered over their embed axis for whole sequences. For single tokens, as in decoding, the m devices of
     that axis exchange tokens too: each takes its D/m of the numbers of all their tokens, and they sum the products of
-    gate and up. Of E experts with F units that moves about 4 m n b Q F numbers a layer instead of 3 E D F / n.
+    gate and up. Of E experts with F units that moves about 4 m n b Q F numbers a layer instead of 3 E D F / n:
+    13 MiB instead of 2,305 for Qwen3-30B-A3B, m = 16 and 256 tokens (`benchmarks.experts`).
     """
 
     architecture: Architecture

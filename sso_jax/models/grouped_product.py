@@ -20,7 +20,7 @@ def grouped_product(
       matrices: matrix of each group.
       sizes: number of rows of each group.
       kernel: name of the attention kernel, which says what device this is for. Accelerators have a product of their own
-        (`jax.lax.ragged_dot`); on a CPU that multiplies every row with every matrix.
+        (`jax.lax.ragged_dot`; see `benchmarks.experts`); on a CPU that multiplies every row with every matrix.
     """
     if kernel == "plain":
         return _by_blocks(x, matrices, sizes)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sso_jax.data.records import Query, Triple
+from sso_jax.data.response_measures import measure_responses
 from sso_jax.data.tokenizer import decode_text
 from sso_jax.recipes.engine import Engine
 from sso_jax.runtime.errors import InputError
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Environment:
-    """A judge and held-out queries; both are missing outside the toy world."""
+    """A judge and held-out queries. Outside the toy world there is no judge, and no queries unless a file has them."""
 
     held_out: list[Query]
     judge: Callable[[str, str, bool], Judgement | DescriptionJudgement] | None
@@ -49,7 +50,7 @@ def _evenly(queries: list[Query], num: int) -> list[Query]:
 
 
 def no_judge() -> Environment:
-    """Returns the environment of a model from a folder, which nothing measures."""
+    """Returns the environment of a model from a folder without held-out queries, which nothing measures."""
     return Environment([], None)
 
 
@@ -58,7 +59,9 @@ def toy_queries(descriptions: bool = False) -> list[Query]:
     return world.queries("alignment", descriptions)
 
 
-def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> tuple[list[Query], Counter]:
+def fitting_queries(
+    engine: Engine, queries: list[Query], path: str | None, field: str = "queries.path"
+) -> tuple[list[Query], Counter]:
     """Returns the queries whose plain prompt leaves room for a response, and the number of those dropped.
 
     Raises:
@@ -75,7 +78,7 @@ def fitting_queries(engine: Engine, queries: list[Query], path: str | None) -> t
     too_long, limit = len(queries) - len(fitting), engine.max_tokens
     if not fitting:
         raise InputError(
-            f"queries.path: none of the {len(queries)} queries of {path} leaves room for a response within {limit} "
+            f"{field}: none of the {len(queries)} queries of {path} leaves room for a response within {limit} "
             "tokens; give shorter ones, or raise train.max_tokens"
         )
     if too_long:
@@ -141,22 +144,42 @@ class Measured(NamedTuple):
 
 
 def measure_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
-    """Samples and judges answers of the unsteered policy to the held-out queries; returns them and their means.
+    """Samples answers of the unsteered policy to the held-out queries and measures them; returns them and their means.
 
-    Without a judge there are no answers, and the quality is None.
+    Without a judge the quality is None, and the means are those of `measure_responses`.
     """
-    if environment.judge is None:
-        return [], {"policy_quality": None}
     chat, queries = engine.chat, environment.held_out
-    requests = [Request(chat.prompt_ids(q.query), row_key(seed, 0, q.id, "evaluation")) for q in queries]
-    rows, answers = [], []
+    if not queries:
+        return [], {"policy_quality": None}
+    requests = [
+        Request(chat.prompt_ids(q.query, history=q.history), row_key(seed, 0, q.id, "evaluation")) for q in queries
+    ]
     samples = engine.sampler.sample(params, requests, stage)
-    for query, ids, cut in zip(queries, samples.responses, samples.cut, strict=True):
-        text, ended = decode_text(chat.tokenizer, ids), not cut
-        judgement = environment.judge(query.query, text, ended)
-        rows.append({"id": query.id, "query": query.query, "response": text, **judgement._asdict()})
-        answers.append(Measured(world.group_of(query.query), judgement, len(ids), ended))
-    return rows, held_out_numbers(answers)
+    texts = [decode_text(chat.tokenizer, ids) for ids in samples.responses]
+    num_tokens, cut = [len(ids) for ids in samples.responses], [bool(one) for one in samples.cut]
+    rows = [_answer_row(query, text) for query, text in zip(queries, texts, strict=True)]
+    if environment.judge is None:
+        found = measure_responses(texts, num_tokens, cut)
+        marked = [
+            {**row, "tokens": num, "cut": at_limit} for row, num, at_limit in zip(rows, num_tokens, cut, strict=True)
+        ]
+        means = {"held_out_tokens": found.mean_tokens, "held_out_answers": found._asdict()}
+        return marked, {"policy_quality": None, **means}
+    judgements = [
+        environment.judge(query.query, text, not at_limit)
+        for query, text, at_limit in zip(queries, texts, cut, strict=True)
+    ]
+    answers = [
+        Measured(world.group_of(query.query), judgement, num, not at_limit)
+        for query, judgement, num, at_limit in zip(queries, judgements, num_tokens, cut, strict=True)
+    ]
+    judged_rows = [{**row, **judgement._asdict()} for row, judgement in zip(rows, judgements, strict=True)]
+    return judged_rows, held_out_numbers(answers)
+
+
+def _answer_row(query: Query, text: str) -> dict:
+    history = {"history": query.history} if query.history else {}
+    return {"id": query.id, "query": query.query, **history, "response": text}
 
 
 def held_out_numbers(answers: list[Measured]) -> dict:

@@ -8,6 +8,7 @@ from sso_jax.config import (
     DataConfig,
     DemonstrationsConfig,
     EvaluateConfig,
+    EvaluationConfig,
     PairsConfig,
     QueriesConfig,
     SampleConfig,
@@ -34,7 +35,16 @@ def demonstrations_table(config: Config) -> Table:
     return _table("demonstrations.path", config.demonstrations, config.data)
 
 
-def _table(field: str, given: QueriesConfig | PairsConfig | DemonstrationsConfig, data: DataConfig) -> Table:
+def evaluation_table(config: Config) -> Table:
+    """Returns the file of the held-out queries."""
+    return _table("evaluation.path", config.evaluation, config.data)
+
+
+Given = QueriesConfig | PairsConfig | DemonstrationsConfig | EvaluationConfig
+"""A section that names a file."""
+
+
+def _table(field: str, given: Given, data: DataConfig) -> Table:
     return Table(str(given.path), field, given.split, given.name, data.on_bad_rows)
 
 

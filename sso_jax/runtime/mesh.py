@@ -153,8 +153,9 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def _splits(logical: str) -> str | None:
-    """Returns the mesh axis of a logical axis, for functions under `over_mesh`; None without a mesh in context."""
-    return None if jax.sharding.get_abstract_mesh().empty else str(RULES[logical])
+    """Returns the mesh axis of a logical axis, for functions under `over_mesh`; None if no two devices split it."""
+    mesh, axis = jax.sharding.get_abstract_mesh(), str(RULES[logical])
+    return None if mesh.empty or mesh.shape[axis] == 1 else axis
 
 
 def all_gathered(x: jax.Array, logical: str) -> jax.Array:
@@ -171,7 +172,8 @@ def exchanged(x: jax.Array, logical: str, split: int, joined: int) -> jax.Array:
     axis = _splits(logical)
     if axis is None:
         return x
-    parts: jax.Array = jax.lax.all_to_all(x, axis, split, joined, tiled=True)  # type: ignore[no-untyped-call]  # untyped
+    exchange: Any = jax.lax.all_to_all
+    parts: jax.Array = exchange(x, axis, split, joined, tiled=True)
     return parts
 
 

@@ -6,6 +6,7 @@ import re
 from report_runs import NO_JUDGE, ROUND, START, Page, make_run
 
 from sso_jax.commands.report import page as report
+from sso_jax.commands.report.rounds import round_table
 from sso_jax.commands.report.tables import table
 
 
@@ -68,6 +69,26 @@ def test_the_table_tells_groups_of_held_out_queries_apart():
     assert rows["all"] == "0.500, 21.2 tokens, 0.125 cut at the limit" and rows["others"].startswith(
         "0.750, 9.0 tokens"
     )
+
+
+ANSWERS = {"num_responses": 64, "mean_tokens": 81.26, "p90_tokens": 128.0, "cut": 0.1875}
+ANSWERS |= {"repeated_4grams": 0.0625, "compressed": 0.5131, "empty": 0.0, "refused": None}
+
+
+def test_the_table_measures_answers_without_a_judge():
+    rows = rows_of(table({**START, **NO_JUDGE, "held_out_answers": ANSWERS}))
+    assert rows["answers to 64 held-out queries"] == "81.3 tokens (90th percentile 128.0), 0.188 cut at the limit"
+    assert rows["repeated 4-grams / compressed size / empty / refused"] == "0.062 / 0.513 / 0.000 / -"
+    assert not any("answers to" in name for name in rows_of(table(copy.deepcopy(ROUND))))
+
+
+def test_the_rounds_of_the_page_have_columns_for_answers_without_a_judge():
+    headings, rows = round_table([{**START, **NO_JUDGE, "held_out_answers": ANSWERS}, {**ROUND, **NO_JUDGE}])
+    cells = dict(zip(headings, zip(*rows, strict=True), strict=True))
+    shown = {"answer tokens": "81.3", "answers, 90th percentile": "128.0", "answers cut": "0.188"}
+    shown |= {"repeated 4-grams": "0.062", "compressed size": "0.513", "empty answers": "0.000"}
+    assert {name: cells[name] for name in shown} == {name: (value, "-") for name, value in shown.items()}
+    assert "refusals" not in headings and "answers cut" not in round_table([copy.deepcopy(ROUND)])[0]
 
 
 def test_table_and_page_say_what_an_endpoint_and_a_reward_model_said(tmp_path):

@@ -417,7 +417,7 @@ def test_the_host_holds_about_one_tensor_beside_the_arrays(tmp_path, one_device)
 
 
 def test_to_read_the_experts_of_a_layer_takes_them_and_one_tensor(tmp_path, one_device, monkeypatch):
-    """Eight layers of 16 experts, bfloat16 on disk and float32 in the arrays: what each read adds to Python's memory."""
+    """Eight layers of 16 experts, bfloat16 on disk and float32 in the arrays: what a read adds to Python's memory."""
     experts = Experts(16, 2, 256, True)
     model = Transformer(Architecture("qwen3_moe", 64, 256, 512, 8, 2, 2, 128, 64, qk_norm="head", experts=experts))
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), nn.unbox(abstract_params(model)))

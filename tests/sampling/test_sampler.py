@@ -11,6 +11,7 @@ from toys import FAMILIES, toy_model, toy_params
 from sso_jax.data.buckets import bucket
 from sso_jax.models.attention import causal_mask
 from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.mesh import make_mesh
 from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Request, Sampler, row_key
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -118,6 +119,29 @@ def test_eight_devices_give_the_tokens_of_one(one_device, eight_devices, changes
         for mesh in (one_device, eight_devices)
     )
     assert one == eight
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 4), (1, 2, 2, 2), (1, 8, 1, 1)], ids=["expert_4", "all_axes", "fsdp_8"])
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+def test_experts_on_eight_devices_give_the_tokens_of_one(one_device, sizes, layers):
+    model, asked = toy_model(**FAMILIES["qwen3_moe"]), requests(9)
+    data, fsdp, tensor, expert = sizes
+    one, eight = (
+        sample(make_sampler(mesh, model, layers=layers, num_slots=8), toy_params(model, mesh), asked)
+        for mesh in (one_device, make_mesh(data, fsdp, tensor, expert=expert))
+    )
+    assert one == eight and len({tuple(response) for response in one}) == 9
+
+
+def test_a_response_of_experts_does_not_depend_on_order_slot_or_company(one_device):
+    """Rows are sorted by expert: which others are among them changes where a row is, and not what it becomes."""
+    model = toy_model(max_positions=512, **FAMILIES["qwen3_moe"])
+    params, asked = toy_params(model, one_device), requests(11, step=23)
+    sampler = make_sampler(one_device, model, **RAGGED)
+    together = sample(sampler, params, asked)
+    assert sample(sampler, params, asked[::-1])[::-1] == together
+    assert sample(sampler, params, asked[4:5]) == together[4:5]
+    assert len({tuple(response) for response in together}) == 11
 
 
 def test_other_roles_queries_iterations_and_seeds_have_other_keys():

@@ -19,9 +19,10 @@ from sso_jax.models.attention import causal_mask
 from sso_jax.models.kernels import KERNELS, cudnn_attend
 from sso_jax.models.transformer import Transformer
 from sso_jax.runtime.mesh import spec
-from sso_jax.training.log_probs import _log_sum_exp_in_one_pass, cell_log_probs, token_log_probs
+from sso_jax.training.log_probs import cell_log_probs
 from sso_jax.training.packing import Rows, pack
 from sso_jax.training.row_shapes import RowShape, row_shape
+from sso_jax.training.token_log_probs import _log_sum_exp_in_one_pass, token_log_probs
 from sso_jax.training.trees import Branch, Tree, first_fit, steered_trees
 
 

@@ -42,6 +42,10 @@ def _held_out_accuracy(row: dict) -> str:
     return format_number((row.get("held_out") or {}).get("accuracy") if reward is None else reward)
 
 
+def _answers(field: str, digits: int = 3) -> Callable[[dict], str]:
+    return lambda row: format_number((row.get("held_out_answers") or {}).get(field), digits)
+
+
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "iteration": lambda row: str(row["iteration"]),
     "policy quality": _number("policy_quality"),
@@ -54,6 +58,13 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "p(chosen)": _number("chosen_probability"),
     "p(rejected)": _number("rejected_probability"),
     "tokens": _number("response_tokens", 1),
+    "answer tokens": _answers("mean_tokens", 1),
+    "answers, 90th percentile": _answers("p90_tokens", 1),
+    "answers cut": _answers("cut"),
+    "repeated 4-grams": _answers("repeated_4grams"),
+    "compressed size": _answers("compressed"),
+    "empty answers": _answers("empty"),
+    "refusals": _answers("refused"),
 }
 """Columns of the table by heading: the text of a round's cell, a dash if it has no value."""
 

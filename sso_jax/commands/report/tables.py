@@ -91,10 +91,27 @@ def _quality_lines(row: dict) -> list[Line]:
     for group, means in (row.get("held_out_groups") or {}).items():
         tokens = f"{means['tokens']:.1f} tokens, {means['at_limit']:.3f} cut at the limit"
         lines.append((f"  {group}", f"{means['quality']:.3f}, {tokens}"))
+    lines += _answer_lines(row.get("held_out_answers"))
     if row.get("held_out_log_prob") is not None:
         log_prob = f"{row['held_out_log_prob']:.3f} (they are in no pair)"
         lines.append(("log-prob a token of the first policy's answers", log_prob))
     return lines
+
+
+def _answer_lines(numbers: dict | None) -> list[Line]:
+    """Returns the lines of the held-out answers that no judge scores."""
+    if not numbers:
+        return []
+    mean, p90 = (format_number(numbers[name], 1) for name in ("mean_tokens", "p90_tokens"))
+    cut = format_number(numbers["cut"])
+    shares = " / ".join(format_number(numbers[name]) for name in ("repeated_4grams", "compressed", "empty", "refused"))
+    return [
+        (
+            f"answers to {numbers['num_responses']} held-out queries",
+            f"{mean} tokens (90th percentile {p90}), {cut} cut at the limit",
+        ),
+        ("  repeated 4-grams / compressed size / empty / refused", shares),
+    ]
 
 
 def _timing_lines(row: dict) -> list[Line]:

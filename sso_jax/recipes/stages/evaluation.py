@@ -23,13 +23,15 @@ EVALUATION_FILE, JUDGMENTS_FILE = "evaluation.jsonl", "judgments.jsonl"
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Result of stage `evaluation`; the qualities are None without a judge."""
+    """Result of stage `evaluation`; the qualities are None without a judge, the rest without held-out queries."""
 
     policy_quality: float | None
     seconds: float
     quality_parts: dict[str, float] | None = None
     held_out_tokens: float | None = None
     held_out_groups: dict[str, dict[str, float]] | None = None
+    held_out_answers: dict[str, float | None] | None = None
+    """Fields of `ResponseMeasures` of the answers to held-out queries that no judge scores."""
     held_out_log_prob: float | None = None
     """Mean log-prob per token of the initial policy's answers, which are in no pair, in nats."""
 
@@ -44,7 +46,7 @@ class EvaluationResult:
 
 
 def evaluate(this: Round, policy: Params) -> EvaluationResult:
-    """Stage `evaluation`: the unsteered policy's judged answers to held-out queries, in `evaluation.jsonl`."""
+    """Stage `evaluation`: the unsteered policy's answers to held-out queries, measured, in `evaluation.jsonl`."""
     run = this.run
 
     def measure() -> dict:
@@ -65,7 +67,7 @@ def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> fl
     """Returns the mean log-prob per token, in nats, of answers (`query`, `response`) under the plain prompt."""
     engine, tokenizer = run.engine, run.engine.chat.tokenizer
     ids = [encode_response(tokenizer, row["response"]) for row in rows]
-    prompts = [engine.chat.prompt_ids(row["query"]) for row in rows]
+    prompts = [engine.chat.prompt_ids(row["query"], history=tuple(row.get("history", ()))) for row in rows]
     items = [Scorable({"plain": p}, {"answer": own}) for p, own in zip(prompts, ids, strict=True)]
     sums = score_examples(engine.score, policy, items, [Cell("plain", "answer")], engine.step_limits, stage)
     require_finite(sums, [row["query"][:60] for row in rows], [Cell("plain", "answer")])

@@ -24,6 +24,7 @@ from sso_jax.preferences.principle_sources import (
 from sso_jax.preferences.responses import RejectedSource, SampledTriples, SampleKey, sample_triples
 from sso_jax.recipes.engine import Engine, load_params
 from sso_jax.recipes.environment import fitting_queries, toy_queries
+from sso_jax.recipes.evaluation_queries import without_evaluation_queries
 from sso_jax.recipes.input_tables import drop_refused_turns, queries_table
 from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.policies import exported_policy
@@ -81,8 +82,9 @@ def read_queries(config: Config) -> QueryRounds:
     if not toy and path is None:
         raise InputError("queries.path: not given; a model from a folder needs a file or data set of queries")
     found = Records(toy_queries(config.toy.descriptions)) if toy else load_queries(queries_table(config))
-    require_queries(found.records, config.run.iterations)
-    return QueryRounds([found.records], given_principles(config.principles, found.records), found.dropped)
+    queries, held_out = without_evaluation_queries(config, found.records)
+    require_queries(queries, config.run.iterations)
+    return QueryRounds([queries], given_principles(config.principles, queries), found.dropped + held_out)
 
 
 def prepare_queries(config: Config, engine: Engine, source: QueryRounds) -> tuple[QueryRounds, Counter]:
