@@ -25,8 +25,10 @@ from sso_jax.toy.pretraining import train_tokenizer
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SLOW = {
+    "test_adapter_runs",
     "test_attention",
     "test_bad_input",
+    "test_check",
     "test_device_steps",
     "test_dry_run",
     "test_end_to_end",
@@ -41,7 +43,9 @@ SLOW = {
     "test_interruptions",
     "test_layer_layout",
     "test_offline_steps",
+    "test_package",
     "test_packing",
+    "test_peft_adapters",
     "test_recipes",
     "test_rejected_sources",
     "test_reward_run",
