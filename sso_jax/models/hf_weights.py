@@ -9,6 +9,7 @@ from collections.abc import Collection
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,12 +108,22 @@ def _other_heads(extra: Collection[str], own_head: str) -> list[str]:
     return sorted(name for name in extra if not name.startswith(own) and not name.endswith(DERIVED))
 
 
+def open_weights(folder: str | Path, model: Transformer) -> tuple[SafetensorsFolder, dict[str, list[str]]]:
+    """Opens a folder that has exactly the model's tensors; returns it, and the names of others that are ignored, by
+    reason.
+
+    Raises:
+      InputError: what `check_weights` raises.
+    """
+    return _open_checked(folder, model, _stored_params(model))
+
+
 def check_weights(folder: str | Path, model: Transformer) -> None:
     """Raises what `read_params` would, except for values that are not finite, from the headers of a folder's files.
 
     Reads no weights, unless a tied head is stored beside the embedding. Logs which tensors of other heads are ignored.
     """
-    _, ignored = _open_checked(folder, model, _stored_params(model))
+    _, ignored = open_weights(folder, model)
     for reason, names in ignored.items():
         if names:
             others = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
@@ -205,6 +216,42 @@ def _stacking(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding)
     return start, put
 
 
+class HfTensors(NamedTuple):
+    """Parameters as Hugging Face's tensors, each made when it is asked for."""
+
+    flat: dict[str, jax.Array]
+    """The parameters by path."""
+    parts: dict[str, TensorPart]
+    pieces: dict[str, list[tuple[str, tuple[int, ...]]]]
+    """By tensor the parameters of its rows, and the layer (and expert) of each."""
+    adapters: Adapters
+
+    def num_values(self, name: str) -> int:
+        """Returns the number of a tensor's values."""
+        return sum(int(np.prod(self.parts[path].own_shape)) for path, _ in self.pieces[name])
+
+    def tensor(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """Returns a tensor with the adapters merged, on the host; all processes must call it, in the same order."""
+        values = [
+            self.parts[path].to_hf(fetch_global(_values(self.flat, path, at, self.adapters)).astype(dtype))
+            for path, at in self.pieces[name]
+        ]
+        return values[0] if len(values) == 1 else np.concatenate(values)
+
+
+def hf_tensors(params, architecture: Architecture, adapters: Adapters = Adapters()) -> HfTensors:
+    """Returns the parameters as Hugging Face's tensors; adapters are merged into the weights that they belong to."""
+    flat = flatten_dict(params, sep="/")
+    parts = _parts_of(architecture, {path: leaf for path, leaf in flat.items() if not is_adapter(path)})
+    pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for path, part in sorted(parts.items(), key=lambda item: item[1].offset):
+        for layer, names in enumerate(tensor_names(path, part, architecture.num_layers)):
+            for expert, name in enumerate(names):
+                at = (layer, expert) if part.rule.per_expert else (layer,)
+                pieces.setdefault(name, []).append((path, at))
+    return HfTensors(flat, parts, pieces, adapters)
+
+
 def write_params(
     params,
     architecture: Architecture,
@@ -219,30 +266,14 @@ def write_params(
     """
     folder = Path(folder)
     element_type = jnp.dtype(dtype)
-    flat = flatten_dict(params, sep="/")
-    parts = _parts_of(architecture, {path: leaf for path, leaf in flat.items() if not is_adapter(path)})
-    pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}  # by tensor: the parameters of its rows, and where
-    for path, part in sorted(parts.items(), key=lambda item: item[1].offset):
-        for layer, names in enumerate(tensor_names(path, part, architecture.num_layers)):
-            for expert, name in enumerate(names):
-                at = (layer, expert) if part.rule.per_expert else (layer,)
-                pieces.setdefault(name, []).append((path, at))
-    sizes = {
-        name: sum(int(np.prod(parts[path].own_shape)) for path, _ in own) * element_type.itemsize
-        for name, own in pieces.items()
-    }
+    tensors = hf_tensors(params, architecture, adapters)
+    sizes = {name: tensors.num_values(name) * element_type.itemsize for name in tensors.pieces}
     shards = _in_shards(sizes, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {}
-        for name in shard:
-            values = [
-                parts[path].to_hf(fetch_global(_values(flat, path, at, adapters)).astype(element_type))
-                for path, at in pieces[name]
-            ]
-            arrays[name] = values[0] if len(values) == 1 else np.concatenate(values)
-            weight_map[name] = file
+        arrays = {name: tensors.tensor(name, element_type) for name in shard}
+        weight_map.update(dict.fromkeys(shard, file))
         if is_first():
             save_file(arrays, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}

@@ -254,6 +254,8 @@ CASES = {
     "judge_without_a_judge": config(("pairs.control", "judge_order", "toy"), pairs__control="judge_order"),
     "adapters_on_nothing": config(("lora.targets",), lora__rank="4", lora__targets="[]"),
     "adapters_on_noses": config(("lora.targets", "nose"), lora__rank="4", lora__targets="[nose]"),
+    "adapters_from_nowhere": config(("lora.start_from", "no folder", "nowhere"), lora__start_from="./nowhere"),
+    "adapters_left_in_a_jar": config(("lora.export", "jar", "merged"), lora__export="jar"),
     "directory_without_a_name": config(("run.directory",), run__directory=""),
     "directory_that_is_a_file": Case(("run.directory", "taken"), {"--run.directory": FILE}, ("taken", "mine")),
     "directory_below_a_file": Case(("run.directory", "taken"), {"--run.directory": f"{FILE}/run"}, ("taken", "mine")),

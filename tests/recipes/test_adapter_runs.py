@@ -17,7 +17,6 @@ from sso_jax.toy.pretraining import train_tokenizer
 
 WORDS = ("fox", "fig", "cat", "red", "ten", "oak")
 DEMONSTRATIONS = [{"prompt": f"Spell {word}.", "response": " ".join(word)} for word in WORDS]
-TENSOR = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_lora_export_says_what_a_round_leaves(export, left, folder, tmp_path):
     assert {path.name for path in (tmp_path / "run" / "iteration_1").iterdir()} & {"policy", "policy_adapter"} == left
 
 
-def test_a_run_continues_from_adapters_as_if_it_had_not_ended(folder, first, tmp_path):
+def test_a_run_starts_from_the_very_adapters_that_it_is_given(folder, first, tmp_path):
     """At a learning rate of nearly nothing, what is left is what the run started from."""
     start = first / "iteration_1" / "policy_adapter"
     fields = {"lora.start_from": start, "optimizer.learning_rate": "1e-30", "optimizer.weight_decay": 0}
@@ -96,20 +95,19 @@ def test_a_run_continues_from_adapters_as_if_it_had_not_ended(folder, first, tmp
 
 
 def test_the_losses_after_a_start_from_adapters_are_those_of_the_next_round(folder, first, tmp_path):
-    """Recipe sft repeats its data: round 2 of the first run starts from the adapters of its round 1."""
+    """Recipe sft repeats its data: round 2 of a run starts from the adapters that its round 1 left."""
 
     def losses(directory, iteration):
         rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
         return [row["loss"] for row in rows if row["iteration"] == iteration]
 
-    start = {"lora.start_from": first / "iteration_1" / "policy_adapter", "run.seed": 0, "train.shuffle": "false"}
-    assert run(tmp_path / "second", folder, **start) == 0
-    assert run(tmp_path / "whole", folder, **{"lora.rank": 2, "train.shuffle": "false", "run.iterations": 1}) == 0
-    continued, fresh = losses(tmp_path / "second", 1), losses(tmp_path / "whole", 1)
-    assert continued[0] < fresh[0]
-    first_rows = load_file(first / "iteration_1" / "policy_adapter" / "adapter_model.safetensors")
-    moved = load_file(tmp_path / "second" / "iteration_1" / "policy_adapter" / "adapter_model.safetensors")
-    assert first_rows.keys() == moved.keys() and np.abs(first_rows[TENSOR] - moved[TENSOR]).max() > 0
+    same = {"train.shuffle": "false", "lora.alpha": 8}
+    assert run(tmp_path / "whole", folder, **same, **{"lora.rank": 2, "run.iterations": 2}) == 0
+    start = {"lora.start_from": tmp_path / "whole" / "iteration_1" / "policy_adapter"}
+    assert run(tmp_path / "second", folder, **same, **start) == 0
+    continued, second = losses(tmp_path / "second", 1), losses(tmp_path / "whole", 2)
+    assert continued == pytest.approx(second, rel=1e-6) and len(second) == 2
+    assert abs(losses(tmp_path / "whole", 1)[0] - second[0]) > 1e-3
 
 
 def test_a_start_from_a_run_takes_its_newest_round(folder, first, tmp_path):
@@ -132,8 +130,8 @@ def test_values_against_those_of_the_adapters_are_refused(folder, first, tmp_pat
     assert "lora.start_from: no folder './nowhere'" in message
     message = refusal(capsys, tmp_path / "run", folder, **{"lora.start_from": folder / "policy"})
     assert "adapter_config.json: no such file; lora.start_from must be" in message
-    message = refusal(capsys, tmp_path / "run", folder, **start, recipe="reward", **{"pairs.path": "p.jsonl"})
-    assert "lora.rank: 2 is not used by recipe 'reward'" in message or "demonstrations.path" in message
+    message = refusal(capsys, tmp_path / "run", folder, **start, recipe="reward", **{"demonstrations.path": "none"})
+    assert "lora.rank: 2 is not used by recipe 'reward'" in message
     assert not (tmp_path / "run").exists()
 
 
