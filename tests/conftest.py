@@ -79,6 +79,13 @@ def pytest_sessionfinish(session):
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Frees the compiled programs after each file: thousands of them in a process pass Linux's limit of mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def one_device():
     """A mesh of one device."""

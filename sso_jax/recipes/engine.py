@@ -26,7 +26,7 @@ from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes.vocabulary import known_tokens
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
-from sso_jax.runtime.mesh import check_divides, make_mesh, param_shardings
+from sso_jax.runtime.mesh import check_divides, make_mesh, num_expert_shards, param_shardings
 from sso_jax.runtime.run_dir import newest_folder
 from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Sampler
@@ -86,7 +86,9 @@ def router_weight(architecture: Architecture, train: TrainConfig) -> float:
 
 def _check_mesh(mesh: jax.sharding.Mesh, architecture: Architecture, section: str = "mesh") -> None:
     """Raises `InputError` if the mesh does not divide the model's matrices evenly."""
-    a = architecture
+    a, expert_shards = architecture, num_expert_shards(mesh)
+    if a.experts is None and expert_shards > 1:
+        raise InputError(f"{section}.expert: {expert_shards} for a model without experts; set it to 1")
     sizes = {
         "heads": ("num_attention_heads", a.num_heads),
         "kv_heads": ("num_key_value_heads", a.num_kv_heads),

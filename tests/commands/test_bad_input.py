@@ -439,6 +439,8 @@ CASES = {
     ),
     "layer_without_weights": folder(("layers.1",), changed("config.json", num_hidden_layers=2)),
     "mesh_that_cannot_cut_the_model": config(("mesh.tensor", "8"), mesh__tensor="8"),
+    "experts_of_a_model_without_any": config(("mesh.expert: 2 for a model without experts",), mesh__expert="2"),
+    "router_loss_without_experts": config(("train.router_loss: 0.1 for a model without",), train__router_loss="0.1"),
     # tokenizers
     "no_tokenizer": folder(("tokenizer",), removed("tokenizer*")),
     "tokenizer_cut_short": folder(("tokenizer",), halved("tokenizer.json")),
