@@ -28,8 +28,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 TESTS = pytest.StashKey[int]()
 """Number of tests that a process has run."""
 SLOW = {
+    "test_adapter_runs",
     "test_attention",
     "test_bad_input",
+    "test_check",
     "test_device_steps",
     "test_dry_run",
     "test_end_to_end",
@@ -44,7 +46,9 @@ SLOW = {
     "test_interruptions",
     "test_layer_layout",
     "test_offline_steps",
+    "test_package",
     "test_packing",
+    "test_peft_adapters",
     "test_recipes",
     "test_rejected_sources",
     "test_reward_run",

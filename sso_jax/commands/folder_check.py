@@ -1,4 +1,4 @@
-"""What `sso-check` finds out about a folder without another program: sizes, bytes there and back, trained tokens."""
+"""What `sso-check` finds out about a folder by itself: sizes, bytes there and back, and trained tokens."""
 
 from collections import Counter
 from pathlib import Path

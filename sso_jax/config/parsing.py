@@ -16,6 +16,7 @@ import yaml
 from sso_jax.config.help import help_text, topic_of
 from sso_jax.config.null_values import file_with_null, optional_fields, with_null
 from sso_jax.config.refusals import refusal
+from sso_jax.config.shipped import with_config_files
 from sso_jax.config.values import KEY_REMEDY, require
 from sso_jax.runtime.errors import InputError
 
@@ -140,7 +141,7 @@ def _with_nulls(config_class: type, argv: list[str]) -> list[str]:
 def parse(
     config_class: type[Parsed], argv: list[str], program: str, description: str, examples: Sequence[str] = ()
 ) -> Parsed:
-    """Parses `--config FILE` and dotted overrides into `config_class`, or prints the help that is asked for.
+    """Parses `--config FILE_OR_NAME` and dotted overrides into `config_class`, or prints the help that is asked for.
 
     Args:
       config_class: class of the config.
@@ -160,6 +161,7 @@ def parse(
     parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(config_class, as_group=False)
+    argv = with_config_files(argv)
     files = _config_files(argv)
     _refuse_keys(argv, files)
     _refuse_renamed(argv, files)
