@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 CACHE = os.environ.get("SSO_JAX_TEST_CACHE") or tempfile.mkdtemp(prefix="sso_jax-tests-")
 """Compiled programs of this test run; its worker processes inherit the variable."""
@@ -24,6 +25,8 @@ from sso_jax.toy.pretraining import train_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+TESTS = pytest.StashKey[int]()
+"""Number of tests that a process has run."""
 SLOW = {
     "test_adapter_runs",
     "test_attention",
@@ -80,11 +83,25 @@ def pytest_sessionfinish(session):
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+"""Linux allows a process 65,530, and a compiled program on a CPU takes several; the one too many is a crash."""
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
-    """Frees the compiled programs after each file: thousands of them in a process pass Linux's limit of mappings."""
+    """Frees the compiled programs after each file."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def few_mappings(request):
+    """Frees the compiled programs within a file where there are too many; looks after every tenth test."""
+    yield
+    count = request.session.stash[TESTS] = request.session.stash.get(TESTS, 0) + 1
+    if count % 10 == 0 and MAPPINGS.is_file() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
