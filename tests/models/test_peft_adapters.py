@@ -330,3 +330,12 @@ def test_merged_is_what_peft_merges(phi, one_device):
     write_params(params, model.architecture, folder / "ours", "float32", model.adapters)
     ours, theirs = (read_params(folder / name, plain, one_device) for name in ("ours", "theirs"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+
+
+def test_transformers_loads_the_adapters_itself(phi):
+    plain, base, folder = phi
+    model, params = with_random_adapters(plain, base, Adapters(2, 6.0, ALL))
+    write_adapter(params, model.architecture, model.adapters, folder / "adapter", BaseModel(str(folder / "base")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    theirs.load_adapter(folder / "adapter")
+    np.testing.assert_allclose(logits_of(theirs), logits(model, params), atol=TOLERANCE, rtol=TOLERANCE)
