@@ -45,6 +45,7 @@ SLOW = {
     "test_hosts",
     "test_interruptions",
     "test_layer_layout",
+    "test_model_card",
     "test_offline_steps",
     "test_package",
     "test_packing",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sso_jax.commands import dry_run
 from sso_jax.commands.collapse_warnings import collapse_warnings
+from sso_jax.commands.model_card import write_cards
 from sso_jax.commands.preference_dataset import write_preference_dataset
 from sso_jax.commands.report.page import write_report
 from sso_jax.commands.report.tables import table
@@ -162,6 +163,7 @@ def _run_rounds(run: Run) -> None:
         write_preference_dataset(this.folder)
         weights = weights_of_round(this, start, policy)
         summary = dataclasses.replace(summary, weights=weights, warnings=_warnings(this, summary))
+        write_cards(this, summary)
         finish(this.folder, "round", dataclasses.asdict(summary))
         if is_first():
             (run.directory / JOURNALS).rmtree(missing_ok=True)
