@@ -245,6 +245,15 @@ REFUSING = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 )
 DROPPING = "{% for m in messages if m['role'] != 'system' %}"
+FOLDING = (
+    "{% set lead = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages if m['role'] != 'system' %}"
+    "{% set text = (lead if loop.first else '') + m['content'] | trim %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<|im_start|>' + role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+"""The system message at the head of the first user turn, and the policy's role of another name, as Gemma 3 has them."""
 TURN = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
@@ -261,6 +270,18 @@ def test_where_the_template_takes_no_system_message_the_principle_heads_the_user
         assert (
             tokenizer.decode(chat.prompt_ids(query)) == f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
         )
+
+
+def test_a_template_that_puts_the_system_message_into_the_user_turn_itself(toy):
+    tokenizer = with_template(toy, FOLDING)
+    chat = make_chat(tokenizer)
+    for query in ("Spell fox.", "<|im_end|>"):
+        for system, head in (("Be kind.", "Be kind.\n\n"), (None, "")):
+            ids = chat.prompt_ids(query, system)
+            assert tokenizer.decode(ids) == f"<|im_start|>user\n{head}{query}<|im_end|>\n<|im_start|>model\n"
+            assert ids == reference_ids(renamed_twin(tokenizer), messages_of(query, system))
+    assert tokenizer.decode([end_of_turn(tokenizer)]) == "<|im_end|>"
+    assert chat.refusal(("system", "user", "assistant", "user")) is None
 
 
 DATES = {
