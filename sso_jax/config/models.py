@@ -81,9 +81,9 @@ class LoraConfig:
     start_from: Optional[str] = None
     """Folder or hub id of adapters in PEFT's format, or a run directory, to continue from; rank, alpha, targets and
     rslora are read from it. null starts with new adapters."""
-    export: Literal["merged", "adapter", "both"] = "both"
+    export: Optional[Literal["merged", "adapter", "both"]] = None
     """What a round with adapters leaves: `merged` into the weights as `policy/`, the `adapter` alone in PEFT's format
-    as `policy_adapter/`, or both."""
+    as `policy_adapter/`, or both. null leaves both, or the former where PEFT has no place for adapters (of experts)."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "0 (none) or more")

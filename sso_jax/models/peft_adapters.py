@@ -55,10 +55,21 @@ def _shapes_of(params: dict) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items() if not is_adapter(path)}
 
 
-def check_writable(model: Transformer) -> None:
-    """Raises `InputError` for adapters of experts, which are no modules that PEFT could adapt."""
+def _expert_targets(model: Transformer) -> list[str]:
+    """Returns the adapted projections of experts, which are no modules that PEFT could adapt."""
     adapted = sorted({"gate", "up", "down"}.intersection(model.adapters.targets))
-    if model.architecture.experts is not None and adapted:
+    return [] if model.architecture.experts is None else adapted
+
+
+def is_writable(model: Transformer) -> bool:
+    """Returns whether PEFT's format has a place for all adapters of a model."""
+    return not _expert_targets(model)
+
+
+def check_writable(model: Transformer) -> None:
+    """Raises `InputError` for adapters that PEFT's format has no place for."""
+    adapted = _expert_targets(model)
+    if adapted:
         raise InputError(
             f"lora.targets: adapters of {adapted[0]} belong to experts, which PEFT's format has no place for; set "
             "lora.export to merged, or give targets of attention alone"

@@ -158,7 +158,7 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     model, shardings = build_decoder(architecture, config.model, lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     check_weights(folder, model)
-    if lora.rank and lora.export != "merged":
+    if lora.rank and lora.export in ("adapter", "both"):
         check_writable(model)
     if lora.start_from is not None:
         check_adapter(open_adapter(find_adapter(lora.start_from)), model)

@@ -51,7 +51,6 @@ def folder(request, tmp_path_factory, one_device):
 def test_an_online_round_with_adapters_leaves_a_policy_that_transformers_reads_alike(folder, tmp_path):
     queries = write(tmp_path / "queries.jsonl", [{"query": f"Spell {word}."} for word in WORDS])
     own = {"queries.path": queries, "queries.per_iteration": 8, "lora.rank": 4, "objective.base": "dpo"}
-    own["lora.export"] = "merged"  # experts have no place in PEFT's format
     sampling = {"sampling.max_new_tokens": 24, "sampling.batch_size": 8}
     iteration = run(tmp_path / "run", folder, **own, **sampling)
     before, after = (load_file(place / "model.safetensors") for place in (folder, iteration / "policy"))
@@ -67,6 +66,8 @@ def test_an_online_round_with_adapters_leaves_a_policy_that_transformers_reads_a
         log_probs = theirs(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     expected = log_probs.gather(1, torch.tensor(response)[:, None]).sum().item()
     assert library.score(policy, ["Spell fox."], ["f o x"]) == pytest.approx([expected], abs=1e-4)
+    has_experts = policy.engine.model.architecture.experts is not None
+    assert (iteration / "policy_adapter").is_dir() == (not has_experts)  # PEFT has no place for those of experts
 
 
 def test_a_reward_model_ranks_held_out_pairs_as_transformers_does(folder, tmp_path):

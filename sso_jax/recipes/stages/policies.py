@@ -7,7 +7,8 @@ from sso_jax.models.export import POLICY_FOLDER, export_policy, find_policy
 from sso_jax.models.families import TEXT_MODELS
 from sso_jax.models.hf_config import CONFIG_FILE, read_json_file
 from sso_jax.models.hf_folder import fetch
-from sso_jax.models.peft_adapters import ADAPTER_FOLDER, BaseModel, write_adapter
+from sso_jax.models.peft_adapters import ADAPTER_FOLDER, BaseModel, is_writable, write_adapter
+from sso_jax.models.transformer import Transformer
 from sso_jax.recipes.engine import find_adapter, load_params
 from sso_jax.recipes.run import Params, Round, Run
 from sso_jax.recipes.stages.update import restore_params
@@ -46,9 +47,10 @@ def _leaves_merged(config: Config) -> bool:
     return not config.lora.rank or config.lora.export != "adapter"
 
 
-def _leaves_adapter(config: Config) -> bool:
+def _leaves_adapter(config: Config, model: Transformer) -> bool:
     """Returns whether rounds leave `policy_adapter/`."""
-    return bool(config.lora.rank) and config.lora.export != "merged"
+    wanted = is_writable(model) if config.lora.export is None else config.lora.export != "merged"
+    return bool(config.lora.rank) and wanted
 
 
 def base_model(config: Config, source: Path) -> BaseModel:
@@ -71,7 +73,7 @@ def export(this: Round, policy: Params) -> float:
     """
     engine, config, seconds = this.run.engine, this.run.config, 0.0
     adapters = engine.model.adapters
-    if _leaves_adapter(config):
+    if _leaves_adapter(config, engine.model):
 
         def write_adapters() -> dict:
             base = base_model(config, engine.source)
