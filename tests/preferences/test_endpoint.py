@@ -72,12 +72,12 @@ def test_what_does_not_pass_is_counted_by_reason_and_the_others_are_answered():
     troubles = {
         "question 1": Misbehave.status(400),
         "question 3": Misbehave.status(503),
-        "question 5": Misbehave.stall(0.6),
+        "question 5": Misbehave.stall(2.0),
         "question 7": Misbehave.status(429, Retry_After="0"),
         "question 9": Misbehave.body("[]"),
     }
     with serve(shout, lambda text, tries: troubles.get(text)) as server:
-        answers = Endpoint(server.url(), timeout_seconds=0.3, retries=1).ask(questions(12), "stage", 7, 0.0)
+        answers = Endpoint(server.url(), timeout_seconds=1.0, retries=1).ask(questions(12), "stage", 7, 0.0)
     lost = {i: answer.lost for i, answer in enumerate(answers) if answer.text is None}
     assert lost == {1: "refused", 3: "server_error", 5: "timeout", 7: "rate_limited", 9: "no_text"}
     assert server.asked["question 1"] == 1 and all(server.asked[f"question {i}"] == 2 for i in (3, 5, 7, 9))

@@ -2,7 +2,6 @@
 is wrong.
 """
 
-import functools
 import json
 import math
 import os
@@ -398,7 +397,10 @@ def test_a_folder_that_turned_read_only_is_one_line_and_the_run_goes_on_once_it_
 
 
 def on_devices(monkeypatch, count: int) -> None:
-    monkeypatch.setattr(assembly, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:count]))
+    def on_some(data, fsdp, tensor, devices, section, expert):
+        return make_mesh(data, fsdp, tensor, jax.devices()[:count], section, expert)
+
+    monkeypatch.setattr(assembly, "make_mesh", on_some)
 
 
 def stop_once(monkeypatch, module) -> None:
