@@ -46,7 +46,11 @@ def plain_log_prob(model, params, prompt, response):
     return jnp.take_along_axis(log_probs, jnp.asarray(response)[:, None], axis=1).sum()
 
 
-@pytest.mark.parametrize("changes", [{}, *FAMILIES.values()], ids=["untied", *FAMILIES])
+DISTINCT = ("qwen2", "qwen2_windowed", "gemma2", "gemma3", "olmo3", "smollm3", "phi3", "qwen3_moe")
+"""Families that have between them everything that any family has."""
+
+
+@pytest.mark.parametrize("changes", [{}, *map(FAMILIES.get, DISTINCT)], ids=["untied", *DISTINCT])
 def test_shared_and_packed_rows_equal_plain_ones_in_log_probs_and_gradients(one_device, changes):
     model = toy_model(num_layers=2, **changes)
     params = toy_params(
