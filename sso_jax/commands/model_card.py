@@ -8,12 +8,11 @@ import yaml
 from sso_jax.commands.run_record import versions
 from sso_jax.config import Config
 from sso_jax.models.export import POLICY_FOLDER
-from sso_jax.models.peft_adapters import ADAPTER_FOLDER
+from sso_jax.models.peft_adapters import ADAPTER_FOLDER, BaseModel
 from sso_jax.recipes.run import Round, RoundSummary
 from sso_jax.recipes.stages.policies import base_model
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.hosts import is_first
-from sso_jax.runtime.stage_markers import finished
 
 CARD_FILE = "README.md"
 LIBRARIES = {POLICY_FOLDER: "transformers", ADAPTER_FOLDER: "peft"}
@@ -28,15 +27,18 @@ NO_JUDGE = "No judge measured the answers of this run; evaluate the policy befor
 TOY = "The policy knows the embedded toy world only, whose judge is made up."
 
 
-def write_cards(this: Round, summary: RoundSummary) -> None:
+def write_cards(this: Round, summaries: list[dict[str, Any]]) -> None:
     """Writes the cards of a round that is about to end, beside the files of the policy and of the adapters.
 
     Does nothing for a round that leaves neither. The same run gives the same card: it has no times.
+
+    Args:
+      this: the round.
+      summaries: those of all rounds up to this one, the start's first.
     """
     if not is_first():
         return
-    earlier = [finished(this.run.folder(k), "round") or {} for k in range(this.iteration)]
-    rows = [{"iteration": k, **row} for k, row in enumerate([*earlier, dataclasses.asdict(summary)])]
+    rows = [{"iteration": k, **row} for k, row in enumerate(summaries)]
     for folder, library in LIBRARIES.items():
         if (this.folder / folder).exists():
             write_text(_card(this, library, rows), this.folder / folder / CARD_FILE)
@@ -44,10 +46,10 @@ def write_cards(this: Round, summary: RoundSummary) -> None:
 
 def _card(this: Round, library: str, rows: list[dict[str, Any]]) -> str:
     """Returns the text of a card."""
-    config = this.run.config
-    front = yaml.safe_dump(_front_matter(this, library), sort_keys=False, allow_unicode=True)
+    config, base = this.run.config, base_model(this.run.config, this.run.engine.source)
+    front = yaml.safe_dump(_front_matter(config, base, library), sort_keys=False, allow_unicode=True)
     toy = config.model.path == "toy"
-    start = "a small policy of the toy world" if toy else f"`{_base_name(this)}`"
+    start = "a small policy of the toy world" if toy else f"`{base.name}`"
     kind = "Adapters for" if library == "peft" else "A policy trained from"
     limits = [*LIMITS, *([TOY] if toy else []), *([] if this.run.environment.judge else [NO_JUDGE])]
     warnings = [f"Warning of round {row['iteration']}: {text}" for row in rows for text in row.get("warnings") or []]
@@ -69,13 +71,8 @@ def _card(this: Round, library: str, rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _base_name(this: Round) -> str:
-    return base_model(this.run.config, this.run.engine.source).name
-
-
-def _front_matter(this: Round, library: str) -> dict[str, Any]:
+def _front_matter(config: Config, base: BaseModel, library: str) -> dict[str, Any]:
     """Returns the fields that the hub reads; the base model only if it is from there."""
-    config, base = this.run.config, base_model(this.run.config, this.run.engine.source)
     relation = "adapter" if library == "peft" else "finetune"
     from_hub = {"base_model": base.name, "base_model_relation": relation} if base.revision is not None else {}
     objective = [] if config.recipe == "sft" else [config.objective.base]

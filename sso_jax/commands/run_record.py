@@ -10,6 +10,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ GIT_SECONDS = 10
 """Maximum time to wait for git."""
 
 
+@lru_cache
 def versions() -> dict[str, str | None]:
     """Returns the versions of Python, of the packages that compute, and of this project with its git commit."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -162,8 +162,10 @@ def _run_rounds(run: Run) -> None:
             policy, summary = RECIPES[run.config.recipe].run_round(this, policy)
         write_preference_dataset(this.folder)
         weights = weights_of_round(this, start, policy)
-        summary = dataclasses.replace(summary, weights=weights, warnings=_warnings(this, summary))
-        write_cards(this, summary)
+        earlier = [finished(run.folder(k), "round") or {} for k in range(iteration)]
+        warnings = _warnings(this, [*earlier[1:], dataclasses.asdict(summary)])
+        summary = dataclasses.replace(summary, weights=weights, warnings=warnings)
+        write_cards(this, [*earlier, dataclasses.asdict(summary)])
         finish(this.folder, "round", dataclasses.asdict(summary))
         if is_first():
             (run.directory / JOURNALS).rmtree(missing_ok=True)
@@ -174,12 +176,11 @@ def _run_rounds(run: Run) -> None:
     log.info("done: %s", run.directory / "report.html")
 
 
-def _warnings(this: Round, summary: RoundSummary) -> list[str]:
-    """Returns and logs signs of a collapse in the round."""
+def _warnings(this: Round, rows: list[dict]) -> list[str]:
+    """Returns and logs signs of a collapse in the round, from the summaries of the first round to this one."""
     run, iteration = this.run, this.iteration
     if iteration == 0:
         return []
-    rows = [*(finished(run.folder(k), "round") for k in range(1, iteration)), dataclasses.asdict(summary)]
     path = run.metrics.path
     lines = [row for row in read_json_lines(path) if row["iteration"] == iteration] if path.exists() else []
     found = collapse_warnings(rows, lines, **dataclasses.asdict(run.config.watch))

@@ -93,7 +93,10 @@ def _family_config(given: dict, path: Path) -> tuple[dict, Family]:
     """
     kind, config = given.get("model_type"), given
     if kind in TEXT_MODELS:
-        config = {**given.get("text_config", {}), "model_type": TEXT_MODELS[kind]}
+        text = given.get("text_config") or {}
+        if not isinstance(text, dict):
+            raise InputError(f"{path}: text_config {text!r} is not a JSON object; fetch the file again")
+        config = {**text, "model_type": TEXT_MODELS[kind]}
         if "tie_word_embeddings" in given:
             config.setdefault("tie_word_embeddings", given["tie_word_embeddings"])
         log.info("%s: only the text model of this %s is read and trained; its export is a text model", path, kind)

@@ -89,13 +89,5 @@ def test_a_base_from_the_hub_is_named_as_such(monkeypatch):
     base = policies.base_model(config, Path("/cache/models--owner--base/snapshots/12ab"))
     assert base == ("owner/base", "12ab", True)
 
-    class Engine:
-        source = Path("/cache/models--owner--base/snapshots/12ab")
-
-    class Run:
-        engine = Engine
-
-    Run.config = config
-    this = type("Round", (), {"run": Run})
-    assert model_card._front_matter(this, "transformers")["base_model"] == "owner/base"
-    assert model_card._front_matter(this, "peft")["base_model_relation"] == "adapter"
+    assert model_card._front_matter(config, base, "transformers")["base_model"] == "owner/base"
+    assert model_card._front_matter(config, base, "peft")["base_model_relation"] == "adapter"

@@ -116,3 +116,16 @@ def test_reward_selects_by_the_accuracy_on_a_file(tmp_path, model_folder):
     assert best["accuracy"] == np.mean([(gap > 0) + 0.5 * (gap == 0) for gap in gaps])
     assert best["margin"] == pytest.approx(np.mean(gaps), rel=1e-5, abs=1e-6)
     assert best["loss"] == pytest.approx(np.mean([math.log1p(math.exp(-gap)) for gap in gaps]), rel=1e-4)
+
+
+def test_plain_pairs_of_a_file_are_measured_where_tokens_of_the_trained_ones_have_weights(tmp_path, model_folder):
+    pairs = write(tmp_path / "pairs.jsonl", [steered(word) for word in WORDS[:6]])
+    plain = [{"prompt": f"Name {word}.", "chosen": f"Yes: {word}.", "rejected": "No."} for word in WORDS]
+    fields = {"objective__form": "pairwise", "objective__token_contrast": 0.5, "pairs__path": pairs}
+    held_out = write(tmp_path / "held_out.jsonl", plain)
+    folder, row = run(tmp_path, model_folder, "offline", train__held_out=held_out, **fields)
+    assert row["held_out"]["num_pairs"] == len(WORDS)
+    measured = [
+        line["held_out_loss"] for line in lines(folder / "metrics.jsonl") if line.get("held_out_loss") is not None
+    ]
+    assert measured and all(map(math.isfinite, measured))

@@ -124,6 +124,7 @@ def _score_file(this: Round, objective: Objective, policy: Params) -> tuple[Scor
       InputError: if no pair is within the token limit.
     """
     given, config = this.run.held_out, this.run.config
+    objective = dataclasses.replace(objective, token_contrast=0.0)  # the measure leaves out weights of tokens
     if any(pair.original is None for pair in given):
         objective = dataclasses.replace(objective, cells=[cell for cell in objective.cells if cell != ORIGINAL])
     run = dataclasses.replace(this.run, config=dataclasses.replace(config, filter=FilterConfig()))
