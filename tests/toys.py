@@ -32,6 +32,15 @@ ARCHITECTURE = Architecture(
 
 WINDOW_AND_FULL = (LayerKind(Rope(100.0), sliding_window=5), LayerKind(Rope(1e4, LinearRope(2.0))))
 """Kinds of layers that see five positions, or all; the window is shorter than most prompts and responses."""
+GEMMA = dict(
+    qkv_bias=False,
+    norms="both",
+    norm_offset=1.0,
+    activation="gelu_tanh",
+    embedding_factor=32**0.5,
+    tied_head=True,
+    pattern=(0, 1),
+)
 FAMILIES = {
     "llama": dict(model_type="llama", qkv_bias=False, kinds=(LayerKind(Rope(1e4, Llama3Rope(8.0, 1.0, 4.0, 64))),)),
     "qwen2": dict(tied_head=True),
@@ -50,32 +59,14 @@ FAMILIES = {
     ),
     "smollm3": dict(model_type="smollm3", qkv_bias=False, kinds=(LayerKind(), LayerKind(None)), pattern=(0, 1)),
     "gemma2": dict(
+        **GEMMA,
         model_type="gemma2",
-        qkv_bias=False,
-        norms="both",
-        norm_offset=1.0,
-        activation="gelu_tanh",
-        embedding_factor=32**0.5,
         query_scalar=24,
         score_cap=2.0,
         logit_cap=3.0,
-        tied_head=True,
         kinds=(LayerKind(sliding_window=5), LayerKind()),
-        pattern=(0, 1),
     ),
-    "gemma3": dict(
-        model_type="gemma3_text",
-        qkv_bias=False,
-        norms="both",
-        norm_offset=1.0,
-        activation="gelu_tanh",
-        embedding_factor=32**0.5,
-        query_scalar=16,
-        qk_norm="head",
-        tied_head=True,
-        kinds=WINDOW_AND_FULL,
-        pattern=(0, 1),
-    ),
+    "gemma3": dict(**GEMMA, model_type="gemma3_text", query_scalar=16, qk_norm="head", kinds=WINDOW_AND_FULL),
     "phi3": dict(model_type="phi3", qkv_bias=False, rotated_features=4),
 }
 """Changes of `ARCHITECTURE` that give a small member of each family; `pattern` repeats over the layers."""

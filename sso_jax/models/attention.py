@@ -137,25 +137,24 @@ class AttentionInputs(NamedTuple):
     pages: Pages | None = None
 
 
-def _of_kind(architecture: Architecture, layer: Int[Array, ""] | int, views: tuple[LayerView, ...]) -> LayerView:
-    """Returns the view of a layer; its index is a Python number if layers are unrolled, and traced in a scan."""
-    if len(views) == 1:
-        return views[0]
+def _kind(architecture: Architecture, layer: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """Returns the index of a layer's kind: a Python number if there is one kind, or if layers are unrolled."""
+    if len(architecture.kinds) == 1:
+        return 0
     indices = architecture.kind_indices()
-    if isinstance(layer, int):
-        return views[indices[layer]]
-    kind = jnp.asarray(indices)[layer]
+    return indices[layer] if isinstance(layer, int) else jnp.asarray(indices)[layer]
+
+
+def _of_kind(kind: Int[Array, ""] | int, views: tuple[LayerView, ...]) -> LayerView:
+    """Returns the view of a kind of layers."""
+    if isinstance(kind, int):
+        return views[kind]
     return jax.tree.map(lambda *parts: jax.lax.select_n(kind, *jnp.broadcast_arrays(*parts)), *views)
 
 
-def _switch(architecture: Architecture, layer: Int[Array, ""] | int, branches: list[Callable], *arrays):
-    """Calls the branch for the kind of a layer."""
-    if len(branches) == 1:
-        return branches[0](*arrays)
-    indices = architecture.kind_indices()
-    if isinstance(layer, int):
-        return branches[indices[layer]](*arrays)
-    return jax.lax.switch(jnp.asarray(indices)[layer], branches, *arrays)
+def _switch(kind: Int[Array, ""] | int, branches: list[Callable], *arrays):
+    """Calls the branch for a kind of layers."""
+    return branches[kind](*arrays) if isinstance(kind, int) else jax.lax.switch(kind, branches, *arrays)
 
 
 class Attention(nn.Module):
@@ -188,7 +187,8 @@ class Attention(nn.Module):
         if a.qk_norm != "none":
             queries = self._norm("query", "heads")(save_for_backward(queries))
             keys = self._norm("key", "kv_heads")(save_for_backward(keys))
-        view = _of_kind(a, layer, inputs.views)
+        kind = _kind(a, layer)
+        view = _of_kind(kind, inputs.views)
         queries, keys = (save_for_backward(apply_rope(part, view.rotation)) for part in (queries, keys))
         grouped = queries.reshape(batch, a.num_kv_heads, -1, length, a.head_size)  # [B, K, G, T, H]
         grouped = constrain(grouped, "batch", "kv_heads", None, None, None)
@@ -196,7 +196,7 @@ class Attention(nn.Module):
             cache = _written(cache, keys, values, layer, inputs.slot)
         rule = ScoreRule((a.query_scalar or a.head_size) ** -0.5, a.score_cap)
         if inputs.pages is None:
-            out = self._attend_whole(layer, grouped, keys, values, view.mask, rule, inputs.sequences)
+            out = self._attend_whole(kind, grouped, keys, values, view.mask, rule, inputs.sequences)
         else:
             own, pages = _layer_of(cache, layer), inputs.pages
             seen = RowView(view.mask[:, 0], view.earliest)
@@ -207,7 +207,7 @@ class Attention(nn.Module):
         shape, axes = (a.num_heads, a.head_size, a.embed_dim), ("heads", "head_size", "embed")
         return Projection(shape, axes, **projection_options(self), name="out")(out), cache
 
-    def _attend_whole(self, layer, queries, keys, values, mask, rule: ScoreRule, sequences: Sequences | None):
+    def _attend_whole(self, kind, queries, keys, values, mask, rule: ScoreRule, sequences: Sequences | None):
         """Attends within whole sequences; a kernel that takes sequences is compiled for each sliding window."""
         kernel = KERNELS[self.attend]
         if sequences is None:
@@ -217,7 +217,7 @@ class Attention(nn.Module):
             return kernel(*arrays, rule, BySequence(sequences, window))
 
         branches = [partial(attend, kind.sliding_window) for kind in self.architecture.kinds]
-        return _switch(self.architecture, layer, branches, queries, keys, values, mask)
+        return _switch(kind, branches, queries, keys, values, mask)
 
     def _norm(self, part: str, axis: str) -> nn.Module:
         """Returns the norm of the queries or the keys."""

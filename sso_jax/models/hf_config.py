@@ -8,6 +8,7 @@ from pathlib import Path
 from sso_jax.models.architecture import Architecture, Experts
 from sso_jax.models.families import FAMILIES, LACKING, TEXT_MODELS, Family
 from sso_jax.models.hf_layer_kinds import read_layer_kinds, to_hf_layer_kinds
+from sso_jax.models.hf_numbers import positive_integer, positive_number
 from sso_jax.models.hf_rope import rotated_share
 from sso_jax.models.rope import LongRope, Rope
 from sso_jax.runtime.errors import InputError
@@ -167,14 +168,13 @@ def _check_sizes(config: dict, path: Path) -> None:
     Missing ones are not checked here.
     """
     for name in SIZES:
-        value = config.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InputError(f"{path}: {name} {value!r} is not a positive integer; fix it, or fetch the file again")
-    for name in ("rms_norm_eps", *OWN_FIELDS):
-        value = config.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        if not is_number and (name in config if name == "rms_norm_eps" else value is not None):
-            raise InputError(f"{path}: {name} {value!r} is not a positive number; fix it, or fetch the file again")
+        if config.get(name) is not None:
+            positive_integer(config[name], name, path)
+    if "rms_norm_eps" in config:
+        positive_number(config["rms_norm_eps"], "rms_norm_eps", path)
+    for name in OWN_FIELDS:
+        if config.get(name) is not None:
+            positive_number(config[name], name, path)
 
 
 def _num_positions(config: dict) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sso_jax.models.architecture import Architecture, LayerKind
 from sso_jax.models.families import FAMILIES, Family
+from sso_jax.models.hf_numbers import positive_integer
 from sso_jax.models.hf_rope import CONTEXT, read_rope, to_hf_rope
 from sso_jax.models.rope import LongRope, Rope
 from sso_jax.runtime.errors import InputError
@@ -31,10 +32,8 @@ def read_layer_kinds(
     window, count = config.get("sliding_window"), config["num_hidden_layers"]
     turned = _turned_layers(config, count, path) if "no_rope_layers" in family.fields else [True] * count
     windowed = _windowed_layers(config, family, turned, path)
-    if any(windowed) and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise InputError(
-            f"{path}: sliding_window {window!r} is not a positive integer; fix it, or fetch the file again"
-        )
+    if any(windowed):
+        positive_integer(window, "sliding_window", path)
     rope, windowed_rope = _ropes(config, family, rotary_size, max_positions, path)
     kinds = [
         LayerKind(

@@ -2,10 +2,10 @@
 
 import dataclasses
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
+from sso_jax.models.hf_numbers import positive_number
 from sso_jax.models.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, RopeScaling, YarnRope
 from sso_jax.runtime.errors import InputError
 
@@ -64,7 +64,7 @@ def read_rope(config: dict[str, Any], theta: float, rotary_size: int, max_positi
       InputError: for a scaling that is not supported, lacks a number, or has another value in its place.
     """
     rope = _settings(config, theta, path)
-    theta = _positive(rope["rope_theta"], "rope_theta", path)
+    theta = positive_number(rope["rope_theta"], "rope_theta", path)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return Rope(theta)
@@ -121,20 +121,14 @@ def _checked(name: str, value: Any, rotary_size: int, path: Path) -> Any:
             raise InputError(f"{path}: truncate {value!r} is not true or false; fix it, or fetch the file again")
         return value
     if name not in ("short_factor", "long_factor"):
-        return _positive(value, name, path)
+        return positive_number(value, name, path)
     if not isinstance(value, list) or len(value) != rotary_size // 2:
         count = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
         raise InputError(
             f"{path}: {name} has {count}, not {rotary_size // 2}, half of the rotated features of head_dim; fetch the "
             "file again"
         )
-    return tuple(_positive(factor, name, path) for factor in value)
-
-
-def _positive(value: Any, name: str, path: Path) -> Any:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{path}: {name} {value!r} is not a positive number; fix it, or fetch the file again")
-    return value
+    return tuple(positive_number(factor, name, path) for factor in value)
 
 
 def to_hf_rope(rope: Rope) -> dict[str, Any]:

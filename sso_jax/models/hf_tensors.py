@@ -251,6 +251,14 @@ def targets_of_module(short_name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.split("/")[-2] for path in kernels))
 
 
+def text_model_name(name: str) -> str:
+    """Returns the name that a tensor of a model with images has in its text model; others are returned unchanged."""
+    for prefix, own in TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
+
+
 def with_images(name: str) -> str:
     """Returns the name that a text model's tensor or module has in the model with images that it belongs to."""
     return name.replace("model.layers.", "model.language_model.layers.", 1)
@@ -259,7 +267,5 @@ def with_images(name: str) -> str:
 def without_images(name: str) -> str:
     """Returns the name that a tensor of PEFT's has for the text model, of one for a model with images."""
     bare = name.removeprefix(ADAPTER_PREFIX)
-    for prefix, own in TEXT_PREFIXES.items():
-        if bare.startswith(prefix):
-            return ADAPTER_PREFIX + own + bare.removeprefix(prefix)
-    return name
+    own = text_model_name(bare)
+    return name if own == bare else ADAPTER_PREFIX + own

@@ -28,11 +28,11 @@ from sso_jax.models.hf_tensors import (
     HEAD_TENSOR,
     IMAGE_PREFIXES,
     SCORE_TENSOR,
-    TEXT_PREFIXES,
     TensorPart,
     is_layered,
     tensor_names,
     tensor_parts,
+    text_model_name,
 )
 from sso_jax.models.layers import Adapters
 from sso_jax.models.safetensors_folder import INDEX_FILE, WEIGHTS_FILE, SafetensorsFolder
@@ -70,32 +70,12 @@ def _stored_params(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     return {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
 
 
-def _open_checked(
-    folder: str | Path, model: Transformer, abstract: dict[str, jax.ShapeDtypeStruct]
-) -> tuple[SafetensorsFolder, dict[str, list[str]]]:
-    """Opens a folder that has exactly the tensors of these parameters; returns it and others, ignored for a reason."""
-    source, expected = SafetensorsFolder(Path(folder)), _expected_tensors(model.architecture, abstract)
-    images = _take_text_model(source)
-    if model.architecture.tied_head and SCORE_TENSOR not in expected:
-        source.require_equal(HEAD_TENSOR, EMBEDDING_TENSOR)
-        source.slices.pop(HEAD_TENSOR, None)  # some folders store the tied matrix under this name too
-    ignored = _other_heads(source.slices.keys() - expected.keys(), SCORE_TENSOR if "score" in abstract else HEAD_TENSOR)
-    derived = [name for name in source.slices if name.endswith(DERIVED)]
-    for name in {*ignored, *derived}:
-        del source.slices[name]
-    source.check(expected)
-    return source, {"are of images": images, "are of another head than this model's": ignored}
-
-
 def _take_text_model(source: SafetensorsFolder) -> list[str]:
     """Renames the tensors of a model with images to those of its text model; returns the others, which it drops."""
     images = sorted(name for name in source.slices if name.startswith(IMAGE_PREFIXES))
     for name in images:
         del source.slices[name]
-    for name in list(source.slices):
-        for prefix, own in TEXT_PREFIXES.items():
-            if name.startswith(prefix):
-                source.slices[own + name.removeprefix(prefix)] = source.slices.pop(name)
+    source.slices = {text_model_name(name): tensor for name, tensor in source.slices.items()}
     return images
 
 
@@ -109,13 +89,23 @@ def _other_heads(extra: Collection[str], own_head: str) -> list[str]:
 
 
 def open_weights(folder: str | Path, model: Transformer) -> tuple[SafetensorsFolder, dict[str, list[str]]]:
-    """Opens a folder that has exactly the model's tensors; returns it, and the names of others that are ignored, by
-    reason.
+    """Opens a folder that has exactly the model's tensors; returns it and others, ignored for a reason.
 
     Raises:
       InputError: what `check_weights` raises.
     """
-    return _open_checked(folder, model, _stored_params(model))
+    abstract = _stored_params(model)
+    source, expected = SafetensorsFolder(Path(folder)), _expected_tensors(model.architecture, abstract)
+    images = _take_text_model(source)
+    if model.architecture.tied_head and SCORE_TENSOR not in expected:
+        source.require_equal(HEAD_TENSOR, EMBEDDING_TENSOR)
+        source.slices.pop(HEAD_TENSOR, None)  # some folders store the tied matrix under this name too
+    ignored = _other_heads(source.slices.keys() - expected.keys(), SCORE_TENSOR if "score" in abstract else HEAD_TENSOR)
+    derived = [name for name in source.slices if name.endswith(DERIVED)]
+    for name in {*ignored, *derived}:
+        del source.slices[name]
+    source.check(expected)
+    return source, {"are of images": images, "are of another head than this model's": ignored}
 
 
 def check_weights(folder: str | Path, model: Transformer) -> None:
@@ -140,10 +130,9 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
       InputError: if a tensor is missing, unexpected, of another shape or type, or not finite, or a file is truncated;
         names it.
     """
-    boxed = abstract_params(model)
     abstract = _stored_params(model)
-    shardings = flatten_dict(param_shardings(boxed, mesh), sep="/")
-    source, _ = _open_checked(folder, model, abstract)
+    shardings = flatten_dict(param_shardings(abstract_params(model), mesh), sep="/")
+    source, _ = open_weights(folder, model)
     parts = _parts_of(model.architecture, abstract)
     return unflatten_dict(
         {path: _read_param(source, path, parts[path], leaf, shardings[path]) for path, leaf in abstract.items()},

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sso_jax.models.hf_config import read_json_file
+from sso_jax.models.hf_numbers import positive_integer, positive_number
 from sso_jax.models.hf_tensors import AdaptedModule, targets_of_module, without_images
 from sso_jax.models.layers import Adapters
-from sso_jax.models.safetensors_folder import TYPES
+from sso_jax.models.safetensors_folder import open_safetensors, require_float
 from sso_jax.runtime.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -73,7 +73,9 @@ def open_adapter(folder: str | Path) -> PeftAdapter:
         given = config.get(name, values[0])
         if not any(given is value or (given == value and type(given) is type(value)) for value in values):
             raise InputError(f"{path}: {name} {given!r} is not supported; train adapters without it")
-    rank, alpha, rslora = _rank(config, path), _alpha(config, path), bool(config.get("use_rslora"))
+    rank = positive_integer(config.get("r"), "r", path)
+    alpha = float(positive_number(config.get("lora_alpha"), "lora_alpha", path))
+    rslora = bool(config.get("use_rslora"))
     split = _split_modules(config, path)
     weights = folder / WEIGHTS_FILE
     with open_tensors(weights) as tensors:
@@ -83,20 +85,6 @@ def open_adapter(folder: str | Path) -> PeftAdapter:
 
 
 BASE_NAME = "base_model_name_or_path"
-
-
-def _rank(config: dict, path: Path) -> int:
-    rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise InputError(f"{path}: r {rank!r} is not a positive integer; fetch the file again")
-    return rank
-
-
-def _alpha(config: dict, path: Path) -> float:
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise InputError(f"{path}: lora_alpha {alpha!r} is not a positive number; fetch the file again")
-    return float(alpha)
 
 
 def _split_modules(config: dict, path: Path) -> frozenset[str]:
@@ -151,11 +139,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
     """
     if not path.is_file() and (path.parent / "adapter_model.bin").is_file():
         raise InputError(f"{path}: missing, only a pickled adapter_model.bin; load it in PEFT and save it again")
-    try:
-        opened = safe_open(path, "numpy")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: missing, truncated or not safetensors ({error}); fetch the file again") from error
-    with opened:
+    with open_safetensors(path) as opened:
         yield Tensors(opened)
 
 
@@ -164,8 +148,7 @@ def _shapes(tensors: Tensors, path: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name in tensors.names():
         header = tensors.header(name)
-        if header.get_dtype() not in TYPES:
-            raise InputError(f"{path}: tensor {name} is {header.get_dtype()}; convert it to one of {', '.join(TYPES)}")
+        require_float(header, name, path)
         shapes[name] = tuple(header.get_shape())
     return shapes
 

@@ -16,6 +16,20 @@ TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dty
 """Types of tensors that are read, by safetensors' names; they are rounded to the type of the parameters."""
 
 
+def open_safetensors(path: Path):
+    """Opens a file of tensors; raises `InputError` if it is missing or truncated."""
+    try:
+        return safe_open(path, "numpy")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: missing, truncated or not safetensors ({error}); fetch the file again") from error
+
+
+def require_float(tensor, name: str, place: Path) -> None:
+    """Raises `InputError` unless an opened tensor has one of `TYPES`."""
+    if tensor.get_dtype() not in TYPES:
+        raise InputError(f"{place}: tensor {name} is {tensor.get_dtype()}; convert it to one of {', '.join(TYPES)}")
+
+
 class SafetensorsFolder:
     """The tensors of a folder by name, read as slices.
 
@@ -27,13 +41,7 @@ class SafetensorsFolder:
         self.folder = folder
         self.slices, self.files = {}, []
         for file in self._weight_files():
-            path = folder / file
-            try:
-                opened = safe_open(path, "numpy")
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"{path}: missing, truncated or not safetensors ({error}); fetch the file again"
-                ) from error
+            opened = open_safetensors(folder / file)
             self.files.append(opened)
             self.slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 (not a mapping)
 
@@ -82,6 +90,4 @@ class SafetensorsFolder:
                 raise InputError(
                     f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}; fetch both again"
                 )
-            if self.slices[name].get_dtype() not in TYPES:
-                dtype = self.slices[name].get_dtype()
-                raise InputError(f"{self.folder}: tensor {name} is {dtype}; convert it to one of {', '.join(TYPES)}")
+            require_float(self.slices[name], name, self.folder)

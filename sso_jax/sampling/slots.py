@@ -224,12 +224,12 @@ class Slots:
         shard, start = self._shard(slot), response_start(row.size.prompt_tokens)
         num_slots = start + row.num_cached if row.windows else row.size.prompt_tokens
         used = row.pages[: self.shape.pages_for(num_slots)]
-        places = np.arange(len(used) * self.shape.page_size)
-        seen = (places < row.size.prompt_tokens) | ((places >= start) & (places < start + row.num_cached))
+        positions = np.full(len(used) * self.shape.page_size, -1, np.int32)
+        positions[: row.size.prompt_tokens] = np.arange(row.size.prompt_tokens)
+        positions[start : start + row.num_cached] = row.size.prompt_tokens + np.arange(row.num_cached)
         own = np.asarray(used) + shard * self.shape.shard_pages
         table.owner[own] = slot - shard * self.shape.shard_slots
-        positions = np.where(places < start, places, places - start + row.size.prompt_tokens)
-        table.positions[own] = np.where(seen, positions, -1).reshape(-1, self.shape.page_size)
+        table.positions[own] = positions.reshape(-1, self.shape.page_size)
         table.pages[slot, : len(used)] = used
         table.num_used[shard] = max(table.num_used[shard], max(used) + 1)
         inputs.prompt_tokens[slot], inputs.counts[slot] = row.size.prompt_tokens, 1 + row.num_cached

@@ -611,7 +611,7 @@ def test_a_number_of_the_config_that_is_none_is_named(folder, name, value):
         (dict(model_type="gemma2", query_pre_attn_scalar="256"), ("query_pre_attn_scalar '256'",)),
         (dict(model_type="smollm3", no_rope_layers=[1, 0]), ("no_rope_layers is no list of 3 numbers",)),
         (dict(model_type="gemma3", text_config=[1]), ("text_config [1] is not a JSON object",)),
-        (dict(model_type="gemma3", text_config=None), ("hidden_size is missing",)),
+        (dict(model_type="gemma3", text_config=None), ("num_hidden_layers is missing",)),
         (dict(model_type="gemma3n"), ("'gemma3n', which needs embeddings of each layer",)),
         (dict(model_type="gemma4"), ("'gemma4', which needs embeddings of each layer",)),
         (dict(model_type="qwen3_5"), ("'qwen3_5', which needs gated linear attention",)),

@@ -84,14 +84,20 @@ def folders(tmp_path_factory, one_device):
     return made
 
 
-def log_prob(model, tokenizer, system, query, response):
-    """Sum of the response tokens' log-probs, end of turn included, and their number; one row, the whole prompt."""
+def token_log_probs(model, tokenizer, system, query, response):
+    """Log-prob of each response token, end of turn included; one row, the whole prompt."""
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": query}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     logits = model(torch.tensor([prompt_ids + ids])).logits[0].double()
-    return logits[len(prompt_ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum(), len(ids)
+    return logits[len(prompt_ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def log_prob(model, tokenizer, system, query, response):
+    """Sum of the response tokens' log-probs and their number."""
+    log_probs = token_log_probs(model, tokenizer, system, query, response)
+    return log_probs.sum(), len(log_probs)
 
 
 def numbers(model, tokenizer, row):
@@ -127,9 +133,7 @@ def loss_of(base, form, policy, reference):
 
 
 def torch_losses(folder, base, form):
-    """Loss before each of five AdamW steps with a cosine, clipping at 1 and decay of matrices; and y_o's log-prob in
-    the first.
-    """
+    """Losses of `five_steps`, and y_o's log-prob in the first."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -138,22 +142,31 @@ def torch_losses(folder, base, form):
             sum(float(log_prob(model, tokenizer, None, row["query"], row["original"])[0]) for row in first) / BATCH
         )
         references = [[(p.detach(), n) for p, n in numbers(model, tokenizer, row)] for row in PAIRS]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+
+    def loss(i):
+        return loss_of(base, form, numbers(model, tokenizer, PAIRS[i]), references[i])
+
+    return five_steps(model, loss), originals
+
+
+def five_steps(model, loss_of_pair):
+    """Loss before each of five AdamW steps with a cosine, clipping at 1 and decay of matrices."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     losses = []
     for step in range(STEPS):
-        rows = range(step * BATCH, (step + 1) * BATCH)
-        loss = sum(loss_of(base, form, numbers(model, tokenizer, PAIRS[i]), references[i]) for i in rows) / BATCH
+        loss = sum(loss_of_pair(i) for i in range(step * BATCH, (step + 1) * BATCH)) / BATCH
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return losses, originals
+    return losses
 
 
 CASES = [
@@ -165,44 +178,38 @@ CASES = [
 """
 
 
+def command(tmp_path, folder, **changes) -> list[str]:
+    """Arguments of a run on `PAIRS`, which are written beside it."""
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    fields = {
+        "model.path": folder,
+        "pairs.path": tmp_path / "pairs.jsonl",
+        "run.directory": tmp_path / "run",
+        "train.batch_size": BATCH,
+        "train.shuffle": "false",
+        "optimizer.learning_rate": RATE,
+        "optimizer.warmup_ratio": 0,
+        "model.remat": "false",
+        "logging.tensorboard": "false",
+        **changes,
+    }
+    own = (str(part) for name, value in fields.items() for part in (f"--{name}", value))
+    return ["--config", "configs/offline.yaml", *own]
+
+
 @pytest.mark.parametrize(("form", "base", "family"), CASES)
 def test_five_steps_follow_pytorch(folders, tmp_path, monkeypatch, form, base, family):
     monkeypatch.setattr(train_command, "write_report", lambda directory: None)  # its figures take longer than the steps
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
-    changes = {
-        "--model.path": folders[family],
-        "--pairs.path": tmp_path / "pairs.jsonl",
-        "--run.directory": tmp_path / "run",
-        "--objective.form": form,
-        "--objective.base": base,
-        "--train.batch_size": BATCH,
-        "--train.shuffle": "false",
-        "--optimizer.learning_rate": RATE,
-        "--optimizer.warmup_ratio": 0,
-        "--model.remat": "false",
-        "--logging.tensorboard": "false",
-    }
+    changes = {"objective.form": form, "objective.base": base}
     if family == "qwen3_moe":
-        changes["--train.router_loss"] = 0  # the loss in PyTorch has none
-    assert (
-        train.main(["--config", "configs/offline.yaml", *(str(part) for pair in changes.items() for part in pair)]) == 0
-    )
+        changes["train.router_loss"] = 0  # the loss in PyTorch has none
+    assert train.main(command(tmp_path, folders[family], **changes)) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     got = [row["loss"] for row in rows]
     expected, originals = torch_losses(folders[family], base, form)
     assert max(abs(a - expected[0]) / expected[0] for a in expected) > 0.005  # the steps do something
     assert got == pytest.approx(expected, rel=1e-4)
     assert rows[0]["original_log_prob"] == (pytest.approx(originals, rel=1e-4) if form == "online" else None)
-
-
-def token_log_probs(model, tokenizer, system, query, response):
-    """Log-prob of each response token, end of turn included; one row, the whole prompt."""
-    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": query}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    logits = model(torch.tensor([prompt_ids + ids])).logits[0].double()
-    return logits[len(prompt_ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
 def torch_contrast_losses(folder, strength):
@@ -223,48 +230,21 @@ def torch_contrast_losses(folder, strength):
                 sums.append((own[-1] * token_log_probs(model, tokenizer, None, row["query"], row[side])).sum())
             weights.append(own)
             references.append(sums)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    losses = []
-    for step in range(STEPS):
-        loss = 0.0
-        for i in range(step * BATCH, (step + 1) * BATCH):
-            ratios = [
-                (w * token_log_probs(model, tokenizer, None, PAIRS[i]["query"], PAIRS[i][side])).sum() - reference
-                for w, side, reference in zip(weights[i], sides, references[i], strict=True)
-            ]
-            loss = loss - torch.nn.functional.logsigmoid(BETA * (ratios[0] - ratios[1])) / BATCH
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses, weights
+
+    def loss(i):
+        ratios = [
+            (w * token_log_probs(model, tokenizer, None, PAIRS[i]["query"], PAIRS[i][side])).sum() - reference
+            for w, side, reference in zip(weights[i], sides, references[i], strict=True)
+        ]
+        return -torch.nn.functional.logsigmoid(BETA * (ratios[0] - ratios[1]))
+
+    return five_steps(model, loss), weights
 
 
 def test_five_steps_with_weighted_tokens_follow_pytorch(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(train_command, "write_report", lambda directory: None)
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
-    changes = {
-        "--model.path": folders["untied"],
-        "--pairs.path": tmp_path / "pairs.jsonl",
-        "--run.directory": tmp_path / "run",
-        "--objective.form": "pairwise",
-        "--objective.base": "dpo",
-        "--objective.token_contrast": 0.75,
-        "--train.batch_size": BATCH,
-        "--train.shuffle": "false",
-        "--optimizer.learning_rate": RATE,
-        "--optimizer.warmup_ratio": 0,
-        "--model.remat": "false",
-        "--logging.tensorboard": "false",
-    }
-    argv = ["--config", "configs/offline.yaml", *(str(part) for pair in changes.items() for part in pair)]
+    changes = {"objective.form": "pairwise", "objective.base": "dpo", "objective.token_contrast": 0.75}
+    argv = command(tmp_path, folders["untied"], **changes)
     assert train.main(argv) == 0
     expected, weights = torch_contrast_losses(folders["untied"], 0.75)
     contrasts = tmp_path / "run" / "iteration_1" / "contrasts.jsonl"
