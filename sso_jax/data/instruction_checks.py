@@ -62,10 +62,9 @@ def count_sentences(text: str) -> int:
 def count_parts(text: str, divider: str) -> int | None:
     """Returns the number of parts between dividers, which may stand at both ends too; None if one between is blank."""
     parts = text.split(divider)
-    inner = parts[1:-1]
-    if any(not part.strip() for part in inner):
+    if any(not part.strip() for part in parts[1:-1]):
         return None
-    return len(inner) + sum(bool(part.strip()) for part in parts[:1] + parts[1:][-1:])
+    return sum(bool(part.strip()) for part in parts)
 
 
 def _occurrences(text: str, keyword: str) -> int:

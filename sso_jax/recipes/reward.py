@@ -255,9 +255,9 @@ def _train(
         chosen, rejected = (np.array(side, np.float32) for side in zip(*rewards, strict=True))
         loss = jax.device_get(bradley_terry_loss(Pair(chosen, rejected), **settings))
         return {
-            "held_out_loss": float(np.mean(loss, dtype=np.float64)),
-            "held_out_accuracy": accuracy_of(rewards),
-            "held_out_margin": float(np.mean(chosen - rejected, dtype=np.float64)),
+            "loss": float(np.mean(loss, dtype=np.float64)),
+            "accuracy": accuracy_of(rewards),
+            "margin": float(np.mean(chosen - rejected, dtype=np.float64)),
         }
 
     measure = Measure(numbers, len(held_out)) if held_out else None
@@ -288,7 +288,7 @@ def _measure_held_out(
         scored = with_rewards(held_out, rewards)
         write_records(scored, this.folder / HELD_OUT_FILE)
         by_judge = order_accuracy(this.run.environment, this.run.engine, scored)
-        return {"num_held_out": len(held_out), "held_out_accuracy": accuracy_of(rewards), **by_judge}
+        return {"num_held_out": len(held_out), "accuracy": accuracy_of(rewards), **by_judge}
 
     return file_stage(this.folder, "held_out", measure, HELD_OUT_FILE)
 

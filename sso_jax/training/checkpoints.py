@@ -132,7 +132,7 @@ def restore(
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), _changing(abstract), _changing(shardings)
     )
-    for step in sorted(manager.all_steps() if only is None else {only} & set(manager.all_steps()), reverse=True):
+    for step in reversed([step for step in steps(checkpoints) if only in (None, step)]):
         expected = on_first_process(lambda step=step: _expected(manager.directory, step))
         harm = None
         if expected is not None:

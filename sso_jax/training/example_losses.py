@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Int
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch, SupervisedBatch, UpdateBatch
-from sso_jax.training.log_probs import cell_sums, forward, weighted_cell_sums
+from sso_jax.training.log_probs import cell_sums, forward, response_log_probs, sum_by
 from sso_jax.training.objectives import Rewards, Terms, pair_metrics
 from sso_jax.training.pair_values import ContextValues, Pair
-from sso_jax.training.router_balance import Balanced, with_router_loss
+from sso_jax.training.router_balance import with_router_loss
 
 ExampleLosses = Callable[[dict, NamedTuple], tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]]
 """(params, device step) -> loss and metrics of each example."""
@@ -64,17 +64,16 @@ def preference_losses(
 
     def losses(params, step: PreferenceBatch):
         num_examples, num_cells = step.num_tokens.shape
-        shape, total = (num_examples, num_cells), num_examples * num_cells
         states = forward(model, params, step.rows, step.rows.source)
-        if has_token_weights:
-            sums = weighted_cell_sums(model, params, step.rows, states.hidden, total)
-            weighted = (sums[1].reshape(shape), step.weighted_reference)
-        else:
-            sums, weighted = (cell_sums(model, params, step.rows, states.hidden, total),), ()
-        by_cell = CellValues(sums[0].reshape(shape), step.reference_log_probs, step.num_tokens, *weighted)
-        metrics = _metrics(objective, cells, rewards, by_cell)
-        values, group = Balanced(metrics["loss"], metrics), step.rows.first_cell // num_cells
-        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
+        log_probs = response_log_probs(model, params, step.rows, states.hidden)
+
+        def of_cells(values):
+            return sum_by(values, step.rows.cell, num_examples * num_cells).reshape(num_examples, num_cells)
+
+        weighted = (of_cells(log_probs * step.rows.weight), step.weighted_reference) if has_token_weights else ()
+        by_cell = CellValues(of_cells(log_probs), step.reference_log_probs, step.num_tokens, *weighted)
+        metrics, group = cell_metrics(objective, cells, rewards, by_cell), step.rows.first_cell // num_cells
+        return with_router_loss(metrics, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses
 
@@ -91,9 +90,10 @@ class CellValues(NamedTuple):
     weighted_reference: Float[Array, "E C"] | None = None
 
 
-def _metrics(
+def cell_metrics(
     objective: Callable[..., Terms], cells: list[Cell], rewards: Rewards, by_cell: CellValues
 ) -> dict[str, Float[Array, "E"]]:
+    """Returns the metrics of an objective from the values of its cells."""
     policy = to_context_values(by_cell.policy, cells)
     reference = to_context_values(by_cell.reference, cells)
     num_tokens = to_context_values(by_cell.num_tokens.astype(jnp.float32), cells)
@@ -108,7 +108,7 @@ def metrics_of_scores(
     objective: Callable[..., Terms], cells: tuple[Cell, ...], rewards: Rewards, by_cell: CellValues
 ) -> dict[str, Float[Array, "E"]]:
     """Returns the metrics of `preference_losses` from log-probs that were computed before."""
-    return _metrics(objective, list(cells), rewards, by_cell)
+    return cell_metrics(objective, list(cells), rewards, by_cell)
 
 
 def loss_at_reference(objective: Callable[..., Terms], cells: list[Cell], batch: UpdateBatch) -> float:
@@ -146,8 +146,8 @@ def supervised_losses(model: Transformer, router_weight: float = 0.0) -> Example
         num_examples, rows = step.weights.shape[0], step.rows
         states = forward(model, params, rows, rows.source)
         nll = -cell_sums(model, params, rows, states.hidden, num_examples)
-        counts = jnp.zeros(num_examples + 1).at[rows.cell].add(1.0)[:num_examples]
-        values, experts = Balanced(nll, {"loss": nll}), model.architecture.experts
-        return with_router_loss(values, experts, states.router_logits, rows.first_cell, router_weight, counts)
+        counts = sum_by(jnp.ones(rows.cell.shape), rows.cell, num_examples)
+        metrics, experts = {"loss": nll}, model.architecture.experts
+        return with_router_loss(metrics, experts, states.router_logits, rows.first_cell, router_weight, counts)
 
     return losses

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sso_jax.training.pair_values import Pair, log_ratios
+from sso_jax.training.pair_values import Pair, log_ratios, logistic_loss
 
 MOST_EXPONENT = 80.0
 """Limit of exponents, which keeps float32 finite; beyond it a reward has no slope."""
@@ -46,16 +46,12 @@ def _rewards(
     return Pair(*(beta * slope(ratio) for ratio in log_ratios(policy, reference)))
 
 
-def _loss(rewards: Pair) -> Float[Array, "B"]:
-    return -jax.nn.log_sigmoid(rewards.chosen - rewards.rejected)
-
-
 def fdpo_forward_kl_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """`-log sigmoid(beta * (1/u(rejected) - 1/u(chosen)))`: f-DPO with the forward KL.
 
     Wang et al. 2023, arXiv 2309.16240, table 1.
     """
-    return _loss(forward_kl_rewards(policy, reference, num_tokens, beta=beta))
+    return logistic_loss(forward_kl_rewards(policy, reference, num_tokens, beta=beta))
 
 
 def fdpo_js_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
@@ -63,7 +59,7 @@ def fdpo_js_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float
 
     Wang et al. 2023, arXiv 2309.16240, table 1.
     """
-    return _loss(js_rewards(policy, reference, num_tokens, beta=beta))
+    return logistic_loss(js_rewards(policy, reference, num_tokens, beta=beta))
 
 
 def fdpo_alpha_loss(
@@ -73,4 +69,4 @@ def fdpo_alpha_loss(
 
     Wang et al. 2023, arXiv 2309.16240, table 1; between the reverse KL (alpha near 0) and the forward KL (alpha 1).
     """
-    return _loss(alpha_rewards(policy, reference, num_tokens, beta=beta, alpha=alpha))
+    return logistic_loss(alpha_rewards(policy, reference, num_tokens, beta=beta, alpha=alpha))

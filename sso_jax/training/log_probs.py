@@ -61,31 +61,20 @@ def cell_means(rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Flo
     Means are in float32; that of a single-token response is 0.
     """
     in_response = jnp.take_along_axis(rows.branch, rows.source, axis=1) > 0  # False at the prompt's last token
-    inside = in_response.astype(jnp.float32).reshape(-1)
-    flat = hidden.astype(jnp.float32).reshape(-1, hidden.shape[-1])
-    totals, counts = (
-        jax.ops.segment_sum(values, rows.cell.reshape(-1), num_segments=num_cells + 1)[:num_cells]
-        for values in (flat * inside[:, None], inside)
-    )
-    return totals / jnp.maximum(counts, 1.0)[:, None]
-
-
-def weighted_cell_sums(
-    model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int
-) -> tuple[Float[Array, "cells"], Float[Array, "cells"]]:
-    """Returns `cell_sums`, and the sums of the log-probs times their tokens' weights."""
-    log_probs = _token_log_probs(model, params, rows, hidden)
-    return _sum_by_cell(log_probs, rows, num_cells), _sum_by_cell(log_probs * rows.weight, rows, num_cells)
+    inside = in_response.astype(jnp.float32)
+    totals = sum_by(hidden.astype(jnp.float32) * inside[..., None], rows.cell, num_cells)
+    return totals / jnp.maximum(sum_by(inside, rows.cell, num_cells), 1.0)[:, None]
 
 
 def cell_sums(
     model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"], num_cells: int
 ) -> Float[Array, "cells"]:
     """Returns `cell_log_probs` from the hidden states at the sources."""
-    return _sum_by_cell(_token_log_probs(model, params, rows, hidden), rows, num_cells)
+    return sum_by(response_log_probs(model, params, rows, hidden), rows.cell, num_cells)
 
 
-def _token_log_probs(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"]) -> Float[Array, "R M"]:
+def response_log_probs(model: Transformer, params, rows: Rows, hidden: Float[Array, "R M D"]) -> Float[Array, "R M"]:
+    """Returns the log-prob of each response token from the hidden states at the sources."""
     head = model.apply({"params": params}, method="head_matrix")
     num_rows, num_targets = rows.target.shape
     tokens_of_device = -(-num_rows // batch_shards_in_context()) * num_targets
@@ -93,9 +82,10 @@ def _token_log_probs(model: Transformer, params, rows: Rows, hidden: Float[Array
     return token_log_probs(head, hidden, rows.target, columns, model.architecture.logit_cap)
 
 
-def _sum_by_cell(log_probs: Float[Array, "R M"], rows: Rows, num_cells: int) -> Float[Array, "cells"]:
-    sums = jax.ops.segment_sum(log_probs.reshape(-1), rows.cell.reshape(-1), num_segments=num_cells + 1)
-    return sums[:num_cells]
+def sum_by(values: Float[Array, "R M ..."], group: Int[Array, "R M"], num_groups: int) -> Float[Array, "G ..."]:
+    """Returns the sum of the values of each group; those of group `num_groups` are left out."""
+    flat = values.reshape(-1, *values.shape[2:])
+    return jax.ops.segment_sum(flat, group.reshape(-1), num_segments=num_groups + 1)[:num_groups]
 
 
 class Score(NamedTuple):

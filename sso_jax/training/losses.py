@@ -27,6 +27,7 @@ from sso_jax.training.f_dpo import (
 from sso_jax.training.pair_values import (
     Pair,
     log_ratios,
+    logistic_loss,
     margin,
     mean_log_probs,
     mean_rewards,
@@ -49,8 +50,7 @@ def dpo_norm_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: floa
     Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), whose beta is 5; TRL's `sigmoid_norm`. At policy = reference it is
     ln 2.
     """
-    rewards = mean_rewards(policy, reference, num_tokens, beta=beta)
-    return -jax.nn.log_sigmoid(rewards.chosen - rewards.rejected)
+    return logistic_loss(mean_rewards(policy, reference, num_tokens, beta=beta))
 
 
 def ipo_loss(policy: Pair, reference: Pair, num_tokens: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:

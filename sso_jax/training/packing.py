@@ -122,5 +122,5 @@ def _write_tree(rows: Rows, row: int, free: _Free, number: int, tree: Tree) -> _
             rows.sequences[row, sequence, : trunk + size] = [*range(at, trunk_end), *range(end, end + size)]
         end, targets = end + size, targets + size
     rows.tree[row, at:end] = number
-    rows.first_cell[row, at:end] = np.min(tree.branches[0].cell)
+    rows.first_cell[row, at:end] = tree.branches[0].cell
     return _Free(end, targets, free.sequence + len(tree.branches))

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 from jaxtyping import Array, Float
 
 
@@ -40,6 +41,11 @@ def margin(policy: Pair, reference: Pair) -> Float[Array, "B"]:
     """Returns D = h(chosen) - h(rejected), in nats."""
     ratios = log_ratios(policy, reference)
     return ratios.chosen - ratios.rejected
+
+
+def logistic_loss(rewards: Pair) -> Float[Array, "B"]:
+    """Returns `-log sigmoid(r_chosen - r_rejected)`; ln 2 for equal rewards."""
+    return -jax.nn.log_sigmoid(rewards.chosen - rewards.rejected)
 
 
 def mean_log_probs(policy: Pair, num_tokens: Pair) -> Pair:

@@ -19,9 +19,9 @@ from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
 from sso_jax.training.example_losses import ExampleLosses
 from sso_jax.training.log_probs import forward, hidden_states
-from sso_jax.training.losses import Pair
 from sso_jax.training.packing import Rows, pack
-from sso_jax.training.router_balance import Balanced, with_router_loss
+from sso_jax.training.pair_values import Pair
+from sso_jax.training.router_balance import with_router_loss
 from sso_jax.training.row_shapes import RowShape
 from sso_jax.training.step_packing import StepShape
 from sso_jax.training.trees import Branch, Tree, first_fit
@@ -146,8 +146,8 @@ def reward_losses(
             "margin": gap,
             "accuracy": accuracy,
         }
-        values, group = Balanced(loss, metrics), step.rows.first_cell // 2
-        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
+        group = step.rows.first_cell // 2
+        return with_router_loss(metrics, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses
 

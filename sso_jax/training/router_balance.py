@@ -1,19 +1,11 @@
 """The loss that keeps a router from giving most tokens to few experts."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sso_jax.models.architecture import Experts
-
-
-class Balanced(NamedTuple):
-    """Losses of examples with the router's added, and metrics with it."""
-
-    losses: Float[Array, "E"]
-    metrics: dict[str, Float[Array, "E"]]
+from sso_jax.training.log_probs import sum_by
 
 
 def balance_losses(
@@ -37,35 +29,36 @@ def balance_losses(
     picks = jnp.sum(jax.nn.one_hot(chosen, num_experts), axis=(0, 3))  # [R, T, E]
 
     def total(values: Float[Array, "R T ..."]):
-        flat = values.reshape(-1, *values.shape[2:])
-        return jax.ops.segment_sum(flat, group.reshape(-1), num_segments=num_groups + 1)[:num_groups]
+        return sum_by(values, group, num_groups)
 
     count = num_layers * jnp.maximum(1.0, total(jnp.ones(group.shape)))[:, None]
     return num_experts * jnp.sum(total(picks) / count * total(jnp.sum(probs, axis=0)) / count, axis=-1)
 
 
 def with_router_loss(
-    values: Balanced,
+    metrics: dict[str, Float[Array, "E"]],
     experts: Experts | None,
     router_logits: Float[Array, "L R T E"] | None,
     group: Int[Array, "R T"],
     weight: float,
     scale: Float[Array, "E"] | float = 1.0,
-) -> Balanced:
-    """Adds `weight * scale * balance_losses` to the losses, and the metric `router_loss`, if there are experts.
+) -> tuple[Float[Array, "E"], dict[str, Float[Array, "E"]]]:
+    """Returns the losses and metrics of examples: `metrics["loss"]`, plus `weight * scale * balance_losses`.
 
-    A group is an example: all trees of one are in the same device step, so that the loss of an update depends neither
-    on how examples are packed nor on the budget of a step.
+    Without experts nothing is added; with them the metrics have `router_loss`. A group is an example: all trees of one
+    are in the same device step, so that the loss of an update depends neither on how examples are packed nor on the
+    budget of a step.
 
     Args:
-      values: losses and metrics of the examples.
+      metrics: metrics of the examples.
       experts: the model's experts.
       router_logits: from `log_probs.forward`.
       group: example of each token.
       weight: `train.router_loss`.
       scale: what the loss of an example has to be multiplied with for its mean over the update.
     """
+    loss = metrics["loss"]
     if experts is None:
-        return values
-    balance = scale * balance_losses(router_logits, experts.num_per_token, group, values.losses.shape[0])
-    return Balanced(values.losses + weight * balance, {**values.metrics, "router_loss": balance})
+        return loss, metrics
+    balance = scale * balance_losses(router_logits, experts.num_per_token, group, loss.shape[0])
+    return loss + weight * balance, {**metrics, "router_loss": balance}

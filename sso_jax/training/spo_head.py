@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 from sso_jax.data.records import Cell
 from sso_jax.models.transformer import Transformer
 from sso_jax.training.batches import PreferenceBatch
-from sso_jax.training.example_losses import ExampleLosses, to_context_values
+from sso_jax.training.example_losses import CellValues, ExampleLosses, cell_metrics
 from sso_jax.training.log_probs import cell_means, cell_sums, forward
-from sso_jax.training.objectives import Rewards, Terms, pair_metrics
-from sso_jax.training.router_balance import Balanced, with_router_loss
+from sso_jax.training.objectives import Rewards
+from sso_jax.training.router_balance import with_router_loss
 
 HEAD = "degree_head"
 NUM_DEGREES = 4
@@ -68,20 +68,16 @@ def spo_losses(
         states = forward(model, policy_params, step.rows, step.rows.source)
         sums = cell_sums(model, policy_params, step.rows, states.hidden, num_examples * num_cells)
         means = cell_means(step.rows, states.hidden, num_examples * num_cells)
-
-        def of_own(values):
-            return to_context_values(values[:, columns], own)
-
-        policy = of_own(sums.reshape(num_examples, num_cells))
-        reference = of_own(step.reference_log_probs)
-        num_tokens = of_own(step.num_tokens.astype(jnp.float32))
-        terms: Terms = objective(policy, reference, num_tokens)
+        values = (sums.reshape(num_examples, num_cells), step.reference_log_probs, step.num_tokens)
+        metrics = cell_metrics(objective, own, rewards, CellValues(*(part[:, columns] for part in values)))
         of_degrees = means.reshape(num_examples, num_cells, -1)[:, jnp.array(graded)]
         degree_loss, degree_accuracy = degree_terms(params[HEAD], of_degrees)
-        total = terms._replace(loss=terms.loss + weight * degree_loss)
-        of_degree = {"degree_loss": degree_loss, "degree_accuracy": degree_accuracy}
-        metrics = {**pair_metrics(total, policy, reference, num_tokens, rewards), **of_degree}
-        values, group = Balanced(total.loss, metrics), step.rows.first_cell // num_cells
-        return with_router_loss(values, model.architecture.experts, states.router_logits, group, router_weight)
+        metrics |= {
+            "loss": metrics["loss"] + weight * degree_loss,
+            "degree_loss": degree_loss,
+            "degree_accuracy": degree_accuracy,
+        }
+        group = step.rows.first_cell // num_cells
+        return with_router_loss(metrics, model.architecture.experts, states.router_logits, group, router_weight)
 
     return losses

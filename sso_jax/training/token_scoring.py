@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from sso_jax.data.records import Cell
 from sso_jax.runtime.hosts import stop_now
@@ -12,8 +13,7 @@ from sso_jax.runtime.signals import Stopped
 from sso_jax.training.device_steps import StepLimits
 from sso_jax.training.log_probs import Score
 from sso_jax.training.packing import pack
-from sso_jax.training.scoring import Scorable, ScoringStep, plan_scoring, scoring_steps
-from sso_jax.training.trees import Tree
+from sso_jax.training.scoring import Scorable, plan_scoring, scoring_steps
 
 TokenLogProbs = dict[Cell, list[float]]
 """Log-prob of each token of a response, in nats, by cell."""
@@ -42,30 +42,16 @@ def score_tokens(
     params = score.prepare(params)
     with progress_bar(stage, len(items), "example") as bar:
         for step in scoring_steps(items, cells, plan_scoring(items, cells, limits)):
-            trees, places = _a_cell_for_each_token(step, len(cells))
-            num_cells = step.shape.rows.num_rows * step.shape.rows.num_targets
+            packed = pack(step.trees, step.shape.rows, step.shape.num_examples * len(cells), step.bins)
+            each = np.arange(packed.cell.size, dtype=np.int32).reshape(packed.cell.shape)
             with jax.set_mesh(score.mesh):
-                rows = place(pack(trees, step.shape.rows, num_cells, step.bins), batch_sharding(score.mesh))
-                values = jax.device_get(score.log_probs(params, rows, num_cells)).tolist()
-            for (example, number), (start, end) in places.items():
-                found[step.items[example]][cells[number]] = values[start:end]
+                rows = place(packed._replace(cell=each), batch_sharding(score.mesh))
+                values = jax.device_get(score.log_probs(params, rows, each.size))
+            owner = packed.cell.reshape(-1)  # cell that each token belongs to; those of a cell are in order
+            for number, item in enumerate(step.items):
+                for column, cell in enumerate(cells):
+                    found[item][cell] = values[owner == number * len(cells) + column].tolist()
             bar.update(len(step.items))
             if stop_now():
                 raise Stopped(f"a signal in {stage}, after {bar.n} of {len(items)} examples")
     return found
-
-
-def _a_cell_for_each_token(
-    step: ScoringStep, num_cells: int
-) -> tuple[list[Tree], dict[tuple[int, int], tuple[int, int]]]:
-    """Returns the trees of a step with a cell for each token, and those of each (example, cell of the example)."""
-    trees, places, at = [], {}, 0
-    for tree in step.trees:
-        branches = []
-        for branch in tree.branches:
-            end = at + len(branch.response_ids)
-            places[divmod(branch.cell, num_cells)] = at, end
-            branches.append(branch._replace(cell=list(range(at, end))))
-            at = end
-        trees.append(tree._replace(branches=branches))
-    return trees, places

@@ -9,8 +9,7 @@ class Branch(NamedTuple):
     """A response and the cell that its log-prob is summed into."""
 
     response_ids: list[int]
-    cell: int | list[int]
-    """A cell of all its tokens, or one for each."""
+    cell: int
     weights: list[float] | None = None
     """Weight of each token in weighted sums; None for 1."""
 
@@ -44,13 +43,15 @@ def steered_trees(
     """
     contexts = dict.fromkeys(context for context, _ in cells)
     of_plain = token_weights or {}
-
-    def branch(number: int, cell: Cell) -> Branch:
-        weights = of_plain.get(cell.response) if cell.context == "plain" else None
-        return Branch(responses[cell.response], start + number, weights)
-
     return [
-        Tree(prompts[wanted], [branch(i, Cell(*cell)) for i, cell in enumerate(cells) if cell[0] == wanted])
+        Tree(
+            prompts[wanted],
+            [
+                Branch(responses[response], start + i, of_plain.get(response) if context == "plain" else None)
+                for i, (context, response) in enumerate(cells)
+                if context == wanted
+            ],
+        )
         for wanted in contexts
     ]
 

@@ -489,7 +489,7 @@ def test_a_stop_between_looks_is_saved_without_one(tmp_path):
     written, saved = [], []
     plain = Hooks(written.append, lambda state, step: saved.append(step), 4)
     selection = Selection(TrainConfig(), tmp_path, None)
-    hooks = update_stage.measuring_hooks(plain, lambda params: {"held_out_loss": 1.0}, 8, selection)
+    hooks = update_stage.measuring_hooks(plain, lambda params: {"loss": 1.0}, 8, selection)
     hooks.log_metrics({"step": 0})
     hooks.save(None, 1)
     assert written == [{"step": 0}] and saved == [1] and selection.measurements == []

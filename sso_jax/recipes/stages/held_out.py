@@ -37,7 +37,7 @@ class Measure(NamedTuple):
     """How a policy, or a reward model, is measured on held-out pairs."""
 
     numbers: Callable[[Params], dict[str, float]]
-    """Returns `held_out_loss` and, where pairs are compared, `held_out_accuracy` and `held_out_margin`."""
+    """Returns `loss` and, where pairs are compared, `accuracy` and `margin`: means over the pairs."""
     num_pairs: int
 
 
@@ -151,7 +151,7 @@ def measure_of(this: Round, objective: Objective, scored: ScoredPairs) -> Measur
         by_cell = CellValues(sums, reference, num_tokens)
         metrics = jax.device_get(metrics_of_scores(objective.terms, cells, objective.rewards, by_cell))
         names = [name for name in ("loss", "accuracy", "margin") if name in metrics]
-        return {f"held_out_{name}": float(np.mean(metrics[name], dtype=np.float64)) for name in names}
+        return {name: float(np.mean(metrics[name], dtype=np.float64)) for name in names}
 
     return Measure(numbers, len(scored.pairs))
 

@@ -33,21 +33,10 @@ class Measurement:
     margin: float | None = None
 
 
-def is_better(new: Measurement, old: Measurement, by: str) -> bool:
-    """Returns whether `new` has the lower loss, or, `by` accuracy, the higher accuracy."""
-    if by == "loss":
-        return new.loss < old.loss
-    assert new.accuracy is not None and old.accuracy is not None
-    return new.accuracy > old.accuracy
-
-
 def best_of(measurements: list[Measurement], by: str) -> Measurement | None:
-    """Returns the best measurement, the earlier one of equals; None if there is none."""
-    best = None
-    for measurement in measurements:
-        if best is None or is_better(measurement, best, by):
-            best = measurement
-    return best
+    """Returns the measurement with the lowest loss, or, `by` accuracy, the highest one; the earlier one of equals."""
+    sign = 1 if by == "loss" else -1
+    return min(measurements, key=lambda one: sign * getattr(one, by), default=None)
 
 
 def is_exhausted(measurements: list[Measurement], by: str, patience: int | None) -> bool:
@@ -85,9 +74,7 @@ class Selection:
 
     def add(self, state: TrainState, updates: int, numbers: dict[str, float]) -> None:
         """Adds the numbers of the present state, and saves it if it is the best."""
-        own = {name.removeprefix("held_out_"): value for name, value in numbers.items()}
-        known = {name: own.get(name) for name in ("accuracy", "margin")}
-        self.measurements.append(Measurement(updates, own["loss"], **known))
+        self.measurements.append(Measurement(updates, **numbers))
         write_records([dataclasses.asdict(one) for one in self.measurements], self.folder / METRICS_FILE)
         selected = self.selected()
         if self.best is not None and selected is not None and selected.updates == updates:

@@ -255,7 +255,7 @@ def measuring_hooks(
     def save(state: TrainState, step: int) -> None:
         if held:
             measured = numbers_of(state.all_params())
-            hooks.log_metrics({**held.pop(), **measured})
+            hooks.log_metrics({**held.pop(), **{f"held_out_{name}": value for name, value in measured.items()}})
             selection.add(state, step, measured)
         hooks.save(state, step)
 
