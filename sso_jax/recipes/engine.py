@@ -235,9 +235,13 @@ def load_params(folder: str | Path, engine: Engine, adapter: str | Path | None =
 
     If the engine has adapters, they are those of the folder `adapter` in PEFT's format, or new ones.
     """
-    params = flatten_dict(read_params(folder, engine.model, engine.mesh), sep="/")
+    return with_adapters(read_params(folder, engine.model, engine.mesh), engine, adapter)
+
+
+def with_adapters(params, engine: Engine, adapter: str | Path | None = None):
+    """Returns the parameters with the engine's adapters in place of their own; see `load_params`."""
     if adapter is None:
         own = fresh_adapters(engine.model, engine.mesh, engine.seed)
     else:
         own = read_adapter(adapter, engine.model, engine.mesh)
-    return unflatten_dict({**params, **own}, sep="/")
+    return unflatten_dict({**flatten_dict(params, sep="/"), **own}, sep="/")

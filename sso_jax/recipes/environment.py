@@ -3,16 +3,17 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
+from sso_jax.data.instruction_prompts import InstructedPrompt
 from sso_jax.data.records import Query, Triple
-from sso_jax.data.response_measures import measure_responses
 from sso_jax.data.tokenizer import decode_text
 from sso_jax.recipes.engine import Engine
+from sso_jax.recipes.relevance import Embed
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.hosts import map_across_processes
 from sso_jax.sampling.sampler import Request, row_key
@@ -31,6 +32,10 @@ class Environment:
     held_out: list[Query]
     judge: Callable[[str, str, bool], Judgement | DescriptionJudgement] | None
     """(query, response, whether the response ended) -> its score and parts."""
+    instructions: dict[str, InstructedPrompt] = field(default_factory=dict)
+    """Verifiable instructions of held-out queries, by the query's text without white space around it."""
+    embed: Embed | None = None
+    """Embedding model by which answers are compared with their queries."""
 
 
 def toy_environment(descriptions: bool = False, num_held_out: int = NUM_HELD_OUT) -> Environment:
@@ -143,28 +148,17 @@ class Measured(NamedTuple):
     """False if the answer reached its maximum number of tokens."""
 
 
-def measure_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
-    """Samples answers of the unsteered policy to the held-out queries and measures them; returns them and their means.
-
-    Without a judge the quality is None, and the means are those of `measure_responses`.
-    """
+def judge_policy(environment: Environment, engine: Engine, params, seed: int, stage: str) -> tuple[list[dict], dict]:
+    """Samples answers of the unsteered policy to the held-out queries and judges them; returns them and their means."""
     chat, queries = engine.chat, environment.held_out
-    if not queries:
-        return [], {"policy_quality": None}
     requests = [
         Request(chat.prompt_ids(q.query, history=q.history), row_key(seed, 0, q.id, "evaluation")) for q in queries
     ]
     samples = engine.sampler.sample(params, requests, stage)
     texts = [decode_text(chat.tokenizer, ids) for ids in samples.responses]
     num_tokens, cut = [len(ids) for ids in samples.responses], [bool(one) for one in samples.cut]
-    rows = [_answer_row(query, text) for query, text in zip(queries, texts, strict=True)]
-    if environment.judge is None:
-        found = measure_responses(texts, num_tokens, cut)
-        marked = [
-            {**row, "tokens": num, "cut": at_limit} for row, num, at_limit in zip(rows, num_tokens, cut, strict=True)
-        ]
-        means = {"held_out_tokens": found.mean_tokens, "held_out_answers": found._asdict()}
-        return marked, {"policy_quality": None, **means}
+    rows = [answer_row(query, text) for query, text in zip(queries, texts, strict=True)]
+    assert environment.judge is not None
     judgements = [
         environment.judge(query.query, text, not at_limit)
         for query, text, at_limit in zip(queries, texts, cut, strict=True)
@@ -177,7 +171,8 @@ def measure_policy(environment: Environment, engine: Engine, params, seed: int, 
     return judged_rows, held_out_numbers(answers)
 
 
-def _answer_row(query: Query, text: str) -> dict:
+def answer_row(query: Query, text: str) -> dict:
+    """Returns an answer to a held-out query as a row of `evaluation.jsonl`."""
     history = {"history": query.history} if query.history else {}
     return {"id": query.id, "query": query.query, **history, "response": text}
 

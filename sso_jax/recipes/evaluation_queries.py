@@ -4,11 +4,13 @@ import random
 from collections import Counter
 
 from sso_jax.config import Config
+from sso_jax.data.instruction_prompts import InstructedPrompt, has_instructions, load_instructed_prompts
 from sso_jax.data.queries import load_queries
 from sso_jax.data.records import Query
 from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.environment import Environment, fitting_queries, no_judge
 from sso_jax.recipes.input_tables import drop_refused_turns, evaluation_table
+from sso_jax.recipes.relevance import open_embedder
 from sso_jax.runtime.errors import InputError
 
 FIELD = "evaluation.path"
@@ -30,6 +32,20 @@ def read_evaluation_queries(config: Config) -> list[Query]:
     queries = load_queries(evaluation_table(config)).records
     num = min(config.evaluation.max_queries, len(queries))
     return random.Random(f"{config.run.seed}/evaluation").sample(queries, num)
+
+
+def read_instructions(config: Config) -> dict[str, InstructedPrompt]:
+    """Returns the verifiable instructions of the file of held-out queries, by query; none if it has no column of them.
+
+    Raises:
+      InputError: if some rows have the columns of IFEval and others do not; names the line.
+    """
+    if config.evaluation.path is None:
+        return {}
+    table = evaluation_table(config)
+    if not has_instructions(table):
+        return {}
+    return {prompt.prompt.strip(): prompt for prompt in load_instructed_prompts(table)}
 
 
 def without_evaluation_queries(config: Config, queries: list[Query]) -> tuple[list[Query], Counter[str]]:
@@ -54,4 +70,5 @@ def folder_environment(config: Config, engine: Engine, queries: list[Query]) -> 
         return no_judge()
     accepted, _ = drop_refused_turns(engine.chat, queries, evaluation_table(config))
     fitting, _ = fitting_queries(engine, accepted, config.evaluation.path, FIELD)
-    return Environment(fitting, None)
+    embed = open_embedder(config.evaluation.embedding_model)
+    return Environment(fitting, None, read_instructions(config), embed)

@@ -288,7 +288,7 @@ def _measure_held_out(
         scored = with_rewards(held_out, rewards)
         write_records(scored, this.folder / HELD_OUT_FILE)
         by_judge = order_accuracy(this.run.environment, this.run.engine, scored)
-        return {"num_held_out": len(held_out), "accuracy": accuracy_of(rewards), **by_judge}
+        return {"num_held_out": len(held_out), "held_out_accuracy": accuracy_of(rewards), **by_judge}
 
     return file_stage(this.folder, "held_out", measure, HELD_OUT_FILE)
 

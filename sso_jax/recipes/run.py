@@ -101,8 +101,8 @@ class RoundSummary:
     response_tokens: float | None = None
     held_out_tokens: float | None = None
     held_out_groups: dict[str, dict[str, float]] | None = None
-    held_out_answers: dict[str, float | None] | None = None
-    """Measures of the answers to the queries of `evaluation.path` (`ResponseMeasures`)."""
+    held_out_answers: dict[str, Any] | None = None
+    """Numbers of the answers to the queries of `evaluation.path` (`measure_answers`)."""
     held_out_log_prob: float | None = None
     sampling: dict[str, dict[str, float | None]] | None = None
     """By role: share of responses `cut` at the limit, `mean_tokens`, `p90_tokens`, and the stage's `row_steps_used`."""

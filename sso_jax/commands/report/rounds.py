@@ -1,6 +1,7 @@
 """The numbers of a run's rounds on the report page: headline and table."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 from sso_jax.commands.report.tables import format_number
@@ -42,8 +43,11 @@ def _held_out_accuracy(row: dict) -> str:
     return format_number((row.get("held_out") or {}).get("accuracy") if reward is None else reward)
 
 
-def _answers(field: str, digits: int = 3) -> Callable[[dict], str]:
-    return lambda row: format_number((row.get("held_out_answers") or {}).get(field), digits)
+def _answers(*path: str, digits: int = 3) -> Callable[[dict], str]:
+    """Returns the text of a number of the held-out answers, which may be nested."""
+    return lambda row: format_number(
+        reduce(lambda part, name: (part or {}).get(name), path, row.get("held_out_answers")), digits
+    )
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
@@ -58,13 +62,19 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "p(chosen)": _number("chosen_probability"),
     "p(rejected)": _number("rejected_probability"),
     "tokens": _number("response_tokens", 1),
-    "answer tokens": _answers("mean_tokens", 1),
-    "answers, 90th percentile": _answers("p90_tokens", 1),
+    "answer tokens": _answers("mean_tokens", digits=1),
+    "answers, 90th percentile": _answers("p90_tokens", digits=1),
     "answers cut": _answers("cut"),
     "repeated 4-grams": _answers("repeated_4grams"),
     "compressed size": _answers("compressed"),
     "empty answers": _answers("empty"),
     "refusals": _answers("refused"),
+    "relevance": _answers("relevance"),
+    "instructions, strict": _answers("instructions", "instruction_strict"),
+    "instructions, loose": _answers("instructions", "instruction_loose"),
+    "log p(start) - log p": _answers("start_log_ratio", digits=2),
+    "steerability, y+": _answers("steerability", "chosen"),
+    "steerability, y-": _answers("steerability", "rejected"),
 }
 """Columns of the table by heading: the text of a round's cell, a dash if it has no value."""
 

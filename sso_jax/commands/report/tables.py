@@ -105,13 +105,25 @@ def _answer_lines(numbers: dict | None) -> list[Line]:
     mean, p90 = (format_number(numbers[name], 1) for name in ("mean_tokens", "p90_tokens"))
     cut = format_number(numbers["cut"])
     shares = " / ".join(format_number(numbers[name]) for name in ("repeated_4grams", "compressed", "empty", "refused"))
-    return [
+    lines = [
         (
             f"answers to {numbers['num_responses']} held-out queries",
             f"{mean} tokens (90th percentile {p90}), {cut} cut at the limit",
         ),
         ("  repeated 4-grams / compressed size / empty / refused", shares),
     ]
+    if numbers.get("relevance") is not None:
+        lines.append(("  relevance to the query, cosine", format_number(numbers["relevance"])))
+    followed, steered = numbers.get("instructions"), numbers.get("steerability")
+    if followed:
+        strict, loose = (format_number(followed[f"instruction_{name}"]) for name in ("strict", "loose"))
+        lines.append((f"  instructions followed, of {followed['num_instructions']}", f"{strict} strict, {loose} loose"))
+    if numbers.get("start_log_ratio") is not None:
+        lines.append(("  log p(start) - log p, nats an answer", format_number(numbers["start_log_ratio"], 2)))
+    if steered:
+        sides = " / ".join(format_number(steered[side]) for side in ("chosen", "rejected"))
+        lines.append(("  steerability of y+ / y-, nats a token", sides))
+    return lines
 
 
 def _timing_lines(row: dict) -> list[Line]:

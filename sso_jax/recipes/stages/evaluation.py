@@ -11,8 +11,9 @@ from sso_jax.data.chat import encode_response
 from sso_jax.data.records import Cell, Triple
 from sso_jax.preferences import judging
 from sso_jax.preferences.endpoint import JOURNAL_FILE
-from sso_jax.recipes.environment import measure_policy
+from sso_jax.recipes.environment import judge_policy
 from sso_jax.recipes.run import Params, Round, Run
+from sso_jax.recipes.stages.held_out_answers import measure_answers
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.json_lines import read_json_lines, write_records
 from sso_jax.runtime.stage_markers import file_stage
@@ -30,8 +31,8 @@ class EvaluationResult:
     quality_parts: dict[str, float] | None = None
     held_out_tokens: float | None = None
     held_out_groups: dict[str, dict[str, float]] | None = None
-    held_out_answers: dict[str, float | None] | None = None
-    """Fields of `ResponseMeasures` of the answers to held-out queries that no judge scores."""
+    held_out_answers: dict[str, Any] | None = None
+    """Numbers of the answers to held-out queries that no judge scores (`measure_answers`)."""
     held_out_log_prob: float | None = None
     """Mean log-prob per token of the initial policy's answers, which are in no pair, in nats."""
 
@@ -50,17 +51,27 @@ def evaluate(this: Round, policy: Params) -> EvaluationResult:
     run = this.run
 
     def measure() -> dict:
-        stage = this.title("held-out answers")
-        rows, means = measure_policy(run.environment, run.engine, policy, run.config.run.seed, stage)
+        rows, means = measure_policy(this, policy)
         if rows:
             write_records(rows, this.folder / EVALUATION_FILE)
         first = run.folder(0) / EVALUATION_FILE
         if rows and jax.process_count() == 1 and first.is_file():  # other hosts may not see the file
+            stage = this.title("held-out answers of the first policy")
             log_prob = _mean_log_prob(run, policy, read_json_lines(first), f"{stage}: log-probs")
             means = {**means, "held_out_log_prob": log_prob}
         return means
 
     return EvaluationResult.of_stage(file_stage(this.folder, "evaluation", measure, EVALUATION_FILE))
+
+
+def measure_policy(this: Round, policy: Params) -> tuple[list[dict], dict[str, Any]]:
+    """Returns the unsteered answers to the held-out queries as rows, and their numbers; no rows without queries."""
+    run = this.run
+    if not run.environment.held_out:
+        return [], {"policy_quality": None}
+    if run.environment.judge is None:
+        return measure_answers(this, policy)
+    return judge_policy(run.environment, run.engine, policy, run.config.run.seed, this.title("held-out answers"))
 
 
 def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> float:
