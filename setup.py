@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-EXTRAS = {"cuda": "cuda", "tpu": "tpu", "dev": "test", "docs": "docs"}
+EXTRAS = {"cuda": "cuda", "tpu": "tpu", "dev": "test", "docs": "docs", "relevance": "relevance"}
 """Extras, and the ends of the names of their requirement files."""
 
 

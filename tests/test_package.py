@@ -100,7 +100,13 @@ def test_the_wheel_names_its_requirements_and_extras(built):
         metadata = wheel.read("sso_jax-7.8.9.dist-info/METADATA").decode()
     needed = [line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-D")]
     assert any(line.startswith("jax<") and "extra" not in line for line in needed)
-    for extra, name in (("cuda", "jax[cuda13]"), ("tpu", "jax[tpu]"), ("dev", "pytest"), ("docs", "mkdocs")):
+    for extra, name in (
+        ("cuda", "jax[cuda13]"),
+        ("tpu", "jax[tpu]"),
+        ("dev", "pytest"),
+        ("docs", "mkdocs"),
+        ("relevance", "sentence-tr"),
+    ):
         assert any(line.startswith(name) and f'extra == "{extra}"' in line for line in needed), extra
 
 

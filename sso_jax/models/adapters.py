@@ -20,15 +20,19 @@ def is_adapter(path: str) -> bool:
 def split_trainable(params) -> tuple[dict, dict]:
     """Splits parameters into a trainable and a frozen tree.
 
-    With adapters, these are trainable and the rest is frozen; without any, everything is trainable. Parts whose name
-    ends in `_head` do not belong to the decoder and are always trainable.
+    With adapters, these are trainable and the rest is frozen; without any, everything is trainable. A reward model's
+    `score`, and parts whose name ends in `_head`, do not belong to the decoder and are always trainable.
     """
     flat = flatten_dict(params, sep="/")
     if not any(map(is_adapter, flat)):
         return params, {}
-    trainable = {path: leaf for path, leaf in flat.items() if is_adapter(path) or path.split("/")[0].endswith("_head")}
+    trainable = {path: leaf for path, leaf in flat.items() if is_adapter(path) or _is_own_head(path.split("/")[0])}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def _is_own_head(part: str) -> bool:
+    return part == "score" or part.endswith("_head")
 
 
 def join(trainable, frozen):

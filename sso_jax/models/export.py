@@ -109,10 +109,19 @@ def find_policy(path: str) -> str:
     Raises:
       InputError: if the run left adapters alone.
     """
-    found = newest_folder(path, POLICY_FOLDER)
-    if found == path and newest_folder(path, ADAPTER_FOLDER) != path:
+    return newest_whole(path, POLICY_FOLDER, ADAPTER_FOLDER)
+
+
+def newest_whole(path: str, name: str, adapters: str) -> str:
+    """Returns the newest folder `name` if `path` is a run directory, else `path` itself.
+
+    Raises:
+      InputError: if the run left adapters, the folder `adapters`, alone.
+    """
+    found = newest_folder(path, name)
+    if found == path and newest_folder(path, adapters) != path:
         raise InputError(
-            f"{path}: this run left adapters and no policy (lora.export adapter); merge {ADAPTER_FOLDER} with PEFT's "
+            f"{path}: this run left adapters and no {name} (lora.export adapter); merge {adapters} with PEFT's "
             "merge_and_unload and give that folder, or train with lora.export both"
         )
     return found
@@ -140,9 +149,16 @@ def padding_for_rewards(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 
 
 def export_reward_model(
-    params, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
+    params,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: str,
+    adapters: Adapters = Adapters(),
 ) -> None:
     """Writes a reward model as a complete folder for `AutoModelForSequenceClassification`, atomically.
+
+    Adapters are merged into the weights.
 
     Its tokenizer is written anew, because its padding token differs from the end of turn.
     """
@@ -151,4 +167,4 @@ def export_reward_model(
         config = to_hf_reward_config(architecture, dtype, tokenizer.bos_token_id, end, tokenizer.pad_token_id)
         (partial_folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
         _save_tokenizer(tokenizer, partial_folder)
-        write_params(params, architecture, partial_folder, dtype)
+        write_params(params, architecture, partial_folder, dtype, adapters)

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from sso_jax.models.adapters import NAMES, is_adapter
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.hf_tensors import AdaptedModule, adapted_modules, with_images
+from sso_jax.models.hf_tensors import ADAPTER_PREFIX, SCORE_TENSOR, AdaptedModule, adapted_modules, with_images
 from sso_jax.models.layers import Adapters
 from sso_jax.models.peft_folder import (
     BASE_NAME,
@@ -38,7 +38,9 @@ from sso_jax.runtime.files import replace_folder
 from sso_jax.runtime.hosts import fetch_global, is_first
 from sso_jax.runtime.mesh import param_shardings
 
-ADAPTER_FOLDER = "policy_adapter"
+ADAPTER_FOLDER, REWARD_ADAPTER_FOLDER = "policy_adapter", "reward_model_adapter"
+SCORE = "score"
+"""Parameter of a reward model's row, and its module's name in PEFT's files."""
 
 
 class BaseModel(NamedTuple):
@@ -79,8 +81,10 @@ def check_writable(model: Transformer) -> None:
 def write_adapter(params, architecture: Architecture, adapters: Adapters, folder: Path, base: BaseModel) -> None:
     """Writes the adapters among the parameters in PEFT's format, in float32, atomically.
 
+    A reward model's row is beside them, as PEFT saves a module that is trained whole (`modules_to_save`).
+
     Args:
-      params: the policy's parameters.
+      params: parameters of a policy or a reward model.
       architecture: its architecture.
       adapters: rank, scale and targets.
       folder: folder to write.
@@ -94,8 +98,11 @@ def write_adapter(params, architecture: Architecture, adapters: Adapters, folder
             values = _to_peft(module, adapters, {path: leaf[layer] for path, leaf in flat.items()})
             names = [with_images(name) if base.has_images else name for name in module.tensor_names(layer)]
             tensors.update(zip(names, values, strict=True))
+    if SCORE in params:
+        tensors[f"{ADAPTER_PREFIX}{SCORE_TENSOR}"] = np.asarray(fetch_global(params[SCORE]), np.float32)
     with replace_folder(folder) as partial_folder:
         fields = _peft_config(modules, adapters, base, architecture.num_layers)
+        fields |= {"task_type": "SEQ_CLS", "modules_to_save": [SCORE]} if SCORE in params else {}
         (partial_folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
         if is_first():
             save_file(tensors, partial_folder / WEIGHTS_FILE, metadata={"format": "pt"})

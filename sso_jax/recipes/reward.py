@@ -15,6 +15,7 @@ from sso_jax.data.pair_files import load_pairs
 from sso_jax.data.records import Cell, Triple
 from sso_jax.data.rows import Records
 from sso_jax.models.export import REWARD_FOLDER, export_reward_model
+from sso_jax.models.peft_adapters import REWARD_ADAPTER_FOLDER
 from sso_jax.preferences.filters import with_rewards
 from sso_jax.preferences.pairs import drop_empty_contrasts, given_triples
 from sso_jax.preferences.splits import without_queries
@@ -35,6 +36,7 @@ from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.batch_plans import plan_rewards
 from sso_jax.recipes.stages.evaluation import judge_by_endpoint
 from sso_jax.recipes.stages.held_out import Measure, split_round
+from sso_jax.recipes.stages.policies import export_adapter, leaves_merged
 from sso_jax.recipes.stages.prompts import render_prompts
 from sso_jax.recipes.stages.sampling import (
     PrinciplesResult,
@@ -103,10 +105,6 @@ def read(config: Config) -> RewardData:
     """
     unused = {"demonstrations.path": config.demonstrations.path, "model.reference_path": config.model.reference_path}
     refuse_fields("reward", unused)
-    if config.lora.rank:
-        raise InputError(
-            f"lora.rank: {config.lora.rank} is not used by recipe 'reward', which trains the whole decoder; remove it"
-        )
     if config.train.long_examples == "cut":
         raise InputError(
             "train.long_examples: 'cut' leaves no end of turn, where recipe 'reward' reads a reward; set it to drop"
@@ -265,15 +263,22 @@ def _train(
 
 
 def _export(this: Round, engine: Engine, reward: Params) -> float:
-    """Writes the reward model as a Hugging Face folder; returns the seconds this took."""
+    """Writes the reward model as a Hugging Face folder, and its adapters in PEFT's format; returns the seconds.
+
+    Section `lora` says which of both, if there are adapters.
+    """
+    seconds = export_adapter(this, reward, engine, REWARD_ADAPTER_FOLDER)
+    if not leaves_merged(this.run.config):
+        return seconds
 
     def write() -> dict:
         dtype = this.run.config.model.export_dtype
         tokenizer = with_known_padding(this.run.engine.chat.tokenizer, engine.known_tokens)
-        export_reward_model(reward, engine.model.architecture, tokenizer, this.folder / REWARD_FOLDER, dtype)
+        architecture, folder = engine.model.architecture, this.folder / REWARD_FOLDER
+        export_reward_model(reward, architecture, tokenizer, folder, dtype, engine.model.adapters)
         return {}
 
-    return file_stage(this.folder, "export", write, REWARD_FOLDER)["seconds"]
+    return seconds + file_stage(this.folder, "export", write, REWARD_FOLDER)["seconds"]
 
 
 def _measure_held_out(

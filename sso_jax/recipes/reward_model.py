@@ -14,18 +14,18 @@ from sso_jax.config import LoraConfig, ModelConfig
 from sso_jax.data.chat import Chat, end_of_turn, make_chat
 from sso_jax.data.records import Triple
 from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
-from sso_jax.models.export import REWARD_FOLDER
+from sso_jax.models.export import REWARD_FOLDER, newest_whole
 from sso_jax.models.hf_config import check_reward_folder, read_architecture
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights, read_params
 from sso_jax.models.known_tokens import KnownTokens
+from sso_jax.models.peft_adapters import REWARD_ADAPTER_FOLDER
 from sso_jax.models.reward_head import RewardModel, reward_model
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes.engine import Engine, build_decoder
 from sso_jax.recipes.vocabulary import known_tokens
 from sso_jax.runtime.jax_setup import set_matmul_precision
 from sso_jax.runtime.mesh import param_shardings
-from sso_jax.runtime.run_dir import newest_folder
 from sso_jax.training.rewards import TokenizedPair, build_reward_fn, compute_rewards
 
 TOKENS_AT_ONCE = 8192
@@ -89,9 +89,9 @@ def find_reward_model(path: str, field: str = "model.path") -> Path:
       field: config field of the path, which errors name.
 
     Raises:
-      InputError: if there is no such folder, or it has no reward model with one label.
+      InputError: if there is no such folder, it has no reward model with one label, or the run left adapters alone.
     """
-    folder = fetch(newest_folder(path, REWARD_FOLDER), field)
+    folder = fetch(newest_whole(path, REWARD_FOLDER, REWARD_ADAPTER_FOLDER), field)
     check_reward_folder(folder)
     return folder
 

@@ -12,7 +12,11 @@ from toys import FAMILIES, toy_model, toy_params
 
 import sample
 import train
+from sso_jax.data.chat import encode_response, make_chat
+from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.models.export import export_policy
+from sso_jax.recipes.reward_model import find_reward_model
+from sso_jax.runtime.errors import InputError
 from sso_jax.toy.pretraining import train_tokenizer
 
 WORDS = ("fox", "fig", "cat", "red", "ten", "oak")
@@ -129,9 +133,73 @@ def test_values_against_those_of_the_adapters_are_refused(folder, first, tmp_pat
     assert "lora.start_from: no folder './nowhere'" in message
     message = refusal(capsys, tmp_path / "run", folder, **{"lora.start_from": folder / "policy"})
     assert "adapter_config.json: no such file; lora.start_from must be" in message
-    message = refusal(capsys, tmp_path / "run", folder, **start, recipe="reward", **{"demonstrations.path": "none"})
-    assert "lora.rank: 2 is not used by recipe 'reward'" in message
     assert not (tmp_path / "run").exists()
+
+
+def tensors_of(adapter) -> dict[str, np.ndarray]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def reward_pairs(tmp_path) -> str:
+    rows = [{"prompt": f"Spell {word}.", "chosen": " ".join(word), "rejected": word[::-1]} for word in WORDS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "pairs.jsonl")
+
+
+def test_a_reward_models_adapters_and_row_are_pefts(folder, tmp_path):
+    fields = {"recipe": "reward", "pairs.path": reward_pairs(tmp_path), "demonstrations.path": "null"}
+    fields |= {
+        "train.held_out": 0.3,
+        "train.batch_size": 2,
+        "train.epochs": 4,
+        "optimizer.warmup_ratio": 0,
+        "lora.rank": 2,
+    }
+    assert run(tmp_path / "run", folder, **fields) == 0
+    left = tmp_path / "run" / "iteration_1"
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(left / "reward_model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(left / "reward_model")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
+    base.config.pad_token_id = merged.config.pad_token_id
+    adapted = peft.PeftModel.from_pretrained(base, left / "reward_model_adapter")
+    assert isinstance(adapted, peft.PeftModelForSequenceClassification)
+    chat = make_chat(load_tokenizer(folder / "policy"))
+    rows = [json.loads(line) for line in (left / "held_out.jsonl").read_text().splitlines()]
+    assert rows and any(row["scores"]["chosen"] != row["scores"]["rejected"] for row in rows)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            ids = [*chat.prompt_ids(row["query"]), *encode_response(tokenizer, row[side])]
+            with torch.no_grad():
+                by_weights, by_adapter = (float(m(torch.tensor([ids])).logits[0, 0]) for m in (merged, adapted))
+            assert row["scores"][side] == pytest.approx(by_adapter, abs=1e-5) == pytest.approx(by_weights, abs=1e-5)
+    adapted.save_pretrained(tmp_path / "again")
+    ours, theirs = (
+        load_file(at / "adapter_model.safetensors") for at in (left / "reward_model_adapter", tmp_path / "again")
+    )
+    assert ours.keys() == theirs.keys() and "base_model.model.score.weight" in ours
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    frozen = {name for name in load_file(left / "reward_model" / "model.safetensors") if "proj" not in name} - {
+        "score.weight"
+    }
+    before, after = (load_file(at / "model.safetensors") for at in (folder / "policy", left / "reward_model"))
+    assert frozen and all(np.array_equal(before[name], after[name]) for name in frozen)
+
+
+def test_a_reward_model_goes_on_from_a_policys_adapters(first, folder, tmp_path):
+    fields = {"recipe": "reward", "pairs.path": reward_pairs(tmp_path), "demonstrations.path": "null"}
+    fields |= {"lora.start_from": first / "iteration_2" / "policy_adapter", "optimizer.learning_rate": "1e-30"}
+    fields |= {"optimizer.weight_decay": 0, "lora.export": "adapter", "reward.held_out": 0.3}
+    assert run(tmp_path / "run", folder, **fields) == 0
+    left = tmp_path / "run" / "iteration_1"
+    assert not (left / "reward_model").exists()
+    with pytest.raises(InputError, match="left adapters and no reward_model .*merge reward_model_adapter with PEFT"):
+        find_reward_model(str(tmp_path / "run"))
+    given, kept = (
+        load_file(at / "adapter_model.safetensors")
+        for at in (first / "iteration_2" / "policy_adapter", left / "reward_model_adapter")
+    )
+    assert given.keys() == kept.keys() - {"base_model.model.score.weight"}
+    assert all(np.array_equal(given[name], kept[name]) for name in given)
 
 
 def test_adapters_of_another_base_are_refused_before_anything_is_written(first, tmp_path, one_device, capsys, folder):

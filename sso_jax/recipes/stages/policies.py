@@ -9,7 +9,7 @@ from sso_jax.models.hf_config import CONFIG_FILE, read_json_file
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.peft_adapters import ADAPTER_FOLDER, BaseModel, is_writable, write_adapter
 from sso_jax.models.transformer import Transformer
-from sso_jax.recipes.engine import find_adapter, load_params, with_adapters
+from sso_jax.recipes.engine import Engine, find_adapter, load_params, with_adapters
 from sso_jax.recipes.run import Params, Round, Run
 from sso_jax.recipes.stages.update import restore_params
 from sso_jax.runtime.files import is_remote
@@ -49,18 +49,18 @@ def exported_policy(run: Run, iteration: int) -> Params:
     """Loads the policy that a finished round exported; for round 0 the one that the run started from."""
     if iteration == 0:
         return start_policy(run, 0)
-    if _leaves_merged(run.config):
+    if leaves_merged(run.config):
         return load_params(run.folder(iteration) / POLICY_FOLDER, run.engine)
     return load_params(run.engine.source, run.engine, run.folder(iteration) / ADAPTER_FOLDER)
 
 
-def _leaves_merged(config: Config) -> bool:
-    """Returns whether rounds leave `policy/`."""
+def leaves_merged(config: Config) -> bool:
+    """Returns whether rounds leave whole weights, `policy/` or `reward_model/`."""
     return not config.lora.rank or config.lora.export != "adapter"
 
 
-def _leaves_adapter(config: Config, model: Transformer) -> bool:
-    """Returns whether rounds leave `policy_adapter/`."""
+def leaves_adapter(config: Config, model: Transformer) -> bool:
+    """Returns whether rounds leave `policy_adapter/` or `reward_model_adapter/`."""
     wanted = is_writable(model) if config.lora.export is None else config.lora.export != "merged"
     return bool(config.lora.rank) and wanted
 
@@ -83,17 +83,22 @@ def export(this: Round, policy: Params) -> float:
 
     Section `lora` says which of both, if there are adapters. Returns the seconds this took.
     """
-    engine, config, seconds = this.run.engine, this.run.config, 0.0
-    adapters = engine.model.adapters
-    if _leaves_adapter(config, engine.model):
+    seconds = export_adapter(this, policy, this.run.engine, ADAPTER_FOLDER)
+    return seconds + _export_merged(this, policy) if leaves_merged(this.run.config) else seconds
 
-        def write_adapters() -> dict:
-            base = base_model(config, engine.source)
-            write_adapter(policy, engine.model.architecture, adapters, this.folder / ADAPTER_FOLDER, base)
-            return {}
 
-        seconds += file_stage(this.folder, "export_adapter", write_adapters, ADAPTER_FOLDER)["seconds"]
-    return seconds + _export_merged(this, policy) if _leaves_merged(config) else seconds
+def export_adapter(this: Round, params: Params, engine: Engine, name: str) -> float:
+    """Writes the adapters of a policy or reward model in PEFT's format if rounds leave them; returns the seconds."""
+    config = this.run.config
+    if not leaves_adapter(config, engine.model):
+        return 0.0
+
+    def write() -> dict:
+        base = base_model(config, engine.source)
+        write_adapter(params, engine.model.architecture, engine.model.adapters, this.folder / name, base)
+        return {}
+
+    return file_stage(this.folder, "export_adapter", write, name)["seconds"]
 
 
 def _export_merged(this: Round, policy: Params) -> float:
