@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def source_of(root: Path, cell: Cell, cells: list[Cell]) -> Cell | None:
-    """Returns the cell of the same seed whose first samples this one takes; None for the first cell of a seed."""
-    first = next(other for other in cells if other.seed == cell.seed)
+    """Returns the cell with the same start whose first samples this one takes; None for the first one of a start."""
+    first = next(other for other in cells if (other.seed, other.weights) == (cell.seed, cell.weights))
     return None if first == cell or stages.finished(root / first.name / "iteration_1", "responses") is None else first
 
 

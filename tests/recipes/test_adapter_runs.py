@@ -192,7 +192,7 @@ def test_a_reward_model_goes_on_from_a_policys_adapters(first, folder, tmp_path)
     assert run(tmp_path / "run", folder, **fields) == 0
     left = tmp_path / "run" / "iteration_1"
     assert not (left / "reward_model").exists()
-    with pytest.raises(InputError, match="left adapters and no reward_model .*merge reward_model_adapter with PEFT"):
+    with pytest.raises(InputError, match=r"left adapters and no reward_model .*merge reward_model_adapter with PEFT"):
         find_reward_model(str(tmp_path / "run"))
     given, kept = (
         load_file(at / "adapter_model.safetensors")
