@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.real_model import tables
 from benchmarks.real_model.cells import chosen_rates, rows_of, run_cell
-from benchmarks.real_model.methods import Cell, Sizes, choosing_cells, study_cells
+from benchmarks.real_model.methods import Cell, Sizes, choosing_cells, study_cells, weight_cells
 
 
 def arguments() -> argparse.Namespace:
@@ -72,7 +72,8 @@ def main() -> None:
     cells = study_cells(options.seeds, rates)
     if not options.tables_only:
         run_cells(root, cells, sizes, end)
-    page = tables.page(root, choices, rates, cells)
+        run_cells(root, weight_cells(), sizes, end)
+    page = tables.page(root, choices + weight_cells(), rates, cells)
     print(page)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -75,10 +75,13 @@ class Cell:
 
 
 def choosing_cells() -> list[Cell]:
-    """Returns the cells that choose the learning rates, those of adapters first."""
-    adapters = [Cell(base, CHOOSING_SEED, rate, is_choice=True) for base in CHOOSING for rate in ADAPTER_RATES]
-    weights = [Cell("ipo", CHOOSING_SEED, rate, "all", is_choice=True) for rate in WEIGHT_RATES]
-    return adapters + weights
+    """Returns the cells that choose the learning rates of adapters."""
+    return [Cell(base, CHOOSING_SEED, rate, is_choice=True) for base in CHOOSING for rate in ADAPTER_RATES]
+
+
+def weight_cells() -> list[Cell]:
+    """Returns the cells that train all weights in place of adapters, which no method of the study does."""
+    return [Cell("ipo", CHOOSING_SEED, rate, "all", is_choice=True) for rate in WEIGHT_RATES]
 
 
 def study_cells(seeds: list[int], rates: dict[str, float]) -> list[Cell]:
