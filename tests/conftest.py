@@ -37,6 +37,8 @@ SLOW = {
     "test_end_to_end",
     "test_examples",
     "test_family_runs",
+    "test_frozen_bits",
+    "test_held_out_answers",
     "test_families",
     "test_held_out",
     "test_held_out_recipes",

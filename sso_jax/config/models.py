@@ -18,6 +18,9 @@ class ModelConfig:
     """Dtype of the decoder's arithmetic; log-prob sums are always float32."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the tensors in the exported `policy/` folders."""
+    frozen_bits: Optional[Literal[8, 4]] = None
+    """Bits of the frozen weights under adapters (`lora.rank`), which are quantized by blocks of 64 when they are read;
+    null keeps them in param_dtype."""
     reference_path: Optional[str] = None
     """Hugging Face folder of the reference model; null uses the policy at the start of the round."""
     remat: bool = True
@@ -83,7 +86,8 @@ class LoraConfig:
     rslora are read from it. null starts with new adapters."""
     export: Optional[Literal["merged", "adapter", "both"]] = None
     """What a round with adapters leaves: `merged` into the weights as `policy/`, the `adapter` alone in PEFT's format
-    as `policy_adapter/`, or both. null leaves both, or the former where PEFT has no place for adapters (of experts)."""
+    as `policy_adapter/`, or both. null leaves both, or the former where PEFT has no place for adapters (of experts),
+    or the latter with model.frozen_bits."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "0 (none) or more")

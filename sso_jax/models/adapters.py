@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sso_jax.models.frozen_bits import is_scale
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.runtime.mesh import param_shardings
@@ -15,6 +16,11 @@ NAMES = ("adapter_a", "adapter_b")
 def is_adapter(path: str) -> bool:
     """Returns whether the parameter at this path, with parts joined by slashes, belongs to an adapter."""
     return path.rsplit("/", 1)[-1] in NAMES
+
+
+def is_stored(path: str) -> bool:
+    """Returns whether folders store the parameter at this path: it is no adapter, and no scale of quantized weights."""
+    return not is_adapter(path) and not is_scale(path)
 
 
 def split_trainable(params) -> tuple[dict, dict]:
@@ -45,8 +51,9 @@ def join(trainable, frozen):
 def fresh_adapters(model: Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict[str, jax.Array]:
     """Initializes adapters, by path, on the mesh, so that they do not change the model yet.
 
-    They depend only on the seed and their path, not on the mesh.
+    They depend only on the seed and their path, not on the mesh or the bits of the frozen weights.
     """
+    plain = model.clone(adapters=model.adapters._replace(frozen_bits=None))
     boxed = abstract_params(model)
     shapes = {path: leaf for path, leaf in flatten_dict(nn.unbox(boxed), sep="/").items() if is_adapter(path)}
     shardings = {
@@ -54,7 +61,7 @@ def fresh_adapters(model: Transformer, mesh: jax.sharding.Mesh, seed: int) -> di
     }
 
     def draw() -> dict[str, jax.Array]:
-        initial = flatten_dict(nn.unbox(init_params(model, jax.random.key(seed))), sep="/")
+        initial = flatten_dict(nn.unbox(init_params(plain, jax.random.key(seed))), sep="/")
         return {path: initial[path] for path in shapes}
 
     return jax.jit(draw, out_shardings=shardings)()

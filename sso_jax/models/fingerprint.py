@@ -13,6 +13,8 @@ def _sums(params) -> jax.Array:
     """Sums the bit patterns of each leaf, and their squares, modulo 2^32, [leaves, 2]; the order does not matter."""
 
     def of(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            leaf = leaf.astype(jnp.int32)
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
         return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * bits, dtype=jnp.uint32)])

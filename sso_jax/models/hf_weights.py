@@ -6,7 +6,7 @@ Safetensors only: nothing is unpickled, no remote code runs.
 import json
 import logging
 from collections.abc import Collection
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from sso_jax.models.adapters import is_adapter, merged
+from sso_jax.models.adapters import is_stored, merged
 from sso_jax.models.architecture import Architecture
+from sso_jax.models.frozen_bits import SCALE, TYPES, quantize
 from sso_jax.models.hf_tensors import (
     DERIVED,
     EMBEDDING_TENSOR,
@@ -65,9 +66,9 @@ def _expected_tensors(
 
 
 def _stored_params(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the parameters that folders store: all except adapters."""
+    """Returns the shapes of the parameters that folders store."""
     flat = flatten_dict(nn.unbox(abstract_params(model)), sep="/")
-    return {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+    return {path: leaf for path, leaf in flat.items() if is_stored(path)}
 
 
 def _take_text_model(source: SafetensorsFolder) -> list[str]:
@@ -130,14 +131,19 @@ def read_params(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh)
       InputError: if a tensor is missing, unexpected, of another shape or type, or not finite, or a file is truncated;
         names it.
     """
-    abstract = _stored_params(model)
+    abstract, flat = _stored_params(model), flatten_dict(nn.unbox(abstract_params(model)), sep="/")
     shardings = flatten_dict(param_shardings(abstract_params(model), mesh), sep="/")
     source, _ = open_weights(folder, model)
     parts = _parts_of(model.architecture, abstract)
-    return unflatten_dict(
-        {path: _read_param(source, path, parts[path], leaf, shardings[path]) for path, leaf in abstract.items()},
-        sep="/",
-    )
+    params: dict[str, jax.Array] = {}
+    for path, leaf in abstract.items():
+        scales = f"{path.rsplit('/', 1)[0]}/{SCALE}"
+        if path.endswith("/kernel") and scales in flat:
+            made = [_Stack(flat[name], shardings[name]) for name in (path, scales)]
+            params |= dict(zip((path, scales), _read_quantized(source, path, parts[path], *made), strict=True))
+        else:
+            params[path] = _read_param(source, path, parts[path], leaf, shardings[path])
+    return unflatten_dict(params, sep="/")
 
 
 def _read_param(
@@ -147,13 +153,38 @@ def _read_param(
     names = tensor_names(path, part, leaf.shape[0])
     if not is_layered(path):
         return _read_tensor(source, names[0], part, leaf.dtype, sharding)
-    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    start, put = _stacking(leaf.shape, leaf.dtype, sharding)
-    stacked = start()
+    stack = _Stack(leaf, sharding)
     for layer, of_experts in enumerate(names):
-        tensor = _read_tensor(source, of_experts, part, leaf.dtype, of_layer)
-        stacked = jax.block_until_ready(put(stacked, tensor, layer))  # waits before reading the next
-    return stacked
+        stack.put(_read_tensor(source, of_experts, part, leaf.dtype, stack.of_layer), layer)
+    return stack.array
+
+
+def _read_quantized(
+    source: SafetensorsFolder, path: str, part: TensorPart, integers: "_Stack", scales: "_Stack"
+) -> tuple[jax.Array, jax.Array]:
+    """Reads a kernel layer by layer, quantizing each on the devices; returns its integers and scales."""
+    shapes = zip(integers.array.shape[1:], scales.array.shape[1:], strict=True)
+    axis = next(i for i, (inputs, blocks) in enumerate(shapes) if inputs != blocks)
+    bits = next(bits for bits, dtype in TYPES.items() if dtype == integers.array.dtype)
+    convert = jax.jit(partial(quantize, axis=axis, bits=bits), out_shardings=(integers.of_layer, scales.of_layer))
+    for layer, names in enumerate(tensor_names(path, part, integers.array.shape[0])):
+        tensor = _read_tensor(source, names, part, jnp.dtype(jnp.float32), integers.of_layer)
+        for stack, values in zip((integers, scales), convert(tensor), strict=True):
+            stack.put(values, layer)
+    return integers.array, scales.array
+
+
+class _Stack:
+    """A scanned parameter that is put together layer by layer."""
+
+    def __init__(self, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding):
+        self.of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        start, self._put = _stacking(leaf.shape, leaf.dtype, sharding)
+        self.array = start()
+
+    def put(self, values: jax.Array, layer: int) -> None:
+        """Writes a layer, and waits, so that the host holds one at a time."""
+        self.array = jax.block_until_ready(self._put(self.array, values, layer))
 
 
 def _read_tensor(
@@ -231,7 +262,7 @@ class HfTensors(NamedTuple):
 def hf_tensors(params, architecture: Architecture, adapters: Adapters = Adapters()) -> HfTensors:
     """Returns the parameters as Hugging Face's tensors; adapters are merged into the weights that they belong to."""
     flat = flatten_dict(params, sep="/")
-    parts = _parts_of(architecture, {path: leaf for path, leaf in flat.items() if not is_adapter(path)})
+    parts = _parts_of(architecture, {path: leaf for path, leaf in flat.items() if is_stored(path)})
     pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for path, part in sorted(parts.items(), key=lambda item: item[1].offset):
         for layer, names in enumerate(tensor_names(path, part, architecture.num_layers)):

@@ -1,10 +1,14 @@
 """Prepares parameters for programs: casts them to the compute type, and unstacks scanned layers for decoding."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sso_jax.models.frozen_bits import is_scale
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.mesh import param_shardings
 
@@ -15,26 +19,36 @@ STACK, SINGLE = "layers", "layers_"
 def cast_to_compute(model: Transformer, params: dict) -> dict:
     """Casts the decoder's parameters to its compute type; differentiable.
 
-    Other parameters, such as the head of base `spo`, keep their types.
+    Other parameters, such as the head of base `spo`, keep their types, and so do quantized ones with their scales.
     """
-    names = abstract_params(model).keys()
-    return {
-        name: jax.tree.map(lambda leaf: leaf.astype(model.dtype), part) if name in names else part
-        for name, part in params.items()
-    }
+    cast = _cast_paths(model)
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict(
+        {path: leaf.astype(model.dtype) if path in cast else leaf for path, leaf in flat.items()}, sep="/"
+    )
+
+
+@lru_cache
+def _cast_paths(model: Transformer) -> frozenset[str]:
+    """Returns the paths of the decoder's parameters that have another type than the compute type."""
+    flat = flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+    is_float = {path: jnp.issubdtype(leaf.dtype, jnp.floating) and not is_scale(path) for path, leaf in flat.items()}
+    return frozenset(path for path, leaf in flat.items() if is_float[path] and leaf.dtype != model.dtype)
 
 
 def build_cast(model: Transformer, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
-    """Compiles `cast_to_compute` for a mesh; parts that already have the compute type are returned without a copy."""
-    stored, shardings = abstract_params(model), param_shardings(abstract_params(model), mesh)
-    own = {name for name, part in stored.items() if all(leaf.dtype == model.dtype for leaf in jax.tree.leaves(part))}
-    out_shardings = {name: part for name, part in shardings.items() if name not in own}
-    convert = jax.jit(lambda params: cast_to_compute(model, params), out_shardings=out_shardings)
+    """Compiles `cast_to_compute` for a mesh; parameters that it leaves as they are are not copied."""
+    shardings = flatten_dict(param_shardings(abstract_params(model), mesh), sep="/")
+    changed = sorted(_cast_paths(model))
+    convert = jax.jit(
+        lambda leaves: [leaf.astype(model.dtype) for leaf in leaves],
+        out_shardings=[shardings[path] for path in changed],
+    )
 
     def cast(params: dict) -> dict:
-        changed = {name: part for name, part in params.items() if name not in own}
-        kept = {name: part for name, part in params.items() if name in own}
-        return {**kept, **(convert(changed) if changed else {})}
+        flat = flatten_dict(params, sep="/")
+        found = convert([flat[path] for path in changed]) if changed else []
+        return unflatten_dict({**flat, **dict(zip(changed, found, strict=True))}, sep="/")
 
     return cast
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from sso_jax.models.architecture import Architecture
+from sso_jax.models.frozen_bits import SCALE, TYPES, dequantize, scale_shape
 from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.rope import Rope
 from sso_jax.runtime.mesh import constrain, gathered
@@ -71,6 +72,8 @@ class Adapters(NamedTuple):
     """Names of the projections: query, key, value, out, gate, up, down."""
     rslora: bool = False
     """Whether the scale is alpha / sqrt(rank), as in rank-stabilized LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+    frozen_bits: int | None = None
+    """Bits of the frozen kernels below them (`frozen_bits`); None for the type of the weights."""
 
     @property
     def scale(self) -> float:
@@ -120,8 +123,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """Returns the projected activations."""
-        init = nn.with_logical_partitioning(_kernel_init, self.axes)
-        kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        kernel = self._kernel(x.ndim - 2)
         if x.shape[1] > 1:  # for a single token, as in decoding, exchanging partial products is cheaper than weights
             kernel = gathered(kernel, *self.axes)
         out = flat_product(x, kernel)
@@ -131,6 +133,19 @@ class Projection(nn.Module):
             bias = self.param("bias", init, shape, self.param_dtype).astype(self.dtype)
             out = out + jnp.expand_dims(bias, tuple(range(out.ndim - bias.ndim)))
         return out + self._low_rank(x) if self.name in self.adapters.targets else out
+
+    def _kernel(self, num_inputs: int) -> Float[Array, "..."]:
+        """Returns the kernel in the compute type; blocks of a quantized one are along the last axis of inputs."""
+        bits, axis = self.adapters.frozen_bits, num_inputs - 1
+        if bits is None:
+            init = nn.with_logical_partitioning(_kernel_init, self.axes)
+            return self.param("kernel", init, self.shape, self.param_dtype).astype(self.dtype)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
+        integers = self.param("kernel", zeros, self.shape, TYPES[bits])
+        axes = (*self.axes[:axis], None, *self.axes[axis + 1 :])  # blocks are too few to be split
+        ones = nn.with_logical_partitioning(nn.initializers.ones, axes)
+        scale = self.param(SCALE, ones, scale_shape(self.shape, axis), jnp.float32)
+        return dequantize(integers, scale, axis, self.dtype)
 
     def _low_rank(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """Returns `scale * (x A) B` for A [inputs..., R] and B [R, outputs...]."""

@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from sso_jax.models.adapters import NAMES, is_adapter
+from sso_jax.models.adapters import NAMES, is_adapter, is_stored
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.hf_tensors import ADAPTER_PREFIX, SCORE_TENSOR, AdaptedModule, adapted_modules, with_images
 from sso_jax.models.layers import Adapters
@@ -54,7 +54,7 @@ class BaseModel(NamedTuple):
 
 
 def _shapes_of(params: dict) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items() if not is_adapter(path)}
+    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items() if is_stored(path)}
 
 
 def _expert_targets(model: Transformer) -> list[str]:

@@ -139,10 +139,28 @@ def build_decoder(
         jnp.dtype(model.param_dtype),
         remat=model.remat,
         attend=default_kernel(platform) if model.attention == "auto" else model.attention,
-        adapters=Adapters(lora.rank, lora.alpha, tuple(lora.targets), lora.rslora) if lora.rank else Adapters(),
+        adapters=Adapters(lora.rank, lora.alpha, tuple(lora.targets), lora.rslora, model.frozen_bits)
+        if lora.rank
+        else Adapters(),
         max_logits=model.max_logits,
     )
     return decoder, param_shardings(abstract_params(decoder), mesh)
+
+
+def check_frozen_bits(architecture: Architecture, model: ModelConfig, lora: LoraConfig) -> None:
+    """Raises `InputError` if the config's `model.frozen_bits` does not go with its other fields or the model."""
+    bits = model.frozen_bits
+    if bits is None:
+        return
+    if not lora.rank:
+        raise InputError(f"model.frozen_bits: {bits} is for weights under adapters; set lora.rank, or remove it")
+    if architecture.experts is not None:
+        raise InputError(f"model.frozen_bits: {bits} for a model with experts, which are not quantized; remove it")
+    if lora.export in ("merged", "both"):
+        raise InputError(
+            f"lora.export: {lora.export!r} with model.frozen_bits {bits}, whose adapters belong to weights that no "
+            "folder has; set it to adapter, and merge that into the base model with PEFT"
+        )
 
 
 def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
@@ -155,6 +173,7 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     router_weight(architecture, config.train)
     mesh = mesh_of(config.mesh)
     lora = config.lora if isinstance(config, Config) else LoraConfig()
+    check_frozen_bits(architecture, config.model, lora)
     model, shardings = build_decoder(architecture, config.model, lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     check_weights(folder, model)
@@ -218,7 +237,7 @@ def with_start_adapter(lora: LoraConfig) -> LoraConfig:
     if lora.start_from is None:
         return lora
     adapter, default = open_adapter(find_adapter(lora.start_from)), LoraConfig()
-    own = dict(adapter.adapters._asdict())
+    own = {name: value for name, value in adapter.adapters._asdict().items() if name != "frozen_bits"}
     for name, value in own.items():
         given, known = getattr(lora, name), getattr(default, name)
         same = set(given) == set(value) if name == "targets" else given == value

@@ -24,7 +24,8 @@ def build_rejected_engine(config: Config, engine: Engine) -> Engine | None:
         return None
     folder = fetch(find_policy(path), FIELD)
     train = dataclasses.replace(config.train, router_loss=None)  # a field of the policy, which alone is trained
-    other = build_engine(folder, dataclasses.replace(config, lora=LoraConfig(), train=train))
+    model = dataclasses.replace(config.model, frozen_bits=None)
+    other = build_engine(folder, dataclasses.replace(config, lora=LoraConfig(), train=train, model=model))
     if other.chat.tokenizer.get_vocab() != engine.chat.tokenizer.get_vocab():
         raise InputError(
             f"{FIELD}: {path} has another vocabulary than the policy, so that its responses would be other texts; give "

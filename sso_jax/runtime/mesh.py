@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -228,9 +229,14 @@ def bytes_on_device(shapes: Any, shardings: Any, itemsize: int | None = None) ->
     """Returns the bytes of arrays on one device; `itemsize`, if given, takes the place of that of their types."""
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * (leaf.dtype.itemsize if itemsize is None else itemsize)
+        math.prod(sharding.shard_shape(leaf.shape)) * (_bits(leaf.dtype) if itemsize is None else 8 * itemsize) // 8
         for leaf, sharding in leaves
     )
+
+
+def _bits(dtype: jnp.dtype) -> int:
+    """Returns the bits of a number on a device, where those of 4 bits take half a byte."""
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

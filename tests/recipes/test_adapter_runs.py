@@ -1,6 +1,7 @@
 """Runs with adapters: what a round leaves, who opens it, and runs that continue from it."""
 
 import json
+import shutil
 
 import numpy as np
 import peft
@@ -217,3 +218,33 @@ def test_sampling_from_a_run_that_left_adapters_alone_says_what_to_do(folder, tm
     capsys.readouterr()
     assert sample.main(["--model.path", str(tmp_path / "run"), "--query", "Spell fox."]) == 2
     assert "this run left adapters and no policy (lora.export adapter); merge" in capsys.readouterr().err
+
+
+def test_adapters_of_quantized_weights_leave_the_folder_as_it_is_and_resume(folder, tmp_path):
+    fields = {"lora.rank": 2, "model.frozen_bits": 8, "optimizer.warmup_ratio": 0, "run.iterations": 2}
+    assert run(tmp_path / "whole", folder, **fields) == 0
+    left = tmp_path / "whole" / "iteration_2"
+    assert not (left / "policy").exists() and (left / "policy_adapter" / "adapter_config.json").is_file()
+    assert run(tmp_path / "parts", folder, **fields) == 0
+    shutil.rmtree(tmp_path / "parts" / "iteration_2")
+    assert run(tmp_path / "parts", folder, **fields) == 0
+    whole, parts = (
+        tensors_of(left / "policy_adapter"),
+        tensors_of(tmp_path / "parts" / "iteration_2" / "policy_adapter"),
+    )
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    plain = {**fields, "model.frozen_bits": "null", "lora.export": "adapter"}
+    assert run(tmp_path / "plain", folder, **plain) == 0
+    losses = [
+        json.loads((tmp_path / at / "metrics.jsonl").read_text().splitlines()[0])["loss"] for at in ("whole", "plain")
+    ]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_quantized_weights_without_adapters_or_merged_are_refused(folder, tmp_path, capsys):
+    message = refusal(capsys, tmp_path / "run", folder, **{"model.frozen_bits": 4})
+    assert "model.frozen_bits: 4 is for weights under adapters; set lora.rank" in message
+    merged = {"model.frozen_bits": 4, "lora.rank": 2, "lora.export": "both"}
+    assert "lora.export: 'both' with model.frozen_bits 4" in refusal(capsys, tmp_path / "run", folder, **merged)
+    assert "model.frozen_bits" in refusal(capsys, tmp_path / "run", folder, **{"model.frozen_bits": 5, "lora.rank": 2})
+    assert not (tmp_path / "run").exists()

@@ -56,7 +56,7 @@ def exported_policy(run: Run, iteration: int) -> Params:
 
 def leaves_merged(config: Config) -> bool:
     """Returns whether rounds leave whole weights, `policy/` or `reward_model/`."""
-    return not config.lora.rank or config.lora.export != "adapter"
+    return not config.lora.rank or (config.lora.export != "adapter" and config.model.frozen_bits is None)
 
 
 def leaves_adapter(config: Config, model: Transformer) -> bool:
