@@ -47,6 +47,7 @@ SLOW = {
     "test_interruptions",
     "test_layer_layout",
     "test_model_card",
+    "test_notebook",
     "test_offline_steps",
     "test_package",
     "test_packing",
