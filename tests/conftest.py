@@ -44,6 +44,7 @@ SLOW = {
     "test_gradients",
     "test_hf_weights",
     "test_hosts",
+    "test_hub",
     "test_interruptions",
     "test_layer_layout",
     "test_model_card",

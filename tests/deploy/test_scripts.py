@@ -19,7 +19,7 @@ SCRIPTS = sorted((ROOT / "deploy").glob("*.sh"))
 WORDS = ("fox", "fig", "cat", "red", "ten", "oak")
 
 SRUN = """
-# Starts two tasks with the variables of a job step. In the job's first life it sends both SIGTERM once responses are sampled.
+# Starts two tasks with the variables of a job step. The first time it sends both SIGTERM once responses are sampled.
 import glob, os, signal, subprocess, sys, time
 place = os.environ["PLACE"]
 words = sys.argv[1:]

@@ -47,9 +47,10 @@ def test_the_notebook_has_the_form_and_no_outputs():
 def test_every_command_is_ours(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line for cell in CODE for line in re.findall(r"^!(.*)$", cell, re.MULTILINE)]
+    texts = {name: text for cell in CODE for name, text in re.findall(r'^(\w+) = "(.*)"$', cell, re.MULTILINE)}
     directories = []
     for line in lines:
-        words = shlex.split(line.replace("{python}", "python").replace("{more}", ""))
+        words = shlex.split(line.format(**{**texts, "python": "python"}))
         config = parsed(words)
         directories.append(config.run.directory if "train.py" in words else config.model.path)
     assert directories == ["runs/tiny", "runs/tiny", "runs/smollm2", "runs/smollm2"]
@@ -97,7 +98,17 @@ def test_the_choice_is_that_of_the_resolver(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     image, choice = lines_of_pip(path), functions()
     (tmp_path / "kept.txt").write_text(choice["kept"](image))
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-q", "-r", "requirements.txt"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "-q",
+        "-r",
+        "requirements.txt",
+    ]
     beside = subprocess.run([*command, "-c", str(tmp_path / "kept.txt")], text=True, capture_output=True)
     keeps = choice["chosen_python"](image) == sys.executable
     assert (beside.returncode == 0) == keeps, beside.stderr[-2000:]
