@@ -2,6 +2,7 @@
 the run.
 """
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -118,6 +119,13 @@ def test_a_round_of_adapters_alone_pushes_these(left, pushed, fake, tmp_path):
         (tmp_path / name / "README.md").write_text(name)
     hub.push_round(tmp_path, 3, "me/mine")
     assert fake.commits == [("me/mine", "Iteration 3", {"README.md": (pushed if left[1:] else left[0]).encode()})]
+
+
+@pytest.mark.parametrize("name", ["create_repo", "upload_folder"])
+def test_the_fake_takes_what_the_client_takes(name):
+    real, own = (inspect.signature(getattr(each, name)).parameters for each in (huggingface_hub.HfApi, Hub))
+    assert {key for key in own if key not in ("self", "repository")} <= set(real)
+    assert list(real)[1] == "repo_id"  # create_repo's first one, which is given by its place
 
 
 def test_the_start_of_a_run_has_nothing_to_push(fake, tmp_path):
