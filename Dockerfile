@@ -17,13 +17,13 @@ WORKDIR /sso_jax
 
 # The requirements alone, so that a change of the code installs nothing anew.
 COPY requirements.txt requirements-cuda.txt requirements-tpu.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     case "$DEVICE" in \
         cpu) set -- ;; \
         cuda | tpu) set -- -r "requirements-$DEVICE.txt" ;; \
         *) echo "DEVICE is $DEVICE; give cpu, cuda or tpu" >&2; exit 2 ;; \
     esac && \
-    pip install --root-user-action=ignore -r requirements.txt "$@" "gcsfs>=2026.2"
+    pip install --cache-dir /var/cache/pip --root-user-action=ignore -r requirements.txt "$@" "gcsfs>=2026.2"
 
 COPY . .
 RUN install --directory --owner=sso runs
