@@ -17,6 +17,7 @@ WORKDIR /sso_jax
 
 # The requirements alone, so that a change of the code installs nothing anew.
 COPY requirements.txt requirements-cuda.txt requirements-tpu.txt ./
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/var/cache/pip \
     case "$DEVICE" in \
         cpu) set -- ;; \
