@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from sso_jax.commands import dry_run
 from sso_jax.commands.collapse_warnings import collapse_warnings
+from sso_jax.commands.hub import check_push, finish_push, push_round
+from sso_jax.commands.logged_samples import samples_of_round
 from sso_jax.commands.model_card import write_cards
 from sso_jax.commands.preference_dataset import write_preference_dataset
 from sso_jax.commands.report.page import write_report
@@ -82,8 +84,9 @@ def run(config: Config) -> None:
     harmed = _harmed_rounds(directory, config.run.iterations)
     if not harmed and finished(directory / f"iteration_{config.run.iterations}", "round") is not None:
         log.info("%s is finished; see %s", directory, directory / "report.html")
-        return
+        return finish_push(directory, config.run.iterations, config.run.push_to_hub)
     check_logging(config.logging)
+    check_push(config.run.push_to_hub)
     with ExitStack() as stack:
         stack.enter_context(report_lost_process())
         prepared = _prepare(config, directory, stack)
@@ -102,6 +105,7 @@ MAY_CHANGE = (
     "run.compilation_cache",
     "run.directory",
     "run.on_changed_config",
+    "run.push_to_hub",
 )
 """Fields that may differ when a run is resumed."""
 
@@ -174,7 +178,10 @@ def _run_rounds(run: Run) -> None:
         record.write()
         if is_first():
             write_report(run.directory)
+        run.metrics.write_samples(samples_of_round(this.folder, run.config.logging.samples), iteration)
+        push_round(this.folder, iteration, run.config.run.push_to_hub)
     log.info("done: %s", run.directory / "report.html")
+    finish_push(run.directory, run.config.run.iterations, run.config.run.push_to_hub)
 
 
 def _warnings(this: Round, rows: list[dict]) -> list[str]:

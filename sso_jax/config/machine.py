@@ -21,6 +21,9 @@ class RunConfig:
     on_changed_config: Literal["refuse", "take_new", "take_old"] = "refuse"
     """What to do if run.directory was started with other values: `refuse` fails and names them, `take_new` resumes with
     the present ones (finished stages stay as they are), `take_old` with the original ones."""
+    push_to_hub: Optional[str] = None
+    """Repository of the Hugging Face hub, OWNER/NAME, to which every round uploads its policy when it ends, as one
+    commit; the token is that of HF_TOKEN or of `hf auth login`."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "run.seed", self.seed, "an integer from 0 to 2147483647")
@@ -108,3 +111,8 @@ class LoggingConfig:
     """Also write the scalars of metrics.jsonl for TensorBoard, to `RUN/tensorboard`."""
     wandb_project: Optional[str] = None
     """Weights & Biases project that receives the same scalars; needs the `wandb` package."""
+    samples: int = 4
+    """Pairs of each round that TensorBoard shows as text and Weights & Biases as a table; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, "logging.samples", self.samples, "0 or more")

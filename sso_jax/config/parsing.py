@@ -17,7 +17,7 @@ from sso_jax.config.help import help_text, topic_of
 from sso_jax.config.null_values import file_with_null, optional_fields, with_null
 from sso_jax.config.refusals import refusal
 from sso_jax.config.shipped import with_config_files
-from sso_jax.config.values import KEY_REMEDY, require
+from sso_jax.config.values import HUB_REMEDY, KEY_REMEDY, require
 from sso_jax.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ log = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound="DataclassInstance")
 _KEY_FIELD = re.compile(r"(?:^|[._-])(?:key|token|secret|password|authorization|bearer)$|apikey$", re.IGNORECASE)
 """Field names under which people put an API key into a config."""
+_HUB_FIELD = re.compile(r"hub|hf_|hugging", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+"""A value with a token of the Hugging Face hub in it."""
+
+
+def without_tokens(text: str) -> str:
+    """Returns a text with tokens of the Hugging Face hub struck out, for messages."""
+    return _HUB_TOKEN.sub("hf_***", text)
 
 
 def _fields_of_file(rows: object, prefix: str = "") -> dict[str, object]:
@@ -93,12 +101,15 @@ def _refuse_renamed(argv: list[str], files: list[str]) -> None:
 
 def _refuse_keys(argv: list[str], files: list[str]) -> None:
     """Raises `InputError` for an API key on the command line or in a config file, without repeating its value."""
-    given = [(part.lstrip("-").split("=")[0], "the command line") for part in argv if part.startswith("--")]
-    given += [(name, file) for file in files for name in _read_config_file(file)]
-    for name, place in given:
-        if _KEY_FIELD.search(name):
+    options = [(part.lstrip("-").partition("="), value) for part, value in _with_next(argv) if part.startswith("--")]
+    given = [(name, own if equals else value, "the command line") for (name, equals, own), value in options]
+    given += [(name, str(value), file) for file in files for name, value in _read_config_file(file).items()]
+    for name, value, place in given:
+        of_hub = bool(_HUB_TOKEN.search(value))
+        if of_hub or _KEY_FIELD.search(name):
+            kind, remedy = ("token", HUB_REMEDY) if of_hub or _HUB_FIELD.search(name) else ("key", KEY_REMEDY)
             raise InputError(
-                f"{name}: an API key does not belong on the command line or in a config ({place}); {KEY_REMEDY}"
+                f"{name}: an API {kind} does not belong on the command line or in a config ({place}); {remedy}"
             )
 
 

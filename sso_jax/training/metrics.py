@@ -57,12 +57,36 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log({f"train/{name}": value for name, value in scalars.items()}, step=step)
 
+    def write_samples(self, samples: list[dict[str, str]], iteration: int) -> None:
+        """Shows a few pairs of a round: as text in TensorBoard, at the step of the round, and as a table in W&B.
+
+        Args:
+          samples: texts by name; all have the same names.
+          iteration: number of the round.
+        """
+        if not samples:
+            return
+        if self.tensorboard is not None:
+            parts = ["\n\n".join(f"**{name}**\n\n{_quoted(text)}" for name, text in row.items()) for row in samples]
+            self.tensorboard.add_text("samples", "\n\n---\n\n".join(parts), iteration)
+        if self.wandb is not None:
+            import wandb
+
+            table = wandb.Table(columns=list(samples[0]), data=[list(row.values()) for row in samples])
+            num_updates = len(list(read_json_lines(self.path))) if self.path.is_file() else 0
+            self.wandb.log({f"samples/iteration_{iteration}": table}, step=max(num_updates - 1, 0))
+
     def close(self) -> None:
         """Flushes buffered metrics."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _quoted(text: str) -> str:
+    """Returns a text as a block of Markdown that shows it as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    "
 
 
 def check_logging(config: LoggingConfig) -> None:
