@@ -19,7 +19,7 @@ class ModelConfig:
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the tensors in the exported `policy/` folders."""
     frozen_bits: Optional[Literal[8, 4]] = None
-    """Bits of the frozen weights under adapters (`lora.rank`), which are quantized by blocks of 64 when they are read;
+    """Bits of the frozen weights under adapters (`lora.rank`), which are quantized by block when they are read;
     null keeps them in param_dtype."""
     reference_path: Optional[str] = None
     """Hugging Face folder of the reference model; null uses the policy at the start of the round."""

@@ -144,7 +144,7 @@ class Projection(nn.Module):
         integers = self.param("kernel", zeros, self.shape, TYPES[bits])
         axes = (*self.axes[:axis], None, *self.axes[axis + 1 :])  # blocks are too few to be split
         ones = nn.with_logical_partitioning(nn.initializers.ones, axes)
-        scale = self.param(SCALE, ones, scale_shape(self.shape, axis), jnp.float32)
+        scale = self.param(SCALE, ones, scale_shape(self.shape, axis, bits), jnp.float32)
         return dequantize(integers, scale, axis, self.dtype)
 
     def _low_rank(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
