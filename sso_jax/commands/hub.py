@@ -10,14 +10,14 @@ from pathlib import Path
 from sso_jax.config.parsing import without_tokens
 from sso_jax.config.values import HUB_REMEDY
 from sso_jax.models.export import POLICY_FOLDER, REWARD_FOLDER
-from sso_jax.models.peft_adapters import ADAPTER_FOLDER
+from sso_jax.models.peft_adapters import ADAPTER_FOLDER, REWARD_ADAPTER_FOLDER
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.files import files_below, is_remote
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.signals import stop_requested
 from sso_jax.runtime.stage_markers import finish, finished
 
-FOLDERS = (POLICY_FOLDER, REWARD_FOLDER, ADAPTER_FOLDER)
+FOLDERS = (POLICY_FOLDER, REWARD_FOLDER, ADAPTER_FOLDER, REWARD_ADAPTER_FOLDER)
 """What is uploaded of a round: the first of these that it left."""
 STAGE = "push"
 WAITS_SECONDS = (2.0, 10.0)
