@@ -59,6 +59,7 @@ SLOW = {
     "test_safetensors_folder",
     "test_sampler",
     "test_sampling_params",
+    "test_served_sampling",
     "test_spo_head",
     "test_step_limits",
     "test_stops",

@@ -98,7 +98,8 @@ def _refuse_keys(argv: list[str], files: list[str]) -> None:
     for name, place in given:
         if _KEY_FIELD.search(name):
             raise InputError(
-                f"{name}: an API key does not belong on the command line or in a config ({place}); {KEY_REMEDY}"
+                f"{name}: an API key does not belong on the command line or in a config ({place}); "
+                f"{KEY_REMEDY.format('endpoint.key_variable')}"
             )
 
 

@@ -298,6 +298,11 @@ class Gathering:
         """Number of requests that are done, answered or not."""
         return len(self.outcomes)
 
+    @property
+    def num_kept(self) -> int:
+        """Number of requests that have an answer."""
+        return sum(outcome.values is not None for outcome in self.outcomes.values())
+
     def advance(self, seconds: float) -> bool:
         """Takes what arrives within so many seconds; returns whether all requests are done.
 
@@ -332,11 +337,11 @@ class Gathering:
         """Raises `InputError` if so many requests failed in a row that the server must be down or refuse them all."""
         client, failed = self._client, self._failures_in_row
         if failed >= min(max(8, 2 * client.concurrency), len(self._asked)):
-            num_kept = sum(outcome.values is not None for outcome in self.outcomes.values())
             said = f", at last with {last.detail}" if last.detail else ""
             raise InputError(
                 f"{client.fields.url}: {client.url} failed {failed} questions in a row ({last.lost}){said}; "
-                f"{num_kept} of {len(self._asked)} answers are kept; run the same command again to resume from there"
+                f"{self.num_kept} of {len(self._asked)} answers are kept; run the same command again to resume "
+                "from there"
             )
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """A server that a run starts as a process of its own, and that never outlives the run."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class ServerProcess:
         """
         output.parent.mkdir(parents=True, exist_ok=True)
         self.output = output
-        self._start = output.stat().st_size if output.exists() else 0
+        self._start = os.path.getsize(output) if output.exists() else 0
         with open(output, "ab") as file:
             guard = [sys.executable, "-I", guarded_command.__file__, *argv]
             self._process = subprocess.Popen(
