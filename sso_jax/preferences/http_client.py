@@ -206,6 +206,11 @@ class HttpClient:
 
     def _refuse_status(self, response: httpx2.Response) -> None:
         """Raises `InputError` for statuses that no retry will fix: a rejected key, a wrong URL."""
+        if response.status_code in (401, 403) and self._key_variable is None:
+            raise InputError(
+                f"{self.fields.key_variable}: {self.url} returned {response.status_code} without a key; name the "
+                "environment variable that holds one"
+            )
         if response.status_code in (401, 403):
             raise InputError(
                 f"{self.fields.key_variable}: {self.url} returned {response.status_code} for the key in "

@@ -17,11 +17,13 @@ import pytest
 from openai_server import Misbehave, serve
 from policy_server import Completions
 from toys import toy_model, toy_params
+from two_processes import start_process
 
 import train
 from sso_jax.commands import train as train_command
 from sso_jax.models.export import export_policy
 from sso_jax.preferences import http_client, policy_server
+from sso_jax.runtime.server_process import free_port
 from sso_jax.toy.pretraining import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,7 +340,26 @@ def test_recipes_that_do_not_sample_refuse_a_server(model_folder, tmp_path, caps
     assert "sampling.source: 'endpoint' is not used by recipe 'sft'; remove it" in last_line(capsys, sft)
 
 
-def test_the_running_thread_count_is_not_left_higher(model_folder, tmp_path, in_this_process):
+def test_of_two_processes_the_first_has_the_server_and_both_are_told_of_its_end(model_folder, tmp_path):
+    """The server dies once, and both processes end with status 1; the same commands then go on."""
+    server = by_server(f"{COMMAND} --die_once {tmp_path / 'died'}")
+    argv = command(model_folder, tmp_path, "two", **server, **{"run.compilation_cache": tmp_path / "xla"})
+    logs = [tmp_path / f"process_{i}.log" for i in range(2)]
+
+    def both() -> list[int]:
+        port = free_port()
+        processes = [start_process(argv, port, i, log) for i, log in enumerate(logs)]
+        return [process.wait(timeout=300) for process in processes]
+
+    assert both() == [1, 1], [log.read_text()[-2000:] for log in logs]
+    assert all("the server exited with status 9 while it sampled" in log.read_text() for log in logs)
+    assert both() == [0, 0], [log.read_text()[-2000:] for log in logs]
+    assert train.main(command(model_folder, tmp_path, "own")) == 0
+    assert response_ids(tmp_path / "two") == response_ids(tmp_path / "own")
+    assert len(served_processes(tmp_path / "two")) == 2  # one for each time
+
+
+def test_no_thread_outlives_the_stage(model_folder, tmp_path, in_this_process):
     """Neither the clients' nor the servers' threads outlive the stage."""
     before = threading.active_count()
     assert train.main(command(model_folder, tmp_path, "run", **IN_THIS_PROCESS)) == 0
