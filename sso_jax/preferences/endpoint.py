@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sso_jax.data.records import Answer, Question
-from sso_jax.preferences.http_client import Asked, Failure, Gathering, HttpClient
+from sso_jax.preferences.gathering import Asked, Gathering
+from sso_jax.preferences.http_client import Failure, HttpClient
 from sso_jax.runtime.hosts import stop_alone
 from sso_jax.runtime.signals import Stopped
 

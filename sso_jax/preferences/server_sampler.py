@@ -16,7 +16,7 @@ import numpy as np
 from sso_jax.config import SamplingConfig
 from sso_jax.models.fingerprint import fingerprint
 from sso_jax.preferences.completions import PATH, completion_body, read_completion
-from sso_jax.preferences.http_client import Asked, Gathering, kept_answers
+from sso_jax.preferences.gathering import Asked, Gathering, kept_answers
 from sso_jax.preferences.policy_server import PolicyServer, server_field
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.hosts import is_first, on_first_process, stop_now

@@ -101,7 +101,5 @@ def test_the_key_of_a_server_comes_from_the_variable_that_is_named_for_it(monkey
     with serve(complete=lambda body: body, key="own") as running:
         of_url = {"source": "endpoint", "server_url": running.url()}
         check_server(SamplingConfig(**of_url, server_key_variable="SERVER_KEY"))
-        with pytest.raises(
-            InputError, match=r"^sampling.server_key_variable: .* 401 without a key; name"
-        ):
+        with pytest.raises(InputError, match=r"^sampling.server_key_variable: .* 401 without a key; name"):
             check_server(SamplingConfig(**of_url))

@@ -21,6 +21,7 @@ from two_processes import start_process
 
 import train
 from sso_jax.commands import train as train_command
+from sso_jax.commands.report.page import write_report
 from sso_jax.models.export import export_policy
 from sso_jax.preferences import http_client, policy_server
 from sso_jax.runtime.server_process import free_port
@@ -128,6 +129,8 @@ def test_two_rounds_by_a_real_server_are_those_of_our_own_sampler(model_folder, 
     assert weights[0] == weights[1]
     assert f"serving {served / 'iteration_1' / 'policy'} as" in (served / "iteration_2" / "server.log").read_text()
     assert not (served / "sampling").exists()
+    write_report(served)
+    assert "served" in (served / "report.html").read_text()
 
 
 def test_a_server_that_dies_in_the_middle_is_told_and_the_same_command_goes_on(model_folder, tmp_path, capsys):
@@ -192,6 +195,14 @@ def test_a_generator_is_served_from_a_folder_of_its_own(model_folder, tmp_path, 
 
 def first_ids(run) -> dict[str, dict[str, list[int]]]:
     return response_ids(run, "iteration_1/generator")
+
+
+def test_pairs_of_a_reward_model_are_sampled_by_a_server_too(model_folder, tmp_path, in_this_process):
+    recipe = {"recipe": "reward", "train.epochs": 1}
+    assert train.main(command(model_folder, tmp_path, "own", **recipe)) == 0
+    assert train.main(command(model_folder, tmp_path, "served", **recipe, **IN_THIS_PROCESS)) == 0
+    assert in_this_process.served == [str(model_folder)]
+    assert response_ids(tmp_path / "served") == response_ids(tmp_path / "own")
 
 
 @pytest.mark.parametrize("export", ["adapter", "both"])
