@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,16 +99,10 @@ class ServerSampler:
             ]
             return [Asked(_key(weights, body), body, {}) for body in bodies]
 
-        num_new = len(requests)
-        kept = on_first_process(lambda: [one["ids"] for one in kept_answers(self.journal, asked("")).values()])
-        if len(kept) == len(requests):
-            responses, num_new = kept, 0
-        else:
-            responses, num_new = self._by_server(params, asked, stage), len(requests) - len(kept)
-        for ids in responses:
-            if self.own.known_tokens is not None:
-                self.own.known_tokens.require(ids, f"{server_field(self.config)}: a response of the server")
-        num_tokens = sum(map(len, responses)) if num_new else 0
+        kept = on_first_process(lambda: [[i, one["ids"]] for i, one in kept_answers(self.journal, asked("")).items()])
+        whole = len(kept) == len(requests)
+        responses = [ids for _, ids in kept] if whole else self._by_server(params, asked, stage)
+        num_tokens = sum(map(len, responses)) - sum(len(ids) for _, ids in kept)
         cut = [ids[-1] not in self.own.stop_ids for ids in responses]
         return Samples(responses, cut, SamplingStats(num_tokens, time.perf_counter() - start))
 
@@ -140,8 +133,7 @@ class ServerSampler:
         self, server: PolicyServer, asked: list[Asked], stage: str, journal: Path | None
     ) -> list[dict[str, Any]]:
         """Returns the server's answers in the order of the requests."""
-        read = partial(read_completion, field=server_field(self.config))
-        gathering = Gathering(server.connection(), PATH, asked, read, stage, journal) if is_first() else None
+        gathering = Gathering(server.connection(), PATH, asked, self._read, stage, journal) if is_first() else None
 
         def advance() -> list[Any]:
             assert gathering is not None  # called on the first process only
@@ -167,6 +159,14 @@ class ServerSampler:
         finally:
             if gathering is not None:
                 gathering.close()
+
+    def _read(self, payload: Any, body: dict[str, Any]) -> dict[str, Any]:
+        """Returns the values of an answer, whose ids are tokens of the model (see `read_completion`)."""
+        server = server_field(self.config)
+        values = read_completion(payload, body, server)
+        if self.own.known_tokens is not None:
+            self.own.known_tokens.require(values["ids"], f"{server}: a response of the server")
+        return values
 
     def _check(self, server: PolicyServer, params: dict[str, Any], requests: list[Asked], stage: str) -> None:
         """Raises `InputError` if the server's log-probs of its responses to some requests are not our own."""

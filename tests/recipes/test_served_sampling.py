@@ -293,6 +293,22 @@ def test_a_server_that_answers_with_text_alone_is_refused(model_folder, tmp_path
     assert "a text that is tokenized again can have other ids than were sampled" in said
 
 
+def test_tokens_that_the_model_does_not_have_are_refused_and_not_kept(model_folder, tmp_path, capsys):
+    def another_vocabulary(body: dict) -> dict:
+        return {
+            "text": "",
+            "token_ids": [5000] * body["max_tokens"],
+            "finish_reason": "length",
+            "logprobs": {"token_logprobs": [-1.0] * body["max_tokens"]},
+        }
+
+    with serve(complete=another_vocabulary) as server:
+        fields = {"sampling.source": "endpoint", "sampling.server_url": server.url()}
+        said = last_line(capsys, command(model_folder, tmp_path, "run", **fields))
+    assert "sampling.server_url: a response of the server needs token 5000, for which the model's embedding" in said
+    assert not (tmp_path / "run" / "sampling" / "server_responses.jsonl").exists()
+
+
 def test_requests_that_the_server_refuses_are_told_with_what_it_said(model_folder, tmp_path, capsys):
     with ExitStack() as stack:
         completions = Completions(model_folder)
