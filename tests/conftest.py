@@ -65,6 +65,7 @@ SLOW = {
     "test_sampler",
     "test_sampling_params",
     "test_scripts",
+    "test_served_sampling",
     "test_spo_head",
     "test_step_limits",
     "test_stops",

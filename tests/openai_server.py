@@ -1,4 +1,7 @@
-"""A tiny OpenAI-compatible server on the loopback, real HTTP, that misbehaves as it is told; and what it saw."""
+"""A tiny OpenAI-compatible server on the loopback, real HTTP, that misbehaves as it is told; and what it saw.
+
+It answers chats with texts, or completions of token ids with choices.
+"""
 
 import json
 import threading
@@ -35,13 +38,19 @@ class Misbehave:
 
 class Server:
     """Answers `answer(question text)`; `plan(question text, how often it was asked)` may return a misbehaviour
-    instead.
+    instead. With `complete` it answers completions by `complete(body)`, a choice, and is healthy; the question text is
+    then the prompt's ids as JSON.
     """
 
     def __init__(
-        self, answer: Callable[[str], str], plan=lambda text, tries: None, models=("tiny",), key: str | None = None
+        self,
+        answer: Callable[[str], str] = str.upper,
+        plan=lambda text, tries: None,
+        models=("tiny",),
+        key: str | None = None,
+        complete: Callable[[dict], dict] | None = None,
     ):
-        self.answer, self.plan, self.models, self.key = answer, plan, models, key
+        self.answer, self.plan, self.models, self.key, self.complete = answer, plan, models, key, complete
         self.asked: Counter = Counter()
         self.bodies: list[dict] = []
         self.moments: list[float] = []
@@ -76,7 +85,9 @@ def _handler(server: Server) -> type:
             return False
 
         def do_GET(self):
-            if self.allowed() and self.path == "/v1/models":
+            if server.complete is not None and self.path == "/health":
+                self.send(200, b"", {})
+            elif self.allowed() and self.path == "/v1/models":
                 self.send(200, json.dumps({"data": [{"id": name} for name in server.models]}).encode(), {})
             elif self.path != "/v1/models":
                 self.send(404, b"<html>not here</html>", {})
@@ -85,10 +96,10 @@ def _handler(server: Server) -> type:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if not self.allowed():
                 return
-            if self.path != "/v1/chat/completions":
+            if self.path != ("/v1/chat/completions" if server.complete is None else "/v1/completions"):
                 self.send(404, b"<html>not here</html>", {})
                 return
-            text = body["messages"][-1]["content"]
+            text = body["messages"][-1]["content"] if server.complete is None else json.dumps(body["prompt"])
             with server.lock:
                 server.asked[text] += 1
                 server.bodies.append(body)
@@ -98,17 +109,20 @@ def _handler(server: Server) -> type:
             if misbehave is not None:
                 misbehave(self)
                 return
-            choice = {"message": {"role": "assistant", "content": server.answer(text)}}
+            if server.complete is not None:
+                choice = server.complete(body)
+            else:
+                choice = {"message": {"role": "assistant", "content": server.answer(text)}}
             self.send(200, json.dumps({"choices": [choice]}).encode(), {})
 
     return Handler
 
 
 @contextmanager
-def serve(*args, **kwargs):
+def serve(*args, port: int = 0, **kwargs):
     """A `Server` that runs while the `with` is open."""
     server = Server(*args, **kwargs)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
+    http = ThreadingHTTPServer(("127.0.0.1", port), _handler(server))
     http.daemon_threads = True
     server.port = http.server_address[1]
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

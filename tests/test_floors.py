@@ -27,7 +27,7 @@ ONLY_IN = {
     "orbax": "training/checkpoints.py",
     "tensorboardX": "training/metrics.py",
     "matplotlib": "commands/report/figures.py",
-    "httpx2": "preferences/endpoint.py",
+    "httpx2": "preferences/http_client.py",
 }
 WITHOUT_JAX = ("config", "data")
 MOST_PARAMETERS, MOST_LINES, LONGEST_LINE = 8, 60, 120

@@ -75,6 +75,8 @@ def _check_fields(config: SampleConfig) -> None:
     for name in ("anchor_rejected", "rejected_path"):
         if value := getattr(config.sampling, name):
             raise InputError(f"sampling.{name}: {value!r} is for the rounds of train.py; remove it")
+    if config.sampling.source != "policy":
+        raise InputError(f"sampling.source: {config.sampling.source!r} is for the rounds of train.py; remove it")
     if config.out is None and config.query is None:
         raise InputError("out: not given; give the file to write")
     if config.out is not None and not Path(config.out).parent.is_dir():

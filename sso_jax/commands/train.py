@@ -26,6 +26,7 @@ from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights
 from sso_jax.models.peft_adapters import check_adapter
 from sso_jax.models.peft_folder import open_adapter
+from sso_jax.preferences.policy_server import check_server
 from sso_jax.preferences.principle_sources import open_endpoint
 from sso_jax.recipes import RECIPES
 from sso_jax.recipes.engine import (
@@ -100,6 +101,13 @@ MAY_CHANGE = (
     "mesh",
     "hosts",
     "sampling.mesh",
+    "sampling.server_command",
+    "sampling.server_url",
+    "sampling.server_model",
+    "sampling.server_key_variable",
+    "sampling.server_start_seconds",
+    "sampling.server_answer_seconds",
+    "sampling.server_tolerance",
     "dry_run",
     "logging",
     "run.compilation_cache",
@@ -212,6 +220,8 @@ def _prepare(config: Config, directory: Path, stack: ExitStack) -> Run:
     recipe = RECIPES[config.recipe]
     endpoint = open_endpoint(config.endpoint, config.principles.source, config.judging.pairs)
     held_out_source, source = read_held_out(config, recipe), recipe.read(config)
+    if config.sampling.source == "endpoint":
+        check_server(config.sampling)
     evaluation_queries = read_evaluation_queries(config)
     mesh = mesh_of(config.mesh)
     if config.filter.reward_path is not None:

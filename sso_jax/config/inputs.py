@@ -1,11 +1,9 @@
 """Config sections for the inputs of a run: queries, principles, endpoint, judging, pairs, demonstrations."""
 
-import re
-import urllib.parse
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from sso_jax.config.values import KEY_REMEDY, require
+from sso_jax.config.values import require, require_address, require_variable
 from sso_jax.runtime.errors import InputError
 
 
@@ -99,21 +97,8 @@ class EndpointConfig:
     """Tokens added to the limits of answers, for a server whose model thinks before it answers."""
 
     def __post_init__(self) -> None:
-        if self.url is not None:
-            parts = urllib.parse.urlsplit(self.url)
-            require(
-                parts.scheme in ("http", "https") and bool(parts.hostname),
-                "endpoint.url",
-                self.url,
-                "http(s)://HOST[:PORT]/v1",
-            )
-            if parts.username or parts.password or parts.query:
-                raise InputError(
-                    f"endpoint.url: contains a user name, password or query besides the address ({parts.hostname}); "
-                    f"{KEY_REMEDY}"
-                )
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
-            raise InputError(f"endpoint.key_variable: not the name of an environment variable; {KEY_REMEDY}")
+        require_address("endpoint.url", self.url, "endpoint.key_variable")
+        require_variable("endpoint.key_variable", self.key_variable)
         require(self.timeout_seconds > 0, "endpoint.timeout_seconds", self.timeout_seconds, "a number above 0")
         require(self.retries >= 0, "endpoint.retries", self.retries, "0 or more")
         rate = self.requests_per_minute

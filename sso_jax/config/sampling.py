@@ -1,10 +1,11 @@
 """Config sections for sampling responses and filtering pairs: sampling, filter."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Literal, Optional
 
 from sso_jax.config.machine import MeshConfig
-from sso_jax.config.values import require
+from sso_jax.config.values import require, require_address, require_variable
 from sso_jax.runtime.errors import InputError
 
 
@@ -40,6 +41,26 @@ class SamplingConfig:
     rejected_context: Literal["negative", "plain"] = "negative"
     """Prompt from which the model of sampling.rejected_path samples y-: x-, or x, which leaves the contrast to the
     models."""
+    source: Literal["policy", "endpoint"] = "policy"
+    """What samples y+, y- and y_o: the `policy` on the run's own devices, or an `endpoint`, an OpenAI-compatible server
+    of the same policy that returns token ids (vLLM, SGLang)."""
+    server_command: Optional[str] = None
+    """Command that starts the server of source `endpoint`, such as `vllm serve {policy} --port {port}`: a program with
+    its arguments, without a shell; `{policy}` becomes the policy's folder, `{port}` a free port of 127.0.0.1."""
+    server_url: Optional[str] = None
+    """Base URL of a running server for source `endpoint`, such as http://localhost:8000/v1, in place of a command; you
+    load each round's policy into it."""
+    server_model: Optional[str] = None
+    """Name of the policy on the server; null uses the server's model if it lists exactly one."""
+    server_key_variable: Optional[str] = None
+    """Environment variable with the server's API key, if it needs one."""
+    server_start_seconds: float = 1800.0
+    """Maximum time for a started server to become healthy."""
+    server_answer_seconds: float = 600.0
+    """Maximum time to wait for a whole response of the server."""
+    server_tolerance: float = 0.05
+    """Maximum mean difference, in nats a token, between the server's log-probs of its responses and our own, above
+    which it serves other weights."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
@@ -58,6 +79,59 @@ class SamplingConfig:
                 f"sampling.rejected_context: {self.rejected_context!r} is for another model's y-; give "
                 "sampling.rejected_path, or remove it"
             )
+        self._check_server()
+
+    def _check_server(self) -> None:
+        for name in ("server_start_seconds", "server_answer_seconds", "server_tolerance"):
+            require(getattr(self, name) > 0, f"sampling.{name}", getattr(self, name), "a number above 0")
+        of_server = ("server_command", "server_url", "server_model", "server_key_variable")
+        given = {name: value for name in of_server if (value := getattr(self, name)) is not None}
+        if self.source == "policy":
+            for name, value in given.items():
+                raise InputError(
+                    f"sampling.{name}: {value!r} is for a server; set sampling.source to endpoint, or remove it"
+                )
+            return
+        if len({"server_command", "server_url"} & given.keys()) != 1:
+            raise InputError(
+                f"sampling.source: 'endpoint' with sampling.server_command {self.server_command!r} and "
+                f"sampling.server_url {self.server_url!r}; give one of them: the command that starts the server, or "
+                "the address of a running one"
+            )
+        others = {"policies": 1, "anchor_rejected": False, "rejected_path": None}
+        for name, default in others.items():
+            if (value := getattr(self, name)) != default:
+                raise InputError(
+                    f"sampling.{name}: {value!r} with sampling.source 'endpoint', whose server has the round's policy "
+                    "alone; remove one of them"
+                )
+        require_address("sampling.server_url", self.server_url, "sampling.server_key_variable")
+        require_variable("sampling.server_key_variable", self.server_key_variable)
+        if self.server_command is not None:
+            server_argv(self.server_command, "", 0)
+
+
+def server_argv(command: str, policy: str, port: int) -> list[str]:
+    """Returns the words of `sampling.server_command` with the folder of the policy and the port filled in.
+
+    `serve {policy} --port {port}` becomes `["serve", "/runs/policy", "--port", "8001"]`.
+
+    Raises:
+      InputError: if the command has an open quote, or lacks `{policy}` or `{port}`.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(
+            f"sampling.server_command: {command!r} cannot be split into words ({error}); close its quotes"
+        ) from error
+    for name, meaning in (("{policy}", "the folder of the policy to serve"), ("{port}", "the port to listen on")):
+        if not any(name in word for word in words[1:]):
+            raise InputError(
+                f"sampling.server_command: {command!r} lacks {name}; write it where the server's arguments have "
+                f"{meaning}"
+            )
+    return [word.replace("{policy}", policy).replace("{port}", str(port)) for word in words]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
 from sso_jax.preferences.pairs import drop_empty_contrasts, ids_of
-from sso_jax.sampling.sampler import Request, Sampler, Samples, role_numbers, row_key
+from sso_jax.sampling.sampler import Request, ResponseSampler, Sampler, Samples, role_numbers, row_key
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
 """The context that each response is sampled from."""
@@ -59,7 +59,7 @@ class SampledTriples(NamedTuple):
 
 
 def sample_triples(
-    sampler: Sampler,
+    sampler: ResponseSampler,
     policies: Sequence,
     tokenizer: PreTrainedTokenizerBase,
     queries: list[SteeredQuery],

@@ -37,9 +37,11 @@ def refuse_fields(recipe: str, unused: dict[str, Any]) -> None:
 
 
 def sampling_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of what y- is sampled from, by dotted name, for recipes that do not sample pairs."""
+    """Returns the fields of what responses are sampled from, by dotted name, for recipes that do not sample pairs."""
     names = ("anchor_rejected", "rejected_path")
-    return {f"sampling.{name}": getattr(config.sampling, name) for name in names}
+    fields = {f"sampling.{name}": getattr(config.sampling, name) for name in names}
+    source = config.sampling.source
+    return {**fields, "sampling.source": None if source == "policy" else source}
 
 
 def refuse_judge_order(config: Config) -> None:
@@ -83,7 +85,12 @@ def refuse_given_pairs(config: Config) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Raises `InputError` for the judge's order without a judge, or a minimum score gap without scores."""
+    """Raises `InputError` for a judge's order without a judge, a minimum score gap without scores, or a served toy."""
+    if config.sampling.source == "endpoint" and config.model.path == "toy":
+        raise InputError(
+            "sampling.source: 'endpoint' is for a model from a folder, and model.path is 'toy', which needs no server; "
+            "remove it"
+        )
     if config.pairs.control == "judge_order" and config.model.path != "toy":
         raise InputError(
             "pairs.control: 'judge_order' needs the toy world's judge; set model.path to toy, or another control"

@@ -76,7 +76,8 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
         own = steered.queries[: config.generator.queries]
         generator = train_generator(generator_round, generator_objective, policy, own, prompts)
     wanted = tuple(dict.fromkeys(cell.response for cell in policy_objective.cells))
-    sampled = responses(this, policy if generator is None else generator, steered.queries, prompts, wanted)
+    samples_with = policy if generator is None else generator
+    sampled = responses(this, samples_with, steered.queries, prompts, wanted, trained=generator is not None)
     if generator is not None:  # its training has consumed the policy's parameters
         policy = start_policy(this.run, this.iteration)
     chosen = score_and_filter(

@@ -119,7 +119,7 @@ def on_first_process(make: Callable[[], Value]) -> Value:
     """Calls `make` on the first process only and returns its JSON-serializable result in every process.
 
     Raises:
-      InputError: in every process, if `make` raises one.
+      InputError: in every process, if `make` raises one; a `RunError` likewise.
     """
     if jax.process_count() == 1:
         return make()
@@ -128,17 +128,21 @@ def on_first_process(make: Callable[[], Value]) -> Value:
 
 
 def _attempt(make: Callable[[], object]) -> dict[str, Any]:
-    """Returns the result or the `InputError` of `make` as a dictionary that can be sent to other processes."""
+    """Returns the result, the `InputError` or the `RunError` of `make` as a dictionary for other processes."""
     try:
         return {"value": make()}
     except InputError as error:
         return {"error": str(error)}
+    except RunError as error:
+        return {"run_error": str(error)}
 
 
 def _result(outcome: dict[str, Any]) -> Any:
     """Returns the value of an `_attempt`, or raises its error."""
     if "error" in outcome:
         raise InputError(outcome["error"])
+    if "run_error" in outcome:
+        raise RunError(outcome["run_error"])
     return outcome["value"]
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -72,6 +72,16 @@ def row_key(seed: int, iteration: int, query_id: str, role: str) -> tuple[int, i
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
+class ResponseSampler(Protocol):
+    """What samples responses: a `Sampler`, or a server of the policy."""
+
+    def fits(self, prompt_ids: list[int]) -> bool:
+        """Returns whether a prompt leaves room for at least one token of response."""
+
+    def sample(self, params: dict[str, Any], requests: list[Request], stage: str) -> Samples:
+        """Samples one response per request; see `Sampler.sample`."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A compiled decoder with the sampling settings of a run."""
@@ -100,6 +110,27 @@ class Sampler:
         """Returns whether a prompt leaves room for at least one token of response."""
         return len(prompt_ids) < self.max_tokens
 
+    def require_room(self, requests: Sequence[Request], stage: str) -> None:
+        """Raises `InputError` if a prompt leaves no room for a response, or has a token that the model does not know.
+
+        Args:
+          requests: prompts to answer.
+          stage: named in the message.
+        """
+        if not all(self.fits(request.prompt_ids) for request in requests):
+            longest = max(len(request.prompt_ids) for request in requests)
+            raise InputError(
+                f"{stage}: a prompt of {longest} tokens leaves no room for a response within {self.max_tokens}; "
+                "shorten it"
+            )
+        if self.known_tokens is not None:
+            for request in requests:
+                self.known_tokens.require(request.prompt_ids, f"{stage}: a prompt")
+
+    def limits(self, requests: Sequence[Request], budget: int) -> list[int]:
+        """Returns the maximum tokens of each response: `budget`, or fewer by its own limit and the room left."""
+        return [min(budget, r.limit or budget, self.max_tokens - len(r.prompt_ids)) for r in requests]
+
     def sample(
         self, params: dict[str, Any], requests: list[Request], stage: str, max_new_tokens: int | None = None
     ) -> Samples:
@@ -121,15 +152,7 @@ class Sampler:
           Stopped: between two windows of decode steps, if a stop was requested.
         """
         budget = max_new_tokens or self.max_new_tokens
-        if not all(self.fits(request.prompt_ids) for request in requests):
-            longest = max(len(request.prompt_ids) for request in requests)
-            raise InputError(
-                f"{stage}: a prompt of {longest} tokens leaves no room for a response within {self.max_tokens}; "
-                "shorten it"
-            )
-        if self.known_tokens is not None:
-            for request in requests:
-                self.known_tokens.require(request.prompt_ids, f"{stage}: a prompt")
+        self.require_room(requests, stage)
         journal = self._journal(params, requests, budget)
         done = {} if journal is None else {int(i): ids for i, ids in on_first_process(journal.read).items()}
         params = params if self.shardings is None else jax.device_put(params, self.shardings)
@@ -157,7 +180,7 @@ class Sampler:
         stage: str,
     ) -> SamplingStats:
         """Samples what is not in `done`, adds it there, and returns what it has cost."""
-        limits = [min(budget, r.limit or budget, self.max_tokens - len(r.prompt_ids)) for r in requests]
+        limits = self.limits(requests, budget)
         sizes = [Size(len(r.prompt_ids), limit) for r, limit in zip(requests, limits, strict=True)]
         platform = self.mesh.devices.flat[0].platform
         shape = pool_shape(sizes, num_slots, num_batch_shards(self.mesh), page_size_of(platform))

@@ -13,8 +13,9 @@ import pytest
 from openai_server import Misbehave, serve
 
 from sso_jax.data.records import Answer, Question
-from sso_jax.preferences import endpoint as endpoint_module
-from sso_jax.preferences.endpoint import Endpoint, retry_after_seconds
+from sso_jax.preferences import http_client
+from sso_jax.preferences.endpoint import Endpoint
+from sso_jax.preferences.http_client import retry_after_seconds
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.signals import Stopped, stop_at_safe_points
 
@@ -22,7 +23,7 @@ from sso_jax.runtime.signals import Stopped, stop_at_safe_points
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short waits between tries, no key and no proxy from the machine."""
-    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(http_client, "FIRST_WAIT_SECONDS", 0.01)
     for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
 

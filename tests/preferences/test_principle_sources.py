@@ -13,7 +13,7 @@ from sso_jax.config import PrinciplesConfig
 from sso_jax.data.chat import make_chat
 from sso_jax.data.records import Query
 from sso_jax.data.tokenizer import encode_text
-from sso_jax.preferences import endpoint as endpoint_module
+from sso_jax.preferences import http_client
 from sso_jax.preferences.principle_sources import PrincipleSource, given_principles
 from sso_jax.preferences.principles import feature_table
 from sso_jax.preferences.responses import SampleKey
@@ -159,7 +159,7 @@ def endpoint_run(model_folder, tmp_path_factory):
     5 always.
     """
     patch = pytest.MonkeyPatch()
-    patch.setattr(endpoint_module, "FIRST_WAIT_SECONDS", 0.01)
+    patch.setattr(http_client, "FIRST_WAIT_SECONDS", 0.01)
     patch.setenv("LOCAL_KEY", "sk-very-secret")
     folder = tmp_path_factory.mktemp("endpoint")
     queries = write(

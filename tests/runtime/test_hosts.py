@@ -5,7 +5,6 @@ that one reads.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from flax import linen as nn
 from jax.experimental import multihost_utils
 from toys import QUICKLY, toy_model, toy_params
+from two_processes import start_process
 
 import train
 from sso_jax.config import OptimizerConfig
@@ -28,36 +28,12 @@ from sso_jax.recipes.stages.update import abstract_state, build_optimizer
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.hosts import broadcast_from_first, fetch_global, on_first_process, stop_now
 from sso_jax.runtime.mesh import param_shardings
+from sso_jax.runtime.server_process import free_port
 from sso_jax.toy.pretraining import train_tokenizer
 from sso_jax.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = toy_model(vocab_size=1024, num_layers=1)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def start_process(arguments: list[str], port: int, number: int, log: Path) -> subprocess.Popen:
-    hosts = [
-        "--hosts.coordinator",
-        f"127.0.0.1:{port}",
-        "--hosts.num_processes",
-        "2",
-        "--hosts.process_id",
-        str(number),
-    ]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=4",
-    }
-    with open(log, "w") as file:
-        command = [sys.executable, "train.py", *arguments, *hosts]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +186,8 @@ def test_processes_that_read_different_things_are_refused_in_all_of_them():
 
 SHARING = """
 import sys
-from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.hosts import map_across_processes, join_hosts
+from sso_jax.runtime.errors import InputError, RunError
+from sso_jax.runtime.hosts import map_across_processes, on_first_process, join_hosts
 port, number = sys.argv[1], int(sys.argv[2])
 join_hosts(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number)
 own = []
@@ -224,7 +200,14 @@ def refuse(text):
 try:
     map_across_processes(refuse, ["fox", "stork", "lynx"])
 except InputError as error:
-    print(own, error)
+    refused = error
+
+def fail():
+    raise RunError("a lost server")
+try:
+    on_first_process(fail)
+except RunError as error:
+    print(own, refused, error)
 """
 
 
@@ -236,7 +219,7 @@ def test_each_process_works_out_its_own_share_and_all_have_the_whole():
         for i in range(2)
     ]
     told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
-    assert told == ["['fox', 'lynx'] a stork", "['stork'] a stork"]
+    assert told == ["['fox', 'lynx'] a stork a lost server", "['stork'] a stork a lost server"]
 
 
 def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_alike(material, runs):

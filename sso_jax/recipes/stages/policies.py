@@ -103,19 +103,44 @@ def export_adapter(this: Round, params: Params, engine: Engine, name: str) -> fl
 
 def _export_merged(this: Round, policy: Params) -> float:
     """Writes the policy of the round, with its adapters merged; returns the seconds this took."""
-    engine = this.run.engine
 
     def write() -> dict:
-        export_policy(
-            policy,
-            engine.model.architecture,
-            engine.chat.tokenizer,
-            engine.sampler.stop_ids,
-            this.folder / POLICY_FOLDER,
-            this.run.config.model.export_dtype,
-            engine.model.adapters,
-            engine.source,
-        )
+        _write_merged(this.run, policy, this.folder / POLICY_FOLDER)
         return {}
 
     return file_stage(this.folder, "export", write, POLICY_FOLDER)["seconds"]
+
+
+def _write_merged(run: Run, policy: Params, folder: Path) -> None:
+    engine = run.engine
+    export_policy(
+        policy,
+        engine.model.architecture,
+        engine.chat.tokenizer,
+        engine.sampler.stop_ids,
+        folder,
+        run.config.model.export_dtype,
+        engine.model.adapters,
+        engine.source,
+    )
+
+
+def served_policy(this: Round, policy: Params, trained: bool, spare: Path) -> Path:
+    """Returns a Hugging Face folder with the policy that samples in a round, for a server.
+
+    That is the folder that the run started from, or what the round before has exported. If neither has these weights
+    (a generator, or adapters that are nowhere merged), they are written to `spare`.
+
+    Args:
+      this: the round, or the part of it that trains a generator.
+      policy: parameters of the policy that samples.
+      trained: whether this round has trained them, as it does a generator's.
+      spare: folder to write where no other has the weights.
+    """
+    run, before = this.run, this.iteration - 1
+    if not trained and before == 0 and run.config.lora.start_from is None:
+        return run.engine.source.absolute()
+    if not trained and before > 0 and _leaves_merged(run.config):
+        return (run.folder(before) / POLICY_FOLDER).absolute()
+    _write_merged(run, policy, spare)
+    return spare

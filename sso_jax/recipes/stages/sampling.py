@@ -28,8 +28,10 @@ from sso_jax.recipes.evaluation_queries import without_evaluation_queries
 from sso_jax.recipes.input_tables import drop_refused_turns, queries_table
 from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.policies import exported_policy
+from sso_jax.recipes.stages.served_sampling import served_sampler
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.stage_markers import record_stage
+from sso_jax.sampling.sampler import ResponseSampler
 
 
 @dataclass(frozen=True)
@@ -156,18 +158,20 @@ def sample_fitting(
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
     rejected: RejectedSource | None = None,
+    sampler: ResponseSampler | None = None,
 ) -> tuple[SampledTriples, Dropped]:
     """Samples triples for the queries whose prompts all leave room for a response, and drops the others.
 
-    See `sample_triples`.
+    See `sample_triples`; None samples with the engine's own sampler.
     """
+    sampler = sampler or engine.sampler
 
     def fits(own: Prompts) -> bool:
         other = rejected is None or rejected.sampler.fits(own[rejected.context])
-        return other and all(engine.sampler.fits(prompt) for prompt in own.values())
+        return other and all(sampler.fits(prompt) for prompt in own.values())
 
     fitting = [query for query in queries if fits(prompts[query.id])]
-    sampled = sample_triples(engine.sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted, rejected)
+    sampled = sample_triples(sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted, rejected)
     kept = {query.id for query in fitting}
     return sampled, {query.id: "prompt_too_long" for query in queries if query.id not in kept}
 
@@ -203,11 +207,13 @@ def responses(
     prompts: dict[str, Prompts],
     wanted: Sequence[str] = RESPONSES,
     num_policies: int = 1,
+    trained: bool = False,
 ) -> ResponsesResult:
     """Stage `responses`: samples y+ from x+, y- from x- and y_o from x, those that are `wanted`, in `responses.jsonl`.
 
     With more than one policy, y+ and y- come from the policies of the last `num_policies` rounds, including this one;
-    y- comes from elsewhere with `sampling.anchor_rejected` or `.rejected_path`.
+    y- comes from elsewhere with `sampling.anchor_rejected` or `.rejected_path`. With `sampling.source` endpoint a
+    server of the policy samples all of them; `trained` is whether this round has trained it.
     """
     run = this.run
     rounds_back = range(1, min(num_policies, this.iteration))
@@ -217,11 +223,14 @@ def responses(
         key = SampleKey(run.config.run.seed, this.iteration)
         weights = {"weights": fingerprint(policy)}
         start, rejected = time.perf_counter(), rejected_source(this, weights)
-        sampled, dropped = sample_fitting(run.engine, [policy, *earlier], queries, prompts, key, wanted, rejected)
+        server = served_sampler(this, policy, trained)
+        policies = [policy, *earlier]
+        sampled, dropped = sample_fitting(run.engine, policies, queries, prompts, key, wanted, rejected, server)
         num_tokens = sum(len(ids) for triple in sampled.triples for ids in triple.response_ids.values())
         rate = num_tokens / (time.perf_counter() - start)
         counts = {"dropped": dict(Counter(dropped.values())), "dropped_by_id": dropped}
-        return sampled.triples, {**counts, "tokens_per_second": rate, "roles": sampled.roles, **weights}
+        checks = {} if server is None else {"server_checks": [check._asdict() for check in server.checks]}
+        return sampled.triples, {**counts, "tokens_per_second": rate, "roles": sampled.roles, **weights, **checks}
 
     triples, stats = record_stage(this.folder, "responses", Triple, make)
     return ResponsesResult(triples, stats["dropped"], stats["tokens_per_second"], stats["seconds"], stats["roles"])
