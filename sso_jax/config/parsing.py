@@ -107,9 +107,13 @@ def _refuse_keys(argv: list[str], files: list[str]) -> None:
     for name, value, place in given:
         of_hub = bool(_HUB_TOKEN.search(value))
         if of_hub or _KEY_FIELD.search(name):
-            kind, remedy = ("token", HUB_REMEDY) if of_hub or _HUB_FIELD.search(name) else (
-                "key",
-                KEY_REMEDY.format("endpoint.key_variable"),
+            kind, remedy = (
+                ("token", HUB_REMEDY)
+                if of_hub or _HUB_FIELD.search(name)
+                else (
+                    "key",
+                    KEY_REMEDY.format("endpoint.key_variable"),
+                )
             )
             raise InputError(
                 f"{name}: an API {kind} does not belong on the command line or in a config ({place}); {remedy}"

@@ -86,6 +86,11 @@ def refuse_given_pairs(config: Config) -> None:
 
 def check_sampling(config: Config) -> None:
     """Raises `InputError` for a judge's order without a judge, a minimum score gap without scores, or a served toy."""
+    if config.sampling.source == "endpoint" and config.model.frozen_bits is not None:
+        raise InputError(
+            f"model.frozen_bits: {config.model.frozen_bits} with sampling.source 'endpoint', whose server has weights "
+            "that are not quantized so; remove one of both"
+        )
     if config.sampling.source == "endpoint" and config.model.path == "toy":
         raise InputError(
             "sampling.source: 'endpoint' is for a model from a folder, and model.path is 'toy', which needs no server; "

@@ -41,8 +41,8 @@ class Run(Generic[Dataset]):
     """The model of `sampling.rejected_path`, if the config has one."""
     endpoint: Endpoint | None = None
     """Server that writes principles or judges pairs, if the config has one."""
-    programs: dict[str, Callable] = field(default_factory=dict)
-    """Compiled updates by stage, shared by all rounds."""
+    programs: dict[tuple[str, Any], Callable] = field(default_factory=dict)
+    """Compiled updates by stage and structure of their batches, shared by all rounds."""
 
     def folder(self, iteration: int) -> Path:
         """Returns the folder of a round."""

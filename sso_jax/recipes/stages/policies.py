@@ -140,7 +140,7 @@ def served_policy(this: Round, policy: Params, trained: bool, spare: Path) -> Pa
     run, before = this.run, this.iteration - 1
     if not trained and before == 0 and run.config.lora.start_from is None:
         return run.engine.source.absolute()
-    if not trained and before > 0 and _leaves_merged(run.config):
+    if not trained and before > 0 and leaves_merged(run.config):
         return (run.folder(before) / POLICY_FOLDER).absolute()
     _write_merged(run, policy, spare)
     return spare

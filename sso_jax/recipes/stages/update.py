@@ -179,13 +179,14 @@ def train(
 def _compiled_update(
     this: Round, losses: ExampleLosses, plan: BatchPlan, engine: Engine, shardings: TrainState
 ) -> Callable:
-    """Returns the compiled update of the round, which all rounds share."""
-    programs, stage = this.run.programs, "updates of the generator" if this.part else "updates"
-    if stage not in programs:
+    """Returns the compiled update of the round, which all rounds share whose steps have as many shapes."""
+    batch, programs = plan.make_batch(0), this.run.programs
+    key = "updates of the generator" if this.part else "updates", jax.tree.structure(batch)
+    if key not in programs:
         cast = partial(cast_to_compute, engine.model)
         optimizer = build_optimizer(this.run.config.optimizer)
-        programs[stage] = build_update(losses, optimizer, engine.mesh, shardings, plan.make_batch(0), cast)
-    return programs[stage]
+        programs[key] = build_update(losses, optimizer, engine.mesh, shardings, batch, cast)
+    return programs[key]
 
 
 def _selected_state(
