@@ -119,13 +119,19 @@ def differences_table(runs: dict[str, dict[int, list[dict]]]) -> str:
         texts, errors = [], []
         for method in methods:
             common = sorted(runs[method].keys() & runs[BASELINE].keys())
-            pairs = [(value(runs[name][seed][-1], path) for name in (method, BASELINE)) for seed in common]
-            gaps = [a - b for a, b in map(tuple, pairs) if None not in (a, b)]
+            last = {name: [value(runs[name][seed][-1], path) for seed in common] for name in (method, BASELINE)}
+            pairs = zip(last[method], last[BASELINE], strict=True)
+            gaps = [a - b for a, b in pairs if None not in (a, b) and _comparable(path, method)]
             above = f" ({sum(gap > 0 for gap in gaps)} of {len(gaps)} above)" if gaps else ""
             texts.append(spread(gaps, digits) + above)
             errors += [2 * np.std(gaps, ddof=1) / len(gaps) ** 0.5] if len(gaps) > 1 else []
         rows.append([title, *texts, f"{max(errors):.{digits}f}" if errors else "-"])
     return markdown(["measure", *(METHODS[method].title for method in methods), "resolves"], rows)
+
+
+def _comparable(path: str, method: str) -> bool:
+    """Returns whether a number means the same under a method and under PBAA; losses do with the same base loss only."""
+    return path != "held_out.loss" or METHODS[method].base == METHODS[BASELINE].base
 
 
 def answers(root: Path, cells: list[Cell], runs: dict[str, dict[int, list[dict]]]) -> str:
