@@ -79,8 +79,6 @@ def make_mesh(
             f"{section}.data: {sizes[0]} is not a multiple of {section}.slices {slices}, over which only the data axis "
             f"is split; set {section}.data to {slices}, or to a multiple of it"
         )
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     within = (sizes[0] // slices, *sizes[1:])
     return jax.sharding.Mesh(np.concatenate([_of_slice(within, group) for group in groups]), AXES, axis_types=types)
 
@@ -119,11 +117,10 @@ def devices_of_slices(devices: list[jax.Device], slices: int, section: str = "me
 def _of_slice(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """Arranges the devices of one slice, as `create_hybrid_device_mesh` of jax does for each of several.
 
-    That function itself knows no slices where devices have no `slice_index`. v5e may split its physical axes, as in
-    `jax.make_mesh`.
+    That function itself knows no slices where devices have no `slice_index`. A mesh axis may take part of a physical
+    one: `jax.make_mesh`, which allows it on v5e alone, refuses tensor 2 on v6e:8x8.
     """
-    is_v5e = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
-    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=is_v5e)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def check_divides(mesh: jax.sharding.Mesh, logical: str, name: str, size: int, section: str = "mesh") -> None:

@@ -178,6 +178,8 @@ class _Search:
     def __init__(self, sizes: list[list[ExampleSize]], limits: StepLimits):
         self.examples = [example for update in sizes for example in update]
         self.num_tokens = sum(example.tokens for example in self.examples)
+        self.longest = max(example.trees[0][1].tokens for example in self.examples)
+        self.most_trees = max(len(example.trees) for example in self.examples)
         wanted = min(len(sizes), max(2, SAMPLED_EXAMPLES // max(map(len, sizes))))
         by_tokens = sorted(sizes, key=lambda update: sum(example.tokens for example in update))
         # From the smallest to the largest, so that shapes are not chosen for updates of one size.
@@ -211,8 +213,7 @@ class _Search:
 
     def _large_shapes(self, headroom: float) -> list[StepShape]:
         """Returns shapes that hold every example, within the budget if any does."""
-        longest = max(size.tokens for example in self.examples for _, size in example.trees)
-        longest = int(longest * (LONGEST_HEADROOM if headroom > 1.0 else 1.0))
+        longest = int(self.longest * (LONGEST_HEADROOM if headroom > 1.0 else 1.0))
         lengths = [round_up(times * longest, ROW_STEP) for times in (1, 2, 3, 4)]
         fitting = [shape for length in lengths for shape in self._of_length(length) if self._holds_all(shape)]
         return fitting or _by_size([self._smallest(length) for length in lengths[:3]])[-1:]
@@ -225,6 +226,9 @@ class _Search:
         return shape
 
     def _holds_all(self, shape: StepShape) -> bool:
+        """Returns whether each example fits alone: so it does where each of its trees can have a row of its own."""
+        if shape.rows.num_rows >= self.most_trees and shape.rows.num_tokens >= self.longest:
+            return True
         return all(holds(shape, example) for example in self.examples)
 
     def _small_shapes(self) -> list[StepShape]:

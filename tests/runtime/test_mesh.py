@@ -2,7 +2,7 @@
 of several slices: which devices are where, and what is refused.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
 import jax
@@ -85,6 +85,16 @@ def test_only_the_data_axis_spans_slices_and_the_order_is_that_of_jax(slices, si
     within = (mesh.shape[AXES[0]] // slices, *mesh.devices.shape[1:])
     expected = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
     assert mesh.devices.tolist() == expected.tolist()
+
+
+def test_an_axis_may_be_part_of_a_physical_one():
+    """Axes of 4 on a slice of 2x4, which `jax.make_mesh` knows how to lay out on v5e only."""
+    mesh = make_mesh(1, 2, 4, fake_tpus(1, "TPU v6 lite"))
+    assert mesh.devices.shape == (1, 2, 4, 1)
+    chips = fake_tpus(1, "TPU v6 lite")
+    places = [(x, y, 0) for y in range(8) for x in range(8)]
+    square = [replace(chips[0], id=i, coords=place) for i, place in enumerate(places)]
+    assert make_mesh(1, -1, 2, square).devices.shape == (1, 32, 2, 1)
 
 
 def fake_gpus(num_hosts, per_host):
