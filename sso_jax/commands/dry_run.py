@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from sso_jax.commands.between_slices import Transfers
 from sso_jax.commands.programs import GIB, Plan, Program, compiled, make_plan, programs_of
 from sso_jax.config import Config
 from sso_jax.runtime.errors import InputError
@@ -88,7 +89,20 @@ def table(plan: Plan, programs: list[Program]) -> str:
         of_chip, verdict = f"{100 * p.total_bytes / plan.device_bytes:.0f}%", "yes" if p.fits else "no"
         lines.append(f"| {p.name} | {sizes} | {of_chip} | {p.flops / 1e12:,.0f} | {p.seconds:.0f} s | {verdict} |")
     lines += [f"{p.name} does not fit: {_advice(plan, p)}" for p in programs if not p.fits]
+    lines += [f"between slices, {p.name}: {_told(p.transfers)}" for p in programs if plan.config.mesh.slices > 1]
     return "\n".join(lines)
+
+
+def _told(transfers: list[Transfers]) -> str:
+    """Describes what a program sends between slices; a loop's part is that of one pass."""
+    places = {0: "once", 1: "in each pass of a loop", 2: "in each pass of a loop within a loop"}
+    return (
+        "; ".join(
+            f"{t.count} {t.kind} of {t.num_bytes:,} bytes a chip {places.get(t.depth, f'{t.depth} loops deep')}"
+            for t in transfers
+        )
+        or "nothing"
+    )
 
 
 def _heading(plan: Plan) -> list[str]:
