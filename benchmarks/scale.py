@@ -83,6 +83,8 @@ class Model:
     """Parameters that a token is computed with."""
     token_bytes: int
     """Bytes of keys and values of a token, in bfloat16."""
+    layer_bytes: int
+    """Bytes of a token between layers, times the number of layers, in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Slice:
     chip: Chip
     chips: int
     slots: int
-    gathers: bool
-    """Whether decoding gathers the weights over all chips in every step, as it does without a mesh of its own."""
+    split: int | None
+    """Chips among which decoding splits the weights (`sampling.mesh`); None if every step gathers them on each chip, as
+    on a mesh of axis fsdp alone."""
     chips_per_host: int = 8
 
 
@@ -107,13 +110,18 @@ class Part(NamedTuple):
 def sampling(model: Model, slice_: Slice, work: Work, queries: int, shares: Shares = SHARES) -> Part:
     """Returns the seconds of the questions for features and the three responses, prompts included."""
     chip, n = slice_.chip, slice_.chips
-    tokens = queries * (3 * work.response + work.answer)
+    tokens, rows = queries * (3 * work.response + work.answer), slice_.slots / n
     steps = tokens / (slice_.slots * shares.slots)
-    held = 2 * model.params + slice_.slots * (work.prompt + work.principle + work.response / 2) * model.token_bytes
+    weights, cache = 2 * model.params, rows * (work.prompt + work.principle + work.response / 2) * model.token_bytes
+    if slice_.split is None:
+        read, sent = weights, weights * (n - 1) / n
+    else:  # the two products of a layer that sum over the chips, each twice the rows of a replica
+        share = (slice_.split - 1) / slice_.split
+        read, sent = weights / slice_.split, 4 * rows * slice_.split * model.layer_bytes * share
     step = {
-        "memory": held / (n * chip.memory * shares.memory),
-        "links": 2 * model.params * (n - 1) / n / chip.links if slice_.gathers else 0.0,
-        "operations": 2 * model.active * slice_.slots / (n * chip.flops * shares.update),
+        "memory": (read + cache) / (chip.memory * shares.memory),
+        "links": sent / chip.links,
+        "operations": 2 * model.active * rows / (chip.flops * shares.update),
     }
     limit = max(step, key=lambda name: step[name])
     prompts = queries * (work.question + 3 * work.prompt + 2 * work.principle)
@@ -152,15 +160,15 @@ def saving(model: Model, slice_: Slice, work: Work) -> Part:
 
 STAGES = {"sampling": sampling, "scoring": scoring, "update": update}
 ROWS = (
-    ("Qwen/Qwen2-7B-Instruct", "v5e", 16, 256, True),
-    ("Qwen/Qwen2-7B-Instruct", "v5e", 16, 256, False),
-    ("Qwen/Qwen3-30B-A3B", "v6e", 32, 256, False),
-    ("meta-llama/Llama-3.1-70B-Instruct", "v6e", 64, 256, True),
-    ("meta-llama/Llama-3.1-70B-Instruct", "v6e", 64, 256, False),
-    ("meta-llama/Llama-3.1-70B-Instruct", "v6e", 64, 1024, False),
-    ("meta-llama/Llama-3.1-70B-Instruct", "v5p", 16, 256, False),
+    ("Qwen/Qwen2-7B-Instruct", "v5e", 16, 256, None),
+    ("Qwen/Qwen2-7B-Instruct", "v5e", 16, 256, 4),
+    ("Qwen/Qwen3-30B-A3B", "v6e", 32, 256, 32),
+    ("meta-llama/Llama-3.1-70B-Instruct", "v6e", 64, 256, None),
+    ("meta-llama/Llama-3.1-70B-Instruct", "v6e", 64, 256, 8),
+    ("meta-llama/Llama-3.1-70B-Instruct", "v6e", 64, 1024, 8),
+    ("meta-llama/Llama-3.1-70B-Instruct", "v5p", 16, 256, 8),
 )
-"""Model, generation, chips, slots, and whether decoding gathers the weights (False: `sampling.mesh` splits them)."""
+"""Model, generation, chips, slots, and `Slice.split`: at most the key/value heads, or of experts all chips."""
 
 
 def model_of(name: str) -> Model:
@@ -168,19 +176,20 @@ def model_of(name: str) -> Model:
     decoder = Transformer(PRESETS[name])
     a = decoder.architecture
     params = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract_params(decoder))))
-    return Model(params, active_params(decoder), 2 * 2 * a.num_layers * a.num_kv_heads * a.head_size)
+    of_cache = 2 * 2 * a.num_layers * a.num_kv_heads * a.head_size
+    return Model(params, active_params(decoder), of_cache, 2 * a.num_layers * a.embed_dim)
 
 
 def table(queries: int, work: Work = Work()) -> str:
     """Returns the table in Markdown."""
     heads = ["model", "chips", "slots", "decoding", *STAGES, "last save and export", "round", "chip-hours"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, kind, chips, slots, gathers in ROWS:
-        model, own = model_of(name), Slice(CHIPS[kind], chips, slots, gathers, 4 if kind == "v5p" else 8)
+    for name, kind, chips, slots, split in ROWS:
+        model, own = model_of(name), Slice(CHIPS[kind], chips, slots, split, 4 if kind == "v5p" else 8)
         parts = [stage(model, own, work, queries) for stage in STAGES.values()] + [saving(model, own, work)]
         hours = sum(part.seconds for part in parts) / 3600
         cells = [f"{part.seconds / 3600:.2f} h ({part.limit})" for part in parts]
-        how = "weights gathered" if gathers else "weights split"
+        how = "weights gathered" if split is None else f"weights split by {split}"
         row = [
             name.split("/")[1],
             f"{chips} {kind}",

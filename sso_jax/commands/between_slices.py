@@ -8,6 +8,8 @@ import math
 import re
 from typing import NamedTuple
 
+import jax
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
@@ -47,6 +49,19 @@ def between_slices(program: str) -> list[Transfers]:
     for computation, kind, num_bytes in sends:
         found.setdefault((kind, _depth(computation, inside)), []).append(num_bytes)
     return [Transfers(*key, len(sizes), sum(sizes)) for key, sizes in sorted(found.items())]
+
+
+def transfers_of(executable: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[Transfers] | None:
+    """Returns `between_slices` of a program; None on a single slice, and where XLA cannot print the program.
+
+    libtpu 0.0.52 fails to print some large programs (`RET_CHECK failure`).
+    """
+    if len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}) == 1:
+        return None
+    try:
+        return between_slices(executable.as_text() or "")
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _depth(computation: str, inside: dict[str, str]) -> int:

@@ -93,8 +93,10 @@ def table(plan: Plan, programs: list[Program]) -> str:
     return "\n".join(lines)
 
 
-def _told(transfers: list[Transfers]) -> str:
+def _told(transfers: list[Transfers] | None) -> str:
     """Describes what a program sends between slices; a loop's part is that of one pass."""
+    if transfers is None:
+        return "unknown, because XLA cannot print the program"
     places = {0: "once", 1: "in each pass of a loop", 2: "in each pass of a loop within a loop"}
     return (
         "; ".join(

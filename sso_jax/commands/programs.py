@@ -7,7 +7,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sso_jax.commands.between_slices import Transfers, between_slices
+from sso_jax.commands.between_slices import Transfers, transfers_of
 from sso_jax.commands.flops import count_flops
 from sso_jax.config import Config
 from sso_jax.data.buckets import bucket
@@ -120,8 +120,8 @@ class Program:
     """Floating-point operations of all devices."""
     seconds: float
     """Compile time."""
-    transfers: list[Transfers] = field(default_factory=list)
-    """What it sends from slice to slice."""
+    transfers: list[Transfers] | None = None
+    """What it sends from slice to slice; None on a single slice, and where XLA cannot print the program."""
 
     @property
     def other_bytes(self) -> int:
@@ -205,11 +205,11 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
 
     For a program that does not fit, the total is the compiler's own estimate.
     """
-    start, text = time.perf_counter(), ""
+    start, transfers = time.perf_counter(), None
     try:
         with jax.set_mesh(traced.mesh):
             executable = traced.program.lower().compile()
-        memory, text = executable.memory_analysis(), executable.as_text() or ""
+        memory, transfers = executable.memory_analysis(), transfers_of(executable, traced.mesh)
     except jax.errors.JaxRuntimeError as error:
         total, fits = needed_bytes(str(error), traced.params_bytes + traced.optimizer_bytes + traced.cache_bytes), False
         if total is None:
@@ -221,7 +221,7 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
     params_bytes, total = traced.params_bytes + traced.beside_bytes, total + traced.beside_bytes
     seconds = time.perf_counter() - start
     sizes = params_bytes, traced.optimizer_bytes, traced.cache_bytes, total
-    return Program(name, *sizes, fits, traced.flops, seconds, between_slices(text))
+    return Program(name, *sizes, fits, traced.flops, seconds, transfers)
 
 
 def _sampling_shape(plan: Plan) -> PoolShape:
