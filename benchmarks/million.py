@@ -226,7 +226,10 @@ def pairs(world: World) -> None:
     this = world.round()
     triples, objective = read_records(Triple, this.folder / "responses.jsonl"), round_objective(this.run.config)
     rendered = render_prompts(this, read_records(SteeredQuery, this.folder / "principles.jsonl"))
-    candidates = lambda: sampled_candidates(this, triples)  # noqa: E731
+
+    def candidates():
+        return sampled_candidates(this, triples)
+
     world.timed(lambda: score_and_filter(this, objective, POLICY, rendered, candidates))
 
 

@@ -18,9 +18,10 @@ def test_the_stages_are_the_hand_count():
 
     Sampling: 10 * 320 tokens in 10 * 0.8 = 8 a step are 400 steps. In a step each chip reads half of 2e9 bytes of
     weights and 5 * 200 tokens of 1,000 bytes at 0.5e9 a second, 2.002 s, and sends 4 * 10 * 1,000 / 2 bytes; or it
-    gathers half of the weights at 1e8 a second, 10 s. Prompts are 10 * 600 tokens of 2e9 operations, 12 s. The trees of a query have 300 + 100 + 700 = 1,100 tokens, 11,000 in all, 13,750 with
-    padding: 27.5 s at 2 operations a parameter, 110 s at 8. Three updates of 10e9 bytes, of which half is another
-    chip's, are 150 s of links. The checkpoint has 12e9 bytes, the export 2e9.
+    gathers half of the weights at 1e8 a second, 10 s. Prompts are 10 * 600 tokens of 2e9 operations, 12 s. The trees of
+    a query have 300 + 100 + 700 = 1,100 tokens, 11,000 in all, 13,750 with padding: 27.5 s at 2 operations a parameter,
+    110 s at 8. Three updates of 10e9 bytes, of which half is another chip's, are 150 s of links. The checkpoint has
+    12e9 bytes, the export 2e9.
     """
     split, gathered = (scale.Slice(CHIP, 2, 10, split) for split in (2, None))
     assert scale.sampling(MODEL, split, WORK, 10, SHARES) == (pytest.approx(400 * 2.002 + 12), "memory")
