@@ -5,6 +5,11 @@
 Needs requirements-dry-run.txt, but no TPU. Updates have one pair of 2,048 tokens per chip, the objective of either
 recipe without the logged log-prob of y_o, bfloat16 arithmetic on float32 masters, and fsdp over all chips. Results are
 saved to the file after each compilation; a second call compiles only those that are missing.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.topologies --config configs/llama3.1_70b_instruct.yaml --topology v5p:2x2x4 \
+        --programs update
+
+compiles some programs of one config's dry run and prints their table.
 """
 
 import argparse
@@ -18,7 +23,7 @@ import jax
 from flax import linen as nn
 
 from sso_jax.commands import dry_run, programs
-from sso_jax.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from sso_jax.config import Config, ModelConfig, ObjectiveConfig, TrainConfig, parse
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.progress import progress_bar
@@ -125,8 +130,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("docs/topologies.json"), help="JSON file of the results (default: %(default)s)"
     )
+    parser.add_argument("--config", help="config of which to compile some programs, instead of the tables")
+    parser.add_argument("--topology", help="topology for --config, such as v5p:2x2x4")
+    parser.add_argument("--programs", nargs="+", default=["update"], help="programs of --config (default: update)")
+    args = parser.parse_args(argv)
+    if args.config:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        config = parse(Config, ["--config", args.config, "--dry_run", args.topology], "topologies", "")
+        dry_run.run(config, args.programs)
+        return 0
     logging.basicConfig(level=logging.WARNING)
-    print(tables(compile_missing(parser.parse_args(argv).out)))
+    print(tables(compile_missing(args.out)))
     return 0
 
 

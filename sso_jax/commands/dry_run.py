@@ -3,7 +3,9 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 
+from sso_jax.commands.between_slices import Transfers
 from sso_jax.commands.programs import GIB, Plan, Program, compiled, make_plan, programs_of
 from sso_jax.config import Config
 from sso_jax.runtime.errors import InputError
@@ -13,23 +15,30 @@ CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 """Published memory of a chip in GiB, by generation; the compiler reserves a little of it."""
 
 
-def run(config: Config) -> None:
-    """Prints a table of the programs of `config` on the topology `config.dry_run`.
+def run(config: Config, names: Sequence[str] | None = None) -> None:
+    """Prints a table of the programs of `config` on the topology `config.dry_run`, of which there are mesh.slices.
+
+    Args:
+      config: what to compile.
+      names: programs of it, such as `update`; None takes all.
 
     Raises:
       InputError: if libtpu is missing, the topology or model is unknown, or the mesh does not fit.
     """
-    plan = make_plan(config, find_devices(config.dry_run), chip_gib(config.dry_run) * GIB)
+    devices = find_devices(config.dry_run, config.mesh.slices)
+    plan = make_plan(config, devices, chip_gib(config.dry_run) * GIB)
     log.info("dry run: %s on %s, mesh %s", config.model.path, config.dry_run, dict(plan.training.mesh.shape))
     programs = []
     for name, trace in programs_of(config).items():
-        log.info("compiling %s", name)
-        programs.append(compiled(trace(plan), name, plan.device_bytes))
+        if names is None or name in names:
+            log.info("compiling %s", name)
+            programs.append(program := compiled(trace(plan), name, plan.device_bytes))
+            log.info("%s: %.2f GiB a chip, compiled in %.0f s", name, program.total_bytes / GIB, program.seconds)
     print(table(plan, programs))
 
 
-def find_devices(topology: str) -> list:
-    """Returns descriptions of the topology's chips, to compile for.
+def find_devices(topology: str, slices: int = 1) -> list:
+    """Returns descriptions of the chips of so many slices of the topology, to compile for.
 
     Raises:
       InputError: if the topology is unknown or libtpu is missing.
@@ -39,7 +48,8 @@ def find_devices(topology: str) -> list:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        several = {"num_slices": slices} if slices > 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -79,14 +89,30 @@ def table(plan: Plan, programs: list[Program]) -> str:
         of_chip, verdict = f"{100 * p.total_bytes / plan.device_bytes:.0f}%", "yes" if p.fits else "no"
         lines.append(f"| {p.name} | {sizes} | {of_chip} | {p.flops / 1e12:,.0f} | {p.seconds:.0f} s | {verdict} |")
     lines += [f"{p.name} does not fit: {_advice(plan, p)}" for p in programs if not p.fits]
+    lines += [f"between slices, {p.name}: {_told(p.transfers)}" for p in programs if plan.config.mesh.slices > 1]
     return "\n".join(lines)
+
+
+def _told(transfers: list[Transfers] | None) -> str:
+    """Describes what a program sends between slices; a loop's part is that of one pass."""
+    if transfers is None:
+        return "unknown, because XLA cannot print the program"
+    places = {0: "once", 1: "in each pass of a loop", 2: "in each pass of a loop within a loop"}
+    return (
+        "; ".join(
+            f"{t.count} {t.kind} of {t.num_bytes:,} bytes a chip {places.get(t.depth, f'{t.depth} loops deep')}"
+            for t in transfers
+        )
+        or "nothing"
+    )
 
 
 def _heading(plan: Plan) -> list[str]:
     """Describes what is compiled, and for what."""
     config, mesh = plan.config, plan.training.mesh
+    topology = f"{config.mesh.slices} slices of {config.dry_run}" if config.mesh.slices > 1 else config.dry_run
     lines = [
-        f"{config.model.path} on {config.dry_run}: {mesh.size} chips of {plan.device_bytes // GIB} GiB, mesh "
+        f"{config.model.path} on {topology}: {mesh.size} chips of {plan.device_bytes // GIB} GiB, mesh "
         f"{dict(mesh.shape)}",
         f"updates of {config.train.batch_size} examples in steps of {plan.step_limits.tokens} tokens; prompts of "
         f"{plan.prompt_tokens} and responses of {plan.response_tokens} tokens; {config.sampling.batch_size} responses "

@@ -5,7 +5,7 @@ from pathlib import Path
 from sso_jax.data.records import Triple
 from sso_jax.preferences.pairs import to_preference
 from sso_jax.runtime import stage_markers as stages
-from sso_jax.runtime.json_lines import read_records, write_records
+from sso_jax.runtime.json_lines import each_record, write_records
 
 DATASET_FILE, DROPPED_FILE = "preference_dataset.jsonl", "dropped.jsonl"
 
@@ -18,7 +18,7 @@ def write_preference_dataset(folder: Path) -> None:
     pairs = stages.finished(folder, "pairs")
     if pairs is None:
         return
-    triples = read_records(Triple, folder / "pairs.jsonl")
+    triples = each_record(Triple, folder / "pairs.jsonl")
     write_records((to_preference(triple) for triple in triples), folder / DATASET_FILE)
     responses = stages.finished(folder, "responses") or {}
     dropped = {**responses.get("dropped_by_id", {}), **pairs["dropped_by_id"]}

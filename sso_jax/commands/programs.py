@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sso_jax.commands.between_slices import Transfers, transfers_of
 from sso_jax.commands.flops import count_flops
 from sso_jax.config import Config
 from sso_jax.data.buckets import bucket
@@ -119,6 +120,8 @@ class Program:
     """Floating-point operations of all devices."""
     seconds: float
     """Compile time."""
+    transfers: list[Transfers] | None = None
+    """What it sends from slice to slice; None on a single slice, and where XLA cannot print the program."""
 
     @property
     def other_bytes(self) -> int:
@@ -202,10 +205,11 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
 
     For a program that does not fit, the total is the compiler's own estimate.
     """
-    start = time.perf_counter()
+    start, transfers = time.perf_counter(), None
     try:
         with jax.set_mesh(traced.mesh):
-            memory = traced.program.lower().compile().memory_analysis()
+            executable = traced.program.lower().compile()
+        memory, transfers = executable.memory_analysis(), transfers_of(executable, traced.mesh)
     except jax.errors.JaxRuntimeError as error:
         total, fits = needed_bytes(str(error), traced.params_bytes + traced.optimizer_bytes + traced.cache_bytes), False
         if total is None:
@@ -216,7 +220,8 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
         fits = traced.beside_bytes == 0 or total + traced.beside_bytes <= device_bytes
     params_bytes, total = traced.params_bytes + traced.beside_bytes, total + traced.beside_bytes
     seconds = time.perf_counter() - start
-    return Program(name, params_bytes, traced.optimizer_bytes, traced.cache_bytes, total, fits, traced.flops, seconds)
+    sizes = params_bytes, traced.optimizer_bytes, traced.cache_bytes, total
+    return Program(name, *sizes, fits, traced.flops, seconds, transfers)
 
 
 def _sampling_shape(plan: Plan) -> PoolShape:

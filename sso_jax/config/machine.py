@@ -43,8 +43,12 @@ class MeshConfig:
     """Number of shards of attention heads, hidden units and vocabulary."""
     expert: int = 1
     """Number of shards of a model's experts, among which the batch is split as well."""
+    slices: int = 1
+    """Number of TPU slices, joined by the data-centre network: a multiple of them is mesh.data, and the other axes lie
+    within a slice. On GPUs and CPUs a slice is an equal part of the hosts, or of the devices of a single host."""
 
     def __post_init__(self) -> None:
+        require(self.slices >= 1, "mesh.slices", self.slices, "1 or more")
         for name in ("data", "fsdp", "tensor", "expert"):
             value = getattr(self, name)
             require(value >= 1 or value == -1, f"mesh.{name}", value, "1 or more, or -1 for the remaining devices")

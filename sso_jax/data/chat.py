@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from sso_jax.data.conversations import Messages
 from sso_jax.data.thoughts import open_thought
 from sso_jax.data.tokenizer import encode_text
 from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.json_lines import with_shared
 
 HIDING = "\ue000"
 """A private-use character; temporary names of control tokens start with it."""
@@ -101,12 +102,14 @@ class Chat:
         return messages
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
-        if any(control in message["content"] for message in messages for control in self._controls()):
+        if any(control in message["content"] for message in messages for control in self._controls):
             return self._guarded_ids(messages)
         ids: list[int] = self.tokenizer(self.render(messages), add_special_tokens=False).input_ids
-        return ids
+        return with_shared(ids)
 
+    @cached_property
     def _controls(self) -> list[str]:
+        """Control tokens of the tokenizer, the longest first; read once, because some tokenizers have hundreds."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
@@ -116,7 +119,7 @@ class Chat:
         The control tokens of the template are renamed, and a copy of the tokenizer that knows only the new names
         encodes the result, so that the ones in the texts are plain characters to it.
         """
-        controls = self._controls()
+        controls = self._controls
         texts = "".join(message["content"] for message in messages)
         mark = HIDING
         while mark in texts:

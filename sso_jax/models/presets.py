@@ -20,6 +20,16 @@ def _every(number: int, num_layers: int) -> tuple[int, ...]:
 _LLAMA_3 = dict(model_type="llama", vocab_size=128256, num_kv_heads=8, norm_eps=1e-5)
 _LLAMA_3_8B = dict(**_LLAMA_3, embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32, head_size=128)
 _LLAMA_3_1_8B = Architecture(**_LLAMA_3_8B, max_positions=131072, kinds=_turned(5e5, Llama3Rope(8.0, 1.0, 4.0, 8192)))
+_LLAMA_3_1_70B = Architecture(
+    **_LLAMA_3,
+    embed_dim=8192,
+    mlp_dim=28672,
+    num_layers=80,
+    num_heads=64,
+    head_size=128,
+    max_positions=131072,
+    kinds=_turned(5e5, Llama3Rope(8.0, 1.0, 4.0, 8192)),
+)
 _LLAMA_3_2 = dict(
     **_LLAMA_3, max_positions=131072, kinds=_turned(5e5, Llama3Rope(32.0, 1.0, 4.0, 8192)), tied_head=True
 )
@@ -34,6 +44,7 @@ _QWEN_2_7B = dict(
     num_kv_heads=4,
     head_size=128,
 )
+_QWEN_2_72B = {**_QWEN_2_7B, "embed_dim": 8192, "mlp_dim": 29568, "num_layers": 80, "num_heads": 64, "num_kv_heads": 8}
 _QWEN_2_1_5B = dict(
     **_QWEN_2,
     vocab_size=151936,
@@ -116,6 +127,7 @@ PRESETS: dict[str, Architecture] = {
     "meta-llama/Meta-Llama-3-8B-Instruct": Architecture(**_LLAMA_3_8B, max_positions=8192, kinds=_turned(5e5)),
     "meta-llama/Llama-3.1-8B": _LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3_1_8B,
+    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_3_1_70B,
     "meta-llama/Llama-3.2-1B-Instruct": Architecture(
         **_LLAMA_3_2, embed_dim=2048, mlp_dim=8192, num_layers=16, num_heads=32, head_size=64
     ),
@@ -125,6 +137,7 @@ PRESETS: dict[str, Architecture] = {
     "Qwen/Qwen2-7B": Architecture(**{**_QWEN_2_7B, "max_positions": 131072}),
     "Qwen/Qwen2-7B-Instruct": Architecture(**_QWEN_2_7B),
     "Qwen/Qwen2.5-7B-Instruct": Architecture(**_QWEN_2_7B),
+    "Qwen/Qwen2.5-72B-Instruct": Architecture(**_QWEN_2_72B),
     "Qwen/Qwen2.5-1.5B-Instruct": Architecture(**_QWEN_2_1_5B, tied_head=True),
     "Qwen/Qwen2.5-0.5B-Instruct": Architecture(**_QWEN_2_0_5B, tied_head=True),
     "Qwen/Qwen3-30B-A3B": _QWEN_3_30B_A3B,

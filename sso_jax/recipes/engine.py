@@ -67,7 +67,7 @@ class Engine:
 
 def mesh_of(config: MeshConfig, devices: list | None = None, section: str = "mesh") -> jax.sharding.Mesh:
     """Builds the device mesh that a config section describes, on all devices if none are given."""
-    return make_mesh(config.data, config.fsdp, config.tensor, devices, section, config.expert)
+    return make_mesh(config.data, config.fsdp, config.tensor, devices, section, config.expert, config.slices)
 
 
 ROUTER_LOSS = 0.001

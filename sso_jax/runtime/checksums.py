@@ -1,7 +1,10 @@
 """SHA-256 checksums that show whether the files of a finished stage are still as they were written."""
 
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from sso_jax.runtime.files import files_below, is_remote
 
@@ -28,3 +31,13 @@ def damage(folder: Path, expected: dict[str, str]) -> str | None:
         if checksum(path) != known:
             return f"{path} was modified"
     return None
+
+
+def json_digest(head: list[Any], rows: Iterable[Any], size: int) -> str:
+    """Returns the BLAKE2b digest, of `size` bytes, of the JSON list `[*head, [*rows]]`, without holding its text."""
+    digest = hashlib.blake2b(digest_size=size)
+    digest.update("".join(["[", *(json.dumps(value) + ", " for value in head), "["]).encode())
+    for number, row in enumerate(rows):
+        digest.update((", " * (number > 0) + json.dumps(row)).encode())
+    digest.update(b"]]")
+    return digest.hexdigest()

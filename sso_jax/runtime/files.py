@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +64,25 @@ def write_text(text: str, path: str | Path) -> None:
 
     An object store writes whole objects anyway. Does nothing where writing is disabled (`leave_writing_to_another`).
     """
+    _write([text], path)
+
+
+def write_lines(lines: Iterable[str], path: str | Path) -> None:
+    """Like `write_text`, for lines that are made while they are written; only an object store needs them together."""
+    _write((f"{line}\n" for line in lines), path)
+
+
+def _write(parts: Iterable[str], path: str | Path) -> None:
     target = epath.Path(path)
     if not _WRITER.here:
         return
     if is_remote(target):
-        target.write_text(text)
+        target.write_text("".join(parts))
         return
     temporary = target.with_name(target.name + ".partial")
     with unsaved_work():
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

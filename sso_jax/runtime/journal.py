@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sso_jax.runtime.files import is_remote
+from sso_jax.runtime.json_lines import load_json
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,13 @@ class Journal:
         """Returns every completely written result; skips a line that was truncated by a kill."""
         found: dict[int, list[Any]] = {}
         for part in sorted(self.folder.glob("part_*.jsonl")) if self.folder.is_dir() else ():
-            lines = part.read_text().split("\n")
-            if lines[0] != self.fingerprint:
-                continue
-            for line in lines[1:-1]:  # text after the last newline is a truncated line
-                row = json.loads(line)
-                found.update(zip(row["at"], row["values"], strict=True))
+            with part.open("rb") as lines:
+                if next(lines, b"").rstrip(b"\n") != self.fingerprint.encode():
+                    continue
+                for line in lines:
+                    if line.endswith(b"\n"):  # a line without is truncated
+                        row = load_json(line)
+                        found.update(zip(row["at"], row["values"], strict=True))
         return found
 
     def add(self, results: dict[int, list[Any]]) -> None:

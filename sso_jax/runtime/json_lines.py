@@ -1,15 +1,17 @@
 """Reads and writes JSON Lines files and the dataclass records in them."""
 
 import dataclasses
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.files import write_text
+from sso_jax.runtime.files import is_remote, write_lines
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -18,25 +20,55 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def to_json(record: "DataclassInstance") -> dict[str, Any]:
-    """Converts a record to a JSON object; the keys of `extra` are placed beside the record's own fields."""
-    fields = dataclasses.asdict(record)
+    """Converts a record to a JSON object; the keys of `extra` are placed beside the record's own fields.
+
+    Values are those of the record and not copies, as `dataclasses.asdict` makes of every token id.
+    """
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     extra = fields.pop("extra", {})
     return {**fields, **extra}
 
 
 def from_json(kind: type[Record], fields: dict[str, Any]) -> Record:
     """Restores a record of class `kind` from the result of `to_json`."""
-    known = {f.name: f for f in dataclasses.fields(kind) if f.name != "extra"}
+    known = _fields_of(kind)
     own: dict[str, Any] = {
-        name: tuple(value) if _is_tuple(known[name]) else value for name, value in fields.items() if name in known
+        name: tuple(value) if known[name] else value for name, value in fields.items() if name in known
     }
-    if any(f.name == "extra" for f in dataclasses.fields(kind)):
+    if "extra" in kind.__dataclass_fields__:
         own["extra"] = {name: value for name, value in fields.items() if name not in known}
     return kind(**own)
 
 
-def _is_tuple(declared: dataclasses.Field[Any]) -> bool:
-    return getattr(declared.type, "__origin__", None) is tuple
+@lru_cache
+def _fields_of(kind: type) -> dict[str, bool]:
+    """Returns the fields of a record class except `extra`, and whether each is a tuple."""
+    return {f.name: getattr(f.type, "__origin__", None) is tuple for f in dataclasses.fields(kind) if f.name != "extra"}
+
+
+class _Numbers(dict[Any, int]):
+    """Integers by their digits or themselves: equal ones are one object, like the ids of a vocabulary."""
+
+    def __missing__(self, number: str | int) -> int:
+        own = int(number)
+        if len(self) < MOST_SHARED:
+            self[number] = own
+        return own
+
+
+MOST_SHARED = 300_000
+"""Maximum number of integers that are kept to be shared; the largest vocabularies have 262,144 tokens."""
+_BY_DIGITS, _BY_VALUE = _Numbers(), _Numbers()
+
+
+def load_json(text: str | bytes) -> Any:
+    """Parses JSON; equal integers are one object, so that a list of token ids takes 8 bytes a token and not 36."""
+    return json.loads(text, parse_int=_BY_DIGITS.__getitem__)
+
+
+def with_shared(numbers: list[int]) -> list[int]:
+    """Returns equal numbers, of which those that other lists have as well are the same objects."""
+    return list(map(_BY_VALUE.__getitem__, numbers))
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -45,31 +77,42 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     Raises:
       InputError: names the file and the line that is not a JSON object.
     """
-    return [row for _, row in read_numbered_lines(path)]
+    return [row for _, row in each_numbered_line(path)]
 
 
-def read_numbered_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """Returns the (line number, object) pairs of a JSON Lines file, skipping empty lines.
+def each_json_line(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Like `read_json_lines`, but yields one object after the other and holds none."""
+    return (row for _, row in each_numbered_line(path))
+
+
+def each_numbered_line(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the (line number, object) pairs of a JSON Lines file, skipping empty lines.
 
     Raises:
       InputError: names the file and the line that is not a JSON object.
     """
-    rows = []
-    for number, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         place = f"{path}, line {number}"
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{place}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
         if text.strip():
-            rows.append((number, parse_object(text, place)))
-    return rows
+            yield number, parse_object(text, place)
+
+
+def _lines(path: str | Path) -> Iterator[bytes]:
+    if is_remote(path):
+        yield from io.BytesIO(epath.Path(path).read_bytes())
+        return
+    with open(path, "rb") as file:
+        yield from file
 
 
 def parse_object(text: str, place: str) -> dict[str, Any]:
     """Parses a line of JSON Lines; raises `InputError` with its place if it is not a JSON object."""
     try:
-        row = json.loads(text)
+        row = load_json(text)
     # also raised for numbers with thousands of digits, and for nesting that is too deep
     except (ValueError, RecursionError) as error:
         why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
@@ -81,10 +124,15 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
 
 def read_records(kind: type[Record], path: str | Path) -> list[Record]:
     """Reads the records of class `kind` in a file that `write_records` wrote."""
-    return [from_json(kind, row) for row in read_json_lines(path)]
+    return list(each_record(kind, path))
+
+
+def each_record(kind: type[Record], path: str | Path) -> Iterator[Record]:
+    """Like `read_records`, but yields one record after the other and holds none."""
+    return (from_json(kind, row) for row in each_json_line(path))
 
 
 def write_records(records: Iterable[Any], path: str | Path) -> None:
     """Writes records or dictionaries atomically as JSON Lines."""
     rows = (record if isinstance(record, dict) else to_json(record) for record in records)
-    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+    write_lines((json.dumps(row, ensure_ascii=False) for row in rows), path)

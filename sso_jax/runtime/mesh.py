@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sso_jax.runtime.errors import InputError
@@ -46,6 +47,7 @@ def make_mesh(
     devices: list[jax.Device] | None = None,
     section: str = "mesh",
     expert: int = 1,
+    slices: int = 1,
 ) -> jax.sharding.Mesh:
     """Builds a device mesh of the given sizes; one of them may be -1, which takes the remaining devices.
 
@@ -56,9 +58,10 @@ def make_mesh(
       devices: devices of the mesh; None takes all.
       section: config section of the sizes, which errors name.
       expert: size of axis `expert`.
+      slices: groups of devices joined by a slower network, over which only axis `data` is split.
 
     Raises:
-      InputError: if the sizes do not multiply to the number of devices.
+      InputError: if the sizes do not multiply to the number of devices, or the slices do not divide them.
     """
     devices = jax.devices() if devices is None else devices
     given_sizes = (data, fsdp, tensor, expert)
@@ -69,7 +72,55 @@ def make_mesh(
     if int(np.prod(sizes)) != len(devices):
         given = ", ".join(f"{section}.{axis} {size}" for axis, size in zip(AXES, given_sizes, strict=True))
         raise InputError(f"{given}: the product is not the number of devices, {len(devices)}; set one axis to -1")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    groups = devices_of_slices(devices, slices, section)
+    if sizes[0] % slices:
+        raise InputError(
+            f"{section}.data: {sizes[0]} is not a multiple of {section}.slices {slices}, over which only the data axis "
+            f"is split; set {section}.data to {slices}, or to a multiple of it"
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    return jax.sharding.Mesh(np.concatenate([_of_slice(within, group) for group in groups]), AXES, axis_types=types)
+
+
+def devices_of_slices(devices: list[jax.Device], slices: int, section: str = "mesh") -> list[list[jax.Device]]:
+    """Groups devices by slice: on TPUs by their `slice_index`, elsewhere into equal parts of the hosts in order.
+
+    The devices of a single host, such as fake ones on a CPU, are themselves divided into equal parts.
+
+    Raises:
+      InputError: if the devices cannot be divided so.
+    """
+    name, num_devices = f"{section}.slices", len(devices)
+    if devices[0].platform == "tpu":
+        found: dict[int, list[jax.Device]] = {}
+        for device in devices:
+            found.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        if len(found) != slices:
+            raise InputError(
+                f"{name}: {slices} for TPUs of {len(found)} slice{'s' * (len(found) > 1)} (their slice_index says so); "
+                f"set it to {len(found)}, or start the run on {slices}"
+            )
+        return [found[index] for index in sorted(found)]
+    hosts = len({device.process_index for device in devices})
+    of_hosts = f"on {hosts} hosts " if hosts > 1 else ""
+    if num_devices % slices or (hosts > 1 and hosts % slices):
+        raise InputError(
+            f"{name}: {slices} does not divide the {num_devices} devices {of_hosts}evenly; give a divisor of "
+            f"{hosts if hosts > 1 else num_devices}"
+        )
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id)) if slices > 1 else devices
+    size = num_devices // slices
+    return [ordered[start : start + size] for start in range(0, num_devices, size)]
+
+
+def _of_slice(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Arranges the devices of one slice, as `create_hybrid_device_mesh` of jax does for each of several.
+
+    That function itself knows no slices where devices have no `slice_index`. A mesh axis may take part of a physical
+    one: `jax.make_mesh`, which allows it on v5e alone, refuses tensor 2 on v6e:8x8.
+    """
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def check_divides(mesh: jax.sharding.Mesh, logical: str, name: str, size: int, section: str = "mesh") -> None:

@@ -1,7 +1,6 @@
 """Samples one response per request: slots that end are filled again, and finished responses are journaled."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 from sso_jax.models.fingerprint import fingerprint
 from sso_jax.models.known_tokens import KnownTokens
 from sso_jax.models.paged_cache import page_size_of
+from sso_jax.runtime.checksums import json_digest
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
 from sso_jax.runtime.journal import Journal
@@ -210,8 +210,6 @@ class Sampler:
         if self.journals is None:
             return None
         settings = [float(number) for number in self.strategy if number is not None]
-        whole_list = json.dumps(
-            [fingerprint(params), settings, budget, [[r.prompt_ids, r.key, r.limit] for r in requests]]
-        )
-        name = hashlib.blake2b(whole_list.encode(), digest_size=12).hexdigest()
+        rows = ([r.prompt_ids, r.key, r.limit] for r in requests)
+        name = json_digest([fingerprint(params), settings, budget], rows, 12)
         return Journal(self.journals / name, name, jax.process_index())

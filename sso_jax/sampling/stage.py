@@ -11,6 +11,7 @@ import numpy as np
 
 from sso_jax.data.buckets import bucket
 from sso_jax.runtime.compile_clock import compile_seconds
+from sso_jax.runtime.json_lines import with_shared
 from sso_jax.runtime.mesh import batch_sharding, place, replicated
 from sso_jax.sampling.decode import Drawn, SamplerPrograms
 from sso_jax.sampling.prefill import FirstTokens, Prompts, Weights
@@ -205,6 +206,6 @@ class Stage:
             self._used += len(new) if in_window else 0
             if drawn.done[at]:
                 row.ended = True
-                ended[row.request] = row.response
+                ended[row.request] = with_shared(row.response)
                 self._slots.release(row)
         return ended

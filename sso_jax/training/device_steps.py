@@ -4,6 +4,7 @@ A stage has at most MOST_SHAPES shapes of steps of at most `train.tokens_per_ste
 longest example, and smaller ones for what is left over.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from sso_jax.models.known_tokens import KnownTokens
@@ -74,14 +75,17 @@ class StepLimits(NamedTuple):
 
 
 def plan_steps(
-    updates: list[list[list[Tree]]], limits: StepLimits, earlier: list[StepShape] | None = None, is_last: bool = True
+    updates: Iterable[list[list[Tree]]],
+    limits: StepLimits,
+    earlier: list[StepShape] | None = None,
+    is_last: bool = True,
 ) -> StepPlan:
     """Plans the device steps of updates, each a list of examples with their trees.
 
     The plan depends only on the sizes of the trees and the earlier shapes, so that a resumed stage has the same one.
 
     Args:
-      updates: the trees of each example of each update.
+      updates: the trees of each example of each update, of which only the sizes are kept.
       limits: limits of the steps.
       earlier: shapes of the previous round, which are kept if all examples fit and new ones would not cost much less.
       is_last: whether no round follows; else the shapes have headroom.
@@ -89,9 +93,7 @@ def plan_steps(
     Raises:
       InputError: if an example has a token that the model does not know.
     """
-    if limits.known_tokens is not None:
-        _require_known(updates, limits.known_tokens)
-    sizes = [[example_size(trees) for trees in examples] for examples in updates]
+    sizes = [_sizes(examples, limits.known_tokens) for examples in updates]
     headroom = 1.0 if is_last else HEADROOM
     search = _Search(sizes, limits)
     shapes = search.best(headroom)
@@ -109,7 +111,7 @@ def plan_steps(
     return StepPlan(limited, planned, search.num_tokens)
 
 
-def plan_in_shapes(updates: list[list[list[Tree]]], limits: StepLimits, shapes: list[StepShape]) -> StepPlan | None:
+def plan_in_shapes(updates: Iterable[list[list[Tree]]], limits: StepLimits, shapes: list[StepShape]) -> StepPlan | None:
     """Plans the device steps of updates in given shapes, whatever padding this takes; None if they do not fit."""
     sizes = [[example_size(trees) for trees in examples] for examples in updates]
     planned = _packed_alike(sizes, shapes, limits.num_shards) if shapes else None
@@ -117,8 +119,15 @@ def plan_in_shapes(updates: list[list[list[Tree]]], limits: StepLimits, shapes: 
     return None if planned is None else StepPlan(shapes, planned, num_tokens)
 
 
-def _require_known(updates: list[list[list[Tree]]], known: KnownTokens) -> None:
-    for tree in (tree for examples in updates for trees in examples for tree in trees):
+def _sizes(examples: list[list[Tree]], known: KnownTokens | None) -> list[ExampleSize]:
+    """Returns the sizes of an update's examples; raises `InputError` for a token that is not known."""
+    if known is not None:
+        _require_known(examples, known)
+    return [example_size(trees) for trees in examples]
+
+
+def _require_known(examples: list[list[Tree]], known: KnownTokens) -> None:
+    for tree in (tree for trees in examples for tree in trees):
         known.require(tree.prompt_ids, "the prompt of an example")
         for branch in tree.branches:
             known.require(branch.response_ids, "the response of an example")
@@ -178,6 +187,8 @@ class _Search:
     def __init__(self, sizes: list[list[ExampleSize]], limits: StepLimits):
         self.examples = [example for update in sizes for example in update]
         self.num_tokens = sum(example.tokens for example in self.examples)
+        self.longest = max(example.trees[0][1].tokens for example in self.examples)
+        self.most_trees = max(len(example.trees) for example in self.examples)
         wanted = min(len(sizes), max(2, SAMPLED_EXAMPLES // max(map(len, sizes))))
         by_tokens = sorted(sizes, key=lambda update: sum(example.tokens for example in update))
         # From the smallest to the largest, so that shapes are not chosen for updates of one size.
@@ -211,8 +222,7 @@ class _Search:
 
     def _large_shapes(self, headroom: float) -> list[StepShape]:
         """Returns shapes that hold every example, within the budget if any does."""
-        longest = max(size.tokens for example in self.examples for _, size in example.trees)
-        longest = int(longest * (LONGEST_HEADROOM if headroom > 1.0 else 1.0))
+        longest = int(self.longest * (LONGEST_HEADROOM if headroom > 1.0 else 1.0))
         lengths = [round_up(times * longest, ROW_STEP) for times in (1, 2, 3, 4)]
         fitting = [shape for length in lengths for shape in self._of_length(length) if self._holds_all(shape)]
         return fitting or _by_size([self._smallest(length) for length in lengths[:3]])[-1:]
@@ -225,6 +235,9 @@ class _Search:
         return shape
 
     def _holds_all(self, shape: StepShape) -> bool:
+        """Returns whether each example fits alone: so it does where each of its trees can have a row of its own."""
+        if shape.rows.num_rows >= self.most_trees and shape.rows.num_tokens >= self.longest:
+            return True
         return all(holds(shape, example) for example in self.examples)
 
     def _small_shapes(self) -> list[StepShape]:

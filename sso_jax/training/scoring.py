@@ -1,6 +1,7 @@
 """Computes log-prob sums of examples in device steps of packed rows."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -53,13 +54,12 @@ def plan_scoring_again(
     items: list[Scorable], cells: list[Cell], limits: StepLimits, shapes: list[StepShape]
 ) -> StepPlan:
     """Plans like `plan_scoring`, in shapes whose programs are compiled already if the items fit into them."""
-    groups = _groups(items, cells)
-    return plan_in_shapes(groups, limits, shapes) or plan_steps(groups, limits)
+    return plan_in_shapes(_groups(items, cells), limits, shapes) or plan_steps(_groups(items, cells), limits)
 
 
-def _groups(items: list[Scorable], cells: list[Cell]) -> list[list[list[Tree]]]:
-    trees = [steered_trees(*item, cells, 0) for item in items]
-    return [trees[start : start + PACKED_TOGETHER] for start in range(0, len(trees), PACKED_TOGETHER)]
+def _groups(items: list[Scorable], cells: list[Cell]) -> Iterator[list[list[Tree]]]:
+    for start in range(0, len(items), PACKED_TOGETHER):
+        yield [steered_trees(*item, cells, 0) for item in items[start : start + PACKED_TOGETHER]]
 
 
 def score_examples(
@@ -134,12 +134,10 @@ def require_finite(sums: list[list[float]], names: list[str], cells: list[Cell])
         )
 
 
-def scoring_steps(items: list[Scorable], cells: list[Cell], plan: StepPlan) -> list[ScoringStep]:
-    """Returns the device steps of a plan; example e of a step has the cells e*C ... e*C + C-1."""
-    steps = []
+def scoring_steps(items: list[Scorable], cells: list[Cell], plan: StepPlan) -> Iterator[ScoringStep]:
+    """Yields the device steps of a plan; example e of a step has the cells e*C ... e*C + C-1."""
     for group, of_group in enumerate(plan.updates):
         for step in of_group:
             own = [group * PACKED_TOGETHER + i for i in step.examples]
             trees = [tree for e, i in enumerate(own) for tree in steered_trees(*items[i], cells, e * len(cells))]
-            steps.append(ScoringStep(own, trees, step.bins, plan.shapes[step.shape]))
-    return steps
+            yield ScoringStep(own, trees, step.bins, plan.shapes[step.shape])

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from toys import ARCHITECTURE
 
 from sso_jax.commands import dry_run, programs
+from sso_jax.commands.between_slices import between_slices
 from sso_jax.config import (
     Config,
     GeneratorConfig,
@@ -219,6 +220,54 @@ def test_without_libtpu_one_line_says_what_to_install():
         dry_run.find_devices("v5e:2x2")
 
 
+SENDS = """HloModule jit_update, is_scheduled=true
+
+%layers (p: (f32[2])) -> (f32[2]) {
+  %send.1 = (bf16[8,128]{1,0:T(8,128)}, u32[], token[]) send(%a), is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+
+%steps (p: (f32[2])) -> (f32[2]) {
+  %all-reduce.1 = f32[896,2304]{1,0} all-reduce(%input), channel_id=8, replica_groups={{0,1,2,3}}
+  %while.1 = (f32[2]) while(%p), condition=%c1, body=%layers, metadata={op_name="while"}
+  %send.2 = (bf16[3,5]{1,0}, u32[], token[]) send(%b), frontend_attributes={_xla_megascale_transfer_type="ALL_GATHER"}
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %while.2 = (f32[2]) while(%p), condition=%c2, body=%steps
+  %send.3 = (f32[], u32[], token[]) send(%c), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+def test_what_crosses_slices_is_counted_by_kind_and_by_the_loops_around_it(online):
+    transfers = between_slices(SENDS)
+    assert transfers == [("ALL_GATHER", 1, 1, 30), ("ALL_REDUCE", 0, 1, 4), ("ALL_REDUCE", 2, 1, 2048)]
+    plan, compiled = online
+    assert all(program.transfers is None for program in compiled.values())
+    config = dataclasses.replace(plan.config, mesh=dataclasses.replace(plan.config.mesh, slices=2))
+    update = dataclasses.replace(compiled["update"], transfers=transfers)
+    programs = [dataclasses.replace(compiled["scoring"], transfers=[]), compiled["prefill"], update]
+    text = dry_run.table(dataclasses.replace(plan, config=config), programs)
+    assert "on 2 slices of v5e:2x4" in text and "between slices, scoring: nothing" in text
+    assert "between slices, prefill: unknown, because XLA cannot print the program" in text
+    assert "between slices, update: 1 ALL_GATHER of 30 bytes a chip in each pass of a loop; 1 ALL_REDUCE" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("slices", [2, 4])
+def test_gradients_and_the_gathered_rows_of_the_embedding_cross_slices_and_no_weights_do(folder, slices):
+    devices = dry_run.find_devices("v5e:2x2", slices)
+    plan = programs.make_plan(config_of(folder, mesh=MeshConfig(slices, -1, 1, slices=slices)), devices, 2**34)
+    scoring = programs.compiled(programs.trace_scoring(plan), "scoring", plan.device_bytes)
+    update = programs.compiled(programs.trace_policy_update(plan), "update", plan.device_bytes)
+    share = sum(leaf.size for leaf in jax.tree.leaves(plan.params)) // 4  # a chip's shard of the weights
+    layers = {0: 1, 1: 1, 2: plan.model.architecture.num_layers}
+    assert sum(layers[t.depth] * t.num_bytes for t in scoring.transfers) < share
+    reduced = sum(layers[t.depth] * t.num_bytes for t in update.transfers if t.kind == "ALL_REDUCE")
+    assert share < reduced < 4 * 4 * share  # in bfloat16 or float32, in whole tiles; the embedding's twice
+
+
 def test_a_model_that_the_mesh_does_not_cut_is_refused(folder):
     with pytest.raises(InputError, match=r"mesh\.tensor: 4 does not divide the model's num_key_value_heads 2"):
         plan_of(folder, mesh=MeshConfig(data=1, fsdp=2, tensor=4))
@@ -233,6 +282,8 @@ PUBLISHED = {
     "Llama-3.2-3B": 3_212_749_824,
     "Llama-3-8B": 8_030_261_248,
     "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Qwen2.5-72B": 72_706_203_648,
     "Qwen3-30B-A3B": 30_532_122_624,
     "gemma-3-1b": 999_885_952,
     "gemma-3-27b": 27_009_346_304,

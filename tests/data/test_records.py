@@ -2,6 +2,7 @@
 the line.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,15 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sso_jax.data.records import PrincipledQuery, Query, SteeredQuery, Triple
+from sso_jax.data.records import PrincipledQuery, PromptRecord, Query, SteeredQuery, Triple
+from sso_jax.runtime.checksums import json_digest
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.json_lines import (
+    each_json_line,
+    each_numbered_line,
     from_json,
     read_json_lines,
-    read_numbered_lines,
     read_records,
     to_json,
+    with_shared,
     write_records,
 )
 
@@ -123,7 +127,7 @@ def test_files_are_utf_8_that_people_can_read_and_empty_lines_are_skipped(tmp_pa
     assert path.read_bytes() == '{"query": "Größe 漢"}\n'.encode()
     path.write_bytes(b'\n{"a": 1}\r\n  \n{"a": 2}')
     assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
-    assert read_numbered_lines(path) == [(2, {"a": 1}), (4, {"a": 2})]
+    assert list(each_numbered_line(path)) == [(2, {"a": 1}), (4, {"a": 2})]
     write_records([], path)
     assert path.read_bytes() == b"" and read_json_lines(path) == []
 
@@ -196,3 +200,43 @@ def test_bytes_that_are_not_utf_8_are_found_near_their_line(tmp_path):
     (tmp_path / "r.jsonl").write_bytes(b'{"a": 1}\n' * 50 + b'{"a": "\xe9"}\n')
     with pytest.raises(InputError, match=r"line 5[01]"):
         read_json_lines(tmp_path / "r.jsonl")
+
+
+def test_equal_token_ids_of_a_file_are_one_object_and_records_are_written_without_copies(tmp_path):
+    """36 bytes a token otherwise: a list's place and an integer of its own."""
+    record = PromptRecord("a", {"plain": [70_001, 70_002, -3]})
+    assert to_json(record)["prompts"] is record.prompts
+    write_records([record, record], tmp_path / "prompts.jsonl")
+    first, second = read_records(PromptRecord, tmp_path / "prompts.jsonl")
+    assert first == second == record
+    assert all(a is b for a, b in zip(first.prompts["plain"], second.prompts["plain"], strict=True))
+    one, other = (with_shared([int("70001")]) for _ in range(2))
+    assert one == [70_001] and one[0] is other[0]
+
+
+def test_records_are_written_and_read_one_by_one(tmp_path):
+    alive, most = 0, 0
+
+    class Row(dict):
+        def __init__(self, *args):
+            nonlocal alive, most
+            super().__init__(*args)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    path = tmp_path / "rows.jsonl"
+    write_records((Row({"number": i}) for i in range(1000)), path)
+    assert most <= 3
+    rows = each_json_line(path)
+    assert next(rows) == {"number": 0} and sum(1 for _ in rows) == 999
+
+
+def test_the_digest_of_a_list_is_that_of_its_json():
+    head, rows = ["a", {"b": [1.5, None]}], [[[1, 2], (3, 4)], {"ü": "x"}]
+    for some in (rows, []):
+        whole = hashlib.blake2b(json.dumps([*head, some]).encode(), digest_size=12).hexdigest()
+        assert json_digest(head, iter(some), 12) == whole

@@ -1,10 +1,11 @@
 """What a run dropped, by reason: numbers of summary.json, and the rows that `dropped.jsonl` names."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from sso_jax.commands.preference_dataset import DROPPED_FILE
-from sso_jax.runtime.json_lines import read_json_lines
+from sso_jax.runtime.json_lines import each_json_line
 
 MAX_LISTED, MAX_CHARACTERS = 1000, 200
 """Maximum rows listed for a reason, and maximum characters of their queries, which keep the page responsive."""
@@ -32,22 +33,25 @@ def dropped_by_reason(directory: Path, summary: list[dict]) -> list[Dropped]:
     for row in summary:
         iteration, numbers = row["iteration"], row.get("dropped") or {}
         named: dict[str, int] = {}
-        for own in _named_rows(directory / f"iteration_{iteration}"):
-            reason = own["reason"]
+        listed: dict[str, str] = {}
+        for own in _each_line(directory / f"iteration_{iteration}" / DROPPED_FILE):
+            name, reason = str(own["id"]), own["reason"]
             named[reason] = named.get(reason, 0) + 1
-            rows.setdefault(reason, []).append((iteration, str(own["id"]), own["query"]))
+            if len(rows.setdefault(reason, [])) < MAX_LISTED:
+                rows[reason].append((iteration, name, ""))
+                listed[name] = ""
+        for own in _each_line(directory / f"iteration_{iteration}" / "queries.jsonl") if listed else ():
+            if own["id"] in listed:
+                listed[own["id"]] = _head(own["query"])
+        for reason, own_rows in rows.items():
+            rows[reason] = [(k, name, listed[name] if k == iteration else text) for k, name, text in own_rows]
         for reason, count in {**named, **numbers}.items():
             counts.setdefault(reason, {})[iteration] = count
-    return [Dropped(reason, counts[reason], rows.get(reason, [])[:MAX_LISTED]) for reason in sorted(counts)]
+    return [Dropped(reason, counts[reason], rows.get(reason, [])) for reason in sorted(counts)]
 
 
-def _named_rows(folder: Path) -> list[dict]:
-    """Returns `id`, `reason` and head of the `query` of the rows that a round dropped."""
-    if not (folder / DROPPED_FILE).is_file():
-        return []
-    path = folder / "queries.jsonl"
-    queries = {row["id"]: row["query"] for row in (read_json_lines(path) if path.is_file() else [])}
-    return [{**row, "query": _head(queries.get(row["id"], ""))} for row in read_json_lines(folder / DROPPED_FILE)]
+def _each_line(path: Path) -> Iterator[dict]:
+    return each_json_line(path) if path.is_file() else iter(())
 
 
 def _head(text: str) -> str:

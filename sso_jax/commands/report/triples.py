@@ -1,11 +1,13 @@
 """The triples on the report page: kept and dropped ones, with principles, log-probs and judgments."""
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from sso_jax.commands.preference_dataset import DROPPED_FILE
 from sso_jax.data.records import RESPONSES, Triple
-from sso_jax.runtime.json_lines import read_json_lines, read_records
+from sso_jax.runtime.json_lines import each_json_line, each_record
 
 MAX_ROWS, MAX_CHARACTERS, MAX_PAGE_CHARACTERS = 2000, 3000, 16_000_000
 """Maximum triples of a page and characters of a response or principle, and about the characters of a page, which keep
@@ -14,13 +16,14 @@ the page responsive. Prompts are whole: query and messages before it."""
 
 def page_rows(directory: Path, iterations: list[int]) -> list[dict]:
     """Returns the rows of the page, newest round first; an even selection if there are too many, or too long ones."""
-    rows = [
-        row
-        for iteration in sorted(iterations, reverse=True)
-        for row in _round_rows(directory / f"iteration_{iteration}", iteration)
-    ]
-    step = max(1, -(-len(rows) // MAX_ROWS), -(-sum(map(_num_characters, rows)) // MAX_PAGE_CHARACTERS))
-    return rows[::step]
+    newest_first = sorted(iterations, reverse=True)
+
+    def rows() -> Iterator[dict]:
+        return (row for k in newest_first for row in _round_rows(directory / f"iteration_{k}", k))
+
+    lengths = [_num_characters(row) for row in rows()]
+    step = max(1, -(-len(lengths) // MAX_ROWS), -(-sum(lengths) // MAX_PAGE_CHARACTERS))
+    return list(islice(rows(), 0, None, step))  # read twice, so that only rows of the page are held
 
 
 def _num_characters(row: dict) -> int:
@@ -37,21 +40,22 @@ def script_json(value) -> str:
     return text
 
 
-def _read(path: Path) -> list[dict]:
-    return read_json_lines(path) if path.is_file() else []
+def _read(path: Path) -> Iterator[dict]:
+    return each_json_line(path) if path.is_file() else iter(())
 
 
-def _round_rows(folder: Path, iteration: int) -> list[dict]:
-    """Returns the kept pairs of a round, then the dropped ones whose responses are known."""
+def _round_rows(folder: Path, iteration: int) -> Iterator[dict]:
+    """Yields the kept pairs of a round, then the dropped ones whose responses are known."""
     if not (folder / "pairs.jsonl").is_file():
-        return []
-    kept = read_records(Triple, folder / "pairs.jsonl")
+        return
+    judged = {row["id"]: row["outcome"] for row in _read(folder / "judgments.jsonl")}
+    for triple in each_record(Triple, folder / "pairs.jsonl"):
+        yield _row(triple, iteration, "kept", judged.get(triple.id))
     reasons = {row["id"]: row["reason"] for row in _read(folder / DROPPED_FILE)}
     responses = folder / "responses.jsonl"
-    sampled = read_records(Triple, responses) if reasons and responses.is_file() else []
-    judged = {row["id"]: row["outcome"] for row in _read(folder / "judgments.jsonl")}
-    rows = [_row(triple, iteration, "kept", judged.get(triple.id)) for triple in kept]
-    return rows + [_row(triple, iteration, reasons[triple.id], None) for triple in sampled if triple.id in reasons]
+    for triple in each_record(Triple, responses) if reasons and responses.is_file() else ():
+        if triple.id in reasons:
+            yield _row(triple, iteration, reasons[triple.id], None)
 
 
 def _row(triple: Triple, iteration: int, status: str, judged: str | None) -> dict:

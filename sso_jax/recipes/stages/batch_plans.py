@@ -1,6 +1,6 @@
 """Plans the updates of a round: the order of its examples, and their device steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -151,9 +151,15 @@ def _plan(
       build: returns, for an update's items, the function that builds one of its device steps.
     """
     engine = this.run.engine
-    trees = [[trees_of(item) for item in update] for update in updates]
-    steps = plan_steps(trees, engine.step_limits, this.previous_step_shapes("training"), this.is_last)
-    num_tokens = [sum(tree.num_tokens() for own in update for tree in own) for update in trees]
+    num_tokens: list[int] = []
+
+    def trees() -> Iterator[list[list[Tree]]]:
+        for update in updates:
+            examples = [trees_of(item) for item in update]
+            num_tokens.append(sum(tree.num_tokens() for own in examples for tree in own))
+            yield examples
+
+    steps = plan_steps(trees(), engine.step_limits, this.previous_step_shapes("training"), this.is_last)
 
     def make_batch(number: int) -> UpdateBatch:
         return update_batch(updates[number], steps.updates[number], steps.shapes, build(updates[number]))

@@ -1,12 +1,10 @@
 """Stage `prompts`: renders and tokenizes each prompt of a round once; later stages look up the ids."""
 
-import hashlib
-import json
-
 from sso_jax.data.records import PromptRecord, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import tokens_hash
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.recipes.run import Round
+from sso_jax.runtime.checksums import json_digest
 from sso_jax.runtime.hosts import map_across_processes
 from sso_jax.runtime.stage_markers import read_verified, record_stage, reopen
 
@@ -20,8 +18,8 @@ def render_prompts(this: Round, records: list[SteeredQuery] | list[Triple]) -> d
     They are stored in `prompts.jsonl`, and rendered again if the tokenizer, its template or a text has changed.
     """
     chat = this.run.engine.chat
-    texts = [[r.id, r.query, r.good_system, r.bad_system, r.history, *_of_triple(r)] for r in records]
-    key = hashlib.blake2b(json.dumps([tokens_hash(chat.tokenizer), texts]).encode(), digest_size=16).hexdigest()
+    texts = ([r.id, r.query, r.good_system, r.bad_system, r.history, *_of_triple(r)] for r in records)
+    key = json_digest([tokens_hash(chat.tokenizer)], texts, 16)
     stored = read_verified(this.folder, "prompts")
     if stored is not None and stored[KEY] != key:
         reopen(this.folder, "prompts")

@@ -6,8 +6,6 @@ again.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from sso_jax.recipes.environment import judged, pair_accuracy
 from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.reward_model import open_reward_scorer, tokenize_pair
 from sso_jax.recipes.run import Params, Round
+from sso_jax.runtime.checksums import json_digest
 from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.journal import Journal
@@ -171,9 +170,8 @@ def _reference_key(
     this: Round, reference_hash: str, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]
 ) -> str:
     """Returns a hash of what the reference's log-probs depend on: weights, tokenizer, cells and token ids."""
-    rows = [[prompts.get(triple.id), triple.response_ids] for triple in pairs]
-    content = json.dumps([reference_hash, tokens_hash(this.run.engine.chat.tokenizer), cells, rows])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    rows = ([prompts.get(triple.id), triple.response_ids] for triple in pairs)
+    return json_digest([reference_hash, tokens_hash(this.run.engine.chat.tokenizer), cells], rows, 16)
 
 
 def _score(
