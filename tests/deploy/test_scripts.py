@@ -15,6 +15,10 @@ from our_commands import parsed
 from sso_jax.runtime.signals import EXIT_STATUS
 
 ROOT = Path(__file__).resolve().parents[2]
+HEEDING_SIGINT = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+"""Runs a command that SIGINT reaches; where tests are a background job of a shell, it would be ignored."""
 SCRIPTS = sorted((ROOT / "deploy").glob("*.sh"))
 WORDS = ("fox", "fig", "cat", "red", "ten", "oak")
 
@@ -163,6 +167,7 @@ def tpu_vm(variables: dict[str, str], ends: str, **more: str) -> subprocess.Pope
     (Path(variables["PLACE"]) / "ends").write_text(ends)
     image = {"IMAGE": "region-docker.pkg.dev/p/r/sso_jax:tpu", "RETRY_SECONDS": "0"}
     command = [str(ROOT / "deploy" / "tpu_vm.sh"), *TPU, *ARGUMENTS]
+    command = [sys.executable, "-c", HEEDING_SIGINT, *command]
     return subprocess.Popen(command, env={**variables, **image, **more}, text=True, stderr=subprocess.PIPE)
 
 

@@ -397,8 +397,8 @@ def test_a_folder_that_turned_read_only_is_one_line_and_the_run_goes_on_once_it_
 
 
 def on_devices(monkeypatch, count: int) -> None:
-    def on_some(data, fsdp, tensor, devices, section, expert):
-        return make_mesh(data, fsdp, tensor, jax.devices()[:count], section, expert)
+    def on_some(data, fsdp, tensor, devices, *others):
+        return make_mesh(data, fsdp, tensor, jax.devices()[:count], *others)
 
     monkeypatch.setattr(assembly, "make_mesh", on_some)
 
