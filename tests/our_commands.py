@@ -10,6 +10,19 @@ COMMANDS = {
     for command, installed in ((cli.TRAIN, "sso-train"), (cli.SAMPLE, "sso-sample"), (cli.EVALUATE, "sso-evaluate"))
     for name in (command.program, installed)
 }
+"""Commands by the names of their programs, in the repository and installed."""
+SHORT_TOY = {
+    "toy.fact_updates": 8,
+    "toy.style_updates": 0,
+    "toy.width": 32,
+    "toy.num_layers": 1,
+    "run.iterations": 1,
+    "queries.per_iteration": 12,
+    "sampling.max_new_tokens": 12,
+    "train.batch_size": 4,
+    "logging.tensorboard": "false",
+}
+"""Fields of configs/tiny.yaml for a run of a few updates, to see that an installation works."""
 
 
 def parsed(argv: list[str]):

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from our_commands import SHORT_TOY
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("build", "setuptools", "setuptools_scm")
@@ -20,17 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout"),
     pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
 ]
-SHORT = {
-    "toy.fact_updates": 8,
-    "toy.style_updates": 0,
-    "toy.width": 32,
-    "toy.num_layers": 1,
-    "run.iterations": 1,
-    "queries.per_iteration": 12,
-    "sampling.max_new_tokens": 12,
-    "train.batch_size": 4,
-    "logging.tensorboard": "false",
-}
 
 
 def run(*argv, cwd, **environment) -> str:
@@ -88,7 +78,7 @@ def test_the_wheel_runs_the_toy_by_its_configs_name_from_anywhere(built, tmp_pat
     elsewhere.mkdir()
     where = run(commands / "python", "-c", "import sso_jax; print(sso_jax.__file__)", cwd=elsewhere)
     assert where.startswith(str(tmp_path / "environment"))
-    fields = [part for name, value in SHORT.items() for part in (f"--{name}", value)]
+    fields = [part for name, value in SHORT_TOY.items() for part in (f"--{name}", value)]
     run(commands / "sso-train", "--config", "tiny", *fields, cwd=elsewhere, JAX_PLATFORMS="cpu")
     left = elsewhere / "runs" / "tiny"  # run.directory of configs/tiny.yaml
     assert (left / "summary.json").is_file() and (left / "iteration_1" / "policy" / "config.json").is_file()

@@ -2,8 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
+from benchmarks.steering.methods import DPO, IPO, PBAA, V1, V2, Method
 from sso_jax.config import Config, parse
 
 CHOOSING_SEED = 0
@@ -13,20 +13,6 @@ ADAPTER_RATES, WEIGHT_RATES = (1e-4, 3e-4, 1e-3), (1e-6, 5e-6, 2e-5)
 RANK = 16
 ITERATIONS = 3
 
-IPO, DPO = {"objective.base": "ipo", "objective.beta": 0.2}, {"objective.base": "dpo", "objective.beta": 0.2}
-PBAA, V1 = {"objective.form": "pairwise"}, {"objective.form": "online"}
-V2 = {"recipe": "generator", "objective.form": "generator", "objective.base": "dpo", "objective.beta": 0.1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """Title of a method, the base loss whose learning rate it uses, and its config fields."""
-
-    title: str
-    base: str
-    fields: dict[str, Any]
-
-
 METHODS = {
     "pbaa": Method("PBAA, DPO", "dpo", {**PBAA, **DPO}),
     "v1_ipo": Method("SSO v1, IPO", "ipo", {**V1, **IPO}),
@@ -34,6 +20,7 @@ METHODS = {
     "v2": Method("SSO v2, DPO", "dpo", V2),
     "random": Method("control: random order", "dpo", {**PBAA, **DPO, "pairs.control": "random_order"}),
 }
+"""Their families are the base losses, which have a learning rate each."""
 CHOOSING = {"dpo": {**PBAA, **DPO}, "ipo": {**PBAA, **IPO}}
 """Fields of the cells that choose the rate of each base loss."""
 
@@ -86,8 +73,8 @@ def weight_cells() -> list[Cell]:
 
 def study_cells(seeds: list[int], rates: dict[str, float]) -> list[Cell]:
     """Returns the cells of the study, seed by seed, of the methods whose rate is known."""
-    known = {name: method for name, method in METHODS.items() if method.base in rates}
-    return [Cell(name, seed, rates[method.base]) for seed in seeds for name, method in known.items()]
+    known = {name: method for name, method in METHODS.items() if method.family in rates}
+    return [Cell(name, seed, rates[method.family]) for seed in seeds for name, method in known.items()]
 
 
 def cell_config(cell: Cell, sizes: Sizes, root: Path) -> Config:

@@ -1,6 +1,5 @@
 """Builds tables of means and deviations over seeds, answers side by side, and a figure, from finished cells."""
 
-from functools import reduce
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +7,7 @@ import numpy as np
 
 from benchmarks.real_model.cells import answers_of, rows_of
 from benchmarks.real_model.methods import ITERATIONS, METHODS, Cell
-from benchmarks.steering.tables import markdown, spread
+from benchmarks.steering.tables import markdown, spread, value
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -38,11 +37,6 @@ MEASURES = {
 FIGURE = ("tokens", "repeated 4-grams", "relevance", "instructions, strict", "log p(start) - log p", "steerability, y+")
 BASELINE = "pbaa"
 NUM_ANSWERS, SHOWN_CHARACTERS = 5, 400
-
-
-def value(row: dict, path: str) -> float | None:
-    """Returns the number at a dotted path in a row, or None if it is missing."""
-    return reduce(lambda part, name: (part or {}).get(name), path.split("."), row)
 
 
 def finished(root: Path, cells: list[Cell]) -> dict[str, dict[int, list[dict]]]:
@@ -131,7 +125,7 @@ def differences_table(runs: dict[str, dict[int, list[dict]]]) -> str:
 
 def _comparable(path: str, method: str) -> bool:
     """Returns whether a number means the same under a method and under PBAA; losses do with the same base loss only."""
-    return path != "held_out.loss" or METHODS[method].base == METHODS[BASELINE].base
+    return path != "held_out.loss" or METHODS[method].family == METHODS[BASELINE].family
 
 
 def answers(root: Path, cells: list[Cell], runs: dict[str, dict[int, list[dict]]]) -> str:

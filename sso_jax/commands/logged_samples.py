@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sso_jax.data.records import evenly_spaced
 from sso_jax.runtime.hosts import is_first
 from sso_jax.runtime.json_lines import read_json_lines
 
@@ -21,8 +22,7 @@ def samples_of_round(folder: Path, number: int) -> list[dict[str, str]]:
     path = folder / PAIRS_FILE
     if number == 0 or not is_first() or not path.is_file():
         return []
-    rows = list(read_json_lines(path))
-    chosen = [rows[i * len(rows) // min(number, len(rows))] for i in range(min(number, len(rows)))]
+    chosen = evenly_spaced(list(read_json_lines(path)), number)
     names = [name for name in NAMES if any(row.get(name) for row in chosen)]
     return [{name: _shortened(row.get(name) or "") for name in names} for row in chosen]
 

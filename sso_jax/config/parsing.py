@@ -105,16 +105,10 @@ def _refuse_keys(argv: list[str], files: list[str]) -> None:
     given = [(name, own if equals else value, "the command line") for (name, equals, own), value in options]
     given += [(name, str(value), file) for file in files for name, value in _read_config_file(file).items()]
     for name, value, place in given:
-        of_hub = bool(_HUB_TOKEN.search(value))
-        if of_hub or _KEY_FIELD.search(name):
-            kind, remedy = (
-                ("token", HUB_REMEDY)
-                if of_hub or _HUB_FIELD.search(name)
-                else (
-                    "key",
-                    KEY_REMEDY.format("endpoint.key_variable"),
-                )
-            )
+        has_token = bool(_HUB_TOKEN.search(value))
+        if has_token or _KEY_FIELD.search(name):
+            of_hub = has_token or _HUB_FIELD.search(name)
+            kind, remedy = ("token", HUB_REMEDY) if of_hub else ("key", KEY_REMEDY.format("endpoint.key_variable"))
             raise InputError(
                 f"{name}: an API {kind} does not belong on the command line or in a config ({place}); {remedy}"
             )

@@ -98,9 +98,8 @@ class SamplingConfig:
                 f"sampling.server_url {self.server_url!r}; give one of them: the command that starts the server, or "
                 "the address of a running one"
             )
-        others = {"policies": 1, "anchor_rejected": False, "rejected_path": None}
-        for name, default in others.items():
-            if (value := getattr(self, name)) != default:
+        for name in ("policies", "anchor_rejected", "rejected_path"):
+            if (value := getattr(self, name)) != getattr(type(self), name):
                 raise InputError(
                     f"sampling.{name}: {value!r} with sampling.source 'endpoint', whose server has the round's policy "
                     "alone; remove one of them"

@@ -36,20 +36,21 @@ class InstructedPrompt:
     instructions: tuple[Instruction, ...]
 
 
-def has_instructions(table: Table) -> bool:
-    """Returns whether a row of a file has a column of verifiable instructions."""
-    return any(row.fields.get(name) is not None for row in read_rows(table) for name in COLUMNS[1:])
-
-
-def load_instructed_prompts(table: Table) -> list[InstructedPrompt]:
+def load_instructed_prompts(table: Table, required: bool = True) -> list[InstructedPrompt]:
     """Reads the rows `prompt, instruction_id_list, kwargs` of a file, of which `kwargs` may hold nulls.
 
     Every row counts in the result, so none is dropped.
+
+    Args:
+      table: the file.
+      required: whether a file without the columns of instructions is refused; else it has no prompts with any.
 
     Raises:
       InputError: for a row without its columns or with a wrong argument; names file, line and column.
     """
     rows = read_rows(table)
+    if not required and all(row.fields.get(name) is None for row in rows for name in COLUMNS[1:]):
+        return []
     if not rows:
         raise InputError(f"{table.field}: {table.path!r} contains no prompts; give a file with at least one")
     return [_read(row, number) for number, row in enumerate(rows)]

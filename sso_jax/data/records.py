@@ -1,7 +1,8 @@
 """Record types that the stages of a run pass on, from queries to pairs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 CONTEXTS = ("plain", "positive", "negative")
 """The prompts x, x+ and x-."""
@@ -150,3 +151,12 @@ class Demonstration:
     response: str
     history: tuple[dict[str, str], ...] = ()
     """Messages before the query."""
+
+
+Item = TypeVar("Item")
+
+
+def evenly_spaced(items: Sequence[Item], num: int) -> list[Item]:
+    """Returns `num` items, or all if there are fewer, at even distances from the first one on."""
+    num = min(num, len(items))
+    return [items[i * len(items) // num] for i in range(num)]

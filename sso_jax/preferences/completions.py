@@ -20,14 +20,13 @@ NEUTRAL = {"n": 1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 
 
 
 def completion_body(
-    model: str, request: Request, limit: int, settings: tuple[float, float, int | None], stop_ids: Sequence[int]
+    request: Request, limit: int, settings: tuple[float, float, int | None], stop_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """Returns the JSON of a request.
+    """Returns the JSON of a request, without the name of the model on the server.
 
     The seed is the first word of the request's random key without its last bit: 31 bits, which every server takes.
 
     Args:
-      model: name of the policy on the server.
       request: prompt and random key.
       limit: maximum tokens of the response.
       settings: temperature, top_p, and top_k or None.
@@ -35,7 +34,6 @@ def completion_body(
     """
     temperature, top_p, top_k = settings
     return {
-        "model": model,
         "prompt": request.prompt_ids,
         "max_tokens": limit,
         "temperature": temperature,

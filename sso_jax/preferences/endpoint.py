@@ -21,38 +21,19 @@ JOURNAL_FILE = "endpoint.jsonl"
 class Endpoint:
     """Client of an OpenAI-compatible server; its API key is read from the environment and kept in the client only."""
 
-    def __init__(
-        self,
-        url: str,
-        model: str | None = None,
-        key_variable: str = "OPENAI_API_KEY",
-        timeout_seconds: float = 120.0,
-        retries: int = 5,
-        requests_per_minute: float | None = None,
-        concurrency: int = 8,
-    ):
+    def __init__(self, url: str, model: str | None = None, key_variable: str = "OPENAI_API_KEY", **options: Any):
         """Connects to the server and checks that it has the model.
 
         Args:
           url: base URL, such as http://localhost:8000/v1.
           model: name of the model; None uses the server's model if it lists exactly one.
           key_variable: environment variable that holds the API key.
-          timeout_seconds: maximum time to wait for the server to answer, or to continue an answer.
-          retries: retries of a question after a transient failure.
-          requests_per_minute: maximum rate; None for no limit.
-          concurrency: maximum number of concurrent requests.
+          options: the others of `HttpClient`: time limit, retries, rate, concurrency.
 
         Raises:
           InputError: if the server does not answer, rejects the key, is not OpenAI-compatible, or lacks the model.
         """
-        self._client = HttpClient(
-            url,
-            key_variable=key_variable,
-            timeout_seconds=timeout_seconds,
-            retries=retries,
-            requests_per_minute=requests_per_minute,
-            concurrency=concurrency,
-        )
+        self._client = HttpClient(url, key_variable=key_variable, **options)
         self.model = self._client.find_model(model)
 
     def ask(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from sso_jax.preferences.http_client import HttpClient, Outcome, Read
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import is_remote
+from sso_jax.runtime.json_lines import load_json
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import stop_requested
 
@@ -35,7 +36,7 @@ class Gathering:
     def __init__(
         self, client: HttpClient, path: str, asked: Sequence[Asked], read: Read, stage: str, journal: Path | None
     ):
-        """Reads the journal; the server is asked by `advance`.
+        """Reads the journal, and starts asking the server.
 
         Args:
           client: client of the server.
@@ -50,13 +51,15 @@ class Gathering:
         self.outcomes = {i: Outcome(values) for i, values in kept_answers(journal, asked).items()}
         if self.outcomes:
             log.info("%s: %d of %d answers are already in the journal", stage, len(self.outcomes), len(asked))
-        self._missing = [i for i in range(len(asked)) if i not in self.outcomes]
         self._path, self._read = path, read
         self._stopped = threading.Event()
         self._arrived: queue.SimpleQueue[Future[tuple[int, Outcome]]] = queue.SimpleQueue()
-        self._pool: ThreadPoolExecutor | None = None
         self._failures_in_row = 0
         self._bar = progress_bar(stage, len(asked), "answer", initial=len(self.outcomes))
+        self._pool = ThreadPoolExecutor(client.concurrency)
+        for i in range(len(asked)):
+            if i not in self.outcomes:
+                self._pool.submit(self._exchange, i).add_done_callback(self._arrived.put)
 
     @property
     def num_done(self) -> int:
@@ -75,10 +78,6 @@ class Gathering:
           InputError: if the server rejects the key, or so many requests in a row fail that it must be unavailable.
             Earlier answers are in the journal.
         """
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._client.concurrency)
-            for i in self._missing:
-                self._pool.submit(self._exchange, i).add_done_callback(self._arrived.put)
         deadline = time.monotonic() + seconds
         while self.num_done < len(self._asked):
             try:
@@ -112,8 +111,7 @@ class Gathering:
     def close(self) -> None:
         """Cancels what has not been sent; waits for what is under way unless a stop was requested."""
         self._stopped.set()
-        if self._pool is not None:
-            self._pool.shutdown(wait=not stop_requested(), cancel_futures=True)
+        self._pool.shutdown(wait=not stop_requested(), cancel_futures=True)
         self._bar.close()
 
 
@@ -124,7 +122,7 @@ def kept_answers(journal: Path | None, asked: Sequence[Asked]) -> dict[int, dict
     rows = {}
     for line in journal.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
-            row = json.loads(line)
+            row = load_json(line)
             rows[row["key"]] = row
         except (ValueError, KeyError, TypeError):
             continue

@@ -117,7 +117,7 @@ class PolicyServer:
         client = self.connection()
         deadline = time.monotonic() + seconds
         while not client.is_healthy():
-            self._refuse_exit("before it was healthy")
+            self._refuse_exit()
             waited = time.monotonic() - self._started
             if waited > self.config.server_start_seconds:
                 printed = "" if self._process is None else f"; its last lines:\n{self._process.last_lines()}"
@@ -140,15 +140,16 @@ class PolicyServer:
                 f"lines:\n{self._process.last_lines()}"
             )
 
-    def _refuse_exit(self, when: str) -> None:
+    def _refuse_exit(self) -> None:
+        """Raises `InputError` if the command has ended before the server was healthy."""
         if self._process is None or (status := self._process.exit_status()) is None:
             return
         command, said = self.config.server_command, self._process.last_lines()
         if status == NOT_STARTED:
             raise InputError(f"sampling.server_command: {command!r} cannot be started:\n{said}")
         raise InputError(
-            f"sampling.server_command: {command!r} exited with status {status} {when}; mend it by what it printed at "
-            f"last (all of it is in {self.output}):\n{said}"
+            f"sampling.server_command: {command!r} exited with status {status} before it was healthy; mend it by what "
+            f"it printed at last (all of it is in {self.output}):\n{said}"
         )
 
     def stop(self) -> None:

@@ -1,7 +1,5 @@
 """Samples responses by a server of the policy, whose weights are checked by the log-probs of its responses."""
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -13,12 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sso_jax.config import SamplingConfig
+from sso_jax.data.records import evenly_spaced
 from sso_jax.models.fingerprint import fingerprint
 from sso_jax.preferences.completions import PATH, completion_body, read_completion
 from sso_jax.preferences.gathering import Asked, Gathering, kept_answers
 from sso_jax.preferences.policy_server import PolicyServer, server_field
+from sso_jax.runtime.checksums import json_digest
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.hosts import is_first, on_first_process, stop_now
+from sso_jax.runtime.json_lines import with_shared
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
 from sso_jax.sampling.sampler import Request, Sampler, Samples
@@ -27,8 +28,10 @@ from sso_jax.training.scoring import Scorable
 
 CHECKED_RESPONSES, CHECKED_TOKENS = 20, 64
 """Number of responses whose log-probs are compared with our own, and their maximum length."""
-AS_THEY_ARE = (1.0, 1.0, None)
-"""Temperature, top_p and top_k at which every server's log-probs are those of the model itself."""
+AS_THEY_ARE = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
+"""Settings at which every server's log-probs are those of the model itself."""
+KEY_BYTES = 12
+"""Bytes of the digest by which a response is found in the journal: of the policy and the request, not the server."""
 SLICE_SECONDS = 1.0
 """How often all processes look for a stop while the first one waits for the server."""
 log = logging.getLogger(__name__)
@@ -86,36 +89,30 @@ class ServerSampler:
           Stopped: if a stop was requested.
         """
         self.own.require_room(requests, stage)
-        strategy, start = self.own.strategy, time.perf_counter()
-        top_k = None if strategy.top_k is None else int(strategy.top_k)
-        settings = _decimal(strategy.temperature), _decimal(strategy.top_p), top_k
+        start, weights = time.perf_counter(), fingerprint(params)
+        settings = self.config.temperature, self.config.top_p, self.config.top_k
         limits = self.own.limits(requests, self.own.max_new_tokens)
-        weights = fingerprint(params)
-
-        def asked(model: str) -> list[Asked]:
-            bodies = [
-                completion_body(model, r, limit, settings, self.own.stop_ids)
-                for r, limit in zip(requests, limits, strict=True)
-            ]
-            return [Asked(_key(weights, body), body, {}) for body in bodies]
-
-        kept = on_first_process(lambda: [[i, one["ids"]] for i, one in kept_answers(self.journal, asked("")).items()])
-        whole = len(kept) == len(requests)
-        responses = [ids for _, ids in kept] if whole else self._by_server(params, asked, stage)
-        num_tokens = sum(map(len, responses)) - sum(len(ids) for _, ids in kept)
+        bodies = [
+            completion_body(r, limit, settings, self.own.stop_ids) for r, limit in zip(requests, limits, strict=True)
+        ]
+        asked = [Asked(json_digest([weights, body], (), KEY_BYTES), body, {}) for body in bodies]
+        kept = on_first_process(lambda: [one["ids"] for one in kept_answers(self.journal, asked).values()])
+        responses = kept if len(kept) == len(requests) else self._by_server(params, asked, stage)
+        num_tokens = sum(map(len, responses)) - sum(map(len, kept))
         cut = [ids[-1] not in self.own.stop_ids for ids in responses]
         return Samples(responses, cut, SamplingStats(num_tokens, time.perf_counter() - start))
 
-    def _by_server(self, params: dict[str, Any], asked: Callable[[str], list[Asked]], stage: str) -> list[list[int]]:
+    def _by_server(self, params: dict[str, Any], asked: list[Asked], stage: str) -> list[list[int]]:
         """Starts the server, checks its weights, samples what the journal lacks, and stops the server."""
         server = PolicyServer(self.config, self.retries, self.folder(), self.output)
         try:
             on_first_process(server.start)
             self._wait(server, f"{stage}: start of the server")
-            requests = asked(on_first_process(lambda: server.model))
+            model = on_first_process(lambda: server.model)
+            requests = [one._replace(body={**one.body, "model": model}) for one in asked]
             self._check(server, params, requests, stage)
             answers = self._gather(server, requests, stage, self.journal)
-            return [answer["ids"] for answer in answers]
+            return [with_shared(answer["ids"]) for answer in answers]
         finally:
             server.stop()
 
@@ -170,7 +167,7 @@ class ServerSampler:
 
     def _check(self, server: PolicyServer, params: dict[str, Any], requests: list[Asked], stage: str) -> None:
         """Raises `InputError` if the server's log-probs of its responses to some requests are not our own."""
-        bodies = [_checked_body(one.body) for one in _evenly(requests, CHECKED_RESPONSES)]
+        bodies = [_checked_body(one.body) for one in evenly_spaced(requests, CHECKED_RESPONSES)]
         asked = [Asked("", body, {}) for body in bodies]
         answers = self._gather(server, asked, f"{stage}: check of the server's weights", None)
         theirs = [answer["log_probs"] for answer in answers]
@@ -198,27 +195,9 @@ class ServerSampler:
             log.info("%s: the server has the policy's weights: %s", stage, said)
 
 
-def _decimal(number: Any) -> float:
-    """Returns a float32 as the shortest decimal number that it stands for, such as 0.7."""
-    return float(str(np.float32(number)))
-
-
-def _key(weights: str, body: dict[str, Any]) -> str:
-    """Returns what a response is found by in the journal: the policy and the request, but not the server."""
-    request = {name: value for name, value in body.items() if name != "model"}
-    return hashlib.sha256(json.dumps([weights, request]).encode()).hexdigest()[:24]
-
-
-def _evenly(requests: list[Asked], num: int) -> list[Asked]:
-    num = min(num, len(requests))
-    return [requests[i * len(requests) // num] for i in range(num)]
-
-
 def _checked_body(body: dict[str, Any]) -> dict[str, Any]:
     """Returns the request with log-probs, short, and sampled from the model's own distribution."""
-    temperature, top_p, _ = AS_THEY_ARE
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": -1, "logprobs": 1}
-    return {**body, **settings, "max_tokens": min(body["max_tokens"], CHECKED_TOKENS)}
+    return {**body, **AS_THEY_ARE, "logprobs": 1, "max_tokens": min(body["max_tokens"], CHECKED_TOKENS)}
 
 
 def _answers(gathering: Gathering | None, server: PolicyServer) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from sso_jax.config import Config, ObjectiveConfig
+from sso_jax.config import Config, ObjectiveConfig, SamplingConfig
 from sso_jax.data.chat import Chat
 from sso_jax.data.records import Triple
 from sso_jax.models.known_tokens import KnownTokens
@@ -38,10 +38,11 @@ def refuse_fields(recipe: str, unused: dict[str, Any]) -> None:
 
 def sampling_fields(config: Config) -> dict[str, Any]:
     """Returns the fields of what responses are sampled from, by dotted name, for recipes that do not sample pairs."""
-    names = ("anchor_rejected", "rejected_path")
-    fields = {f"sampling.{name}": getattr(config.sampling, name) for name in names}
-    source = config.sampling.source
-    return {**fields, "sampling.source": None if source == "policy" else source}
+    given, default = config.sampling, SamplingConfig()
+    names = ("anchor_rejected", "rejected_path", "source")
+    return {
+        f"sampling.{name}": getattr(given, name) for name in names if getattr(given, name) != getattr(default, name)
+    }
 
 
 def refuse_judge_order(config: Config) -> None:

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 from sso_jax.config import Config
-from sso_jax.data.instruction_prompts import InstructedPrompt, has_instructions, load_instructed_prompts
+from sso_jax.data.instruction_prompts import InstructedPrompt, load_instructed_prompts
 from sso_jax.data.queries import load_queries
 from sso_jax.data.records import Query
 from sso_jax.recipes.engine import Engine
@@ -42,10 +42,8 @@ def read_instructions(config: Config) -> dict[str, InstructedPrompt]:
     """
     if config.evaluation.path is None:
         return {}
-    table = evaluation_table(config)
-    if not has_instructions(table):
-        return {}
-    return {prompt.prompt.strip(): prompt for prompt in load_instructed_prompts(table)}
+    prompts = load_instructed_prompts(evaluation_table(config), required=False)
+    return {prompt.prompt.strip(): prompt for prompt in prompts}
 
 
 def without_evaluation_queries(config: Config, queries: list[Query]) -> tuple[list[Query], Counter[str]]:

@@ -11,21 +11,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-from our_commands import parsed
+from our_commands import SHORT_TOY, parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "Dockerfile").read_text()
-SHORT = {
-    "toy.fact_updates": 8,
-    "toy.style_updates": 0,
-    "toy.width": 32,
-    "toy.num_layers": 1,
-    "run.iterations": 1,
-    "queries.per_iteration": 12,
-    "sampling.max_new_tokens": 12,
-    "train.batch_size": 4,
-    "logging.tensorboard": "false",
-}
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -119,7 +108,7 @@ def test_what_is_sent_runs_the_toy_and_the_quick_start(tmp_path):
         shutil.copyfile(ROOT / name, tmp_path / name)
     _, *command = json.loads(dict(instructions())["CMD"])
     assert (tmp_path / "requirements.txt").is_file() and " ".join(command) in (ROOT / "README.md").read_text()
-    fields = [part for name, value in SHORT.items() for part in (f"--{name}", str(value))]
+    fields = [part for name, value in SHORT_TOY.items() for part in (f"--{name}", str(value))]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     ran = subprocess.run(

@@ -12,7 +12,7 @@ REQUEST = Request([5, 6, 7], (2**32 - 1, 17))
 
 
 def body(limit: int = 4, **more) -> dict:
-    return {**completion_body("tiny", REQUEST, limit, (0.7, 0.8, None), (END, OTHER_END)), **more}
+    return {**completion_body(REQUEST, limit, (0.7, 0.8, None), (END, OTHER_END)), **more}
 
 
 def answer(ids, finish: str = "length", **more) -> dict:
@@ -24,7 +24,7 @@ def test_the_request_has_the_settings_and_a_seed_of_its_key():
     assert found["prompt"] == [5, 6, 7] and found["max_tokens"] == 4 and found["stop_token_ids"] == [END, OTHER_END]
     assert (found["temperature"], found["top_p"], found["top_k"], found["seed"]) == (0.7, 0.8, -1, 2**31 - 1)
     assert found["return_token_ids"] is True and found["repetition_penalty"] == 1.0
-    assert completion_body("tiny", REQUEST, 4, (0.7, 0.8, 20), (END,))["top_k"] == 20
+    assert completion_body(REQUEST, 4, (0.7, 0.8, 20), (END,))["top_k"] == 20
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sso_jax.preferences import http_client
 from sso_jax.preferences.endpoint import Endpoint
 from sso_jax.preferences.http_client import retry_after_seconds
 from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.server_process import free_port
 from sso_jax.runtime.signals import Stopped, stop_at_safe_points
 
 
@@ -147,12 +148,6 @@ def test_a_text_with_unicode_line_separators_survives_the_journal(tmp_path):
         for _ in range(2):
             assert Endpoint(server.url()).ask(questions(1), "stage", 7, 0.0, journal) == [Answer("a\u2028b\u0085c\nd")]
         assert sum(server.asked.values()) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_server_that_is_down_slow_or_something_else_is_told_in_one_line():

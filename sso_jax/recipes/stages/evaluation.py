@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
-from sso_jax.data.chat import encode_response
-from sso_jax.data.records import Cell, Triple
+from sso_jax.data.records import Triple
 from sso_jax.preferences import judging
 from sso_jax.preferences.endpoint import JOURNAL_FILE
 from sso_jax.recipes.environment import judge_policy
-from sso_jax.recipes.run import Params, Round, Run
-from sso_jax.recipes.stages.held_out_answers import measure_answers
+from sso_jax.recipes.run import Params, Round
+from sso_jax.recipes.stages.held_out_answers import mean_log_prob, measure_answers
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.json_lines import read_json_lines, write_records
 from sso_jax.runtime.stage_markers import file_stage
-from sso_jax.training.scoring import Scorable, require_finite, score_examples
 
 EVALUATION_FILE, JUDGMENTS_FILE = "evaluation.jsonl", "judgments.jsonl"
 
@@ -57,7 +54,7 @@ def evaluate(this: Round, policy: Params) -> EvaluationResult:
         first = run.folder(0) / EVALUATION_FILE
         if rows and jax.process_count() == 1 and first.is_file():  # other hosts may not see the file
             stage = this.title("held-out answers of the first policy")
-            log_prob = _mean_log_prob(run, policy, read_json_lines(first), f"{stage}: log-probs")
+            log_prob = mean_log_prob(run, policy, read_json_lines(first), f"{stage}: log-probs")
             means = {**means, "held_out_log_prob": log_prob}
         return means
 
@@ -72,17 +69,6 @@ def measure_policy(this: Round, policy: Params) -> tuple[list[dict], dict[str, A
     if run.environment.judge is None:
         return measure_answers(this, policy)
     return judge_policy(run.environment, run.engine, policy, run.config.run.seed, this.title("held-out answers"))
-
-
-def _mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> float:
-    """Returns the mean log-prob per token, in nats, of answers (`query`, `response`) under the plain prompt."""
-    engine, tokenizer = run.engine, run.engine.chat.tokenizer
-    ids = [encode_response(tokenizer, row["response"]) for row in rows]
-    prompts = [engine.chat.prompt_ids(row["query"], history=tuple(row.get("history", ()))) for row in rows]
-    items = [Scorable({"plain": p}, {"answer": own}) for p, own in zip(prompts, ids, strict=True)]
-    sums = score_examples(engine.score, policy, items, [Cell("plain", "answer")], engine.step_limits, stage)
-    require_finite(sums, [row["query"][:60] for row in rows], [Cell("plain", "answer")])
-    return float(np.mean([total / len(own) for (total,), own in zip(sums, ids, strict=True)]))
 
 
 def judge_by_endpoint(this: Round, pairs: list[Triple]) -> dict[str, Any] | None:

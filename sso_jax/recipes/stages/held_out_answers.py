@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from sso_jax.data.chat import encode_response
 from sso_jax.data.instruction_prompts import followed, instruction_accuracy
 from sso_jax.data.records import Cell, Prompts, Query, SteeredQuery
 from sso_jax.data.response_measures import measure_responses
@@ -32,7 +33,7 @@ class Answer:
     query: Query
     prompts: Prompts
     responses: dict[str, list[int]]
-    cut: bool
+    cut: bool = False
     """Whether the unsteered answer reached the token limit."""
 
 
@@ -149,6 +150,17 @@ def steerability(run: Run, policy: Params, answers: list[Answer], stage: str) ->
     lengths = np.array([[max(len(a.responses[name]), 1) for name in ("chosen", "rejected")] for a in steered])
     gaps = np.mean((sums[..., 0] - sums[..., 1]) / lengths, axis=0)
     return {"chosen": float(gaps[0]), "rejected": -float(gaps[1])}
+
+
+def mean_log_prob(run: Run, policy: Params, rows: list[dict], stage: str) -> float:
+    """Returns the mean log-prob per token, in nats, of rows of `evaluation.jsonl` under the plain prompt."""
+    chat, answers = run.engine.chat, []
+    for row in rows:
+        query = Query(row["id"], row["query"], tuple(row.get("history", ())))
+        ids = encode_response(chat.tokenizer, row["response"])
+        answers.append(Answer(query, {"plain": chat.prompt_ids(query.query, history=query.history)}, {"answer": ids}))
+    sums = _scores(run, policy, answers, [ANSWER], stage)[:, 0]
+    return float(np.mean(sums / [len(answer.responses["answer"]) for answer in answers]))
 
 
 def _scores(run: Run, policy: Params, answers: list[Answer], cells: list[Cell], stage: str) -> np.ndarray:
