@@ -28,7 +28,7 @@ from sso_jax.models.paged_cache import chunk_size, page_size_of
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes import generator
-from sso_jax.recipes.engine import build_decoder, check_frozen_bits, make_sampling_mesh, mesh_of, router_weight
+from sso_jax.recipes.engine import build_decoder, make_sampling_mesh, mesh_of, router_weight
 from sso_jax.recipes.objective import Objective, round_objective
 from sso_jax.recipes.reward_model import as_reward_model
 from sso_jax.recipes.stages.batch_plans import losses_of, trained_cells
@@ -146,7 +146,6 @@ def make_plan(config: Config, devices: list, device_bytes: int) -> Plan:
     """Builds the decoder and meshes of the config for the given devices with `device_bytes` of memory each."""
     mesh = mesh_of(config.mesh, devices)
     architecture = find_architecture(config.model.path)
-    check_frozen_bits(architecture, config.model, config.lora)
     model, shardings = build_decoder(architecture, config.model, config.lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     training = sampling = Placement(mesh, shardings)

@@ -33,7 +33,6 @@ from sso_jax.recipes.engine import (
     Engine,
     build_decoder,
     build_engine,
-    check_frozen_bits,
     find_adapter,
     make_sampling_mesh,
     mesh_of,
@@ -260,7 +259,6 @@ def _with_journals(engine: Engine, directory: Path) -> Engine:
 def _check_toy(config: Config, mesh: Mesh) -> None:
     """Raises what building the engine would, before the toy policy is trained."""
     architecture = pretraining.architecture(pretraining.Curriculum(**dataclasses.asdict(config.toy)))
-    check_frozen_bits(architecture, config.model, config.lora)
     decoder, _ = build_decoder(architecture, config.model, config.lora, mesh)
     if config.lora.start_from is not None:
         check_adapter(open_adapter(find_adapter(config.lora.start_from)), decoder)

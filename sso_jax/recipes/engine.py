@@ -129,8 +129,9 @@ def build_decoder(
       mesh: device mesh.
 
     Raises:
-      InputError: if the mesh does not divide the model evenly.
+      InputError: if the mesh does not divide the model evenly, or `model.frozen_bits` does not go with the adapters.
     """
+    _check_frozen_bits(architecture, model, lora)
     _check_mesh(mesh, architecture)
     platform = mesh.devices.flat[0].platform
     decoder = Transformer(
@@ -147,7 +148,7 @@ def build_decoder(
     return decoder, param_shardings(abstract_params(decoder), mesh)
 
 
-def check_frozen_bits(architecture: Architecture, model: ModelConfig, lora: LoraConfig) -> None:
+def _check_frozen_bits(architecture: Architecture, model: ModelConfig, lora: LoraConfig) -> None:
     """Raises `InputError` if the config's `model.frozen_bits` does not go with its other fields or the model."""
     bits = model.frozen_bits
     if bits is None:
@@ -173,7 +174,6 @@ def build_engine(folder: str | Path, config: Config | SampleConfig) -> Engine:
     router_weight(architecture, config.train)
     mesh = mesh_of(config.mesh)
     lora = config.lora if isinstance(config, Config) else LoraConfig()
-    check_frozen_bits(architecture, config.model, lora)
     model, shardings = build_decoder(architecture, config.model, lora, mesh)
     set_matmul_precision(config.model.matmul_precision, config.model.compute_dtype)
     check_weights(folder, model)

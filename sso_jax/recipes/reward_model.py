@@ -105,7 +105,8 @@ def check_reward_model(path: str, field: str, config: ModelConfig, mesh: jax.sha
 
 def _build(folder: Path, config: ModelConfig, mesh: jax.sharding.Mesh) -> RewardModel:
     """Builds the model of a folder, whose weights must belong to it."""
-    decoder, _ = build_decoder(read_architecture(folder), config, LoraConfig(), mesh)
+    plain = dataclasses.replace(config, frozen_bits=None)  # a field of the policy, whose adapters alone are trained
+    decoder, _ = build_decoder(read_architecture(folder), plain, LoraConfig(), mesh)
     model = as_reward_model(decoder)
     check_weights(folder, model)
     return model

@@ -127,6 +127,11 @@ def read_records(kind: type[Record], path: str | Path) -> list[Record]:
     return list(each_record(kind, path))
 
 
+def each_line_if_any(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file of this machine that need not be there."""
+    return each_json_line(path) if path.is_file() else iter(())
+
+
 def each_record(kind: type[Record], path: str | Path) -> Iterator[Record]:
     """Like `read_records`, but yields one record after the other and holds none."""
     return (from_json(kind, row) for row in each_json_line(path))

@@ -1,11 +1,10 @@
 """What a run dropped, by reason: numbers of summary.json, and the rows that `dropped.jsonl` names."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from sso_jax.commands.preference_dataset import DROPPED_FILE
-from sso_jax.runtime.json_lines import each_json_line
+from sso_jax.runtime.json_lines import each_line_if_any
 
 MAX_LISTED, MAX_CHARACTERS = 1000, 200
 """Maximum rows listed for a reason, and maximum characters of their queries, which keep the page responsive."""
@@ -34,13 +33,13 @@ def dropped_by_reason(directory: Path, summary: list[dict]) -> list[Dropped]:
         iteration, numbers = row["iteration"], row.get("dropped") or {}
         named: dict[str, int] = {}
         listed: dict[str, str] = {}
-        for own in _each_line(directory / f"iteration_{iteration}" / DROPPED_FILE):
+        for own in each_line_if_any(directory / f"iteration_{iteration}" / DROPPED_FILE):
             name, reason = str(own["id"]), own["reason"]
             named[reason] = named.get(reason, 0) + 1
             if len(rows.setdefault(reason, [])) < MAX_LISTED:
                 rows[reason].append((iteration, name, ""))
                 listed[name] = ""
-        for own in _each_line(directory / f"iteration_{iteration}" / "queries.jsonl") if listed else ():
+        for own in each_line_if_any(directory / f"iteration_{iteration}" / "queries.jsonl") if listed else ():
             if own["id"] in listed:
                 listed[own["id"]] = _head(own["query"])
         for reason, own_rows in rows.items():
@@ -48,10 +47,6 @@ def dropped_by_reason(directory: Path, summary: list[dict]) -> list[Dropped]:
         for reason, count in {**named, **numbers}.items():
             counts.setdefault(reason, {})[iteration] = count
     return [Dropped(reason, counts[reason], rows.get(reason, [])) for reason in sorted(counts)]
-
-
-def _each_line(path: Path) -> Iterator[dict]:
-    return each_json_line(path) if path.is_file() else iter(())
 
 
 def _head(text: str) -> str:

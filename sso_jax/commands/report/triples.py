@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sso_jax.commands.preference_dataset import DROPPED_FILE
 from sso_jax.data.records import RESPONSES, Triple
-from sso_jax.runtime.json_lines import each_json_line, each_record
+from sso_jax.runtime.json_lines import each_line_if_any, each_record
 
 MAX_ROWS, MAX_CHARACTERS, MAX_PAGE_CHARACTERS = 2000, 3000, 16_000_000
 """Maximum triples of a page and characters of a response or principle, and about the characters of a page, which keep
@@ -40,18 +40,14 @@ def script_json(value) -> str:
     return text
 
 
-def _read(path: Path) -> Iterator[dict]:
-    return each_json_line(path) if path.is_file() else iter(())
-
-
 def _round_rows(folder: Path, iteration: int) -> Iterator[dict]:
     """Yields the kept pairs of a round, then the dropped ones whose responses are known."""
     if not (folder / "pairs.jsonl").is_file():
         return
-    judged = {row["id"]: row["outcome"] for row in _read(folder / "judgments.jsonl")}
+    judged = {row["id"]: row["outcome"] for row in each_line_if_any(folder / "judgments.jsonl")}
     for triple in each_record(Triple, folder / "pairs.jsonl"):
         yield _row(triple, iteration, "kept", judged.get(triple.id))
-    reasons = {row["id"]: row["reason"] for row in _read(folder / DROPPED_FILE)}
+    reasons = {row["id"]: row["reason"] for row in each_line_if_any(folder / DROPPED_FILE)}
     responses = folder / "responses.jsonl"
     for triple in each_record(Triple, responses) if reasons and responses.is_file() else ():
         if triple.id in reasons:
