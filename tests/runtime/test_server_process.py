@@ -36,9 +36,9 @@ def printed_ids(output: Path) -> list[int]:
 def is_running(process_id: int) -> bool:
     try:
         os.kill(process_id, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):  # the latter if it ends between the two
         return False
-    return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_stop_ends_the_command_and_what_it_has_started(tmp_path):
