@@ -9,7 +9,7 @@ saved to the file after each compilation; a second call compiles only those that
     JAX_PLATFORMS=cpu python -m benchmarks.topologies --config configs/llama3.1_70b_instruct.yaml --topology v5p:2x2x4 \
         --programs update
 
-compiles some programs of one config's dry run and prints their table.
+compiles some programs of one config's dry run and prints their table; further arguments are fields of the config.
 """
 
 import argparse
@@ -133,10 +133,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", help="config of which to compile some programs, instead of the tables")
     parser.add_argument("--topology", help="topology for --config, such as v5p:2x2x4")
     parser.add_argument("--programs", nargs="+", default=["update"], help="programs of --config (default: update)")
-    args = parser.parse_args(argv)
+    args, fields = parser.parse_known_args(argv)
+    if fields and not args.config:
+        parser.error(f"{fields[0]}: fields are those of a --config")
     if args.config:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        config = parse(Config, ["--config", args.config, "--dry_run", args.topology], "topologies", "")
+        config = parse(Config, ["--config", args.config, "--dry_run", args.topology, *fields], "topologies", "")
         dry_run.run(config, args.programs)
         return 0
     logging.basicConfig(level=logging.WARNING)

@@ -145,7 +145,7 @@ def make_update_parts(shape: Shape, devices: list | None = None) -> UpdateParts:
     items = [Scorable(*ids) for ids in example_ids(shape)]
     trees = [steered_trees(*item, objective.cells, 0) for item in items]
     tokens = shape.update_microbatch * sum(tree.num_tokens() for tree in trees[0])
-    limits = StepLimits(tokens, num_batch_shards(mesh), model.by_sequence)
+    limits = StepLimits(tokens, num_batch_shards(mesh), model.row_form)
     steps = plan_steps([trees], limits)
 
     def batch_of(sums: list[list[float]]) -> UpdateBatch:

@@ -22,6 +22,7 @@ from sso_jax.models.layers import (
     rotation,
 )
 from sso_jax.models.paged_cache import CACHE_AXES, PagedCache, PageTable, RowView, paged_attend
+from sso_jax.models.places import Places
 from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.sequences import Sequences
 from sso_jax.runtime.mesh import constrain
@@ -132,7 +133,7 @@ class AttentionInputs(NamedTuple):
     """One for each kind of layers."""
     slot: Int[Array, ""]
     """Cache slot of the first token."""
-    sequences: Sequences | None = None
+    sequences: Sequences | Places | None = None
     """The visibility as sequences, without sliding windows, for kernels that take them."""
     pages: Pages | None = None
 
@@ -207,7 +208,7 @@ class Attention(nn.Module):
         shape, axes = (a.num_heads, a.head_size, a.embed_dim), ("heads", "head_size", "embed")
         return Projection(shape, axes, **projection_options(self), name="out")(out), cache
 
-    def _attend_whole(self, kind, queries, keys, values, mask, rule: ScoreRule, sequences: Sequences | None):
+    def _attend_whole(self, kind, queries, keys, values, mask, rule: ScoreRule, sequences: Sequences | Places | None):
         """Attends within whole sequences; a kernel that takes sequences is compiled for each sliding window."""
         kernel = KERNELS[self.attend]
         if sequences is None:

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sso_jax.models.remat_policy import NAME, save_for_backward
-from sso_jax.models.sequences import Sequences, copied, moved
+from sso_jax.models.places import Places
+from sso_jax.models.remat_policy import save_for_backward
+from sso_jax.models.sequences import RowForm, Sequences, copied, moved
+from sso_jax.models.splash import attend_by_mask, attend_by_segment
 from sso_jax.runtime.mesh import over_mesh
 
 HIDDEN_SCORE = -1e30
 """Added to the score of a masked key: large enough to make its weight 0, small enough to stay finite."""
-LANES = 128
-"""Splash attention needs blocks of a multiple of this many tokens."""
 LARGEST_CUDNN_HEAD = 128
 """Largest head size of cuDNN's fused kernel."""
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
@@ -135,7 +135,7 @@ plain_attend.defvjp(_attend_forward, _attend_backward)
 class BySequence(NamedTuple):
     """Visibility as sequences, in place of a mask: a token sees those before it in its sequence, or the latest ones."""
 
-    sequences: Sequences
+    sequences: Sequences | Places
     sliding_window: int | None = None
     """Number of tokens that a token sees, its own included; None for all before it."""
 
@@ -215,59 +215,15 @@ def _attend_sequences(queries, keys, values, scale: float, within: BySequence, i
     return over_mesh(of_device, names, names[0])(queries, keys, values, within.sequences)
 
 
-def _splash_row(queries, keys, values, mask, cap: float | None, interpret: bool):
-    """Attends within one row: queries [N, T, H], keys and values [K, T, H], mask [T, T], T a multiple of LANES."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, only for TPUs
-
-    length = queries.shape[1]
-    block = next(size for size in (512, 384, 256, 128) if length % size == 0)
-    names = ("q", "kv", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
-    kernel = splash.make_splash_mha(
-        mask[None],
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=cap,
-        residual_checkpoint_name=NAME,
-        interpret=interpret,
-    )
-    # Under jit the flag is returned as a traced array, on which the kernel branches in Python (seen in jax 0.10.2).
-    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
-    return kernel(queries, keys, values)
-
-
-def splash_attend(queries, keys, values, mask, rule=ScoreRule(), interpret: bool = False):
-    """Like `plain_attend` for T = S, with the splash kernel for TPUs (jax.experimental.pallas).
-
-    The kernel skips blocks that no token sees. Visibility is data here (`tree_mask`), not a fixed pattern: the kernel
-    gets the mask as an array, shared by all heads. Each token is made to see itself, which real tokens do anyway, so
-    that no row of scores is empty.
-    """
-    length, head_size = queries.shape[3:]
-    padding = -length % LANES
-    mask = jnp.pad(mask, ((0, 0), (0, padding), (0, padding))) | jnp.eye(length + padding, dtype=bool)[None]
-
-    def of_device(queries, keys, values, mask):
-        rows, kv_heads, group, _, _ = queries.shape
-
-        def pad(x):
-            return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, padding), (0, 0)))
-
-        padded = pad(queries * rule.scale_for(head_size))  # [B, K, G, T, H]
-        flat = padded.reshape(rows, kv_heads * group, length + padding, head_size)  # [B, N, T, H]
-        mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
-
-        def row(args):
-            return _splash_row(*args, rule.cap, interpret)
-
-        out = jax.lax.map(row, (flat, pad(keys), pad(values), mask))  # [B, N, T, H]
-        return out[:, :, :length].reshape(queries.shape)
-
-    heads = ("batch", "kv_heads", None, None)
-    rows = "batch" if mask.shape[0] > 1 else None
-    names = (("batch", "kv_heads", None, None, None), heads, heads, (rows, None, None))
-    return over_mesh(of_device, names, names[0])(queries, keys, values, mask)
+def splash_attend(
+    queries, keys, values, mask, rule=ScoreRule(), within: BySequence | None = None, interpret: bool = False
+):
+    """Like `plain_attend`, with the splash kernel for TPUs: by segments where `within` has places, else by the mask."""
+    scale = rule.scale_for(queries.shape[-1])
+    if within is None:
+        return attend_by_mask(queries, keys, values, mask, scale, rule.cap, interpret)
+    places, window = within.sequences, within.sliding_window
+    return attend_by_segment(queries, keys, values, places, scale, rule.cap, window, interpret)
 
 
 KERNELS: dict[str, Callable] = {
@@ -277,8 +233,12 @@ KERNELS: dict[str, Callable] = {
     "splash_interpreted": partial(splash_attend, interpret=True),
 }
 """Kernels for whole sequences, by name; `splash_interpreted` runs the TPU kernel in an interpreter, for tests."""
-BY_SEQUENCE = ("cudnn",)
-"""Kernels that can take `BySequence`."""
+ROW_FORMS = {
+    "cudnn": RowForm.SEQUENCES,
+    "splash": RowForm.PLACES,
+    "splash_interpreted": RowForm.PLACES,
+}
+"""What packed rows hold for the kernels that can take `BySequence`."""
 
 
 def default_kernel(platform: str) -> str:

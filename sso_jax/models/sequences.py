@@ -5,12 +5,24 @@ before it. A prompt is copied to the sequences of all its responses. Its queries
 because the result is the same in each.
 """
 
+from enum import StrEnum
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
+
+
+class RowForm(StrEnum):
+    """What packed rows hold, besides the tree and the branch of each token, to say which token sees which."""
+
+    MASK = "mask"
+    """Nothing: a mask is made of them."""
+    SEQUENCES = "sequences"
+    """`Sequences`."""
+    PLACES = "places"
+    """`models.places.Places`."""
 
 
 class Sequences(NamedTuple):
@@ -61,11 +73,11 @@ def moved(x: Float[Array, "B W E"], source: Int[Array, "B P"], back: Int[Array, 
 
 
 def _looked_up(x: Float[Array, "B W E"], source: Int[Array, "B P"]) -> Float[Array, "B P E"]:
-    found = _entries(x, jnp.minimum(source, x.shape[1] - 1))
+    found = entries(x, jnp.minimum(source, x.shape[1] - 1))
     return jnp.where((source < x.shape[1])[..., None], found, 0)
 
 
-def _entries(x: Float[Array, "B W E"], index: Int[Array, "B P"]) -> Float[Array, "B P E"]:
+def entries(x: Float[Array, "B W E"], index: Int[Array, "B P"]) -> Float[Array, "B P E"]:
     """Gathers entries of each row from the flat list of all rows' entries.
 
     Each entry must be contiguous before and after. On a GPU, XLA may otherwise give the list a layout with entries
@@ -89,14 +101,14 @@ moved.defvjp(
 @jax.custom_vjp
 def copied(x: Float[Array, "B T E"], sequences: Sequences) -> Float[Array, "B P E"]:
     """Returns for each place the token at it; the gradient of a token is summed over its sequences, in float32."""
-    return _entries(x, sequences.column)
+    return entries(x, sequences.column)
 
 
 def _copied_backward(sequences, d_out):
     batch, num_sequences, num_tokens = sequences.inside.shape
     length = d_out.shape[1] // num_sequences
     at = jnp.arange(num_sequences)[None, :, None] * length + sequences.position[:, None]  # [B, Z, T]
-    found = _entries(d_out, at.reshape(batch, -1)).reshape(batch, num_sequences, num_tokens, -1).astype(jnp.float32)
+    found = entries(d_out, at.reshape(batch, -1)).reshape(batch, num_sequences, num_tokens, -1).astype(jnp.float32)
     return _in_order(jnp.sum(jnp.where(sequences.inside[..., None], found, 0.0), axis=1).astype(d_out.dtype)), None
 
 

@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from sso_jax.models.architecture import Architecture
 from sso_jax.models.attention import Attention, AttentionInputs, Cache, Pages, causal_mask, layer_view
 from sso_jax.models.experts import ROUTER, ExpertsMLP
-from sso_jax.models.kernels import BY_SEQUENCE
+from sso_jax.models.kernels import ROW_FORMS
 from sso_jax.models.layers import Adapters, GatedMLP, RMSNorm, at_tokens, projection_options
+from sso_jax.models.places import Columns, Places, make_places
 from sso_jax.models.remat_policy import save_for_backward, save_marked
-from sso_jax.models.sequences import make_sequences
+from sso_jax.models.sequences import RowForm, Sequences, make_sequences
 from sso_jax.runtime.mesh import constrain, gathered
 
 
@@ -94,9 +95,9 @@ class Transformer(nn.Module):
             self.head = self.param("head", head, (a.embed_dim, a.vocab_size), self.param_dtype)
 
     @property
-    def by_sequence(self) -> bool:
-        """Whether the kernel for whole sequences takes packed rows as sequences."""
-        return self.attend in BY_SEQUENCE
+    def row_form(self) -> RowForm:
+        """What packed rows hold for the kernel for whole sequences."""
+        return ROW_FORMS.get(self.attend, RowForm.MASK)
 
     def _scan(self) -> type[nn.Module]:
         return nn.scan(
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         slot: Int[Array, ""] | int = 0,
         query_indices: Int[Array, "B W"] | None = None,
-        sequences: Int[Array, "B Z U"] | None = None,
+        sequences: Int[Array, "B Z U"] | Columns | None = None,
         pages: Pages | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache | None]:
         """Returns the normed hidden states after the last layer, and the cache with these tokens written at `slot`.
@@ -128,21 +129,19 @@ class Transformer(nn.Module):
           cache: cache that the tokens are written to; None stays None.
           slot: cache slot of the first token.
           query_indices: tokens of each row whose hidden states are returned; None returns all T.
-          sequences: columns of the sequences of each row (`make_sequences`), which describe the same visibility as the
-            mask; only used by kernels that take sequences.
+          sequences: columns of the sequences of each row (`make_sequences`, `make_places`), which describe the same
+            visibility as the mask; for kernels that take them in this form.
           pages: what the one token of each row sees besides the cache; None in a prefill and without a cache.
         """
         table = gathered(self.embedding.astype(self.dtype), "vocab", "embed")  # tokens are sharded by batch
         x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)  # [B, T, D]
         x = x * jnp.asarray(self.architecture.embedding_factor, x.dtype)
-        by_sequence = self.by_sequence and sequences is not None and sequences.size > 0
-        own_sequences = make_sequences(sequences, positions) if by_sequence else None
         key_positions = positions if pages is None else pages.window_positions
         views = tuple(
             layer_view(kind, self.architecture.rotary_size, positions, key_positions, mask)
             for kind in self.architecture.kinds
         )
-        inputs = AttentionInputs(views, jnp.asarray(slot), own_sequences, pages)
+        inputs = AttentionInputs(views, jnp.asarray(slot), _laid_out(sequences, positions), pages)
         x, cache = (self._run_scanned if self.scanned else self._run_unrolled)(x, cache, inputs)
         return self.final_norm(at_tokens(x, query_indices)), cache
 
@@ -162,6 +161,15 @@ class Transformer(nn.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Returns the logits of the next token, in float32."""
         return project(hidden, gathered(self.head_matrix(), "embed", "vocab"), self.architecture.logit_cap)
+
+
+def _laid_out(
+    sequences: Int[Array, "B Z U"] | Columns | None, positions: Int[Array, "B T"]
+) -> Sequences | Places | None:
+    """Returns the sequences of rows for a kernel; None if there are none."""
+    if sequences is None:
+        return None
+    return make_places(sequences, positions) if isinstance(sequences, Columns) else make_sequences(sequences, positions)
 
 
 def project(

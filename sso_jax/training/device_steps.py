@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from sso_jax.models.known_tokens import KnownTokens
-from sso_jax.training.row_shapes import ROW_STEP, RowShape, round_up, row_cost, with_targets
+from sso_jax.models.sequences import RowForm
+from sso_jax.training.row_shapes import ROW_STEP, RowShape, Use, most_used, round_up, row_cost, with_room
 from sso_jax.training.step_packing import (
     NO_LIMIT,
     DeviceStep,
@@ -66,8 +67,8 @@ class StepLimits(NamedTuple):
     """Maximum tokens of a step, padding included, unless the largest example needs more."""
     num_shards: int = 1
     """Batch shards, over which the rows of a step are spread evenly."""
-    by_sequence: bool = False
-    """Whether rows include each response as a sequence, unless these would mostly be padding."""
+    row_form: RowForm = RowForm.MASK
+    """What rows hold for attention."""
     compile_tokens: int = 0
     """Tokens whose computation takes about as long as the compilation of another shape."""
     known_tokens: KnownTokens | None = None
@@ -105,8 +106,7 @@ def plan_steps(
     renumbered = {old: new for new, old in enumerate(used)}
     planned = [[step._replace(shape=renumbered[step.shape]) for step in update] for update in planned]
     limited = [
-        _limited(number, shapes[old].rows, planned, sizes, headroom, limits.by_sequence)
-        for number, old in enumerate(used)
+        _limited(number, shapes[old].rows, planned, sizes, headroom, limits.row_form) for number, old in enumerate(used)
     ]
     return StepPlan(limited, planned, search.num_tokens)
 
@@ -155,23 +155,20 @@ def _limited(
     updates: list[list[DeviceStep]],
     sizes: list[list[ExampleSize]],
     headroom: float,
-    by_sequence: bool,
+    form: RowForm,
 ) -> StepShape:
-    """Returns a shape with its limits of targets, sequences, examples and steps, from the steps that have it."""
-    targets = sequences = longest = examples = 1
+    """Returns a shape with its limits of examples, steps, and of what a row holds, from the steps that have it."""
+    in_rows, examples = [], 1
     for update, own_sizes in zip(updates, sizes, strict=True):
         for step in update:
             if step.shape == number:
                 trees = [size for example in step.examples for _, size in sorted(own_sizes[example].trees)]
-                in_rows = [[trees[tree] for tree in members] for members in step.bins]
-                targets = max(targets, *(sum(size.targets for size in row) for row in in_rows))
-                sequences = max(sequences, *(sum(size.branches for size in row) for row in in_rows))
-                longest = max(longest, *(size.longest for size in trees))
+                in_rows += [[trees[tree] for tree in members] for members in step.bins]
                 examples = max(examples, len(step.examples))
-    targets, sequences, longest = (int(headroom * limit) for limit in (targets, sequences, longest))
+    use = Use(*(int(headroom * most) for most in most_used(in_rows)))
     spare = 2 if headroom > 1.0 else 1  # examples and steps that are not there cost nothing
     return StepShape(
-        with_targets(rows, targets, sequences, longest, by_sequence),
+        with_room(rows, use, form),
         spare * _power_of_two(examples),
         spare * _power_of_two(_most_steps(updates, number)),
     )
@@ -202,7 +199,7 @@ class _Search:
         return sum(map(row_cost, steps)) + STEP_TOKENS * self.num_shards * len(steps)
 
     def best(self, headroom: float) -> list[StepShape]:
-        """Returns one to MOST_SHAPES shapes from large to small, without limits of targets and sequences."""
+        """Returns one to MOST_SHAPES shapes from large to small, without limits of what a row holds."""
         ranked = sorted((self.cost_of([shape]), [shape]) for shape in self._large_shapes(headroom))
         smaller = self._small_shapes()
         return min(self._with_smaller(cost, shapes, smaller) for cost, shapes in ranked[:2])[1]

@@ -52,7 +52,8 @@ def forward(model: Transformer, params, rows: Rows, query_indices: Int[Array, "R
 
 def _apply(model: Transformer, params, rows: Rows, query_indices, **options):
     inputs = rows.tokens, rows.positions, tree_mask(rows.tree, rows.branch)
-    return model.apply({"params": params}, *inputs, query_indices=query_indices, sequences=rows.sequences, **options)
+    sequences = rows.sequences_for(model.row_form)
+    return model.apply({"params": params}, *inputs, query_indices=query_indices, sequences=sequences, **options)
 
 
 def cell_means(rows: Rows, hidden: Float[Array, "R M D"], num_cells: int) -> Float[Array, "cells D"]:
@@ -95,8 +96,6 @@ class Score(NamedTuple):
     """Converts the parameters to what `log_probs` takes, once for all batches."""
     log_probs: Callable[..., Float[Array, "cells"]]
     """(prepared parameters, rows, number of cells) -> sums."""
-    by_sequence: bool
-    """Whether rows should include sequences."""
     mesh: jax.sharding.Mesh
 
 
@@ -113,4 +112,4 @@ def build_score(model: Transformer, mesh: jax.sharding.Mesh, param_shardings) ->
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(mesh),
     )
-    return Score(build_cast(model, mesh), scored, model.by_sequence, mesh)
+    return Score(build_cast(model, mesh), scored, mesh)

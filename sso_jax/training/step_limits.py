@@ -48,7 +48,7 @@ def step_limits(
         tokens = fitting_tokens(model, shardings, mesh, of_device)
     num_params = active_params(model)
     flops = COMPILE_FLOPS.get(device.platform, MORE_COMPILE_FLOPS * mesh.size)
-    return StepLimits(tokens, num_batch_shards(mesh), model.by_sequence, int(flops / (FLOPS_PER_PARAM * num_params)))
+    return StepLimits(tokens, num_batch_shards(mesh), model.row_form, int(flops / (FLOPS_PER_PARAM * num_params)))
 
 
 def active_params(model: Transformer) -> int:

@@ -76,14 +76,43 @@ def pack_steps(update: list[ExampleSize], shapes: list[StepShape]) -> list[Devic
     return min(packings, key=lambda steps: sum(row_cost(shapes[step.shape].rows) for step in steps))
 
 
+class _Room(NamedTuple):
+    """What a row has room for."""
+
+    tokens: int
+    targets: int
+    sequences: int
+    places: int
+
+    def holds(self, size: Size) -> bool:
+        """Returns whether a tree has room."""
+        return (
+            size.tokens <= self.tokens
+            and size.targets <= self.targets
+            and size.branches <= self.sequences
+            and size.places <= self.places
+        )
+
+    def without(self, size: Size) -> "_Room":
+        """Returns what is left beside a tree."""
+        return _Room(
+            self.tokens - size.tokens,
+            self.targets - size.targets,
+            self.sequences - size.branches,
+            self.places - size.places,
+        )
+
+
 class _Filling:
-    """A step that is being filled: the free tokens, targets and sequences of its rows, and what is placed in them."""
+    """A step that is being filled: what is free in its rows, and what is placed in them."""
 
     def __init__(self, shape: StepShape):
         rows = shape.rows
-        self.free = [(rows.num_tokens, rows.num_targets, rows.num_sequences or NO_LIMIT)] * rows.num_rows
+        free = _Room(rows.num_tokens, rows.num_targets, rows.num_sequences or NO_LIMIT, rows.num_places or NO_LIMIT)
+        self.free = [free] * rows.num_rows
         self.free_tokens = rows.num_rows * rows.num_tokens
-        self.longest, self.num_examples = rows.sequence_tokens or NO_LIMIT, shape.num_examples
+        self.longest, self.copies = rows.sequence_tokens or NO_LIMIT, rows.num_copies or NO_LIMIT
+        self.num_examples = shape.num_examples
         self.bins: list[list[int]] = [[] for _ in range(rows.num_rows)]
         self.examples: list[int] = []
         self.num_trees = 0
@@ -105,8 +134,7 @@ class _Filling:
             if row is None:
                 self.free = before
                 return False
-            tokens, targets, sequences = self.free[row]
-            self.free[row] = (tokens - size.tokens, targets - size.targets, sequences - size.branches)
+            self.free[row] = self.free[row].without(size)
             placed.append((row, self.num_trees + number))
         for row, number in placed:
             self.bins[row].append(number)
@@ -115,12 +143,9 @@ class _Filling:
         return True
 
     def _row_for(self, size: Size) -> int | None:
-        if size.longest > self.longest:
+        if size.longest > self.longest or size.branches > self.copies:
             return None
-        for row, (tokens, targets, sequences) in enumerate(self.free):
-            if size.tokens <= tokens and size.targets <= targets and size.branches <= sequences:
-                return row
-        return None
+        return next((row for row, free in enumerate(self.free) if free.holds(size)), None)
 
 
 def _first_fit(update: list[ExampleSize], shapes: list[StepShape], preferred: int) -> list[DeviceStep]:

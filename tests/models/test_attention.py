@@ -18,7 +18,7 @@ from sso_jax.models.kernels import (
     splash_attend,
 )
 from sso_jax.models.layer_layout import unstack
-from sso_jax.models.sequences import make_sequences
+from sso_jax.models.sequences import RowForm, make_sequences
 from sso_jax.training.packing import pack
 from sso_jax.training.row_shapes import row_shape
 from sso_jax.training.trees import Branch, Tree
@@ -181,7 +181,7 @@ def rows_with_sequences():
         return [1] * int(draw.integers(low, high))
 
     trees = [Tree(ids(1, 15), [Branch(ids(1, 12), 0) for _ in range(1 + i % 3)]) for i in range(9)]
-    return jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], 2, by_sequence=True), 1))
+    return jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], 2, form=RowForm.SEQUENCES), 1))
 
 
 def _random_heads(rows, num_queries, seed=7):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sso_jax.models.sequences import RowForm
 from sso_jax.training.device_steps import StepLimits, plan_steps
 from sso_jax.training.packing import pack
 from sso_jax.training.trees import Branch, Tree
@@ -60,11 +61,11 @@ def packed_tokens(updates, plan, num_cells=1):
     st.lists(st.lists(st.tuples(*[st.sampled_from((1, 7, 40, 300))] * 4), min_size=1, max_size=9), min_size=1),
     st.sampled_from((32, 512, 4096, 2**20)),
     st.sampled_from((1, 4)),
-    st.booleans(),
+    st.sampled_from(RowForm),
 )
-def test_every_tree_is_packed_once_with_the_others_of_its_example(sizes, tokens, shards, by_sequence):
+def test_every_tree_is_packed_once_with_the_others_of_its_example(sizes, tokens, shards, form):
     updates = [[steered(*size) for size in update] for update in sizes]
-    plan = plan_steps(updates, StepLimits(tokens, shards, by_sequence))
+    plan = plan_steps(updates, StepLimits(tokens, shards, form))
     used, total = packed_tokens(updates, plan)
     assert used == sum(tree.num_tokens() for update in updates for example in update for tree in example)
     assert plan.padding() == pytest.approx(1 - used / total)

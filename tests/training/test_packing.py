@@ -17,6 +17,7 @@ from toys import FAMILIES, toy_model, toy_params
 from sso_jax.commands.flops import count_flops
 from sso_jax.models.attention import causal_mask
 from sso_jax.models.kernels import KERNELS, cudnn_attend
+from sso_jax.models.sequences import RowForm
 from sso_jax.models.transformer import Transformer
 from sso_jax.runtime.mesh import spec
 from sso_jax.training.log_probs import cell_log_probs
@@ -83,7 +84,7 @@ def test_rows_by_sequences_equal_rows_by_the_mask_in_log_probs_and_gradients(one
     model = toy_model(num_layers=2, **changes)
     params = toy_params(model, one_device, scale=2.0)
     trees = random_trees()
-    rows = jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], by_sequence=True), 40))
+    rows = jax.tree.map(jnp.asarray, pack(trees, row_shape([trees], form=RowForm.SEQUENCES), 40))
     without = jax.tree.map(jnp.asarray, pack(trees, row_shape([trees]), 40))
     assert rows.sequences.size and not without.sequences.size
     weights = jnp.asarray(np.random.default_rng(1).normal(size=40), jnp.float32)
@@ -241,7 +242,7 @@ def test_first_fit_fills_bins_and_leaves_no_two_that_could_be_one(sizes):
 def test_sequences_are_each_response_behind_its_prompt(seed, num_trees):
     trees = random_trees(seed, num_trees)
     num_cells = sum(len(tree.branches) for tree in trees)
-    shape = row_shape([trees], by_sequence=True)
+    shape = row_shape([trees], form=RowForm.SEQUENCES)
     if not shape.num_sequences:  # they would be most of them padding
         shape = shape._replace(num_sequences=num_cells, sequence_tokens=32)
     rows = pack(trees, shape, num_cells)
@@ -254,18 +255,36 @@ def test_sequences_are_each_response_behind_its_prompt(seed, num_trees):
     assert sorted(found) == sorted(tree.prompt_ids + branch.response_ids for tree in trees for branch in tree.branches)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 30))
+def test_places_are_each_response_behind_its_prompt(seed, num_trees):
+    trees = random_trees(seed, num_trees)
+    num_cells = sum(len(tree.branches) for tree in trees)
+    rows = pack(trees, row_shape([trees], form=RowForm.PLACES), num_cells)
+    found = []
+    for row, token_at in enumerate(rows.columns.token_at):
+        filled = token_at[token_at >= 0]
+        assert (token_at[: len(filled)] >= 0).all()
+        starts = [*np.flatnonzero(rows.positions[row][filled] == 0), len(filled)]
+        found += [rows.tokens[row][filled[a:b]].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+        for token, places in enumerate(rows.columns.places[row]):
+            own = [place for place in places if place < len(token_at)]
+            assert own == np.flatnonzero(token_at == token).tolist() and places[: len(own)].tolist() == own
+    assert sorted(found) == sorted(tree.prompt_ids + branch.response_ids for tree in trees for branch in tree.branches)
+
+
 def test_a_shape_has_sequences_where_they_would_not_be_most_of_them_padding():
     def tree(prompt, *lengths):
         return Tree([1] * prompt, [Branch([2] * length, 0) for length in lengths])
 
     even = [tree(64, 32, 32) for _ in range(4)]  # a row of 128 tokens each, with two sequences of 96
-    assert row_shape([even], by_sequence=True) == RowShape(4, 128, 64, 2, 96)
+    assert row_shape([even], form=RowForm.SEQUENCES) == RowShape(4, 128, 64, 2, 96)
     assert row_shape([even]) == RowShape(4, 128, 64)
     uneven = [
         tree(100, 28),
         *(tree(2, 1, 1, 1, 1) for _ in range(20)),
     ]  # 81 sequences in a row, one of them of 128 tokens
-    assert row_shape([uneven], by_sequence=True).num_sequences == 0
+    assert row_shape([uneven], form=RowForm.SEQUENCES).num_sequences == 0
 
 
 def test_trees_of_a_steered_example_share_each_prompt_once():
@@ -279,9 +298,9 @@ def test_trees_of_a_steered_example_share_each_prompt_once():
 
 
 def test_rows_that_do_not_hold_their_trees_are_refused():
-    """One row, token, target, sequence or token of a sequence less than the trees fill."""
+    """One of anything less than the trees fill: two sequences in a row, of 16 and of 14 tokens."""
     tree = Tree([1] * 10, [Branch([2] * 6, 0), Branch([3] * 4, 1)])
-    shape = RowShape(num_rows=2, num_tokens=20, num_targets=10, num_sequences=2, sequence_tokens=16)
+    shape = RowShape(2, 20, 10, num_sequences=2, sequence_tokens=16, num_places=30, num_copies=2)
     assert pack([tree, tree], shape, 2).tree.all()
     for field in RowShape._fields:
         with pytest.raises(ValueError, match="2 trees of 40 tokens, the longest of 20, do not fit into RowShape"):
@@ -289,8 +308,8 @@ def test_rows_that_do_not_hold_their_trees_are_refused():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 12), st.booleans())
-def test_every_batch_packs_into_the_shape_of_all(seed, num_batches, num_trees, by_sequence):
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 12), st.sampled_from(RowForm))
+def test_every_batch_packs_into_the_shape_of_all(seed, num_batches, num_trees, form):
     """Prompts and responses of very different lengths, as a limit of new tokens gives them."""
     draw = random.Random(seed)
 
@@ -301,7 +320,7 @@ def test_every_batch_packs_into_the_shape_of_all(seed, num_batches, num_trees, b
         )
 
     batches = [[tree() for _ in range(num_trees)] for _ in range(num_batches)]
-    shape = row_shape(batches, by_sequence=by_sequence)
+    shape = row_shape(batches, form=form)
     assert all((pack(batch, shape, 1).tree > 0).sum() == sum(t.num_tokens() for t in batch) for batch in batches)
 
 
