@@ -3,6 +3,7 @@
     python -m benchmarks.ragged --model FOLDER --queries FILE --peers transformers    a model with its own ends of turn
     python -m benchmarks.ragged --lengths FILE                                        random weights, lengths of a file
     python -m benchmarks.ragged                                                       random weights, drawn lengths
+    python -m benchmarks.ragged --equal 128 64 --earlier CHECKOUT                     equal lengths, beside db61208
     python -m benchmarks.ragged --work update --peers transformers                    scoring and one update
     python -m benchmarks.ragged --work padding                                        padding of updates, no timing
 
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import ragged_update
+from benchmarks.ragged_earlier import run_earlier
 from benchmarks.speed.shapes import CPU, SEED, TEMPERATURE, TOP_P
 from benchmarks.speed.timing import in_turns, timed
 
@@ -46,11 +48,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a model whose own ends of turn count")
     parser.add_argument("--queries", help="queries for the model")
     parser.add_argument("--lengths", help="JSON Lines with prompt and responses lengths, for random weights")
+    parser.add_argument("--equal", nargs=2, type=int, metavar=("PROMPT", "RESPONSE"), help="lengths of every request")
     parser.add_argument("--scale", type=float, default=0.25, help="factor of all lengths (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=256, help="number of requests (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=64, help="slots, or rows of a batch (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="limit with --model (default: %(default)s)")
     parser.add_argument("--peers", nargs="*", choices=["transformers"], default=[])
+    parser.add_argument("--earlier", help="checkout of commit db61208, whose sampler takes turns")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -60,6 +64,8 @@ def arguments() -> argparse.Namespace:
 def lengths_of(options: argparse.Namespace) -> list[tuple[int, int]]:
     """Returns (prompt tokens, response tokens) of the requests for random weights."""
     rng = random.Random(SEED)
+    if options.equal:
+        return [tuple(options.equal)] * options.requests
     if options.lengths is None:
         prompts = [rng.randint(20, 200) for _ in range(options.requests)]
         mu = math.log(MEAN) - SIGMA**2 / 2
@@ -217,6 +223,8 @@ def _count(responses: list[list[int]], limits: list[int], stops: int | list[int]
 
 def main() -> int:
     options = arguments()
+    if options.earlier and (options.model or options.work != "sample"):
+        raise SystemExit("--earlier: only for samples of random weights")
     if bool(options.model) != bool(options.queries):
         raise SystemExit("--model and --queries: give both or neither")
     os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -227,6 +235,7 @@ def main() -> int:
         print(json.dumps(run_cell(options)))
         return 0
     cells = [cell for name in ("ours", *options.peers) for cell in CELLS[options.work][name]]
+    cells += ["earlier"] if options.earlier else []
     if not options.model:
         cells = [cell for cell in cells if cell != "generate_batch"]  # it has no limit for each request
     common = [sys.executable, "-m", "benchmarks.ragged", *sys.argv[1:]]
@@ -241,6 +250,8 @@ def run_cell(options: argparse.Namespace) -> dict:
     """Times one cell."""
     if options.cell in ragged_update.RUN:
         return ragged_update.RUN[options.cell](options)
+    if options.cell == "earlier":
+        return run_earlier(options.earlier, random_requests(options), options.slots, options.repeats)
     return run_ours(options) if options.cell == "ours" else run_transformers(options, "batch" in options.cell)
 
 

@@ -1,4 +1,4 @@
-"""Attention by segments, the TPU kernel interpreted: equal to that by the mask, and blocks that nobody sees left out."""
+"""Attention by segments, the TPU kernel interpreted: equal to that by the mask, without blocks that nobody sees."""
 
 from functools import partial
 

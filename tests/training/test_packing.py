@@ -2,6 +2,7 @@
 lost.
 """
 
+import itertools
 import random
 from functools import partial
 
@@ -266,7 +267,7 @@ def test_places_are_each_response_behind_its_prompt(seed, num_trees):
         filled = token_at[token_at >= 0]
         assert (token_at[: len(filled)] >= 0).all()
         starts = [*np.flatnonzero(rows.positions[row][filled] == 0), len(filled)]
-        found += [rows.tokens[row][filled[a:b]].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+        found += [rows.tokens[row][filled[a:b]].tolist() for a, b in itertools.pairwise(starts)]
         for token, places in enumerate(rows.columns.places[row]):
             own = [place for place in places if place < len(token_at)]
             assert own == np.flatnonzero(token_at == token).tolist() and places[: len(own)].tolist() == own
