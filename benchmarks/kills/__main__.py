@@ -73,14 +73,14 @@ def final_state(directory: Path) -> dict[str, str]:
 
 
 def run_killed(
-    number: int, root: Path, seed: int, max_kills: int, reference: Start, expected: dict[str, str]
+    number: int, root: Path, options: argparse.Namespace, reference: Start, expected: dict[str, str]
 ) -> Outcome:
     """Runs one killed run to its end and returns its outcome; keeps its directory if the end differs."""
-    directory, rng = root / f"run_{number}", random.Random(f"{seed}/{number}")
+    directory, rng = root / f"run_{number}", random.Random(f"{options.seed}/{number}")
     shutil.rmtree(directory, ignore_errors=True)
     stages, updates, responses, done, seconds, half_written = [], [], [], set(), 0.0, 0
     while True:
-        moment = draw_moment(rng, reference) if len(stages) < max_kills else None
+        moment = draw_moment(rng, reference, options.stages) if len(stages) < options.kills else None
         start = start_run(directory, moment)
         seconds += start.seconds
         repeated = Counter(kind for kind, which in start.did if (kind, which) in done)
@@ -171,16 +171,19 @@ def main() -> int:
         default=Path("runs/kills_benchmark"),
         help="directory of the runs (default: %(default)s)",
     )
+    parser.add_argument("--stages", nargs="*", default=[], help="stages in which half of the kills fall")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kill times (default: %(default)s)")
     options = parser.parse_args()
     root = options.directory.absolute()
     outcomes = read_outcomes(root)[: options.runs]
     reference = reference_run(root)
+    if unknown := set(options.stages) - reference.lasted.keys():
+        parser.error(f"--stages: {', '.join(sorted(unknown))}: not among {', '.join(sorted(reference.lasted))}")
     expected = final_state(root / "whole")
     config = parse(Config, ["--config", str(ROOT / CONFIG)], "", "")
     with progress_bar("killed runs", options.runs, "run", initial=len(outcomes)) as bar:
         for number in range(len(outcomes), options.runs):
-            outcomes.append(run_killed(number, root, options.seed, options.kills, reference, expected))
+            outcomes.append(run_killed(number, root, options, reference, expected))
             append_line(json.dumps(dataclasses.asdict(outcomes[-1])), root / "outcomes.jsonl")
             bar.update()
     print(summary(outcomes, reference, config))

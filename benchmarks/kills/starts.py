@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,15 +68,17 @@ class Start:
             self.did.append((note["did"], note["which"]))
 
 
-def draw_moment(rng: random.Random, reference: Start) -> Moment:
+def draw_moment(rng: random.Random, reference: Start, stages: Sequence[str] = ()) -> Moment:
     """Returns a random moment to kill a start.
 
-    A third of the moments are uniform over the time of the reference run. For the others, a stage is drawn first, then
-    one of its entries, then a time within it, so that short stages are hit too.
+    Half of the moments are in `stages`, if there are any. Of the others a third are uniform over the time of the
+    reference run. For the rest, a stage is drawn first, then one of its entries, then a time within it, so that short
+    stages are hit too.
     """
-    if rng.random() < 1 / 3:
+    among = stages if stages and rng.random() < 1 / 2 else sorted(reference.lasted)
+    if among is not stages and rng.random() < 1 / 3:
         return Moment(rng.uniform(0.0, reference.seconds))
-    stage = rng.choice(sorted(reference.lasted))
+    stage = rng.choice(among)
     return Moment(rng.uniform(0.0, reference.lasted[stage]), stage, rng.randint(1, len(reference.entered[stage])))
 
 
