@@ -1,10 +1,13 @@
 """Computes hours and chip-hours of one round of recipe `online` on TPU slices, by arithmetic; runs nothing.
 
     python -m benchmarks.scale --queries 20000
+    python -m benchmarks.scale --stops
 
 Each stage takes the longest of what the chips must compute, read from memory, and send each other, at a share of the
 published peak that was measured elsewhere (`SHARES`), and the table says which it was. Not counted: compilation, the
 host's own work (`python -m benchmarks.million`), start and stops.
+
+`--stops` prints how long several hosts that train 8B need to stop, by what is running when the signal comes.
 """
 
 import argparse
@@ -17,7 +20,8 @@ from flax import linen as nn
 
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
-from sso_jax.training.step_limits import FLOPS_PER_PARAM, active_params
+from sso_jax.sampling.slots import WINDOW
+from sso_jax.training.step_limits import FLOPS_PER_PARAM, MOST_TOKENS, active_params
 
 
 class Chip(NamedTuple):
@@ -158,6 +162,28 @@ def saving(model: Model, slice_: Slice, work: Work) -> Part:
     return Part((12 * model.params / hosts + 2 * model.params) / work.host_write, "storage")
 
 
+def stops(model: Model, slice_: Slice, work: Work, shares: Shares = SHARES) -> dict[str, Part]:
+    """Returns the seconds from a signal to the exit of several hosts, which stop at a safe point that all reach.
+
+    A result is read one window, step or update late, and the hosts agree on the next safe point: two of each pass.
+    After that the state of the updates is saved; nothing else has to be.
+    """
+    share, one = 2 * slice_.slots * WINDOW * shares.slots / (3 * work.response + work.answer), 1 - shares.padding
+    step_queries = slice_.chips * MOST_TOKENS * one / work.trained_tokens()
+    hosts = -(-slice_.chips // slice_.chips_per_host)
+    window = sampling(model, slice_, work._replace(question=0, prompt=0, principle=0), 1, shares)
+    running = update(model, slice_, work, work.batch_size, shares)
+    return {
+        "sampling: two windows of decode steps": window._replace(seconds=share * window.seconds),
+        "scoring: two device steps": scoring(model, slice_, work, 1, shares)._replace(
+            seconds=2 * step_queries * scoring(model, slice_, work, 1, shares).seconds
+        ),
+        "updates: two updates": running._replace(seconds=2 * running.seconds),
+        "updates: their save": Part(12 * model.params / hosts / work.host_write, "storage"),
+        "export": Part(2 * model.params / work.host_write, "storage"),
+    }
+
+
 STAGES = {"sampling": sampling, "scoring": scoring, "update": update}
 ROWS = (
     ("Qwen/Qwen2-7B-Instruct", "v5e", 16, 256, None),
@@ -203,10 +229,20 @@ def table(queries: int, work: Work = Work()) -> str:
     return "\n".join(lines)
 
 
+def stops_table(work: Work = Work()) -> str:
+    """Returns the seconds of `stops` for the config of an 8B model, in Markdown."""
+    own = Slice(CHIPS["v5e"], 16, 256, None, 4)
+    parts = stops(model_of("meta-llama/Llama-3.1-8B-Instruct"), own, work)
+    rows = [f"| {name} | {part.seconds:.1f} s ({part.limit}) |" for name, part in parts.items()]
+    return "\n".join(["| Llama-3.1-8B-Instruct on 16 v5e, 4 hosts | until then |", "|---|---|", *rows])
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=20_000, help="queries of the round (default: %(default)s)")
-    print(table(parser.parse_args(argv).queries))
+    parser.add_argument("--stops", action="store_true", help="print the seconds until a stop")
+    args = parser.parse_args(argv)
+    print(stops_table() if args.stops else table(args.queries))
     return 0
 
 

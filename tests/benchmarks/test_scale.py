@@ -32,5 +32,14 @@ def test_the_stages_are_the_hand_count():
     assert scale.saving(MODEL, split, WORK) == (pytest.approx(14), "storage")
 
 
-def test_the_page_has_the_tables_that_are_printed():
+def test_the_seconds_until_a_stop_are_the_hand_count():
+    """A step takes 10 s, a window 16 of them; 2 * 16,384 tokens of a device step are 65.536 s at 2 operations a
+    parameter; an update of 4 queries is 50 s of links.
+    """
+    found = scale.stops(MODEL, scale.Slice(CHIP, 2, 10, None), WORK, SHARES)
+    assert [part.seconds for part in found.values()] == pytest.approx([320, 131.072, 100, 12, 2])
+
+
+def test_the_pages_have_the_tables_that_are_printed():
     assert scale.table(20_000) in PAGE.read_text() and scale.table(1_000_000) in PAGE.read_text()
+    assert scale.stops_table() in PAGE.with_name("reliability.md").read_text()
