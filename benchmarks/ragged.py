@@ -32,6 +32,8 @@ from benchmarks.speed.shapes import CPU, SEED, TEMPERATURE, TOP_P
 from benchmarks.speed.timing import in_turns, timed
 
 MEAN, SIGMA, CAP = 350, 0.7, 2048
+PAGE = 64
+"""Tokens of a page of transformers' continuous batching."""
 CELLS = {
     "sample": {"ours": ["ours"], "transformers": ["generate", "generate_batch"]},
     "update": {"ours": ["ours_update"], "transformers": ["transformers_update"]},
@@ -204,7 +206,16 @@ def run_transformers(options: argparse.Namespace, continuous: bool) -> dict:
         config = transformers.GenerationConfig(
             max_new_tokens=limit, eos_token_id=-1 if stops is None else stops, pad_token_id=pad, **settings
         )
-        found = model.generate_batch([ids for ids, _ in requests], generation_config=config, progress_bar=False)
+        longest = max(len(ids) for ids, _ in requests) + limit
+        pages = transformers.ContinuousBatchingConfig(  # by default it takes most of the memory for its cache
+            page_size=PAGE, num_blocks=options.slots * -(-longest // PAGE), max_requests_per_batch=options.slots
+        )
+        found = model.generate_batch(
+            [ids for ids, _ in requests],
+            generation_config=config,
+            continuous_batching_config=pages,
+            progress_bar=False,
+        )
         counts.append(_count([out.generated_tokens for out in found.values()], [limit] * len(requests), stops))
 
     result = timed(by_request if continuous else by_batch, options.repeats)
