@@ -23,6 +23,9 @@ from sso_jax.models.layer_layout import build_cast, cast_to_compute
 from sso_jax.models.layers import Adapters
 from sso_jax.models.transformer import abstract_params
 from sso_jax.runtime.mesh import bytes_on_device, make_mesh, param_shardings, replicated
+from sso_jax.sampling.decode import build_programs
+from sso_jax.sampling.sampler import Request, Sampler
+from sso_jax.sampling.sampling_params import make_sampling_params
 
 ALL = ("query", "key", "value", "out", "gate", "up", "down")
 TOKENS = jnp.asarray(np.arange(24).reshape(2, 12) * 3 % 96)
@@ -165,6 +168,25 @@ def test_eight_devices_compute_what_one_does(tmp_path, one_device):
     split, params = quantized(model, tmp_path / "model", mesh, 8)
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(jax.jit(lambda p: log_probs(split, p))(params), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "layers"), [(8, "unrolled"), (4, "scanned")])
+def test_decoding_with_the_cache_equals_the_full_forward_pass(bits, layers, tmp_path, one_device):
+    """Greedy responses over several windows: each token is the likeliest one of the whole sequence."""
+    model, params = quantized(folder_of("qwen2", tmp_path / "model", one_device), tmp_path / "model", one_device, bits)
+    greedy = make_sampling_params(0.0, 1.0)
+    sampler = Sampler(build_programs(model, one_device), one_device, greedy, (), 40, 64, 2, layers=layers)
+    prompts = [[5, 17, 80], [*range(3, 22)]]
+    asked = [Request(prompt, (0, row)) for row, prompt in enumerate(prompts)]
+    for prompt, response in zip(prompts, sampler.sample(params, asked, "test").responses, strict=True):
+        whole = jnp.asarray([prompt + response])
+        positions = jnp.arange(whole.shape[1])[None]
+        hidden, _ = model.apply({"params": params}, whole, positions, causal_mask(whole.shape[1]))
+        logits = np.asarray(model.apply({"params": params}, hidden, method="logits")[0])[len(prompt) - 1 : -1]
+        best = np.sort(logits, axis=-1)
+        clear = best[:, -1] - best[:, -2] > 1e-4
+        assert len(response) == 40 and clear.mean() > 0.9
+        np.testing.assert_array_equal(np.asarray(response)[clear], np.argmax(logits, axis=-1)[clear])
 
 
 def test_casts_leave_integers_and_scales_alone(tmp_path, one_device):
