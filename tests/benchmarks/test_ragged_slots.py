@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ragged_slots
+from benchmarks import ragged_order, ragged_slots
 from benchmarks.ragged_slots import Device, count, simulate
 from sso_jax.sampling.decode import Drawn
 from sso_jax.sampling.prefill import FirstTokens
@@ -89,3 +89,28 @@ def test_the_table_has_every_policy_of_a_file_and_nine_tenths_of_row_steps(tmp_p
     assert [row[0] for row in cells] == ["| policy 0"] * 2 + ["| policy 1"] * 2
     assert [row[1] for row in cells] == ["4", "8 on 2 shards"] * 2
     assert all(float(row[2].rstrip("%")) > 90 for row in cells)
+
+
+def test_orders_are_longest_first_by_what_they_name():
+    """Means of the roles are 20, 55 and 5: requests 1 and 4 come first by role, the longer prompt before the other."""
+    found = ragged_order.queues([(5, [10, 50, 4]), (9, [30, 60, 6])])
+    assert found == {
+        "prompt": [3, 4, 5, 0, 1, 2],
+        "given": [0, 1, 2, 3, 4, 5],
+        "role": [4, 1, 3, 0, 5, 2],
+        "other": [3, 0, 5, 2, 4, 1],
+        "true": [4, 1, 3, 0, 5, 2],
+    }
+
+
+def test_the_true_order_takes_the_fewest_windows_of_ragged_responses(tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [{"prompt": 20, "responses": rng.integers(2, 600, 3).tolist()} for _ in range(20)]
+    (path := tmp_path / "lengths.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(ragged_order, "BATCHES", ((16, 1),))
+    ragged_order.print_orders(str(path), 90)
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:2] for row in cells] == [["60", "16"], ["90", "16"]]
+    shares = [[float(share.split(" ± ")[0]) for share in row[3:7]] for row in cells]
+    assert all(true < min(row) for *row, true in shares)
