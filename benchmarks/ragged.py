@@ -6,6 +6,8 @@
     python -m benchmarks.ragged --equal 128 64 --earlier CHECKOUT                     equal lengths, beside db61208
     python -m benchmarks.ragged --work update --peers transformers                    scoring and one update
     python -m benchmarks.ragged --work padding                                        padding of updates, no timing
+    python -m benchmarks.ragged --work slots                                          row-steps of sampling, no timing
+    python -m benchmarks.ragged --work order --lengths FILE                           orders of requests, no timing
 
 Without `--model` the model is that of `benchmarks.speed --shapes 57m`, and each response is as long as its limit says.
 Lengths are those of the file (records with `prompt` and `responses`) or log-normal with mean 350, sigma 0.7 and at most
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import ragged_update
+from benchmarks import ragged_order, ragged_slots, ragged_update
 from benchmarks.ragged_earlier import run_earlier
 from benchmarks.speed.shapes import CPU, SEED, TEMPERATURE, TOP_P
 from benchmarks.speed.timing import in_turns, timed
@@ -44,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ragged", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", choices=["sample", "update", "padding"], default="sample")
+    parser.add_argument("--work", choices=["sample", "update", "padding", "slots", "order"], default="sample")
     parser.add_argument("--batch_size", type=int, default=16, help="examples of the update (default: %(default)s)")
     parser.add_argument("--tokens_per_step", type=int, help="tokens of a device step (default: what fits)")
     parser.add_argument("--model", help="folder of a model whose own ends of turn count")
@@ -52,7 +54,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", help="JSON Lines with prompt and responses lengths, for random weights")
     parser.add_argument("--equal", nargs=2, type=int, metavar=("PROMPT", "RESPONSE"), help="lengths of every request")
     parser.add_argument("--scale", type=float, default=0.25, help="factor of all lengths (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=256, help="number of requests (default: %(default)s)")
+    requests = f"number of requests (default: 256; of work slots and order {ragged_slots.REQUESTS:,})"
+    parser.add_argument("--requests", type=int, help=requests)
     parser.add_argument("--slots", type=int, default=64, help="slots, or rows of a batch (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="limit with --model (default: %(default)s)")
     parser.add_argument("--peers", nargs="*", choices=["transformers"], default=[])
@@ -60,7 +63,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.work == "order" and options.lengths is None:
+        parser.error("--work order: give --lengths, a file with several responses to each prompt")
+    simulated = options.work in ("slots", "order")
+    options.requests = options.requests or (ragged_slots.REQUESTS if simulated else 256)
+    return options
 
 
 def lengths_of(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -241,6 +249,12 @@ def main() -> int:
     os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if options.work == "padding":
         print(ragged_update.padding_table(options.lengths))
+        return 0
+    if options.work == "slots":
+        ragged_slots.print_slots(options.lengths, options.requests)
+        return 0
+    if options.work == "order":
+        ragged_order.print_orders(options.lengths, options.requests)
         return 0
     if options.cell:
         print(json.dumps(run_cell(options)))

@@ -22,7 +22,7 @@ from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
 from sso_jax.sampling.decode import SamplerPrograms, unrolls_layers
 from sso_jax.sampling.sampling_params import SamplingParams
-from sso_jax.sampling.slots import Size, Slots
+from sso_jax.sampling.slots import Size, Slots, queue_order
 from sso_jax.sampling.stage import Request, SamplingStats, Stage, pool_shape, total_stats
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class Sampler:
         shape = pool_shape(sizes, num_slots, num_batch_shards(self.mesh), page_size_of(platform))
         num_steps = -(-len(requests) // shape.num_slots) * budget
         unrolled = unrolls_layers(self.layers, platform, num_steps)
-        slots = Slots(sizes, self._order(sizes, done), shape)
+        slots = Slots(sizes, queue_order(sizes, done), shape)
         sampling = self.strategy, np.asarray(self.stop_ids, np.int32)
         with progress_bar(stage, len(requests), "response", initial=len(done)) as bar, jax.set_mesh(self.mesh):
             weights = self.programs.prepare(params, unrolled)
@@ -199,11 +199,6 @@ class Sampler:
                 if stop_now():
                     raise Stopped(f"a signal in {stage}, after {len(done)} of {len(requests)} responses")
         return running.stats()
-
-    @staticmethod
-    def _order(sizes: list[Size], done: dict[int, list[int]]) -> list[int]:
-        """Returns the requests to sample, the longest prompts first: prompts of like lengths are run together."""
-        return sorted((i for i in range(len(sizes)) if i not in done), key=lambda i: (-sizes[i].prompt_tokens, i))
 
     def _journal(self, params, requests: list[Request], budget: int) -> Journal | None:
         """Opens the journal of these requests to this policy, or returns None without a folder for journals."""

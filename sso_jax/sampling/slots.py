@@ -9,7 +9,7 @@ cache a response starts at a multiple of WINDOW, so that a window never spans tw
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,6 +38,11 @@ def most_slots(size: Size) -> int:
     """Returns the most cache slots that a request uses."""
     windows = max(0, size.limit - 2) // WINDOW  # windows that are written back: all but the last
     return max(size.prompt_tokens, response_start(size.prompt_tokens) + windows * WINDOW)
+
+
+def queue_order(sizes: Sequence[Size], done: Container[int] = ()) -> list[int]:
+    """Returns the requests that are not done, the longest prompts first: prompts of like lengths are run together."""
+    return sorted((i for i in range(len(sizes)) if i not in done), key=lambda i: (-sizes[i].prompt_tokens, i))
 
 
 @dataclass(frozen=True)

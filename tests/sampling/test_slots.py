@@ -5,33 +5,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.ragged_slots import simulate
 from sso_jax.sampling.slots import WINDOW, PoolShape, Size, Slots, most_slots, response_start
 from sso_jax.sampling.stage import pool_shape
 
 PAGE = 64
 
 
-def simulate(sizes, lengths, shape, lag=0, check=lambda slots: None):
+def run(sizes, lengths, shape, lag=0, check=lambda slots: None):
     """Runs all requests; response i ends after `lengths[i]` tokens, which is seen `lag` windows late.
 
     Returns the slots, the order in which requests ended, and the rows of each window while requests were waiting.
     """
-    slots, ended, unread, windows = Slots(sizes, range(len(sizes)), shape), [], [], []
-    while slots.queue or slots.rows or unread:
-        slots.admit()
-        if slots.rows:
-            slots.grow()
-            check(slots)
-            unread.append([(row, row.windows + 1) for row in slots.rows.values()])
-            slots.advance()
-            windows.append(unread[-1] if slots.queue else [])
-        while unread and (len(unread) > lag or not slots.rows):
-            for row, done in unread.pop(0):
-                if not row.ended and 1 + done * WINDOW >= lengths[row.request]:
-                    row.ended = True
-                    ended.append(row.request)
-                    slots.release(row)
-    return slots, ended, windows
+    slots, windows = Slots(sizes, range(len(sizes)), shape), []
+
+    def before_window():
+        check(slots)
+        windows.append([(row, row.windows + 1) for row in slots.rows.values()] if slots.queue else [])
+
+    return slots, simulate(slots, lengths, lag, before_window), windows
 
 
 def share_used(lengths, windows, num_slots):
@@ -80,7 +72,7 @@ def test_every_request_ends_once_and_no_page_has_two_owners(drawn, shards, each,
     lengths = [max(1, int(limit * share)) for _, limit, share in drawn]
     longest = -(-max(map(most_slots, sizes)) // PAGE)
     shape = PoolShape(shards * each, shards * (longest + spare), longest, shards, PAGE)
-    _, ended, _ = simulate(sizes, lengths, shape, lag, check_pages)
+    _, ended, _ = run(sizes, lengths, shape, lag, check_pages)
     assert sorted(ended) == list(range(len(sizes)))
 
 
@@ -107,13 +99,13 @@ def test_pages_of_a_request_by_hand(prompt, limit, expected):
 
 def test_with_too_few_pages_the_youngest_starts_again_and_the_oldest_goes_on():
     """Ten pages and two rows that need eight each: the second is put back once the first needs its sixth."""
-    slots, ended, _ = simulate([Size(100, 400)] * 2, [400, 400], PoolShape(2, 10, 8))
+    slots, ended, _ = run([Size(100, 400)] * 2, [400, 400], PoolShape(2, 10, 8))
     assert ended == [0, 1] and slots.restarts >= 1
 
 
 def test_rows_that_reach_their_limit_free_their_slots_without_being_read():
     """Equal responses of 49 tokens take exactly three windows each, even if results are read a window late."""
-    _, ended, windows = simulate([Size(30, 49)] * 8, [49] * 8, PoolShape(4, 8, 1), lag=1)
+    _, ended, windows = run([Size(30, 49)] * 8, [49] * 8, PoolShape(4, 8, 1), lag=1)
     assert len(ended) == 8 and len(windows) == 6
 
 
@@ -130,7 +122,7 @@ def test_nine_tenths_of_row_steps_draw_a_wanted_token_in_a_third_of_the_cache(nu
     prompts = np.random.default_rng(1).integers(20, 200, len(lengths)).tolist()
     sizes = [Size(prompt, 2048) for prompt in prompts]
     shape = pool_shape(sizes, num_slots, 1, PAGE)
-    slots, ended, windows = simulate(sizes, lengths, shape, lag)
+    slots, ended, windows = run(sizes, lengths, shape, lag)
     assert len(ended) == len(lengths)
     assert share_used(lengths, windows, num_slots) > 0.9
     assert shape.num_pages * PAGE <= 0.4 * num_slots * (max(prompts) + 2048)
