@@ -66,6 +66,15 @@ def make_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, 
     ), mesh
 
 
+def make_trained_model(shape: Shape, devices: list | None = None) -> tuple[Transformer, jax.sharding.Mesh]:
+    """Builds like `make_model`, with the adapters that the shape's update trains."""
+    model, mesh = make_model(shape, devices)
+    if not shape.adapter_rank:
+        return model, mesh
+    adapters = Adapters(shape.adapter_rank, 2.0 * shape.adapter_rank, LoraConfig().targets)
+    return model.clone(param_dtype=model.dtype, adapters=adapters), mesh
+
+
 def random_params(model: Transformer, shardings):
     """Returns freshly initialized parameters."""
     return jax.jit(lambda: nn.unbox(init_params(model, jax.random.key(SEED))), out_shardings=shardings)()
@@ -133,10 +142,7 @@ class UpdateParts(NamedTuple):
 
 def make_update_parts(shape: Shape, devices: list | None = None) -> UpdateParts:
     """Builds scoring and the update, without compiling or allocating anything."""
-    model, mesh = make_model(shape, devices)
-    if shape.adapter_rank:
-        adapters = Adapters(shape.adapter_rank, 2.0 * shape.adapter_rank, LoraConfig().targets)
-        model = model.clone(param_dtype=model.dtype, adapters=adapters)
+    model, mesh = make_trained_model(shape, devices)
     boxed = abstract_params(model)
     shardings = param_shardings(boxed, mesh)
     objective = build_objective(ObjectiveConfig(base="ipo", beta=0.2))

@@ -1,4 +1,4 @@
-"""benchmarks.ragged_slots: its simulation is held to the stage that it stands for, and its share to a hand count."""
+"""benchmarks.ragged.slots: its simulation is held to the stage that it stands for, and its share to a hand count."""
 
 import json
 
@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ragged_order, ragged_slots
-from benchmarks.ragged_slots import Device, count, simulate
+from benchmarks.ragged import order as orders
+from benchmarks.ragged import slots as simulation
+from benchmarks.ragged.slots import Device, count, simulate
 from sso_jax.sampling.decode import Drawn
 from sso_jax.sampling.prefill import FirstTokens
 from sso_jax.sampling.slots import WINDOW, PoolShape, Size, Slots, queue_order
@@ -82,8 +83,8 @@ def test_the_table_has_every_policy_of_a_file_and_nine_tenths_of_row_steps(tmp_p
     rng = np.random.default_rng(0)
     rows = [{"prompt": 20, "responses": np.clip(rng.lognormal(5.8, 0.5, 2), 2, 3000).astype(int).tolist()}] * 40
     (path := tmp_path / "lengths.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(ragged_slots, "BATCHES", ((4, 1), (8, 2)))
-    ragged_slots.print_slots(str(path), 1200)
+    monkeypatch.setattr(simulation, "BATCHES", ((4, 1), (8, 2)))
+    simulation.print_slots(str(path), 1200)
     _, _, *lines = capsys.readouterr().out.splitlines()
     cells = [line.split(" | ") for line in lines]
     assert [row[0] for row in cells] == ["| policy 0"] * 2 + ["| policy 1"] * 2
@@ -93,7 +94,7 @@ def test_the_table_has_every_policy_of_a_file_and_nine_tenths_of_row_steps(tmp_p
 
 def test_orders_are_longest_first_by_what_they_name():
     """Means of the roles are 20, 55 and 5: requests 1 and 4 come first by role, the longer prompt before the other."""
-    found = ragged_order.queues([(5, [10, 50, 4]), (9, [30, 60, 6])])
+    found = orders.queues([(5, [10, 50, 4]), (9, [30, 60, 6])])
     assert found == {
         "prompt": [3, 4, 5, 0, 1, 2],
         "given": [0, 1, 2, 3, 4, 5],
@@ -107,8 +108,8 @@ def test_the_true_order_takes_the_fewest_windows_of_ragged_responses(tmp_path, c
     rng = np.random.default_rng(0)
     rows = [{"prompt": 20, "responses": rng.integers(2, 600, 3).tolist()} for _ in range(20)]
     (path := tmp_path / "lengths.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(ragged_order, "BATCHES", ((16, 1),))
-    ragged_order.print_orders(str(path), 90)
+    monkeypatch.setattr(orders, "BATCHES", ((16, 1),))
+    orders.print_orders(str(path), 90)
     _, _, *lines = capsys.readouterr().out.splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert [row[:2] for row in cells] == [["60", "16"], ["90", "16"]]

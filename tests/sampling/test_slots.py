@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.ragged_slots import simulate
+from benchmarks.ragged.slots import simulate
 from sso_jax.sampling.slots import WINDOW, PoolShape, Size, Slots, most_slots, response_start
 from sso_jax.sampling.stage import pool_shape
 

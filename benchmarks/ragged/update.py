@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.speed.shapes import CELLS, CONTEXTS, CPU, SEED
+from benchmarks.ragged.requests import CAP, MEAN, SIGMA
+from benchmarks.speed.shapes import CELLS, CONTEXTS, SEED, SHAPES, Shape
 from benchmarks.speed.timing import timed
 from sso_jax.training.device_steps import StepLimits, plan_steps
 from sso_jax.training.trees import Tree, steered_trees
 
-MEAN, SIGMA, CAP = 350, 0.7, 2048
 PRINCIPLE_TOKENS = 40
 """Tokens by which a prompt with a principle is longer."""
 PEER_MICROBATCH = 4
@@ -58,7 +58,7 @@ def examples_of(options: argparse.Namespace) -> list[Ids]:
     rng = random.Random(SEED + 1)
 
     def ids(count: int) -> list[int]:
-        return [rng.randrange(CPU.vocab_size) for _ in range(count)]
+        return [rng.randrange(SHAPES[options.shape].vocab_size) for _ in range(count)]
 
     principle = int(PRINCIPLE_TOKENS * options.scale)
     return [
@@ -74,7 +74,8 @@ def run_ours(options: argparse.Namespace) -> dict:
     """Times the reference's scoring and one update of all examples, packing included."""
     import jax
 
-    from benchmarks.speed.ours import RATE, make_model, random_params
+    from benchmarks.speed import machine
+    from benchmarks.speed.ours import RATE, make_trained_model, random_params
     from sso_jax.config import ObjectiveConfig
     from sso_jax.models.layer_layout import cast_to_compute
     from sso_jax.models.transformer import abstract_params
@@ -90,7 +91,9 @@ def run_ours(options: argparse.Namespace) -> dict:
     from sso_jax.training.update import build_update, init_state, state_shardings
 
     prepare_jax()
-    model, mesh = make_model(CPU)
+    machine.require(options.device)
+    shape = SHAPES[options.shape]
+    model, mesh = make_trained_model(shape)
     shardings = param_shardings(abstract_params(model), mesh)
     params = random_params(model, shardings)
     objective = build_objective(ObjectiveConfig(base="ipo", beta=0.2))
@@ -117,7 +120,31 @@ def run_ours(options: argparse.Namespace) -> dict:
         jax.block_until_ready((held[0], metrics))
 
     result = timed(work, options.repeats)
-    return {**result, "examples": len(items), "padding": plan.padding(), "scoring_padding": scoring.padding()}
+    return {
+        **result,
+        "examples": len(items),
+        "padding": plan.padding(),
+        "scoring_padding": scoring.padding(),
+        "needed_flops": needed_flops(shape, [tree for own in trees for tree in own]),
+        "device_peak_bytes": machine.device_peak_bytes(),
+    }
+
+
+def needed_flops(shape: Shape, trees: list[Tree]) -> float:
+    """Returns the operations of real tokens in an update of these trees and its scoring; a multiply-add counts as two.
+
+    Forward and backward pass cost three forward passes, or two for products with frozen weights; the reference costs
+    one more. Prompts run once for all their responses, and only responses meet the vocabulary.
+    """
+    passes = 3 if shape.adapter_rank else 4
+    attended = 2 * shape.num_layers * shape.num_heads * shape.head_size
+    total = 0
+    for tree in trees:
+        prompt, responses = len(tree.prompt_ids), [len(branch.response_ids) for branch in tree.branches]
+        pairs = prompt * (prompt + 1) // 2 + sum(r * prompt + r * (r + 1) // 2 for r in responses)
+        products = tree.num_tokens() * shape.layer_params + sum(responses) * shape.head_params
+        total += passes * products + 4 * (tree.num_tokens() * shape.adapter_params + pairs * attended)
+    return 2.0 * total
 
 
 def run_transformers(options: argparse.Namespace) -> dict:
@@ -126,7 +153,8 @@ def run_transformers(options: argparse.Namespace) -> dict:
 
     from benchmarks.speed.peer_transformers import ALPHA, BETA, STEERING_WEIGHT, make_model
 
-    policy, reference = make_model(CPU).train(), make_model(CPU).eval()
+    shape = SHAPES[options.shape]
+    policy, reference = make_model(shape).train(), make_model(shape).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     examples = examples_of(options)
     padding = []

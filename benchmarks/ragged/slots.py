@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.ragged_update import CAP, draw_lengths
+from benchmarks.ragged.update import CAP, draw_lengths
 from sso_jax.models.paged_cache import page_size_of
 from sso_jax.sampling.slots import WINDOW, Size, Slots, queue_order
 from sso_jax.sampling.stage import pool_shape
