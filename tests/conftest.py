@@ -5,12 +5,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from xla_flags import QUICKLY
+
 CACHE = os.environ.get("SSO_JAX_TEST_CACHE") or tempfile.mkdtemp(prefix="sso_jax-tests-")
 """Compiled programs of this test run; its worker processes inherit the variable."""
 os.environ["SSO_JAX_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # as toys.QUICKLY
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -12,8 +12,10 @@ import threading
 import time
 from pathlib import Path
 
+from xla_flags import QUICKLY
+
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, as a server of its own
+    os.environ["XLA_FLAGS"] = QUICKLY  # one device, as a server of its own
 
 from openai_server import serve
 

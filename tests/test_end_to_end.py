@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
-from toys import DATA, QUICKLY, Compilations
+from toys import DATA, Compilations
+from xla_flags import QUICKLY
 
 import sample
 import train

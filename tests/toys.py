@@ -13,8 +13,6 @@ from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.runtime.mesh import param_shardings
 
-QUICKLY = "--xla_backend_optimization_level=0"
-"""XLA flag of all tests: programs compile faster, and only rounding changes."""
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARCHITECTURE = Architecture(
     model_type="qwen2",

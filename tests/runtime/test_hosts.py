@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from toys import QUICKLY, toy_model, toy_params
+from toys import toy_model, toy_params
 from two_processes import start_process
+from xla_flags import QUICKLY
 
 import train
 from sso_jax.config import OptimizerConfig
