@@ -12,7 +12,7 @@ CACHE = os.environ.get("SSO_JAX_TEST_CACHE") or tempfile.mkdtemp(prefix="sso_jax
 os.environ["SSO_JAX_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY} --xla_force_host_platform_device_count=8"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -96,9 +96,16 @@ MOST_MAPPINGS = 20_000
 """Linux allows a process 65,530, and a compiled program on a CPU takes several; the one too many is a crash."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def programs_in_one_folder():
+    """Compiles something, which settles the folder of compiled programs: a run in this process would name its own."""
+    jax.random.key(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
-    """Frees the compiled programs after each file."""
+    """Frees the compiled programs after each file; on disk all are kept, also behind a run, which keeps few."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
     jax.clear_caches()
 

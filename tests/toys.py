@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.runtime.mesh import param_shardings
 
+COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"]
+"""Folder of this test run's compiled programs, for runs in processes of their own."""
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARCHITECTURE = Architecture(
     model_type="qwen2",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from our_commands import parsed
+from toys import COMPILED
 from xla_flags import QUICKLY
 
 from sso_jax.runtime.signals import EXIT_STATUS
@@ -119,7 +120,7 @@ def small_run(model_folder, tmp_path):
     fields = {
         "run.directory": tmp_path / "run",
         "run.iterations": 1,
-        "run.compilation_cache": tmp_path / "xla",
+        "run.compilation_cache": COMPILED,
         "model.path": model_folder,
         "queries.path": tmp_path / "queries.jsonl",
         "queries.per_iteration": 6,

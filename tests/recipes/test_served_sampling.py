@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 from openai_server import Misbehave, serve
 from policy_server import Completions
-from toys import toy_model, toy_params
+from toys import COMPILED, toy_model, toy_params
 from two_processes import start_process
 
 import train
@@ -371,7 +371,7 @@ def test_recipes_that_do_not_sample_refuse_a_server(model_folder, tmp_path, caps
 def test_of_two_processes_the_first_has_the_server_and_both_are_told_of_its_end(model_folder, tmp_path):
     """The server dies once, and both processes end with status 1; the same commands then go on."""
     server = by_server(f"{COMMAND} --die_once {tmp_path / 'died'}")
-    argv = command(model_folder, tmp_path, "two", **server, **{"run.compilation_cache": tmp_path / "xla"})
+    argv = command(model_folder, tmp_path, "two", **server, **{"run.compilation_cache": COMPILED})
     logs = [tmp_path / f"process_{i}.log" for i in range(2)]
 
     def both() -> list[int]:
