@@ -1,5 +1,6 @@
 """Settings of every test: eight faked CPU devices, no silent rank promotion, no network, compiled programs shared."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -85,6 +86,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.quick)
 
 
+def pytest_collection_finish():
+    """Has the garbage collector leave alone what was imported, and look seldom: tracing makes many small objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_sessionfinish(session):
     """Deletes the compiled programs once all processes are done."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -108,6 +116,7 @@ def programs_of_one_file():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +126,7 @@ def few_mappings(request):
     count = request.session.stash[TESTS] = request.session.stash.get(TESTS, 0) + 1
     if count % 10 == 0 and MAPPINGS.is_file() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
