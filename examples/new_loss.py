@@ -98,7 +98,7 @@ def run(base: str, beta: float) -> list[dict]:
     """Metrics of each update of one round with this base loss."""
     config = sso_jax.Config(
         run=RunConfig(directory=str(root / base), iterations=1),
-        toy=ToyConfig(fact_updates=4, style_updates=4, width=32, num_layers=1) if FAST else ToyConfig(),
+        toy=ToyConfig(fact_updates=4, style_updates=0, width=32, num_layers=1) if FAST else ToyConfig(),
         queries=QueriesConfig(per_iteration=16 if FAST else 200),
         sampling=SamplingConfig(max_new_tokens=8 if FAST else 48, batch_size=128),
         objective=ObjectiveConfig(base=base, beta=beta),

@@ -69,7 +69,7 @@ print("p-:", steered.bad_system)
 # %%
 config = sso_jax.Config(
     run=RunConfig(directory=str(folder), iterations=1 if FAST else 2),
-    toy=ToyConfig(fact_updates=4, style_updates=4, width=32, num_layers=1) if FAST else ToyConfig(),
+    toy=ToyConfig(fact_updates=4, style_updates=0, width=32, num_layers=1) if FAST else ToyConfig(),
     queries=QueriesConfig(per_iteration=16 if FAST else 200),
     sampling=SamplingConfig(max_new_tokens=8 if FAST else 48, batch_size=128),
     train=TrainConfig(batch_size=16, max_tokens=512),

@@ -1,17 +1,19 @@
 """Settings of every test: eight faked CPU devices, no silent rank promotion, no network, compiled programs shared."""
 
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from xla_flags import QUICKLY
+
 CACHE = os.environ.get("SSO_JAX_TEST_CACHE") or tempfile.mkdtemp(prefix="sso_jax-tests-")
 """Compiled programs of this test run; its worker processes inherit the variable."""
 os.environ["SSO_JAX_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # as toys.QUICKLY
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY} --xla_force_host_platform_device_count=8"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -78,10 +80,18 @@ SLOW = {
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what belongs to the inner loop."""
+    """Marks what belongs to the inner loop, and puts it last: a long file at the end would leave one worker idle."""
+    items.sort(key=lambda item: item.path.stem not in SLOW)
     for item in items:
         if item.path.stem not in SLOW:
             item.add_marker(pytest.mark.quick)
+
+
+def pytest_collection_finish():
+    """Has the garbage collector leave alone what was imported, and look seldom: tracing makes many small objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_sessionfinish(session):
@@ -95,11 +105,19 @@ MOST_MAPPINGS = 20_000
 """Linux allows a process 65,530, and a compiled program on a CPU takes several; the one too many is a crash."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def programs_in_one_folder():
+    """Compiles something, which settles the folder of compiled programs: a run in this process would name its own."""
+    jax.random.key(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
-    """Frees the compiled programs after each file."""
+    """Frees the compiled programs after each file; on disk all are kept, also behind a run, which keeps few."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +127,7 @@ def few_mappings(request):
     count = request.session.stash[TESTS] = request.session.stash.get(TESTS, 0) + 1
     if count % 10 == 0 and MAPPINGS.is_file() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

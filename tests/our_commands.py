@@ -2,6 +2,8 @@
 
 import importlib
 
+from toys import COMPILED
+
 from sso_jax.commands import cli
 from sso_jax.config import parse
 
@@ -21,6 +23,7 @@ SHORT_TOY = {
     "sampling.max_new_tokens": 12,
     "train.batch_size": 4,
     "logging.tensorboard": "false",
+    "run.compilation_cache": COMPILED,
 }
 """Fields of configs/tiny.yaml for a run of a few updates, to see that an installation works."""
 

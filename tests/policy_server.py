@@ -1,8 +1,9 @@
 """Serves completions of a policy's folder in vLLM's protocol, with this project's own sampler inside.
 
-    python tests/policy_server.py FOLDER PORT [--delay SECONDS] [--die_once FILE]
+    python tests/policy_server.py FOLDER PORT [--die_once FILE]
 
-With `--die_once` it exits in the middle of its work, unless the file exists, which it then creates.
+With `--die_once` it exits in the middle of its work, unless the file exists, which it then creates. The variable
+`POLICY_SERVER_DELAY` has it wait so many seconds before each answer.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import threading
 import time
 from pathlib import Path
 
+from xla_flags import QUICKLY
+
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, as a server of its own
+    os.environ["XLA_FLAGS"] = QUICKLY  # one device, as a server of its own
 
 from openai_server import serve
 
@@ -60,17 +63,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("port", type=int)
-    parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--die_once", type=Path)
     given = parser.parse_args()
     completions, done = Completions(given.folder), []
+    delay = float(os.environ.get("POLICY_SERVER_DELAY", "0"))
 
     def complete(body: dict) -> dict:
         if given.die_once is not None and not given.die_once.exists() and len(done) == DIES_AFTER:
             print("out of luck", flush=True)
             given.die_once.touch()
             os._exit(9)
-        time.sleep(given.delay)
+        time.sleep(delay)
         done.append(body)
         return completions(body)
 

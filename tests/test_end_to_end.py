@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 import torch
+import toys
 import transformers
 from safetensors.numpy import load_file
-from toys import DATA, QUICKLY, Compilations
+from toys import DATA, Compilations
+from xla_flags import QUICKLY
 
 import sample
 import train
@@ -369,6 +371,7 @@ def test_two_rounds_on_a_trained_model_with_real_questions(tmp_path):
         "400",
     ]
     command += ["--optimizer.learning_rate", "1e-5"]
+    command += ["--run.compilation_cache", toys.COMPILED]
     environment = {**os.environ, "XLA_FLAGS": QUICKLY}
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,14 @@
 """Small decoders with random weights, the paths of the real data, and what JAX compiles, for the tests."""
 
 import dataclasses
+import functools
 import logging
+import os
 import re
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 from sso_jax.models.architecture import Architecture, Experts, LayerKind
@@ -13,8 +16,8 @@ from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.runtime.mesh import param_shardings
 
-QUICKLY = "--xla_backend_optimization_level=0"
-"""XLA flag of all tests: programs compile faster, and only rounding changes."""
+COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"]
+"""Folder of this test run's compiled programs, for runs in processes of their own."""
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARCHITECTURE = Architecture(
     model_type="qwen2",
@@ -86,9 +89,15 @@ def toy_model(**changes) -> Transformer:
 
 def toy_params(model: Transformer, mesh, scale: float = 10.0):
     """Random weights placed on the mesh; ten times the usual scale makes logits differ clearly."""
-    boxed = init_params(model, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, nn.unbox(boxed))
-    return jax.device_put(params, param_shardings(abstract_params(model), mesh))
+    copies = jax.tree.map(np.copy, _random_params(model, scale))
+    return jax.device_put(copies, param_shardings(abstract_params(model), mesh))
+
+
+@functools.cache
+def _random_params(model: Transformer, scale: float):
+    """Weights as NumPy arrays, drawn once a process: each draw traces the whole model."""
+    drawn = nn.unbox(jax.jit(functools.partial(init_params, model))(jax.random.key(0)))
+    return jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, jax.device_get(drawn))
 
 
 class Compilations(logging.Handler):

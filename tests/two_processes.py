@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from toys import QUICKLY
+from xla_flags import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from our_commands import SHORT_TOY, parsed
+from xla_flags import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -110,7 +111,7 @@ def test_what_is_sent_runs_the_toy_and_the_quick_start(tmp_path):
     assert (tmp_path / "requirements.txt").is_file() and " ".join(command) in (ROOT / "README.md").read_text()
     fields = [part for name, value in SHORT_TOY.items() for part in (f"--{name}", str(value))]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY}
     ran = subprocess.run(
         [sys.executable, *command, *fields], cwd=tmp_path, env={**own, **flags}, text=True, capture_output=True
     )

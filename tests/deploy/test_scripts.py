@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from our_commands import parsed
+from toys import COMPILED
+from xla_flags import QUICKLY
 
 from sso_jax.runtime.signals import EXIT_STATUS
 
@@ -118,7 +120,7 @@ def small_run(model_folder, tmp_path):
     fields = {
         "run.directory": tmp_path / "run",
         "run.iterations": 1,
-        "run.compilation_cache": tmp_path / "xla",
+        "run.compilation_cache": COMPILED,
         "model.path": model_folder,
         "queries.path": tmp_path / "queries.jsonl",
         "queries.per_iteration": 6,
@@ -136,7 +138,7 @@ def slurm(arguments: list[str], variables: dict[str, str]) -> subprocess.Complet
     place = Path(variables["PLACE"])
     shutil.copyfile(ROOT / "deploy" / "slurm.sh", place / "slurm_script")
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable}
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    flags = {"XLA_FLAGS": QUICKLY, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = ["bash", str(place / "slurm_script"), *arguments]
     return subprocess.run(command, cwd=place, env={**variables, **job, **flags}, text=True, capture_output=True)
 

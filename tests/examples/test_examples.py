@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from xla_flags import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.py"))
@@ -22,7 +23,13 @@ def test_an_example_is_a_notebook_of_text_and_code(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_an_example_runs(path, tmp_path):
-    variables = {**os.environ, "SSO_FAST_EXAMPLES": "1", "MPLBACKEND": "Agg", "XLA_FLAGS": "", "TMPDIR": str(tmp_path)}
+    variables = {
+        **os.environ,
+        "SSO_FAST_EXAMPLES": "1",
+        "MPLBACKEND": "Agg",
+        "XLA_FLAGS": QUICKLY,
+        "TMPDIR": str(tmp_path),
+    }
     ran = subprocess.run(
         [sys.executable, str(path)],
         cwd=ROOT,

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from our_commands import parsed
+from xla_flags import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "examples" / "sso_jax.ipynb"
@@ -63,7 +64,7 @@ def test_the_toy_part_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for name, value in {"SSO_FAST_EXAMPLES": "1", "MPLBACKEND": "Agg", "JAX_PLATFORMS": "cpu"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICKLY)
 
     def shell(line: str) -> None:
         subprocess.run(shlex.split(line), check=True)

@@ -20,7 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from toys import toy_model, toy_params
+from toys import COMPILED, toy_model, toy_params
 
 import train
 from sso_jax.commands.report import page as report
@@ -73,7 +73,7 @@ def arguments(tmp_path_factory, one_device):
         "objective.base": "dpo",
         "checkpoint.every_steps": 1,
         "checkpoint.keep": 2,
-        "run.compilation_cache": folder / "xla",
+        "run.compilation_cache": COMPILED,
         "model.remat": "false",
         "logging.tensorboard": "false",
     }

@@ -228,7 +228,6 @@ def generated(model_folder, tmp_path_factory):
         "--objective.base": "dpo",
         "--optimizer.learning_rate": 1e-3,
         "--checkpoint.every_steps": 1,
-        "--run.compilation_cache": folder / "xla",
     }
     argv = arguments(model_folder, folder / "run", **changes)
     assert train.main(argv) == 0

@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 from openai_server import Misbehave, serve
 from policy_server import Completions
-from toys import toy_model, toy_params
+from toys import COMPILED, toy_model, toy_params
 from two_processes import start_process
 
 import train
@@ -110,10 +110,17 @@ def served_processes(run, folder: str = "iteration_1") -> list[int]:
     return [int(found) for found in re.findall(r"as process (\d+)", (run / folder / "server.log").read_text())]
 
 
-def test_two_rounds_by_a_real_server_are_those_of_our_own_sampler(model_folder, tmp_path, caplog):
+@pytest.fixture(scope="module")
+def own(model_folder, tmp_path_factory):
+    """Two greedy rounds of our own sampler."""
+    folder = tmp_path_factory.mktemp("own")
+    assert train.main(command(model_folder, folder, "run", **{"run.iterations": 2})) == 0
+    return folder / "run"
+
+
+def test_two_rounds_by_a_real_server_are_those_of_our_own_sampler(own, model_folder, tmp_path, caplog):
     """Greedy: the second round is served the first one's policy, and both runs end with the same weights."""
-    own, served = tmp_path / "own", tmp_path / "served"
-    assert train.main(command(model_folder, tmp_path, "own", **{"run.iterations": 2})) == 0
+    served = tmp_path / "served"
     with caplog.at_level("INFO"):
         assert train.main(command(model_folder, tmp_path, "served", **{"run.iterations": 2}, **by_server())) == 0
     for folder in ("iteration_1", "iteration_2"):
@@ -133,7 +140,9 @@ def test_two_rounds_by_a_real_server_are_those_of_our_own_sampler(model_folder, 
     assert "served" in (served / "report.html").read_text()
 
 
-def test_a_server_that_dies_in_the_middle_is_told_and_the_same_command_goes_on(model_folder, tmp_path, capsys):
+def test_a_server_that_dies_in_the_middle_is_told_and_the_same_command_goes_on(
+    model_folder, tmp_path, capsys, monkeypatch
+):
     """Sampled at a temperature: the resumed responses are those of a run whose server stayed alive."""
     hot = {"sampling.temperature": 0.7, "sampling.batch_size": 2}
     mark = tmp_path / "died"
@@ -145,7 +154,8 @@ def test_a_server_that_dies_in_the_middle_is_told_and_the_same_command_goes_on(m
     assert f"exited with status 9 while it sampled; {len(kept)} responses are kept, run the same command" in said
     assert said.rstrip().endswith("out of luck")
     assert train.main(argv) == 0
-    assert train.main(command(model_folder, tmp_path, "alive", **hot, **by_server())) == 0
+    monkeypatch.setattr(policy_server, "ServerProcess", InThisProcess)
+    assert train.main(command(model_folder, tmp_path, "alive", **hot, **IN_THIS_PROCESS)) == 0
     assert response_ids(tmp_path / "run") == response_ids(tmp_path / "alive")
     assert [ids for ids in kept if ids not in all_ids(tmp_path / "run")] == []
 
@@ -159,10 +169,13 @@ def all_ids(run) -> list[list[int]]:
     return [ids for row in response_ids(run).values() for ids in row.values()]
 
 
-def test_a_stop_ends_the_server_and_loses_nothing(model_folder, tmp_path):
+def test_a_stop_ends_the_server_and_loses_nothing(own, model_folder, tmp_path):
     """SIGTERM once a few responses have come: status 75, no server left; the journal serves the rest of the work."""
-    argv = command(model_folder, tmp_path, "run", **by_server(f"{COMMAND} --delay 0.3"), **{"sampling.batch_size": 1})
-    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    fields = {"sampling.batch_size": 1, "run.compilation_cache": COMPILED}
+    argv = command(model_folder, tmp_path, "run", **by_server(), **fields)
+    slowly = {**os.environ, "POLICY_SERVER_DELAY": "0.15"}
+    started = [sys.executable, "train.py", *argv]
+    process = subprocess.Popen(started, cwd=ROOT, env=slowly, stderr=subprocess.PIPE, text=True)
     journal, run = tmp_path / "run" / "sampling" / "server_responses.jsonl", tmp_path / "run"
     while not journal.exists() or journal.read_text().count("\n") < 3:
         assert process.poll() is None, process.stderr.read()
@@ -177,8 +190,7 @@ def test_a_stop_ends_the_server_and_loses_nothing(model_folder, tmp_path):
         time.sleep(0.05)
     kept = lines_of_journal(run)
     assert train.main(argv) == 0
-    assert train.main(command(model_folder, tmp_path, "own")) == 0
-    assert response_ids(run) == response_ids(tmp_path / "own")
+    assert response_ids(run) == response_ids(own)
     assert all(ids in all_ids(run) for ids in kept)
 
 
@@ -205,12 +217,22 @@ def test_pairs_of_a_reward_model_are_sampled_by_a_server_too(model_folder, tmp_p
     assert response_ids(tmp_path / "served") == response_ids(tmp_path / "own")
 
 
+LORA = {"lora.rank": 2, "run.iterations": 2}
+
+
+@pytest.fixture(scope="module")
+def own_with_adapters(model_folder, tmp_path_factory):
+    """Two greedy rounds with adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    assert train.main(command(model_folder, folder, "own", **LORA)) == 0
+    return folder / "own"
+
+
 @pytest.mark.parametrize("export", ["adapter", "both"])
-def test_adapters_are_served_merged(model_folder, tmp_path, in_this_process, export):
-    lora = {"lora.rank": 2, "lora.export": export, "run.iterations": 2}
-    assert train.main(command(model_folder, tmp_path, "own", **lora)) == 0
+def test_adapters_are_served_merged(own_with_adapters, model_folder, tmp_path, in_this_process, export):
+    lora = {**LORA, "lora.export": export}
     assert train.main(command(model_folder, tmp_path, "served", **lora, **IN_THIS_PROCESS)) == 0
-    served, own = tmp_path / "served", tmp_path / "own"
+    served, own = tmp_path / "served", own_with_adapters
     folders = {"adapter": served / "sampling" / "served_policy", "both": served / "iteration_1" / "policy"}
     assert in_this_process.served == [str(model_folder), str(folders[export])]
     assert all(response_ids(served, f"iteration_{k}") == response_ids(own, f"iteration_{k}") for k in (1, 2))
@@ -368,10 +390,10 @@ def test_recipes_that_do_not_sample_refuse_a_server(model_folder, tmp_path, caps
     assert "sampling.source: 'endpoint' is not used by recipe 'sft'; remove it" in last_line(capsys, sft)
 
 
-def test_of_two_processes_the_first_has_the_server_and_both_are_told_of_its_end(model_folder, tmp_path):
+def test_of_two_processes_the_first_has_the_server_and_both_are_told_of_its_end(own, model_folder, tmp_path):
     """The server dies once, and both processes end with status 1; the same commands then go on."""
     server = by_server(f"{COMMAND} --die_once {tmp_path / 'died'}")
-    argv = command(model_folder, tmp_path, "two", **server, **{"run.compilation_cache": tmp_path / "xla"})
+    argv = command(model_folder, tmp_path, "two", **server, **{"run.compilation_cache": COMPILED})
     logs = [tmp_path / f"process_{i}.log" for i in range(2)]
 
     def both() -> list[int]:
@@ -382,8 +404,7 @@ def test_of_two_processes_the_first_has_the_server_and_both_are_told_of_its_end(
     assert both() == [1, 1], [log.read_text()[-2000:] for log in logs]
     assert all("the server exited with status 9 while it sampled" in log.read_text() for log in logs)
     assert both() == [0, 0], [log.read_text()[-2000:] for log in logs]
-    assert train.main(command(model_folder, tmp_path, "own")) == 0
-    assert response_ids(tmp_path / "two") == response_ids(tmp_path / "own")
+    assert response_ids(tmp_path / "two") == response_ids(own)
     assert len(served_processes(tmp_path / "two")) == 2  # one for each time
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from toys import QUICKLY, toy_model, toy_params
+from toys import COMPILED, toy_model, toy_params
 from two_processes import start_process
+from xla_flags import QUICKLY
 
 import train
 from sso_jax.config import OptimizerConfig
@@ -66,7 +67,7 @@ def material(tmp_path_factory, one_device):
         "mesh.data": 2,
         "mesh.fsdp": 2,
         "mesh.tensor": 2,
-        "run.compilation_cache": folder / "xla",
+        "run.compilation_cache": COMPILED,
         "model.remat": "false",
         "logging.tensorboard": "false",
     }
