@@ -40,6 +40,7 @@ SLOW = {
     "test_end_to_end",
     "test_examples",
     "test_family_runs",
+    "test_fitting_slots",
     "test_frozen_bits",
     "test_held_out_answers",
     "test_families",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from sso_jax.commands.between_slices import Transfers
+from sso_jax.commands.fitting_slots import PROGRAMS, describe, find_slots, with_slots
 from sso_jax.commands.programs import GIB, Plan, Program, compiled, make_plan, programs_of
 from sso_jax.config import Config
 from sso_jax.runtime.errors import InputError
@@ -18,6 +19,8 @@ CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 def run(config: Config, names: Sequence[str] | None = None) -> None:
     """Prints a table of the programs of `config` on the topology `config.dry_run`, of which there are mesh.slices.
 
+    If it has both programs of sampling, a line says for how many slots their memory is enough.
+
     Args:
       config: what to compile.
       names: programs of it, such as `update`; None takes all.
@@ -28,13 +31,22 @@ def run(config: Config, names: Sequence[str] | None = None) -> None:
     devices = find_devices(config.dry_run, config.mesh.slices)
     plan = make_plan(config, devices, chip_gib(config.dry_run) * GIB)
     log.info("dry run: %s on %s, mesh %s", config.model.path, config.dry_run, dict(plan.training.mesh.shape))
-    programs = []
-    for name, trace in programs_of(config).items():
-        if names is None or name in names:
-            log.info("compiling %s", name)
-            programs.append(program := compiled(trace(plan), name, plan.device_bytes))
-            log.info("%s: %.2f GiB a chip, compiled in %.0f s", name, program.total_bytes / GIB, program.seconds)
-    print(table(plan, programs))
+    wanted = [name for name in programs_of(config) if names is None or name in names]
+    programs = [_compile(plan, name) for name in wanted]
+    print(table(plan, programs), flush=True)
+    of_sampling = [program for program in programs if program.name in PROGRAMS]
+    if len(of_sampling) == len(PROGRAMS):
+        found = find_slots(plan, of_sampling, lambda slots: [_compile(with_slots(plan, slots), n) for n in PROGRAMS])
+        print(describe(found, plan))
+
+
+def _compile(plan: Plan, name: str) -> Program:
+    """Compiles a program of a run, and says so."""
+    slots = f" for {plan.config.sampling.batch_size} slots" if name in PROGRAMS else ""
+    log.info("compiling %s%s", name, slots)
+    program = compiled(programs_of(plan.config)[name](plan), name, plan.device_bytes)
+    log.info("%s: %.2f GiB a chip, compiled in %.0f s", name, program.total_bytes / GIB, program.seconds)
+    return program
 
 
 def find_devices(topology: str, slices: int = 1) -> list:

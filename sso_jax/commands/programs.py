@@ -223,7 +223,7 @@ def compiled(traced: Traced, name: str, device_bytes: int) -> Program:
     return Program(name, *sizes, fits, traced.flops, seconds, transfers)
 
 
-def _sampling_shape(plan: Plan) -> PoolShape:
+def sampling_shape(plan: Plan) -> PoolShape:
     """Returns the slots and pages of a stage whose prompts and responses are as long as they can be."""
     limit = min(plan.config.sampling.max_new_tokens, plan.response_tokens)
     size = Size(plan.prompt_tokens, limit)
@@ -233,7 +233,7 @@ def _sampling_shape(plan: Plan) -> PoolShape:
 
 def _sampling_inputs(plan: Plan) -> tuple[Weights, DecodeState, tuple]:
     """Returns the shapes of the weights, the state, and the sampling params with two stop ids."""
-    sampling, model, shape = plan.config.sampling, plan.model, _sampling_shape(plan)
+    sampling, model, shape = plan.config.sampling, plan.model, sampling_shape(plan)
     params = jax.eval_shape(partial(cast_to_compute, model), plan.params)
     head = jax.eval_shape(lambda params: model.apply({"params": params}, method="head_matrix"), params)
     state = jax.eval_shape(lambda: empty_state(model, shape))
@@ -266,7 +266,7 @@ def _trace_sampling(plan: Plan, name: str, inputs: tuple, trips: int) -> Traced:
 
 def trace_prefill(plan: Plan) -> Traced:
     """Traces the admission of prompts: through the decoder into the cache, and the first token of each response."""
-    shape, length = _sampling_shape(plan), bucket(plan.prompt_tokens)
+    shape, length = sampling_shape(plan), bucket(plan.prompt_tokens)
     rows = prompts_at_once(length, shape)
 
     def ints(*shape):
@@ -285,7 +285,7 @@ def trace_prefill(plan: Plan) -> Traced:
 
 def trace_decode(plan: Plan) -> Traced:
     """Traces a window of decode steps; counts operations as if all pages were in use."""
-    shape = _sampling_shape(plan)
+    shape = sampling_shape(plan)
     trips = -(-shape.shard_pages // chunk_size(shape.shard_pages, plan.model.attend))
     return _trace_sampling(plan, "window", _shapes(Slots([], [], shape).window()), trips)
 
