@@ -95,9 +95,9 @@ def toy_params(model: Transformer, mesh, scale: float = 10.0):
 
 @functools.cache
 def _random_params(model: Transformer, scale: float):
-    """Weights as NumPy arrays, drawn once a process: each draw traces the whole model."""
-    drawn = nn.unbox(jax.jit(functools.partial(init_params, model))(jax.random.key(0)))
-    return jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, jax.device_get(drawn))
+    """Weights as NumPy arrays, drawn once a process: half a hundred small programs draw them."""
+    drawn = jax.device_get(nn.unbox(init_params(model, jax.random.key(0))))
+    return jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, drawn)
 
 
 class Compilations(logging.Handler):
