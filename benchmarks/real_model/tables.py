@@ -124,8 +124,13 @@ def differences_table(runs: dict[str, dict[int, list[dict]]]) -> str:
 
 
 def _comparable(path: str, method: str) -> bool:
-    """Returns whether a number means the same under a method and under PBAA; losses do with the same base loss only."""
-    return path != "held_out.loss" or METHODS[method].family == METHODS[BASELINE].family
+    """Returns whether a number means the same under a method and under PBAA.
+
+    Losses do with the same base loss and form alone: those of version 1 have steering terms besides.
+    """
+    own, base = METHODS[method], METHODS[BASELINE]
+    same_form = own.fields["objective.form"] == base.fields["objective.form"]
+    return path != "held_out.loss" or (own.family == base.family and same_form)
 
 
 def answers(root: Path, cells: list[Cell], runs: dict[str, dict[int, list[dict]]]) -> str:
