@@ -111,11 +111,9 @@ class Part(NamedTuple):
     limit: str
 
 
-def sampling(model: Model, slice_: Slice, work: Work, queries: int, shares: Shares = SHARES) -> Part:
-    """Returns the seconds of the questions for features and the three responses, prompts included."""
-    chip, n = slice_.chip, slice_.chips
-    tokens, rows = queries * (3 * work.response + work.answer), slice_.slots / n
-    steps = tokens / (slice_.slots * shares.slots)
+def decode_step(model: Model, slice_: Slice, work: Work, shares: Shares = SHARES) -> Part:
+    """Returns the seconds of one decode step of all slots."""
+    chip, n, rows = slice_.chip, slice_.chips, slice_.slots / slice_.chips
     weights, cache = 2 * model.params, rows * (work.prompt + work.principle + work.response / 2) * model.token_bytes
     if slice_.split is None:
         read, sent = weights, weights * (n - 1) / n
@@ -128,8 +126,16 @@ def sampling(model: Model, slice_: Slice, work: Work, queries: int, shares: Shar
         "operations": 2 * model.active * rows / (chip.flops * shares.update),
     }
     limit = max(step, key=lambda name: step[name])
+    return Part(step[limit], limit)
+
+
+def sampling(model: Model, slice_: Slice, work: Work, queries: int, shares: Shares = SHARES) -> Part:
+    """Returns the seconds of the questions for features and the three responses, prompts included."""
+    steps = queries * (3 * work.response + work.answer) / (slice_.slots * shares.slots)
+    step = decode_step(model, slice_, work, shares)
     prompts = queries * (work.question + 3 * work.prompt + 2 * work.principle)
-    return Part(steps * step[limit] + 2 * model.active * prompts / (n * chip.flops * shares.update), limit)
+    flops = 2 * model.active * prompts
+    return Part(steps * step.seconds + flops / (slice_.chips * slice_.chip.flops * shares.update), step.limit)
 
 
 def scoring(model: Model, slice_: Slice, work: Work, queries: int, shares: Shares = SHARES) -> Part:
@@ -168,16 +174,14 @@ def stops(model: Model, slice_: Slice, work: Work, shares: Shares = SHARES) -> d
     A result is read one window, step or update late, and the hosts agree on the next safe point: two of each pass.
     After that the state of the updates is saved; nothing else has to be.
     """
-    share, one = 2 * slice_.slots * WINDOW * shares.slots / (3 * work.response + work.answer), 1 - shares.padding
-    step_queries = slice_.chips * MOST_TOKENS * one / work.trained_tokens()
+    step_queries = slice_.chips * MOST_TOKENS * (1 - shares.padding) / work.trained_tokens()
     hosts = -(-slice_.chips // slice_.chips_per_host)
-    window = sampling(model, slice_, work._replace(question=0, prompt=0, principle=0), 1, shares)
+    step = decode_step(model, slice_, work, shares)
+    scored = scoring(model, slice_, work, 1, shares)
     running = update(model, slice_, work, work.batch_size, shares)
     return {
-        "sampling: two windows of decode steps": window._replace(seconds=share * window.seconds),
-        "scoring: two device steps": scoring(model, slice_, work, 1, shares)._replace(
-            seconds=2 * step_queries * scoring(model, slice_, work, 1, shares).seconds
-        ),
+        "sampling: two windows of decode steps": step._replace(seconds=2 * WINDOW * step.seconds),
+        "scoring: two device steps": scored._replace(seconds=2 * step_queries * scored.seconds),
         "updates: two updates": running._replace(seconds=2 * running.seconds),
         "updates: their save": Part(12 * model.params / hosts / work.host_write, "storage"),
         "export": Part(2 * model.params / work.host_write, "storage"),

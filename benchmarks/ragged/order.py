@@ -16,8 +16,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.ragged.requests import CAP
 from benchmarks.ragged.slots import ACCELERATOR, BATCHES, count
-from benchmarks.ragged.update import CAP
 from benchmarks.speed.shapes import SEED
 from sso_jax.sampling.slots import Size, queue_order
 

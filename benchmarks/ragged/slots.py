@@ -4,13 +4,11 @@
 of a response are 2,048, and lengths are not scaled.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.ragged.update import CAP, draw_lengths
+from benchmarks.ragged.requests import CAP, draw_lengths, kinds_of
 from sso_jax.models.paged_cache import page_size_of
 from sso_jax.sampling.slots import WINDOW, Size, Slots, queue_order
 from sso_jax.sampling.stage import pool_shape
@@ -107,14 +105,9 @@ def count(
     return Counts(share_used, windows, windows - sum(waiting), slots.restarts, max(pages), shape.num_pages)
 
 
-def kinds_of(lengths: str | None, num_requests: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+def requests_of(lengths: str | None, num_requests: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Yields names and requests: those of each policy of a file, or log-normal ones; three responses to each prompt."""
-    if lengths is None:
-        kinds = {f"log-normal, sigma {sigma}": {"sigma": sigma} for sigma in (0.4, 0.7, 1.0)}
-    else:
-        first = json.loads(Path(lengths).read_text(encoding="utf-8").split("\n", 1)[0])
-        kinds = {f"policy {number}": {"policy": number} for number in range(len(first["responses"]))}
-    for name, kind in kinds.items():
+    for name, kind in kinds_of(lengths).items():
         drawn = draw_lengths(lengths, -(-num_requests // 3), 1.0, **kind)
         yield name, [(prompt, response) for prompt, responses in drawn for response in responses][:num_requests]
 
@@ -128,7 +121,7 @@ def print_slots(lengths: str | None, num_requests: int) -> None:
         "lengths | slots | row-steps used | windows | with an empty queue | restarts | most pages in use | on a CPU"
     )
     print(f"| {columns} |\n" + "|---" * 8 + "|")
-    for name, requests in kinds_of(lengths, num_requests):
+    for name, requests in requests_of(lengths, num_requests):
         for num_slots, shards in BATCHES:
             here, on_cpu = (count(requests, (num_slots, shards), device) for device in (ACCELERATOR, CPU))
             batch = f"{num_slots} on {shards} shards" if shards > 1 else f"{num_slots}"

@@ -2,18 +2,16 @@
 
 import argparse
 import functools
-import json
-import math
 import random
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ragged.requests import CAP, MEAN, SIGMA
+from benchmarks.ragged.requests import draw_lengths, kinds_of
 from benchmarks.speed.shapes import CELLS, CONTEXTS, SEED, SHAPES, Shape
 from benchmarks.speed.timing import timed
+from sso_jax.data.records import RESPONSES
 from sso_jax.training.device_steps import StepLimits, plan_steps
 from sso_jax.training.trees import Tree, steered_trees
 
@@ -21,36 +19,8 @@ PRINCIPLE_TOKENS = 40
 """Tokens by which a prompt with a principle is longer."""
 PEER_MICROBATCH = 4
 """Examples of a microbatch of the peer, whose rows are padded to the longest."""
-RESPONSES = ("chosen", "rejected", "original")
 Ids = tuple[dict[str, list[int]], dict[str, list[int]]]
 """Prompts by context and responses by name."""
-
-
-def draw_lengths(
-    lengths: str | None, count: int, scale: float, policy: int = 0, sigma: float = SIGMA
-) -> list[tuple[int, list[int]]]:
-    """Returns the tokens of the prompt and of the three responses of examples.
-
-    Args:
-      lengths: file of records with `prompt` and `responses`, or None for log-normal lengths.
-      count: number of examples.
-      scale: factor of all lengths.
-      policy: number of the policy whose responses of the file are taken.
-      sigma: standard deviation of the logarithm of log-normal lengths.
-    """
-    rng = random.Random(SEED)
-    if lengths is None:
-        mu = math.log(MEAN) - sigma**2 / 2
-        drawn = [
-            (rng.randint(20, 200), [min(CAP, rng.lognormvariate(mu, sigma)) for _ in RESPONSES]) for _ in range(count)
-        ]
-    else:
-        rows = [json.loads(line) for line in Path(lengths).read_text(encoding="utf-8").splitlines()]
-        drawn = [
-            (rng.choice(rows)["prompt"], [min(CAP, rng.choice(rows)["responses"][policy]) for _ in RESPONSES])
-            for _ in range(count)
-        ]
-    return [(max(1, int(p * scale)), [max(2, int(r * scale)) for r in responses]) for p, responses in drawn]
 
 
 def examples_of(options: argparse.Namespace) -> list[Ids]:
@@ -209,13 +179,8 @@ def padding_table(lengths: str | None) -> str:
 
     With a file it has the lengths of each of its policies, else log-normal ones; unscaled.
     """
-    if lengths is None:
-        kinds = {f"log-normal, sigma {sigma}": {"sigma": sigma} for sigma in (0.4, 0.7, 1.0)}
-    else:
-        first = json.loads(Path(lengths).read_text(encoding="utf-8").split("\n", 1)[0])
-        kinds = {f"policy {number}": {"policy": number} for number in range(len(first["responses"]))}
     lines = ["| lengths | shards | examples of an update | tokens of a step | shapes | padding |", "|---" * 6 + "|"]
-    for name, kind in kinds.items():
+    for name, kind in kinds_of(lengths).items():
         examples = [_trees(*drawn) for drawn in draw_lengths(lengths, 1024, 1.0, **kind)]
         for shards, size, tokens in product((1, 16), (8, 32, 64), (16384, 65536)):
             updates = [examples[start : start + size] for start in range(0, 1024, size)]

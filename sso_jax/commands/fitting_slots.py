@@ -12,7 +12,7 @@ PROGRAMS = ("prefill", "decode")
 USED_SHARE = 0.95
 """Share of a chip's memory that slots are proposed for: the compiler keeps up to 4% of it for itself."""
 MOST_COMPILED = 5
-"""Numbers of slots that are compiled, besides the configured one."""
+"""Most numbers of slots that are compiled, besides the configured one."""
 
 
 class Tried(NamedTuple):
@@ -32,8 +32,8 @@ class FittingSlots(NamedTuple):
     """The largest number of slots that was compiled and fits; None if none was."""
 
     best: Tried | None
-    most_useful: int
-    """Number above which none was looked for: that of a round's responses, with which no slot is filled again."""
+    num_responses: int
+    """Responses of a round: with as many slots none is filled again, so that no more are proposed."""
 
 
 def with_slots(plan: Plan, num_slots: int) -> Plan:
@@ -54,7 +54,7 @@ def find_slots(plan: Plan, programs: Sequence[Program], compile_at: Callable[[in
       compile_at: compiles them for a number of slots.
     """
     shape = sampling_shape(plan)
-    most_useful = max(shape.num_slots, len(RESPONSES) * plan.config.queries.per_iteration)
+    num_responses = len(RESPONSES) * plan.config.queries.per_iteration
     fitting: list[Tried] = []
     failing: list[Tried] = []
 
@@ -64,18 +64,18 @@ def find_slots(plan: Plan, programs: Sequence[Program], compile_at: Callable[[in
 
     add(shape.num_slots, programs)
     for _ in range(MOST_COMPILED):
-        num_slots = _predict(plan, fitting, failing, most_useful)
+        num_slots = _predict(plan, fitting, failing, num_responses)
         if num_slots <= max((one.num_slots for one in fitting), default=0):
             break
         add(num_slots, compile_at(num_slots))
-    return FittingSlots(max(fitting, key=lambda one: one.num_slots, default=None), most_useful)
+    return FittingSlots(max(fitting, key=lambda one: one.num_slots, default=None), num_responses)
 
 
-def _predict(plan: Plan, fitting: Sequence[Tried], failing: Sequence[Tried], most_useful: int) -> int:
-    """Returns the largest number of slots that should fit, a multiple of the batch shards; 0 if there is none."""
+def _predict(plan: Plan, fitting: Sequence[Tried], failing: Sequence[Tried], most: int) -> int:
+    """Returns the largest number of slots up to `most` that should fit, a multiple of the shards; 0 for none."""
     shards = num_batch_shards(plan.sampling.mesh)
     num_pages = min((one.num_pages for one in failing), default=None)
-    low, high = 0, -(-most_useful // shards)  # in slots of a shard; pages grow with them
+    low, high = 0, -(-most // shards)  # in slots of a shard; pages grow with them
     while low < high:
         middle = (low + high + 1) // 2
         pages = sampling_shape(with_slots(plan, middle * shards)).num_pages
@@ -118,8 +118,8 @@ def describe(found: FittingSlots, plan: Plan) -> str:
     line = (
         f"sampling.batch_size: at most {best} slots fit {USED_SHARE:.0%} of a chip ({sizes} GiB, compiled); now {now}"
     )
+    if best >= found.num_responses:
+        line += f"; a round has no more than {found.num_responses} responses"
     if best < now:
         return f"{line}, lower it"
-    if best >= found.most_useful:
-        line += f"; a round has no more than {found.most_useful} responses"
     return line if best < 2 * now else f"{line}, raise it to sample more responses in a decode step"

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from sso_jax.models.places import Places
 from sso_jax.models.remat_policy import save_for_backward
 from sso_jax.models.sequences import RowForm, Sequences, copied, moved
-from sso_jax.models.splash import attend_by_mask, attend_by_segment
+from sso_jax.models.splash import KEY_AXES, QUERY_AXES, attend_by_mask, attend_by_segment
 from sso_jax.runtime.mesh import over_mesh
 
 HIDDEN_SCORE = -1e30
@@ -210,8 +210,7 @@ def _attend_sequences(queries, keys, values, scale: float, within: BySequence, i
         found = moved(out.reshape(batch, sequences.query.shape[1], -1), sequences.place, sequences.query)  # [B, W, N*H]
         return _by_head(found.reshape(batch, num_queries, -1, queries.shape[4]), queries.shape)
 
-    heads = ("batch", "kv_heads", None, None)
-    names = (("batch", "kv_heads", None, None, None), heads, heads, ("batch",))
+    names = (QUERY_AXES, KEY_AXES, KEY_AXES, ("batch",))
     return over_mesh(of_device, names, names[0])(queries, keys, values, within.sequences)
 
 

@@ -15,13 +15,18 @@ LANES = 128
 """Blocks are multiples of this many tokens."""
 BLOCK = 512
 """Tokens of a block in rows that are longer than two of them."""
-HEADS = ("batch", "kv_heads", None, None)
-QUERY_HEADS = ("batch", "kv_heads", None, None, None)
+KEY_AXES = ("batch", "kv_heads", None, None)
+"""Logical axes of keys and values, [B, K, T, H]."""
+QUERY_AXES = ("batch", "kv_heads", None, None, None)
+"""Those of queries, [B, K, G, T, H]."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Which place a query sees, from the number of its own: those before it, or the latest of them."""
+    """Which place a query sees, from the number of its own: those before it, or the latest of them.
+
+    The kernel takes it as a static argument, of which equal ones must compare equal: hence no lambda.
+    """
 
     sliding_window: int | None = None
 
@@ -42,7 +47,7 @@ def attend_by_segment(
 ) -> Float[Array, "B K G T H"]:
     """Attends within segments: all rows in one call, blocks of places that no query of a block sees left out.
 
-    No array has a size of [T, T] or [T, P].
+    No array has a size of [T, T] or [T, P]; docs/hardware.md has what that saves.
 
     Args:
       queries: in the order of the rows.
@@ -77,7 +82,7 @@ def attend_by_segment(
         out = out.reshape(num_kv_heads, group, batch, width, -1)[:, :, :, :length]
         return jnp.moveaxis(out, 2, 0)  # [B, K, G, T, H]
 
-    names = (QUERY_HEADS, HEADS, HEADS, ("batch",))
+    names = (QUERY_AXES, KEY_AXES, KEY_AXES, ("batch",))
     return over_mesh(of_device, names, names[0])(queries, keys, values, places)
 
 
@@ -224,5 +229,5 @@ def attend_by_mask(
         out = jax.lax.map(row, (flat, pad(keys), pad(values), mask))  # [B, N, T, H]
         return out[:, :, :length].reshape(queries.shape)
 
-    names = (QUERY_HEADS, HEADS, HEADS, ("batch" if mask.shape[0] > 1 else None, None, None))
+    names = (QUERY_AXES, KEY_AXES, KEY_AXES, ("batch" if mask.shape[0] > 1 else None, None, None))
     return over_mesh(of_device, names, names[0])(queries, keys, values, mask)

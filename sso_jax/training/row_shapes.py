@@ -63,18 +63,17 @@ class Use(NamedTuple):
 
 def most_used(rows: Iterable[Sequence[Size]]) -> Use:
     """Returns the most that any of these rows of trees has."""
-    used = [
-        Use(
-            sum(size.targets for size in row),
-            sum(size.branches for size in row),
-            max(size.longest for size in row),
-            sum(size.places for size in row),
-            max(size.branches for size in row),
+    most = Use()
+    for row in rows:
+        own = Use(
+            targets=sum(size.targets for size in row),
+            sequences=sum(size.branches for size in row),
+            longest=max((size.longest for size in row), default=0),
+            places=sum(size.places for size in row),
+            copies=max((size.branches for size in row), default=0),
         )
-        for row in rows
-        if row
-    ]
-    return Use(*map(max, zip(Use(), *used, strict=True)))
+        most = Use(*map(max, most, own))
+    return most
 
 
 def size_of(tree: Tree) -> Size:

@@ -33,11 +33,13 @@ def test_the_stages_are_the_hand_count():
 
 
 def test_the_seconds_until_a_stop_are_the_hand_count():
-    """A step takes 10 s, a window 16 of them; 2 * 16,384 tokens of a device step are 65.536 s at 2 operations a
-    parameter; an update of 4 queries is 50 s of links.
+    """A step takes 10 s, or split 2.002 s as above, a window 16 of them; 2 * 16,384 tokens of a device step are
+    65.536 s at 2 operations a parameter; an update of 4 queries is 50 s of links.
     """
     found = scale.stops(MODEL, scale.Slice(CHIP, 2, 10, None), WORK, SHARES)
     assert [part.seconds for part in found.values()] == pytest.approx([320, 131.072, 100, 12, 2])
+    split = scale.stops(MODEL, scale.Slice(CHIP, 2, 10, 2), WORK, SHARES)
+    assert next(iter(split.values())) == (pytest.approx(32 * 2.002), "memory")
 
 
 def test_the_pages_have_the_tables_that_are_printed():

@@ -64,7 +64,7 @@ def test_the_largest_number_is_found_with_few_compilations_where_bytes_are_linea
         return made_up(plan, num_slots, **sizes)
 
     found = find_slots(plan, made_up(plan, now, **sizes), compile_at)
-    assert found.best.num_slots == largest(plan, **sizes) and found.most_useful == 600
+    assert found.best.num_slots == largest(plan, **sizes) and found.num_responses == 600
     assert len(compiled) <= 5 and now not in compiled
 
 
@@ -86,11 +86,22 @@ def test_a_number_that_does_not_fit_when_compiled_is_corrected(plan, now):
 
 def test_slots_of_a_round_are_enough(plan):
     found = find_slots(plan, made_up(plan, 8), lambda num_slots: made_up(plan, num_slots))
-    assert found.best.num_slots == found.most_useful == 600
+    assert found.best.num_slots == found.num_responses == 600
     assert "sampling.batch_size: at most 600 slots fit 95% of a chip (prefill 0.01, decode" in (
         text := describe(found, plan)
     )
     assert "; now 8; a round has no more than 600 responses, raise it to sample more" in text
+
+
+def test_no_more_slots_are_proposed_than_a_round_has_responses(plan):
+    """200 queries have 600: y+, y- and y_o of each. There is memory for 800 slots."""
+    many = with_slots(plan, 700)
+    found = find_slots(many, made_up(many, 700), lambda num_slots: pytest.fail(f"compiled {num_slots}"))
+    assert describe(found, many).endswith("; now 700; a round has no more than 600 responses")
+    memory = int(made_up(plan, 800)[1].total_bytes / USED_SHARE) + 1
+    too_many = dataclasses.replace(with_slots(plan, 1500), device_bytes=memory)
+    found = find_slots(too_many, made_up(too_many, 1500), lambda num_slots: made_up(too_many, num_slots))
+    assert found.best.num_slots == 600 and describe(found, too_many).endswith("600 responses, lower it")
 
 
 def test_too_many_slots_are_lowered_and_no_slots_are_said(plan):
