@@ -18,7 +18,7 @@ from sso_jax.sampling.prefill import FirstTokens, Prompts, Weights
 from sso_jax.sampling.sampling_params import SamplingParams
 from sso_jax.sampling.slots import WINDOW, PoolShape, Row, Size, Slots, most_slots
 
-PROMPT_TOKENS = 256
+PROMPT_TOKENS = 512
 """Tokens that are run at once for prompts, on each shard of the batch, or a single longer prompt."""
 FULL_CACHE_TOKENS, CACHE_SHARE = 512, 1 / 3
 """Most tokens of a response for which the cache holds every slot's longest response, and the share of that for more."""
