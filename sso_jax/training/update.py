@@ -63,7 +63,7 @@ def batch_shardings(batch: UpdateBatch, mesh: jax.sharding.Mesh) -> UpdateBatch:
     rows, whole = NamedSharding(mesh, PartitionSpec(None, *spec("batch"))), replicated(mesh)
 
     def of_group(group: NamedTuple) -> NamedTuple:
-        return type(group)(*(Rows(*[rows] * len(part)) if isinstance(part, Rows) else whole for part in group))
+        return type(group)(*(jax.tree.map(lambda _: rows, p) if isinstance(p, Rows) else whole for p in group))
 
     return UpdateBatch(tuple(map(of_group, batch.groups)), whole)
 
