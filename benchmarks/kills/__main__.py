@@ -35,6 +35,8 @@ COMPARED = (
     "evaluation.jsonl",
     "start/",
 )
+MODEL_CARD = "policy/README.md"
+"""Has the name of the run's folder, which differs."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def final_state(directory: Path) -> dict[str, str]:
         f"{folder.name}/{name}": digest
         for folder in sorted(directory.glob("iteration_*"))
         for name, digest in checksums(folder).items()
-        if name.startswith(COMPARED)
+        if name.startswith(COMPARED) and name != MODEL_CARD
     }
     rows = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     untimed = [{name: value for name, value in row.items() if name not in TIME_FIELDS} for row in rows]

@@ -325,6 +325,7 @@ def test_an_update_is_compiled_once_for_the_first_state_and_those_that_it_gives(
         one_step(supervised_step(trees, StepShape(RowShape(4, num_tokens, 4), 1, 1), None, weight=1.0))
         for num_tokens in (8, 16)
     ]
+    assert jax.tree.structure(batch_shardings(batches[0], mesh)) == jax.tree.structure(batches[0])
     update = build_update(supervised_losses(model), optimizer, mesh, shardings, batches[0])
     state, counts = init_state(params, optimizer, shardings), []
     with jax.log_compiles(), Compilations() as compilations, jax.set_mesh(mesh):
