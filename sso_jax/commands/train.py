@@ -20,7 +20,7 @@ from sso_jax.commands.model_card import write_cards
 from sso_jax.commands.preference_dataset import write_preference_dataset
 from sso_jax.commands.report.page import write_report
 from sso_jax.commands.report.tables import table
-from sso_jax.commands.run_record import check_start, config_hash, open_record, weights_of_round
+from sso_jax.commands.run_record import RunRecord, check_start, config_hash, open_record, weights_of_round
 from sso_jax.config import Config, ToyConfig, to_dict, to_json_dict, with_value
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights
@@ -83,6 +83,8 @@ def run(config: Config) -> None:
     config = resumed_config(directory, config)
     harmed = _harmed_rounds(directory, config.run.iterations)
     if not harmed and finished(directory / f"iteration_{config.run.iterations}", "round") is not None:
+        if not _is_told(directory, config.run.iterations):
+            _tell(directory, config.run.iterations, _open_record(directory, config))
         log.info("%s is finished; see %s", directory, directory / "report.html")
         return finish_push(directory, config.run.iterations, config.run.push_to_hub)
     check_logging(config.logging)
@@ -96,6 +98,7 @@ def run(config: Config) -> None:
         _run_rounds(prepared)
 
 
+SUMMARY_FILE = "summary.json"
 MAY_CHANGE = (
     "mesh",
     "hosts",
@@ -160,7 +163,7 @@ def _harmed_rounds(directory: Path, iterations: int) -> list[int]:
 def _run_rounds(run: Run) -> None:
     """Runs rounds in order; parameters are reloaded only on resume."""
     policy, policy_of = None, None
-    record = open_record(run.directory, config_hash(to_json_dict(run.config), MAY_CHANGE))
+    record = _open_record(run.directory, run.config)
     for iteration in range(run.config.run.iterations + 1):
         this = Round(run, iteration)
         if finished(this.folder, "round") is not None:
@@ -181,10 +184,7 @@ def _run_rounds(run: Run) -> None:
         finish(this.folder, "round", dataclasses.asdict(summary))
         if is_first():
             (run.directory / JOURNALS).rmtree(missing_ok=True)
-        record.weights = [{"iteration": row["iteration"], **(row.get("weights") or {})} for row in _write_summary(run)]
-        record.write()
-        if is_first():
-            write_report(run.directory)
+        _tell(run.directory, run.config.run.iterations, record)
         run.metrics.write_samples(samples_of_round(this.folder, run.config.logging.samples), iteration)
         push_round(this.folder, iteration, run.config.run.push_to_hub)
     log.info("done: %s", run.directory / "report.html")
@@ -282,14 +282,30 @@ def _toy_policy(config: Config, directory: Path) -> Path:
     return folder
 
 
-def _write_summary(run: Run) -> list[dict]:
-    """Writes summary.json from the finished rounds, and prints the table of the last one; returns the rows."""
+def _open_record(directory: epath.Path, config: Config) -> RunRecord:
+    return open_record(directory, config_hash(to_json_dict(config), MAY_CHANGE))
+
+
+def _tell(directory: epath.Path, iterations: int, record: RunRecord) -> None:
+    """Writes what tells of the finished rounds: summary.json, run.json and then the report; prints the last table."""
     rows = []
-    for iteration in range(run.config.run.iterations + 1):
-        numbers = finished(run.folder(iteration), "round")
+    for iteration in range(iterations + 1):
+        numbers = finished(directory / f"iteration_{iteration}", "round")
         if numbers is not None:
             rows.append({"iteration": iteration, **numbers})
-    write_text(json.dumps(rows, indent=2), run.directory / "summary.json")
+    write_text(json.dumps(rows, indent=2), directory / SUMMARY_FILE)
+    record.weights = [{"iteration": row["iteration"], **(row.get("weights") or {})} for row in rows]
+    record.write()
     if is_first():
         print(table(rows[-1]), flush=True)
-    return rows
+        write_report(directory)
+
+
+def _is_told(directory: epath.Path, iterations: int) -> bool:
+    """Returns whether a finished run has all that `_tell` writes; a kill behind the last round may have left it out."""
+    summary, report = directory / SUMMARY_FILE, directory / "report.html"
+    try:
+        rows = json.loads(summary.read_text())
+        return len(rows) == iterations + 1 and report.stat().mtime >= summary.stat().mtime
+    except (OSError, ValueError):
+        return False

@@ -142,6 +142,25 @@ def test_a_signal_stops_a_run_with_status_75_and_the_same_command_ends_it_alike(
     assert same_end(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("left_out", ["the row of the last round", "the report"])
+def test_a_kill_behind_the_last_round_leaves_nothing_untold(arguments, whole, tmp_path, left_out):
+    """The round is marked as finished, and what tells of it is not written yet."""
+    shutil.copytree(whole, tmp_path / "run")
+    summary, told = tmp_path / "run" / "summary.json", tmp_path / "run" / "report.html"
+    rows = json.loads(summary.read_text())
+    assert len(rows) == 2
+    if left_out == "the report":
+        told.unlink()
+    else:
+        summary.write_text(json.dumps(rows[:-1]))
+        told.write_text("of the round before")
+    assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
+    assert json.loads(summary.read_text()) == rows and "Iteration 1" in told.read_text()
+    sessions = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
+    assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["sessions"] == sessions  # nothing is left to do
+
+
 def test_training_that_goes_on_from_a_checkpoint_uses_up_the_parameters_given(arguments, whole, tmp_path, monkeypatch):
     """As the first update of a training does that begins: no second copy of what is trained is held."""
     directory, given = unfinished_copy(whole, tmp_path, "training"), []
