@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in the commands themselves: a line at once, seconds to the exit, nothing half written."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,11 +47,15 @@ def rating(tmp_path_factory):
 
 
 def started(program: str, arguments: list, out: Path) -> subprocess.Popen:
-    """The command, with its programs compiled into `out/xla` and its results in `out/result`."""
+    """The command, with its programs compiled into `out/xla` and its results in `out/result`.
+
+    They are compiled as a user's are: with the flags of the tests some take less time than the cache keeps.
+    """
     into = "--run.directory" if program == "train.py" else "--out"
     more = [into, out / "result", "--run.compilation_cache", out / "xla"]
     command = [sys.executable, program, *map(str, [*arguments, *more])]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(reached, process: subprocess.Popen) -> None:
