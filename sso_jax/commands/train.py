@@ -18,7 +18,7 @@ from sso_jax.commands.hub import check_push, finish_push, push_round
 from sso_jax.commands.logged_samples import samples_of_round
 from sso_jax.commands.model_card import write_cards
 from sso_jax.commands.preference_dataset import write_preference_dataset
-from sso_jax.commands.report.page import write_report
+from sso_jax.commands.report.page import REPORT_FILE, SUMMARY_FILE, write_report
 from sso_jax.commands.report.tables import table
 from sso_jax.commands.run_record import RunRecord, check_start, config_hash, open_record, weights_of_round
 from sso_jax.config import Config, ToyConfig, to_dict, to_json_dict, with_value
@@ -85,7 +85,7 @@ def run(config: Config) -> None:
     if not harmed and finished(directory / f"iteration_{config.run.iterations}", "round") is not None:
         if not _is_told(directory, config.run.iterations):
             _tell(directory, config.run.iterations, _open_record(directory, config))
-        log.info("%s is finished; see %s", directory, directory / "report.html")
+        log.info("%s is finished; see %s", directory, directory / REPORT_FILE)
         return finish_push(directory, config.run.iterations, config.run.push_to_hub)
     check_logging(config.logging)
     check_push(config.run.push_to_hub)
@@ -98,7 +98,6 @@ def run(config: Config) -> None:
         _run_rounds(prepared)
 
 
-SUMMARY_FILE = "summary.json"
 MAY_CHANGE = (
     "mesh",
     "hosts",
@@ -182,12 +181,10 @@ def _run_rounds(run: Run) -> None:
         summary = dataclasses.replace(summary, weights=weights, warnings=warnings)
         write_cards(this, [*earlier, dataclasses.asdict(summary)])
         finish(this.folder, "round", dataclasses.asdict(summary))
-        if is_first():
-            (run.directory / JOURNALS).rmtree(missing_ok=True)
         _tell(run.directory, run.config.run.iterations, record)
         run.metrics.write_samples(samples_of_round(this.folder, run.config.logging.samples), iteration)
         push_round(this.folder, iteration, run.config.run.push_to_hub)
-    log.info("done: %s", run.directory / "report.html")
+    log.info("done: %s", run.directory / REPORT_FILE)
     finish_push(run.directory, run.config.run.iterations, run.config.run.push_to_hub)
 
 
@@ -287,7 +284,12 @@ def _open_record(directory: epath.Path, config: Config) -> RunRecord:
 
 
 def _tell(directory: epath.Path, iterations: int, record: RunRecord) -> None:
-    """Writes what tells of the finished rounds: summary.json, run.json and then the report; prints the last table."""
+    """Writes what tells of the finished rounds: summary.json, run.json and then the report; prints the last table.
+
+    Before that it deletes the journals of the last one, which no stage needs any more.
+    """
+    if is_first():
+        (directory / JOURNALS).rmtree(missing_ok=True)
     rows = []
     for iteration in range(iterations + 1):
         numbers = finished(directory / f"iteration_{iteration}", "round")
@@ -303,7 +305,7 @@ def _tell(directory: epath.Path, iterations: int, record: RunRecord) -> None:
 
 def _is_told(directory: epath.Path, iterations: int) -> bool:
     """Returns whether a finished run has all that `_tell` writes; a kill behind the last round may have left it out."""
-    summary, report = directory / SUMMARY_FILE, directory / "report.html"
+    summary, report = directory / SUMMARY_FILE, directory / REPORT_FILE
     try:
         rows = json.loads(summary.read_text())
         return len(rows) == iterations + 1 and report.stat().mtime >= summary.stat().mtime

@@ -149,6 +149,7 @@ def test_a_kill_behind_the_last_round_leaves_nothing_untold(arguments, whole, tm
     summary, told = tmp_path / "run" / "summary.json", tmp_path / "run" / "report.html"
     rows = json.loads(summary.read_text())
     assert len(rows) == 2
+    (tmp_path / "run" / "sampling").mkdir()  # journals
     if left_out == "the report":
         told.unlink()
     else:
@@ -156,6 +157,7 @@ def test_a_kill_behind_the_last_round_leaves_nothing_untold(arguments, whole, tm
         told.write_text("of the round before")
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
     assert json.loads(summary.read_text()) == rows and "Iteration 1" in told.read_text()
+    assert not (tmp_path / "run" / "sampling").exists()
     sessions = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["sessions"] == sessions  # nothing is left to do

@@ -17,6 +17,9 @@ from sso_jax.commands.report.triples import page_rows, script_json
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.json_lines import read_json_lines
 
+SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
+"""Files of a run's directory: the summary of its rounds, and the page."""
+
 
 class Chart(NamedTuple):
     """A figure of the page: title, names of its curves, and the image as a data URI."""
@@ -38,7 +41,7 @@ def write_report(directory: Path) -> None:
     """Writes `report.html` from the run's config, summary, metrics, pairs and dropped rows."""
     config = (directory / "config.yaml").read_text(encoding="utf-8")
     recipe = (yaml.safe_load(config) or {}).get("recipe", "online")
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
     metrics_path = directory / "metrics.jsonl"
     metrics = read_json_lines(metrics_path) if metrics_path.is_file() else []
     charts = {"Over iterations": panels_of_rounds(summary), "Over updates": panels_of_updates(metrics)}
@@ -64,4 +67,4 @@ def write_report(directory: Path) -> None:
         data=script_json({"labels": response_labels(recipe), "terms": terms, "triples": triples}),
         script=_resource("report.js"),
     )
-    write_text(html, directory / "report.html")
+    write_text(html, directory / REPORT_FILE)
