@@ -75,10 +75,12 @@ def draw_moment(rng: random.Random, reference: Start, stages: Sequence[str] = ()
     reference run. For the rest, a stage is drawn first, then one of its entries, then a time within it, so that short
     stages are hit too.
     """
-    among = stages if stages and rng.random() < 1 / 2 else sorted(reference.lasted)
-    if among is not stages and rng.random() < 1 / 3:
+    if stages and rng.random() < 1 / 2:
+        stage = rng.choice(stages)
+    elif rng.random() < 1 / 3:
         return Moment(rng.uniform(0.0, reference.seconds))
-    stage = rng.choice(among)
+    else:
+        stage = rng.choice(sorted(reference.lasted))
     return Moment(rng.uniform(0.0, reference.lasted[stage]), stage, rng.randint(1, len(reference.entered[stage])))
 
 

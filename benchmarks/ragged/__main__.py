@@ -87,13 +87,13 @@ def main() -> int:
     elif options.work == "order":
         print_orders(options.lengths, options.requests)
     elif options.cell:
-        print(json.dumps(cell(options.cell)(options)))
+        print(json.dumps(function_of(options.cell)(options)))
     else:
         run_cells(options)
     return 0
 
 
-def cell(name: str) -> Callable[[argparse.Namespace], dict]:
+def function_of(name: str) -> Callable[[argparse.Namespace], dict]:
     """Returns the function that times a cell; only what it needs is imported."""
     if name in ("generate", "generate_batch"):
         from benchmarks.ragged import peer_transformers
