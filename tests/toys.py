@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from sso_jax.models.architecture import Architecture, Experts, LayerKind
+from sso_jax.models.attention import causal_mask
 from sso_jax.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from sso_jax.models.transformer import Transformer, abstract_params, init_params
 from sso_jax.runtime.mesh import param_shardings
@@ -98,6 +100,21 @@ def _random_params(model: Transformer, scale: float):
     """Weights as NumPy arrays, drawn once a process: half a hundred small programs draw them."""
     drawn = jax.device_get(nn.unbox(init_params(model, jax.random.key(0))))
     return jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, drawn)
+
+
+def share_of_clear_tokens(model: Transformer, params, prompt_ids: list[int], response: list[int]) -> float:
+    """Checks that each token of a greedy response is the likeliest one by a pass over the whole sequence.
+
+    Tokens that another is as likely as, within 1e-4, are left out; returns the share of the others.
+    """
+    whole = jnp.asarray([prompt_ids + response])
+    positions = jnp.arange(whole.shape[1])[None]
+    hidden, _ = model.apply({"params": params}, whole, positions, causal_mask(whole.shape[1]))
+    logits = np.asarray(model.apply({"params": params}, hidden, method="logits")[0])[len(prompt_ids) - 1 : -1]
+    best = np.sort(logits, axis=-1)
+    clear = best[:, -1] - best[:, -2] > 1e-4
+    np.testing.assert_array_equal(np.asarray(response)[clear], np.argmax(logits, axis=-1)[clear])
+    return float(clear.mean())
 
 
 class Compilations(logging.Handler):

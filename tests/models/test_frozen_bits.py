@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
-from toys import FAMILIES, toy_model, toy_params
+from toys import FAMILIES, share_of_clear_tokens, toy_model, toy_params
 
 from sso_jax.models.adapters import fresh_adapters, is_adapter, join, split_trainable
 from sso_jax.models.attention import causal_mask
@@ -179,14 +179,7 @@ def test_decoding_with_the_cache_equals_the_full_forward_pass(bits, layers, tmp_
     prompts = [[5, 17, 80], [*range(3, 22)]]
     asked = [Request(prompt, (0, row)) for row, prompt in enumerate(prompts)]
     for prompt, response in zip(prompts, sampler.sample(params, asked, "test").responses, strict=True):
-        whole = jnp.asarray([prompt + response])
-        positions = jnp.arange(whole.shape[1])[None]
-        hidden, _ = model.apply({"params": params}, whole, positions, causal_mask(whole.shape[1]))
-        logits = np.asarray(model.apply({"params": params}, hidden, method="logits")[0])[len(prompt) - 1 : -1]
-        best = np.sort(logits, axis=-1)
-        clear = best[:, -1] - best[:, -2] > 1e-4
-        assert len(response) == 40 and clear.mean() > 0.9
-        np.testing.assert_array_equal(np.asarray(response)[clear], np.argmax(logits, axis=-1)[clear])
+        assert len(response) == 40 and share_of_clear_tokens(model, params, prompt, response) > 0.9
 
 
 def test_casts_leave_integers_and_scales_alone(tmp_path, one_device):
