@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 from flax import linen as nn
 
+from sso_jax.models.hf_weights import MAX_SHARD_BYTES
 from sso_jax.models.presets import PRESETS
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.sampling.slots import WINDOW
@@ -172,7 +173,7 @@ def stops(model: Model, slice_: Slice, work: Work, shares: Shares = SHARES) -> d
     """Returns the seconds from a signal to the exit of several hosts, which stop at a safe point that all reach.
 
     A result is read one window, step or update late, and the hosts agree on the next safe point: two of each pass.
-    After that the state of the updates is saved; nothing else has to be.
+    After that the state of the updates is saved, as far as `checkpoint.stop_seconds` allows; nothing else has to be.
     """
     step_queries = slice_.chips * MOST_TOKENS * (1 - shares.padding) / work.trained_tokens()
     hosts = -(-slice_.chips // slice_.chips_per_host)
@@ -184,7 +185,7 @@ def stops(model: Model, slice_: Slice, work: Work, shares: Shares = SHARES) -> d
         "scoring: two device steps": scored._replace(seconds=2 * step_queries * scored.seconds),
         "updates: two updates": running._replace(seconds=2 * running.seconds),
         "updates: their save": Part(12 * model.params / hosts / work.host_write, "storage"),
-        "export": Part(2 * model.params / work.host_write, "storage"),
+        "export: two files": Part(min(2 * model.params, 2 * MAX_SHARD_BYTES) / work.host_write, "storage"),
     }
 
 

@@ -21,7 +21,7 @@ set -u
 cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}" || exit 1
 
 # SIGTERM reaches the tasks, not this script. All stop after the same step and exit with 75; none is killed because another has ended.
-srun --kill-on-bad-exit=0 --wait=300 "${PYTHON:-python}" train.py "$@" --hosts.initialize true
+srun --kill-on-bad-exit=0 --wait=300 "${PYTHON:-python}" train.py --checkpoint.stop_seconds 280 "$@" --hosts.initialize true
 status=$?
 
 if [ "$status" -eq 75 ]; then

@@ -55,7 +55,7 @@ trap stop INT TERM
 printf -v arguments ' %q' "$@"
 setup="sudo docker rm --force sso >/dev/null 2>&1; sudo gcloud auth configure-docker --quiet ${image%%/*} >/dev/null 2>&1"
 train="sudo ${HF_TOKEN:+HF_TOKEN=$(printf %q "$HF_TOKEN") }docker run --rm --init --name sso --privileged --net host --user 0"
-train+=" ${HF_TOKEN:+--env HF_TOKEN }$(printf %q "$image") python train.py$arguments --hosts.initialize true"
+train+=" ${HF_TOKEN:+--env HF_TOKEN }$(printf %q "$image") python train.py --checkpoint.stop_seconds 580$arguments --hosts.initialize true"
 while true; do
     ensure_slice
     on_all_hosts "$setup; $train" &

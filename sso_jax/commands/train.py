@@ -53,7 +53,7 @@ from sso_jax.runtime.hosts import is_first, join_hosts, report_lost_process, req
 from sso_jax.runtime.jax_setup import prepare_jax, require_devices
 from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.runtime.run_dir import changed_fields, claim, describe_changes, refuse_changes
-from sso_jax.runtime.signals import NOTHING_WRITTEN, Farewell, say_when_stopped
+from sso_jax.runtime.signals import NOTHING_WRITTEN, Farewell, limit_stops, say_when_stopped
 from sso_jax.runtime.stage_markers import damaged, file_stage, finish, finished, reopen
 from sso_jax.toy import pretraining
 from sso_jax.training.metrics import check_logging, open_metrics
@@ -76,6 +76,7 @@ def run(config: Config) -> None:
     if config.dry_run is not None:
         say_when_stopped(Farewell(NOTHING_WRITTEN, NOTHING_WRITTEN))
         return dry_run.run(config)
+    limit_stops(config.checkpoint.stop_seconds)
     prepare_jax(config.run.compilation_cache)
     join_hosts(**dataclasses.asdict(config.hosts))
     require_devices()
@@ -109,6 +110,7 @@ MAY_CHANGE = (
     "sampling.server_start_seconds",
     "sampling.server_answer_seconds",
     "sampling.server_tolerance",
+    "checkpoint.stop_seconds",
     "dry_run",
     "logging",
     "run.compilation_cache",

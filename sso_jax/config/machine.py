@@ -84,10 +84,16 @@ class CheckpointConfig:
     while training continues."""
     keep: int = 1
     """Number of checkpoints kept per round, newest first."""
+    stop_seconds: Optional[float] = 30.0
+    """Maximum seconds from SIGTERM, as a machine gets it that is pre-empted, to the end of the process. A save that is
+    not written by then is given up: the updates since the last checkpoint are done again. null waits for the save, as
+    Ctrl-C always does on a lone process."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "1 or more")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        limit = self.stop_seconds
+        require(limit is None or limit > 0, "checkpoint.stop_seconds", limit, "seconds above 0, or null")
 
 
 @dataclass(frozen=True)

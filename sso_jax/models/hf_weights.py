@@ -40,9 +40,12 @@ from sso_jax.models.safetensors_folder import INDEX_FILE, WEIGHTS_FILE, Safetens
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.files import write_text
-from sso_jax.runtime.hosts import fetch_global, is_first
+from sso_jax.runtime.hosts import fetch_global, is_first, stop_now
 from sso_jax.runtime.mesh import param_shardings
+from sso_jax.runtime.signals import Stopped
 
+MAX_SHARD_BYTES = 5 * 2**30
+"""Maximum bytes of a file of weights."""
 MOST_NAMES = 8
 """Ignored tensors that are named in the log."""
 log = logging.getLogger(__name__)
@@ -278,11 +281,14 @@ def write_params(
     folder: str | Path,
     dtype: str,
     adapters: Adapters = Adapters(),
-    max_shard_bytes: int = 5 * 2**30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes parameters as sharded safetensors with an index; holds at most `max_shard_bytes` of tensors on the host.
 
     Adapters are merged into the weights that they belong to.
+
+    Raises:
+      Stopped: if a stop was requested, between two files.
     """
     folder = Path(folder)
     element_type = jnp.dtype(dtype)
@@ -296,6 +302,8 @@ def write_params(
         weight_map.update(dict.fromkeys(shard, file))
         if is_first():
             save_file(arrays, folder / file, metadata={"format": "pt"})
+        if number < len(shards) and stop_now():
+            raise Stopped(f"a signal in the export, after file {number} of {len(shards)}")
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(json.dumps(index, indent=2), folder / INDEX_FILE)
 

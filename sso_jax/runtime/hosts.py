@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import json
 import signal
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,18 +16,22 @@ from jax.experimental import multihost_utils
 
 from sso_jax.runtime.errors import InputError, RunError
 from sso_jax.runtime.files import leave_writing_to_another
-from sso_jax.runtime.signals import stop_requested, stop_with_others
+from sso_jax.runtime.signals import start_limit, stop_requested, stop_with_others
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Value = TypeVar("Value")
 _SAFE_POINTS = itertools.count()
+_LAST_POINTS: deque[float] = deque(maxlen=2)
+"""When this process passed its last two safe points, in seconds of `time.monotonic`."""
 _PASSED_ON: list[bool] = []
 """Not empty once this process has passed a stop request on to the others."""
 HEARTBEAT_SECONDS = 30
 """The other processes exit when one has sent no heartbeat for this long."""
 SHUTDOWN_SECONDS = 10
 """How long a process that exits waits for the others to exit too."""
+FIRST_LEAVES_SECONDS = 1.0
+"""How much longer than the others the first process takes to leave an unfinished stop: they end with it."""
 
 
 def join_hosts(
@@ -194,13 +200,20 @@ def stop_now() -> bool:
     All processes must call it at the same points; once they are connected, JAX's coordination service picks a point
     that all of them will reach. The service takes over SIGTERM, which announces a pre-emption, even with a single
     process (Python's handlers no longer see it). It does not handle SIGINT, which is therefore passed on to it.
+
+    The point is at most the second one after the request, so the limit of a stop (`limit_stops`) counts from the last
+    but one before it.
     """
     if not jax.distributed.is_initialized():
         return stop_requested()
     if stop_requested() and not _PASSED_ON:
         _PASSED_ON.append(True)
         signal.raise_signal(signal.SIGTERM)
-    return multihost_utils.reached_preemption_sync_point(next(_SAFE_POINTS))
+    stops = multihost_utils.reached_preemption_sync_point(next(_SAFE_POINTS))
+    if stops:
+        start_limit(_LAST_POINTS[0] if _LAST_POINTS else time.monotonic(), FIRST_LEAVES_SECONDS if is_first() else 0.0)
+    _LAST_POINTS.append(time.monotonic())
+    return stops
 
 
 def stop_alone() -> bool:

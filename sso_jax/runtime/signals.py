@@ -1,16 +1,19 @@
 """Stops on SIGTERM and SIGINT: at the next safe point, or after a few seconds where no work would be lost.
 
+A machine that is taken away leaves only so many seconds after SIGTERM: a limit ends a longer stop, saved or not.
+
 Python runs its signal handlers between two of its own instructions, so not while XLA compiles or a device step runs. A
 thread therefore answers the signals: the first one at once with a line, the second one by ending the process.
 """
 
+import math
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -37,7 +40,7 @@ class Farewell:
     stopped: str = "all progress is saved, run the same command again"
     """After a stop at a safe point, or where nothing is lost but the step that was running."""
     at_once: str = "its last save is kept, run the same command again"
-    """After a second signal."""
+    """After a second signal, or when the time of a stop was up."""
 
 
 @dataclass
@@ -49,6 +52,12 @@ class _State:
     """An entry for each open `unsaved_work` context, of any thread."""
     joined: bool = False
     """Whether other processes of the run wait for this one, which then stops at safe points only."""
+    limit: float | None = None
+    """Maximum seconds from SIGTERM to the end of the process."""
+    end: float = math.inf
+    """When the process ends, saved or not, in seconds of `time.monotonic`."""
+    wake: Callable[[], object] = lambda: None
+    """Has the thread that answers signals look at `end`."""
     program: str = ""
     farewell: Farewell = field(default_factory=Farewell)
 
@@ -81,6 +90,23 @@ def unsaved_work() -> Iterator[None]:
 def stop_with_others() -> None:
     """Has this process stop at safe points only, because it has joined other processes, which reach them too."""
     _STATE.joined = True
+
+
+def limit_stops(seconds: float | None) -> None:
+    """Has a stop end the process so many seconds after SIGTERM, also where work is unsaved; None waits for it."""
+    _STATE.limit = seconds
+
+
+def start_limit(since: float, spare: float = 0.0) -> None:
+    """Starts the limit of a stop; it leaves GRACE_SECONDS at least, so that what is quick is still saved.
+
+    Args:
+      since: when the stop was asked for, or may have been at the earliest, in seconds of `time.monotonic`.
+      spare: seconds that this process may take longer, because others need it until they have ended.
+    """
+    if _STATE.limit is not None and _STATE.end == math.inf:
+        _STATE.end = max(since + _STATE.limit, time.monotonic() + GRACE_SECONDS) + spare
+        _STATE.wake()
 
 
 def say_when_stopped(farewell: Farewell) -> None:
@@ -121,10 +147,11 @@ def stop_at_safe_points(program: str = "", farewell: Farewell = Farewell()) -> I
     def ask(number: int, frame: FrameType | None) -> None:
         _STATE.signal = _STATE.signal or number
 
-    _STATE.signal, _STATE.unsaved, _STATE.joined = None, [], False
-    _STATE.program, _STATE.farewell = program, farewell
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
+    _STATE.signal, _STATE.unsaved, _STATE.joined = None, [], False
+    _STATE.limit, _STATE.end, _STATE.wake = None, math.inf, lambda: os.write(write_end, b"\0")
+    _STATE.program, _STATE.farewell = program, farewell
     watcher = threading.Thread(target=_watch, args=(read_end,), daemon=True)
     watcher.start()
     before = {number: signal.signal(number, ask) for number in _SIGNALS}
@@ -135,6 +162,7 @@ def stop_at_safe_points(program: str = "", farewell: Farewell = Farewell()) -> I
         signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
             signal.signal(number, handler)
+        _STATE.wake = lambda: None
         os.close(write_end)
         watcher.join()
         os.close(read_end)
@@ -145,7 +173,8 @@ def _watch(read_end: int) -> None:
     """Answers the signals whose numbers arrive in the pipe, until its other end is closed."""
     deadline = None
     while True:
-        ready, _, _ = select.select([read_end], [], [], None if deadline is None else _POLL_SECONDS)
+        waits = deadline is None and _STATE.end == math.inf
+        ready, _, _ = select.select([read_end], [], [], None if waits else _POLL_SECONDS)
         numbers = os.read(read_end, 64) if ready else None
         if numbers == b"":
             return
@@ -157,9 +186,14 @@ def _watch(read_end: int) -> None:
                 _leave(f"{_STATE.program}: stopped at once by {name}; {_STATE.farewell.at_once}", 128 + number)
             deadline = time.monotonic() + GRACE_SECONDS
             _STATE.signal = number
+            if number == signal.SIGTERM:
+                start_limit(time.monotonic())
             _say(ASKED)
         if deadline is not None and time.monotonic() >= deadline and not _STATE.unsaved and not _STATE.joined:
             _leave(stop_line(signal.Signals(_STATE.signal or signal.SIGTERM).name), EXIT_STATUS)
+        if time.monotonic() >= _STATE.end:
+            after = f"{_STATE.program}: stopped after {_STATE.limit:g} seconds (checkpoint.stop_seconds), not all saved"
+            _leave(f"{after}; {_STATE.farewell.at_once}", EXIT_STATUS)
 
 
 def _say(line: str) -> None:

@@ -31,6 +31,7 @@ from sso_jax.models.rope import LinearRope
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.mesh import param_shardings
+from sso_jax.runtime.signals import Stopped
 from sso_jax.sampling.decode import build_programs
 from sso_jax.sampling.sampler import Request, Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -541,6 +542,22 @@ def test_half_downloaded_folders_are_refused_by_the_file_that_is_not_there(folde
     assert files[-1].name in refusal(tmp_path) and "truncated" in refusal(tmp_path)
     files[-1].unlink()
     assert files[-1].name in refusal(tmp_path) and "missing" in refusal(tmp_path)
+
+
+def test_a_stop_ends_an_export_between_two_files(folders, one_device, tmp_path, monkeypatch):
+    model, params = load(folders / "qwen2", one_device)
+    for name in ("whole", "stopped", "one"):
+        (tmp_path / name).mkdir()
+    write_params(params, model.architecture, tmp_path / "whole", "float32", max_shard_bytes=2**16)
+    written = len(list((tmp_path / "whole").glob("*.safetensors")))
+    answers = iter([False, True])
+    monkeypatch.setattr(hf_weights, "stop_now", lambda: next(answers))
+    with pytest.raises(Stopped, match=f"a signal in the export, after file 2 of {written}"):
+        write_params(params, model.architecture, tmp_path / "stopped", "float32", max_shard_bytes=2**16)
+    assert len(list((tmp_path / "stopped").glob("*.safetensors"))) == 2 < written
+    monkeypatch.setattr(hf_weights, "stop_now", lambda: True)  # the only file is the last: nothing is left to leave out
+    write_params(params, model.architecture, tmp_path / "one", "float32")
+    assert (tmp_path / "one" / WEIGHTS_FILE).is_file()
 
 
 def test_folder_without_weights(folder):

@@ -252,9 +252,10 @@ def test_a_signal_to_one_process_stops_both_with_75_and_the_same_commands_end_al
 STOPPING = """
 import os, signal, sys, time
 from sso_jax.runtime.hosts import join_hosts, stop_now
-from sso_jax.runtime.signals import stop_at_safe_points
+from sso_jax.runtime.signals import limit_stops, stop_at_safe_points, unsaved_work
 port, count, number, notice = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 with stop_at_safe_points():
+    limit_stops(0.5 if sys.argv[5:] else None)
     join_hosts(coordinator=f"127.0.0.1:{port}", num_processes=count, process_id=number)
     assert not stop_now()
     if notice:
@@ -264,8 +265,23 @@ with stop_at_safe_points():
         points += 1
         assert time.monotonic() < end
         time.sleep(0.05)
-    print("stopped at", points)
+    print("stopped at", points, flush=True)
+    if sys.argv[5:]:
+        with unsaved_work():
+            time.sleep(60)
 """
+
+
+def joined(*arguments: str) -> list[subprocess.Popen]:
+    """Processes of STOPPING, one for each argument, which says what signal it sends itself."""
+    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY}
+    command = [sys.executable, "-c", STOPPING, str(port), str(len(arguments))]
+    return [
+        subprocess.Popen(
+            [*command, str(i), *own.split(",")], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for i, own in enumerate(arguments)
+    ]
 
 
 @pytest.mark.parametrize("notices", [["SIGTERM"], ["", "SIGINT"]])
@@ -273,17 +289,15 @@ def test_a_notice_of_preemption_stops_all_joined_processes_at_one_point(notices)
     """JAX takes SIGTERM, by which the notice comes, from Python once processes are joined, even a single one; SIGINT is
     passed on.
     """
-    port, environment = free_port(), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY}
+    processes = joined(*notices)
+    told = {process.communicate(timeout=120)[0].splitlines()[-1] for process in processes}
+    assert len(told) == 1 and told.pop().startswith("stopped at ") and not any(p.returncode for p in processes)
 
-    def start(i):
-        return [sys.executable, "-c", STOPPING, str(port), str(len(notices)), str(i), notices[i]]
 
-    joined = [
-        subprocess.Popen(start(i), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        for i in range(len(notices))
-    ]
-    told = {process.communicate(timeout=120)[0].splitlines()[-1] for process in joined}
-    assert len(told) == 1 and told.pop().startswith("stopped at ") and not any(process.returncode for process in joined)
+def test_the_limit_of_a_stop_ends_joined_processes_that_have_unsaved_work():
+    processes = joined("SIGTERM,limited", ",limited")
+    assert all(process.communicate(timeout=50)[0].startswith("stopped at ") for process in processes)
+    assert [process.returncode for process in processes] == [75, 75]
 
 
 def test_a_stop_is_asked_of_the_cluster_where_processes_are_joined(monkeypatch):

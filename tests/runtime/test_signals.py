@@ -15,8 +15,9 @@ from sso_jax.runtime.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
+LIMIT = None
 import hashlib, os, sys, time
-from sso_jax.runtime.signals import EXIT_STATUS, Stopped, raise_if_stopped, stop_at_safe_points, unsaved_work
+from sso_jax.runtime.signals import limit_stops, raise_if_stopped, stop_at_safe_points, unsaved_work
 def busy(seconds):  # C code that runs no Python, as XLA's compilation
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"a", b"b", int(seconds * ROUNDS))
@@ -29,6 +30,7 @@ UNSAVED = (
     HEAD
     + """
 with stop_at_safe_points("p.py"):
+    limit_stops(LIMIT)
     with unsaved_work():
         busy(6)
         print("saved", flush=True)
@@ -76,6 +78,24 @@ def test_unsaved_work_is_waited_for_longer_than_the_grace():
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=60)
     assert out == "saved\n" and "Stopped: SIGTERM" in error and process.returncode == 1
+
+
+def test_the_limit_of_a_stop_ends_unsaved_work():
+    process = started(UNSAVED.replace("LIMIT = None", "LIMIT = 0.5").replace("busy(6)", "busy(60)"))
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75 and out == "" and time.monotonic() - start < signals.GRACE_SECONDS + 5
+    assert error.splitlines()[1:] == [
+        "p.py: stopped after 0.5 seconds (checkpoint.stop_seconds), not all saved; its last save is kept, run the same "
+        "command again"
+    ]
+
+
+def test_no_limit_ends_a_stop_by_ctrl_c():
+    process = started(UNSAVED.replace("LIMIT = None", "LIMIT = 0.5"))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "saved\n"
 
 
 DONE = """
