@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ class Endpoint:
         self.model = self._client.find_model(model)
 
     def ask(
-        self, questions: list[Question], stage: str, max_tokens: int, temperature: float, journal: Path | None = None
+        self,
+        questions: Sequence[Question],
+        stage: str,
+        max_tokens: int,
+        temperature: float,
+        journal: Path | None = None,
     ) -> list[Answer]:
         """Returns one answer per question, in the order of the questions.
 

@@ -2,27 +2,29 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sso_jax.data.records import Cell, Dropped, Triple
 from sso_jax.preferences.pairs import mean_log_probs
+from sso_jax.runtime.spool import spooled, subset
 
 
-def with_rewards(triples: list[Triple], rewards: list[tuple[float, float]]) -> list[Triple]:
+def with_rewards(triples: Sequence[Triple], rewards: Sequence[tuple[float, float]]) -> Sequence[Triple]:
     """Sets the rewards (chosen, rejected) of each triple as its scores."""
-    return [
+    return spooled(
         dataclasses.replace(t, scores={"chosen": a, "rejected": b}) for t, (a, b) in zip(triples, rewards, strict=True)
-    ]
+    )
 
 
-def keep_widest(triples: list[Triple], share: float) -> tuple[list[Triple], Dropped]:
+def keep_widest(triples: Sequence[Triple], share: float) -> tuple[Sequence[Triple], Dropped]:
     """Keeps the share of triples with the widest score gap, at least one, in order; the rest is dropped."""
     lead = [_lead(triple) for triple in triples]
     best = set(sorted(range(len(triples)), key=lambda i: (-lead[i], i))[: max(1, round(share * len(triples)))])
-    kept = [triple for i, triple in enumerate(triples) if i in best]
-    return kept, {triple.id: "reward_rank" for i, triple in enumerate(triples) if i not in best}
+    dropped = {triple.id: "reward_rank" for i, triple in enumerate(triples) if i not in best}
+    return subset(triples, sorted(best)), dropped
 
 
 def _lead(triple: Triple) -> float:
@@ -36,7 +38,7 @@ FILTER_CELLS = [
 """The six log-probs that the filter uses."""
 
 
-def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
+def filter_pairs(triples: Sequence[Triple]) -> tuple[Sequence[Triple], Dropped]:
     """Applies the log-probability filter of SSO's release to mean log-probs.
 
     With `p`, `o`, `n` for the contexts x+, x, x-, it keeps pairs in three steps:
@@ -47,15 +49,14 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
     """
     dropped: Dropped = {}
 
-    def keep(rows: list[Triple], reason: str, test: Callable[[np.ndarray], np.ndarray]) -> list[Triple]:
+    def keep(rows: Sequence[Triple], reason: str, test: Callable[[np.ndarray], np.ndarray]) -> Sequence[Triple]:
         if not rows:
             return rows
-        tables = [mean_log_probs(t) for t in rows]
         # columns: o_chosen, o_rejected, p_chosen, p_rejected, n_chosen, n_rejected
-        values = np.array([[table[c][r] for c, r in FILTER_CELLS] for table in tables])
-        mask = test(values)
+        values = array("d", (table[c][r] for table in map(mean_log_probs, rows) for c, r in FILTER_CELLS))
+        mask = test(np.array(values).reshape(-1, len(FILTER_CELLS)))
         dropped.update({row.id: reason for row, kept in zip(rows, mask, strict=True) if not kept})
-        return [row for row, kept in zip(rows, mask, strict=True) if kept]
+        return subset(rows, np.flatnonzero(mask).tolist())
 
     def ordered(v: np.ndarray) -> np.ndarray:
         return (v[:, 2] > v[:, 0]) & (v[:, 0] > v[:, 4]) & (v[:, 5] > v[:, 1]) & (v[:, 1] > v[:, 3])
@@ -72,11 +73,10 @@ def filter_pairs(triples: list[Triple]) -> tuple[list[Triple], Dropped]:
     return keep(kept, "filter_small_gap", clear_gap), dropped
 
 
-def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple], Dropped]:
+def keep_clear_scores(triples: Sequence[Triple], least: float) -> tuple[Sequence[Triple], Dropped]:
     """Keeps triples whose chosen response leads in score by `least` or more; drops those without finite scores too."""
-    kept: list[Triple] = []
-    dropped: Dropped = {}
-    for triple in triples:
+    kept, dropped = array("q"), Dropped()
+    for number, triple in enumerate(triples):
         if triple.scores is None:
             dropped[triple.id] = "no_scores"
         elif not math.isfinite(_lead(triple)):
@@ -84,5 +84,5 @@ def keep_clear_scores(triples: list[Triple], least: float) -> tuple[list[Triple]
         elif _lead(triple) < least:
             dropped[triple.id] = "small_score_gap"
         else:
-            kept.append(triple)
-    return kept, dropped
+            kept.append(number)
+    return subset(triples, kept), dropped

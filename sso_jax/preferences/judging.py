@@ -5,6 +5,7 @@ The verdicts are only reported; nothing is trained on them.
 
 import random
 import re
+from collections.abc import Sequence
 from importlib import resources
 
 import json_repair
@@ -18,7 +19,7 @@ VERDICT_TOKENS = 64
 """Maximum tokens of a judge's answer."""
 
 
-def draw_pairs(triples: list[Triple], count: int, seed: str) -> list[Triple]:
+def draw_pairs(triples: Sequence[Triple], count: int, seed: str) -> list[Triple]:
     """Draws `count` pairs by the seed, or all if there are fewer, in their order."""
     chosen = random.Random(f"{seed}/judging").sample(range(len(triples)), min(count, len(triples)))
     return [triples[i] for i in sorted(chosen)]

@@ -2,7 +2,8 @@
 
 import dataclasses
 import random
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sso_jax.data.chat import encode_response
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Triple
 from sso_jax.data.tokenizer import tokens_hash
+from sso_jax.runtime.spool import spooled, subset
 
 Value = TypeVar("Value")
 SCORED_CELLS = [Cell("plain", "chosen"), Cell("plain", "rejected")]
@@ -37,14 +39,14 @@ def _exchanged(row: dict[str, Value]) -> dict[str, Value]:
     return {response: row[_OTHER[response]] for response in row}
 
 
-def random_order(triples: list[Triple], seed: str) -> list[Triple]:
+def random_order(triples: Sequence[Triple], seed: str) -> Sequence[Triple]:
     """Control: swaps each pair with probability 1/2."""
-    return [swap(t) if random.Random(f"{seed}/{t.id}/order").random() < 0.5 else t for t in triples]
+    return spooled(swap(t) if random.Random(f"{seed}/{t.id}/order").random() < 0.5 else t for t in triples)
 
 
-def judge_order(triples: list[Triple], score: Callable[[Triple, str], float]) -> list[Triple]:
+def judge_order(triples: Sequence[Triple], score: Callable[[Triple, str], float]) -> Sequence[Triple]:
     """Control: orders each pair by `score(triple, response)`; the only place where a judge influences training."""
-    return [swap(t) if score(t, "rejected") > score(t, "chosen") else t for t in triples]
+    return spooled(swap(t) if score(t, "rejected") > score(t, "chosen") else t for t in triples)
 
 
 def fits(prompts: dict[str, list[int]], response_ids: dict[str, list[int]], cells: list[Cell], limit: int) -> bool:
@@ -117,29 +119,30 @@ def given_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> 
     ]
 
 
-def drop_empty_contrasts(triples: list[Triple], cells: list[Cell]) -> tuple[list[Triple], Dropped]:
+def drop_empty_contrasts(triples: Sequence[Triple], cells: list[Cell]) -> tuple[Sequence[Triple], Dropped]:
     """Drops triples in which responses that `cells` compare are empty or equal; returns the rest and the reasons.
 
     If the prompts state scores, pairs with equal scores are dropped too.
     """
-    compared = {response for _, response in cells}
+    reasons = [empty_contrast(triple, cells) for triple in triples]
+    kept = subset(triples, [number for number, reason in enumerate(reasons) if reason is None])
+    return kept, {t.id: reason for t, reason in zip(triples, reasons, strict=True) if reason is not None}
+
+
+def empty_contrast(triple: Triple, cells: list[Cell]) -> str | None:
+    """Returns why a triple has no contrast in the responses that `cells` compare; None if it has one."""
+    texts = {response: getattr(triple, response).strip() for response in {response for _, response in cells}}
+    sides = [texts[side] for side in ("chosen", "rejected") if side in texts]
+    if not all(texts.values()):
+        return "empty"
+    if len(set(sides)) < len(sides):
+        return "chosen_is_rejected"
+    if texts.get("original") in sides:
+        return "original_is_chosen_or_rejected"
     states_scores = any(context.startswith("score_conditioned_") for context, _ in cells)
-    kept: list[Triple] = []
-    dropped: Dropped = {}
-    for triple in triples:
-        texts = {response: getattr(triple, response).strip() for response in compared}
-        sides = [texts[side] for side in ("chosen", "rejected") if side in texts]
-        if not all(texts.values()):
-            dropped[triple.id] = "empty"
-        elif len(set(sides)) < len(sides):
-            dropped[triple.id] = "chosen_is_rejected"
-        elif texts.get("original") in sides:
-            dropped[triple.id] = "original_is_chosen_or_rejected"
-        elif states_scores and triple.scores is not None and triple.scores["chosen"] == triple.scores["rejected"]:
-            dropped[triple.id] = "equal_scores"
-        else:
-            kept.append(triple)
-    return kept, dropped
+    if states_scores and triple.scores is not None and triple.scores["chosen"] == triple.scores["rejected"]:
+        return "equal_scores"
+    return None
 
 
 def to_preference(triple: Triple) -> dict:
@@ -149,19 +152,24 @@ def to_preference(triple: Triple) -> dict:
     return {"prompt": prompt, **answers}
 
 
-def summarize(triples: list[Triple]) -> dict[str, float | None]:
+def summarize(triples: Sequence[Triple]) -> dict[str, float | None]:
     """Summarizes pairs: average on-policy probabilities, `exp(mean log-prob)` under x, and tokens per response.
 
     The probabilities are None for pairs without log-probs.
     """
     if not triples:
         return {"chosen_probability": None, "rejected_probability": None, "response_tokens": None}
-    lengths = [len(ids) for t in triples for ids in ids_of(t).values()]
+    lengths = array("q", (len(ids) for t in triples for ids in ids_of(t).values()))
     if any(t.log_probs is None for t in triples):
         return {"chosen_probability": None, "rejected_probability": None, "response_tokens": float(np.mean(lengths))}
-    tables = [mean_log_probs(t)["plain"] for t in triples]
+    means = array("d", (table[side] for table in map(_plain_means, triples) for side in ("chosen", "rejected")))
+    chosen, rejected = np.exp(means).reshape(-1, 2).T
     return {
-        "chosen_probability": float(np.mean([np.exp(table["chosen"]) for table in tables])),
-        "rejected_probability": float(np.mean([np.exp(table["rejected"]) for table in tables])),
+        "chosen_probability": float(np.mean(chosen)),
+        "rejected_probability": float(np.mean(rejected)),
         "response_tokens": float(np.mean(lengths)),
     }
+
+
+def _plain_means(triple: Triple) -> dict[str, float]:
+    return mean_log_probs(triple)["plain"]

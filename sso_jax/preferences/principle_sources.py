@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,11 +28,12 @@ from sso_jax.preferences.principles import (
 from sso_jax.preferences.responses import SampleKey
 from sso_jax.preferences.steering import steer
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.hosts import map_across_processes, on_first_process
+from sso_jax.runtime.hosts import each_across_processes, on_first_process
 from sso_jax.runtime.json_lines import from_json, to_json, write_records
+from sso_jax.runtime.spool import Lazy, spooled
 from sso_jax.sampling.sampler import Request, Sampler, role_numbers, row_key
 
-Ask = Callable[[list[Question], str, int], list[Answer]]
+Ask = Callable[[Sequence[Question], str, int], Sequence[Answer]]
 """(questions, stage, maximum answer tokens) -> answers: the common interface of the policy and an endpoint."""
 UNPARSED_FILE = "unparsed.jsonl"
 log = logging.getLogger(__name__)
@@ -107,20 +109,30 @@ def policy_asker(sampler: Sampler, policy: dict, chat: Chat, key: SampleKey, num
     Adds the numbers of the answers by stage (`role_numbers`) to `numbers`.
     """
 
-    def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
-        prompts = map_across_processes(lambda question: chat.prompt_ids(question.text), questions)
-        asked = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
+    def ask(questions: Sequence[Question], stage: str, max_tokens: int) -> Sequence[Answer]:
+        prompts = spooled(each_across_processes(lambda question: chat.prompt_ids(question.text), questions))
+        names = [question.id for question in questions]
+        asked = array("q", (i for i, prompt in enumerate(prompts) if sampler.fits(prompt)))
         limit = max_tokens + chat.thought_tokens
-        requests = [
-            Request(prompts[i], row_key(key.seed, key.iteration, *questions[i].id.rsplit("/", 1))) for i in asked
-        ]
+
+        def request(number: int) -> Request:
+            i = asked[number]
+            return Request(prompts[i], row_key(key.seed, key.iteration, *names[i].rsplit("/", 1)))
+
+        requests = Lazy(len(asked), request)
         sampled = sampler.sample(policy, requests, f"iteration {key.iteration}: {stage}", limit)
         if numbers is not None:
             numbers.update(role_numbers([sampled], [[stage] * len(asked)]))
-        answers = [Answer(None, "question_too_long")] * len(questions)
-        for i, ids in zip(asked, sampled.responses, strict=True):
-            answers[i] = Answer(chat.opening + decode_text(chat.tokenizer, ids))
-        return answers
+        places = array("q", [-1]) * len(names)
+        for place, i in enumerate(asked):
+            places[i] = place
+
+        def answer(place: int) -> Answer:
+            if place < 0:
+                return Answer(None, "question_too_long")
+            return Answer(chat.opening + decode_text(chat.tokenizer, sampled.responses[place]))
+
+        return spooled(map(answer, places))
 
     return ask
 
@@ -131,7 +143,7 @@ def endpoint_asker(source: PrincipleSource, iteration: int, folder: Path | None)
     assert source.endpoint is not None  # `open_endpoint` opens one for source `endpoint`
     endpoint = source.endpoint
 
-    def ask(questions: list[Question], stage: str, max_tokens: int) -> list[Answer]:
+    def ask(questions: Sequence[Question], stage: str, max_tokens: int) -> Sequence[Answer]:
         title = f"iteration {iteration}: {stage}"
 
         def answers() -> list[dict]:
@@ -144,8 +156,8 @@ def endpoint_asker(source: PrincipleSource, iteration: int, folder: Path | None)
 
 
 def steer_queries(
-    queries: list[Query], ask: Ask, rules: PrinciplesConfig, seed: str, folder: Path | None
-) -> tuple[list[SteeredQuery], SteeringCounts]:
+    queries: Sequence[Query], ask: Ask, rules: PrinciplesConfig, seed: str, folder: Path | None
+) -> tuple[Sequence[SteeredQuery], SteeringCounts]:
     """Steers queries by the features that `ask` names, with both system messages.
 
     Principles are the table's for source `predefined`, and otherwise also written by `ask`. Answers that could not be
@@ -163,49 +175,64 @@ def steer_queries(
         unparsed=len(named.unparsed),
         unanswered=dict(named.unanswered),
     )
-    return [steer(record) for record in named.records], counts
+    return spooled(steer(record) for record in named.records), counts
 
 
 @dataclass(frozen=True)
 class _Principled:
     """Queries with features and principles, answers that could not be parsed, and counts of missing ones by reason."""
 
-    records: list[PrincipledQuery]
+    records: Sequence[PrincipledQuery]
     unparsed: list[dict]
     unanswered: Counter
 
 
-def _name_features(queries: list[Query], ask: Ask, rules: PrinciplesConfig, seed: str) -> _Principled:
+def _name_features(queries: Sequence[Query], ask: Ask, rules: PrinciplesConfig, seed: str) -> _Principled:
     """Asks which features matter for each query; takes the principles from the table."""
     count = rules.features_per_query
-    questions = [Question(f"{query.id}/features", naming_prompt(query, count)) for query in queries]
-    answers = ask(questions, "features", NAMING_TOKENS)
-    records, unparsed = [], []
-    for query, answer in zip(queries, answers, strict=True):
-        records.append(choose_features(query, answer.text, count, rules.concision_probability, seed))
-        if answer.text is not None and not parse_features(answer.text, count):
-            unparsed.append({"id": query.id, "asked": "features", "text": answer.text})
-    return _Principled(records, unparsed, _count_unanswered(answers))
+
+    def question(number: int) -> Question:
+        query = queries[number]
+        return Question(f"{query.id}/features", naming_prompt(query, count))
+
+    answers = ask(Lazy(len(queries), question), "features", NAMING_TOKENS)
+    unparsed: list[dict] = []
+
+    def chosen() -> Iterator[PrincipledQuery]:
+        for query, answer in zip(queries, answers, strict=True):
+            if answer.text is not None and not parse_features(answer.text, count):
+                unparsed.append({"id": query.id, "asked": "features", "text": answer.text})
+            yield choose_features(query, answer.text, count, rules.concision_probability, seed)
+
+    return _Principled(spooled(chosen()), unparsed, _count_unanswered(answers))
 
 
 def _write_principles(named: _Principled, ask: Ask) -> _Principled:
     """Asks for a good and a bad principle for each feature of each query."""
     asked = [(i, feature) for i, record in enumerate(named.records) for feature in record.features]
-    questions = []
-    for i, feature in asked:
-        query = Query(named.records[i].id, named.records[i].query, named.records[i].history)
-        questions.append(Question(f"{query.id}/{feature}", principles_prompt(query, feature)))
-    answers = ask(questions, "principles", WRITING_TOKENS)
-    written: list[list] = [[] for _ in named.records]
+
+    def question(number: int) -> Question:
+        i, feature = asked[number]
+        record = named.records[i]
+        query = Query(record.id, record.query, record.history)
+        return Question(f"{query.id}/{feature}", principles_prompt(query, feature))
+
+    answers = ask(Lazy(len(asked), question), "principles", WRITING_TOKENS)
     unparsed = list(named.unparsed)
-    for (i, feature), answer in zip(asked, answers, strict=True):
-        principles = parse_principles(answer.text) if answer.text is not None else None
-        written[i].append(principles)
-        if principles is None and answer.text is not None:
-            unparsed.append({"id": named.records[i].id, "asked": feature, "text": answer.text})
-    records = [with_written(record, own) for record, own in zip(named.records, written, strict=True)]
+
+    def written() -> Iterator[PrincipledQuery]:
+        texts = (answer.text for answer in answers)
+        for record in named.records:
+            own = []
+            for feature, text in zip(record.features, texts, strict=False):  # one answer for each feature
+                own.append(parse_principles(text) if text is not None else None)
+                if own[-1] is None and text is not None:
+                    unparsed.append({"id": record.id, "asked": feature, "text": text})
+            yield with_written(record, own)
+
+    records = spooled(written())
     return _Principled(records, unparsed, named.unanswered + _count_unanswered(answers))
 
 
-def _count_unanswered(answers: list[Answer]) -> Counter:
+def _count_unanswered(answers: Sequence[Answer]) -> Counter:
     return Counter(answer.lost for answer in answers if answer.text is None)

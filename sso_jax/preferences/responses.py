@@ -3,14 +3,16 @@
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
-from sso_jax.preferences.pairs import drop_empty_contrasts, ids_of
+from sso_jax.preferences.pairs import empty_contrast, ids_of
+from sso_jax.runtime.spool import Lazy, spooled, subset
 from sso_jax.sampling.sampler import Request, ResponseSampler, Sampler, Samples, role_numbers, row_key
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
@@ -20,6 +22,7 @@ _LABEL = re.compile(r"\s*\**(?:[A-Z][a-z]+(?:(?:,| and) [A-Za-z]+)*\s+)?(?:[Rr]e
 
 
 OTHER = -1
+"""Stands for a `RejectedSource` among the ages of policies."""
 
 
 class SampleKey(NamedTuple):
@@ -41,20 +44,10 @@ class RejectedSource(NamedTuple):
     """Context of the prompt that it answers."""
 
 
-class _Draw(NamedTuple):
-    """One response to sample."""
-
-    query_id: str
-    response: str
-    request: Request
-    back: int
-    """Age in rounds of the policy that is sampled; 0 is the present one, OTHER a `RejectedSource`."""
-
-
 class SampledTriples(NamedTuple):
     """Sampled triples, and numbers of their responses by role (`role_numbers`)."""
 
-    triples: list[Triple]
+    triples: Sequence[Triple]
     roles: dict[str, dict[str, float | None]]
 
 
@@ -62,8 +55,8 @@ def sample_triples(
     sampler: ResponseSampler,
     policies: Sequence,
     tokenizer: PreTrainedTokenizerBase,
-    queries: list[SteeredQuery],
-    prompts: dict[str, Prompts],
+    queries: Sequence[SteeredQuery],
+    prompts: Mapping[str, Prompts],
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
     rejected: RejectedSource | None = None,
@@ -83,44 +76,56 @@ def sample_triples(
       rejected: what y- is sampled from instead; the triple's extra key `rejected_by` has its name.
     """
     present, *earlier = policies
-
-    def draw(query_id: str, response: str) -> _Draw:
-        other = rejected if response == "rejected" else None
-        context = CONTEXT_OF[response] if other is None else other.context
-        request = Request(prompts[query_id][context], row_key(*key, query_id, response))
-        seed = f"{key.seed}/{key.iteration}/{query_id}/{response}"
-        return _Draw(query_id, response, request, rounds_back(seed, response, len(earlier)) if other is None else OTHER)
-
-    draws = [draw(query.id, response) for query in queries for response in wanted]
-    sampled: dict[str, dict[str, list[int]]] = {query.id: {} for query in queries}
-    stages: list[Samples] = []
+    names, num = [query.id for query in queries], len(wanted)
+    ages = array("b")  # of the policy of each response, in the order of queries and `wanted`
+    for name in names:
+        ages.extend(_age(key, name, response, len(earlier), rejected) for response in wanted)
+    stages: dict[int, Samples] = {}
     roles: list[list[str]] = []
-    for back in sorted({draw.back for draw in draws}):
-        own = [draw for draw in draws if draw.back == back]
-        stage, requests = f"iteration {key.iteration}: responses", [draw.request for draw in own]
-        if back == OTHER and rejected is not None:
-            stages.append(rejected.sampler.sample(rejected.load(), requests, f"{stage} by {rejected.name}"))
+    places = array("q", bytes(8 * len(ages)))  # of each response in its stage
+    for age in sorted(set(ages)):
+        own = array("q", (number for number, other in enumerate(ages) if other == age))
+        for place, number in enumerate(own):
+            places[number] = place
+
+        def request(place: int, own: array = own, age: int = age) -> Request:
+            name, response = names[own[place] // num], wanted[own[place] % num]
+            context = rejected.context if age == OTHER and rejected is not None else CONTEXT_OF[response]
+            return Request(prompts[name][context], row_key(*key, name, response))
+
+        requests, stage = Lazy(len(own), request), f"iteration {key.iteration}: responses"
+        if age == OTHER and rejected is not None:
+            stages[age] = rejected.sampler.sample(rejected.load(), requests, f"{stage} by {rejected.name}")
         else:
-            policy = present if back == 0 else earlier[back - 1]()
-            stages.append(
-                sampler.sample(policy, requests, stage + (f" by the policy {back} rounds back" if back else ""))
-            )
-        roles.append([draw.response for draw in own])
-        for one, ids in zip(own, stages[-1].responses, strict=True):
-            sampled[one.query_id][one.response] = ids
-    extra = _extra(draws, bool(earlier), rejected)
-    triples = [_triple(query, sampled[query.id], wanted, tokenizer, extra.get(query.id, {})) for query in queries]
-    return SampledTriples(triples, role_numbers(stages, roles))
+            policy = present if age == 0 else earlier[age - 1]()
+            back = f" by the policy {age} rounds back" if age else ""
+            stages[age] = sampler.sample(policy, requests, stage + back)
+        roles.append([wanted[number % num] for number in own])
+
+    def triples() -> Iterator[Triple]:
+        for q, query in enumerate(queries):
+            own = {response: ages[q * num + r] for r, response in enumerate(wanted)}
+            ids = {r: stages[age].responses[places[q * num + n]] for n, (r, age) in enumerate(own.items())}
+            yield _triple(query, ids, wanted, tokenizer, _extra(own, bool(earlier), rejected))
+
+    return SampledTriples(spooled(triples()), role_numbers(list(stages.values()), roles))
 
 
-def _extra(draws: list[_Draw], several: bool, rejected: RejectedSource | None) -> dict[str, dict[str, Any]]:
-    """Returns what the triples say about the policies of their responses, by query id."""
-    extra: dict[str, dict[str, Any]] = {draw.query_id: {} for draw in draws}
-    for draw in draws:
-        if draw.back == OTHER and rejected is not None:
-            extra[draw.query_id]["rejected_by"] = rejected.name
+def _age(key: SampleKey, query_id: str, response: str, num_earlier: int, rejected: RejectedSource | None) -> int:
+    """Returns the age in rounds of the policy that a response is sampled from; 0 is the present one."""
+    if response == "rejected" and rejected is not None:
+        return OTHER
+    return rounds_back(f"{key.seed}/{key.iteration}/{query_id}/{response}", response, num_earlier)
+
+
+def _extra(ages: dict[str, int], several: bool, rejected: RejectedSource | None) -> dict[str, Any]:
+    """Returns what a triple says about the policies of its responses."""
+    extra: dict[str, Any] = {}
+    for response, age in ages.items():
+        if age == OTHER and rejected is not None:
+            extra["rejected_by"] = rejected.name
         elif several:
-            extra[draw.query_id].setdefault("policies", {})[draw.response] = draw.back
+            extra.setdefault("policies", {})[response] = age
     return extra
 
 
@@ -169,22 +174,37 @@ def strip_label(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
     return None
 
 
-def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: list[Triple]) -> tuple[list[Triple], Dropped]:
+def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: Sequence[Triple]) -> tuple[Sequence[Triple], Dropped]:
     """Strips labels from the responses of triples; returns the triples kept, and the reason of each one dropped.
 
     Drops triples with a label that cannot be stripped, with an empty response, or with two equal responses.
     """
-    unlabelled: list[Triple] = []
-    dropped: Dropped = {}
-    for triple in triples:
-        stripped = {response: strip_label(tokenizer, ids) for response, ids in ids_of(triple).items()}
-        left = {response: ids for response, ids in stripped.items() if ids is not None}
-        if len(left) < len(stripped):
-            dropped[triple.id] = "label"
-        else:
-            texts: dict[str, Any] = {response: decode_text(tokenizer, ids) for response, ids in left.items()}
-            unlabelled.append(dataclasses.replace(triple, response_ids=left, **texts))
     compared = [Cell("plain", response) for response in (ids_of(triples[0]) if triples else ())]
-    kept, empty = drop_empty_contrasts(unlabelled, compared)
-    reasons = {**dropped, **empty}
-    return kept, {triple.id: reasons[triple.id] for triple in triples if triple.id in reasons}
+    stripped: dict[int, Triple] = {}
+    kept, dropped = array("q"), Dropped()
+    for number, triple in enumerate(triples):
+        own = _without_labels(tokenizer, triple)
+        reason = "label" if own is None else empty_contrast(own, compared)
+        if reason is not None:
+            dropped[triple.id] = reason
+            continue
+        kept.append(number)
+        if own is not None and own is not triple:
+            stripped[number] = own
+    if not stripped:
+        return subset(triples, kept), dropped
+    return subset(Lazy(len(triples), lambda n: stripped.get(n) or triples[n]), kept), dropped
+
+
+def _without_labels(tokenizer: PreTrainedTokenizerBase, triple: Triple) -> Triple | None:
+    """Returns the triple, itself if no response has a label; None if a label cannot be stripped."""
+    whole, left = ids_of(triple), dict[str, list[int]]()
+    for response, ids in whole.items():
+        own = strip_label(tokenizer, ids)
+        if own is None:
+            return None
+        left[response] = own
+    if left == whole:
+        return triple
+    texts: dict[str, Any] = {response: decode_text(tokenizer, ids) for response, ids in left.items()}
+    return dataclasses.replace(triple, response_ids=left, **texts)

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import NamedTuple
@@ -107,7 +107,7 @@ def judged(environment: Environment, engine: Engine, triple: Triple, response: s
     return environment.judge(triple.query, getattr(triple, response), ended).score
 
 
-def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float]:
+def pair_accuracy(environment: Environment, engine: Engine, triples: Sequence[Triple]) -> dict[str, float]:
     """Returns the share of pairs whose chosen response has the higher judge score, ties as half, and of ties.
 
     Empty if there is no judge, or the judge does not know the queries.
@@ -120,7 +120,7 @@ def pair_accuracy(environment: Environment, engine: Engine, triples: list[Triple
     return {"pair_accuracy": float(np.mean((gaps > 0) + 0.5 * (gaps == 0))), "pair_ties": float(np.mean(gaps == 0))}
 
 
-def order_accuracy(environment: Environment, engine: Engine, triples: list[Triple]) -> dict[str, float | None]:
+def order_accuracy(environment: Environment, engine: Engine, triples: Sequence[Triple]) -> dict[str, float | None]:
     """Returns how often the scores of the triples order a pair like the judge, equal scores as half.
 
     Pairs with equal judge scores are left out and counted. Empty if there is no judge, or it does not know the queries.

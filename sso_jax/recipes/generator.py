@@ -7,6 +7,7 @@ prompt and the base loss alone.
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 
 from sso_jax.config import Config
 from sso_jax.data.records import Cell, Prompts, SteeredQuery
@@ -94,7 +95,7 @@ def run_round(this: Round[QueryRounds], policy: Params) -> tuple[Params, RoundSu
 
 
 def train_generator(
-    this: Round, objective: Objective, policy: Params, queries: list[SteeredQuery], prompts: dict[str, Prompts]
+    this: Round, objective: Objective, policy: Params, queries: Sequence[SteeredQuery], prompts: Mapping[str, Prompts]
 ) -> Params:
     """Trains the generator: responses of the policy -> pairs -> update -> generator.
 

@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ _LAST_POINTS: deque[float] = deque(maxlen=2)
 """When this process passed its last two safe points, in seconds of `time.monotonic`."""
 _PASSED_ON: list[bool] = []
 """Not empty once this process has passed a stop request on to the others."""
+PASSED_AT_ONCE = 4096
+"""Items that processes pass to each other together, where they need not be all."""
 HEARTBEAT_SECONDS = 30
 """The other processes exit when one has sent no heartbeat for this long."""
 SHUTDOWN_SECONDS = 10
@@ -133,6 +135,19 @@ def on_first_process(make: Callable[[], Value]) -> Value:
     return made
 
 
+def each_from_first(make: Callable[[], Iterable[Item]]) -> Iterator[Item]:
+    """Yields the first process's JSON-serializable items in every process, which receives some at a time.
+
+    All processes must read all of them.
+    """
+    if jax.process_count() == 1:
+        yield from make()
+        return
+    items = iter(make()) if is_first() else iter(())
+    while some := on_first_process(lambda: list(itertools.islice(items, PASSED_AT_ONCE))):
+        yield from some
+
+
 def _attempt(make: Callable[[], object]) -> dict[str, Any]:
     """Returns the result, the `InputError` or the `RunError` of `make` as a dictionary for other processes."""
     try:
@@ -166,6 +181,15 @@ def map_across_processes(function: Callable[[Item], Made], items: list[Item]) ->
     outcomes = _gather(_attempt(lambda: [function(item) for item in own_share(items)]))
     made = [_result(outcome) for outcome in outcomes]
     return [made[i % num_processes][i // num_processes] for i in range(len(items))]
+
+
+def each_across_processes(function: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
+    """Like `map_across_processes`, but computes and yields some results at a time, and holds no others.
+
+    All processes must read all of them.
+    """
+    for start in range(0, len(items), PASSED_AT_ONCE):
+        yield from map_across_processes(function, list(items[start : start + PASSED_AT_ONCE]))
 
 
 def _gather(value: object) -> list[Any]:

@@ -6,6 +6,7 @@ Every process of a run writes its share to its own file and reads the files of a
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ class Journal:
     def _part(self, process: int) -> Path:
         return self.folder / f"part_{process}.jsonl"
 
-    def read(self) -> dict[int, list[Any]]:
-        """Returns every completely written result; skips a line that was truncated by a kill."""
-        found: dict[int, list[Any]] = {}
+    def read(self) -> Iterator[tuple[int, list[Any]]]:
+        """Yields every completely written result with its index; skips a line that was truncated by a kill."""
         for part in sorted(self.folder.glob("part_*.jsonl")) if self.folder.is_dir() else ():
             with part.open("rb") as lines:
                 if next(lines, b"").rstrip(b"\n") != self.fingerprint.encode():
@@ -35,8 +35,7 @@ class Journal:
                 for line in lines:
                     if line.endswith(b"\n"):  # a line without is truncated
                         row = load_json(line)
-                        found.update(zip(row["at"], row["values"], strict=True))
-        return found
+                        yield from zip(row["at"], row["values"], strict=True)
 
     def add(self, results: dict[int, list[Any]]) -> None:
         """Appends results; they are on disk when this returns."""

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from sso_jax.runtime.checksums import checksum, checksums, damage
 from sso_jax.runtime.files import write_text
 from sso_jax.runtime.hosts import broadcast_from_first, is_first, on_first_process
-from sso_jax.runtime.json_lines import Record, read_records, write_records
+from sso_jax.runtime.json_lines import Record, each_record, write_records
+from sso_jax.runtime.spool import spooled
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +60,28 @@ def record_stage(
     folder: Path,
     name: str,
     kind: type[Record],
-    make: Callable[[], tuple[list[Record], dict[str, Any]]],
+    make: Callable[[], tuple[Iterable[Record], dict[str, Any]]],
     beside: Sequence[str] = (),
-) -> tuple[list[Record], dict[str, Any]]:
+) -> tuple[Sequence[Record], dict[str, Any]]:
     """Returns the records and statistics of a stage, which is read from `folder/name.jsonl` if finished, else run.
+
+    Many records are not held in memory (`spooled`).
 
     Args:
       folder: folder of the round.
       name: name of the stage.
       kind: class of the records.
-      make: runs the stage and returns its records and statistics; `seconds` is added to the statistics.
+      make: runs the stage and returns its records, which may be made as they are written, and its statistics, to
+        which `seconds` is added.
       beside: names of further files that `make` may write itself.
     """
     path = folder / f"{name}.jsonl"
     stats = read_verified(folder, name)
     if stats is not None:
-        return read_records(kind, path), stats
+        return spooled(each_record(kind, path)), stats
     with _timed(folder, name) as seconds:
-        records, stats = make()
+        made, stats = make()
+        records = spooled(made)
         write_records(records, path)
     files = [path.name, *on_first_process(lambda: [file for file in beside if (folder / file).exists()])]
     return records, finish(folder, name, {**stats, "seconds": seconds[0]}, files)

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +17,12 @@ from sso_jax.models.known_tokens import KnownTokens
 from sso_jax.models.paged_cache import page_size_of
 from sso_jax.runtime.checksums import json_digest
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
+from sso_jax.runtime.hosts import each_from_first, own_share, stop_now
 from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.mesh import num_batch_shards
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
+from sso_jax.runtime.spool import Arrivals
 from sso_jax.sampling.decode import SamplerPrograms, unrolls_layers
 from sso_jax.sampling.sampling_params import SamplingParams
 from sso_jax.sampling.slots import Size, Slots, queue_order
@@ -34,7 +37,7 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 class Samples(NamedTuple):
     """Responses in the order of their requests, end of turn included if it was reached, and what they cost."""
 
-    responses: list[list[int]]
+    responses: Sequence[list[int]]
     cut: list[bool]
     """Whether each response reached its limit without an end of turn."""
     stats: SamplingStats
@@ -51,18 +54,20 @@ def role_numbers(samples: Sequence[Samples], roles: Sequence[Sequence[str]]) -> 
       roles: role of each response.
     """
     share = total_stats(each.stats for each in samples).share_used
-    found: dict[str, list[tuple[int, bool]]] = {}
+    lengths: dict[str, array[int]] = {}
+    num_cut: Counter[str] = Counter()
     for each, own in zip(samples, roles, strict=True):
         for role, response, cut in zip(own, each.responses, each.cut, strict=True):
-            found.setdefault(role, []).append((len(response), cut))
+            lengths.setdefault(role, array("q")).append(len(response))
+            num_cut[role] += cut
     return {
         role: {
-            "cut": float(np.mean([cut for _, cut in rows])),
-            "mean_tokens": float(np.mean([length for length, _ in rows])),
-            "p90_tokens": float(np.percentile([length for length, _ in rows], 90)),
+            "cut": num_cut[role] / len(own),
+            "mean_tokens": float(np.mean(own)),
+            "p90_tokens": float(np.percentile(own, 90)),
             "row_steps_used": share,
         }
-        for role, rows in found.items()
+        for role, own in lengths.items()
     }
 
 
@@ -78,7 +83,7 @@ class ResponseSampler(Protocol):
     def fits(self, prompt_ids: list[int]) -> bool:
         """Returns whether a prompt leaves room for at least one token of response."""
 
-    def sample(self, params: dict[str, Any], requests: list[Request], stage: str) -> Samples:
+    def sample(self, params: dict[str, Any], requests: Sequence[Request], stage: str) -> Samples:
         """Samples one response per request; see `Sampler.sample`."""
 
 
@@ -132,7 +137,7 @@ class Sampler:
         return [min(budget, r.limit or budget, self.max_tokens - len(r.prompt_ids)) for r in requests]
 
     def sample(
-        self, params: dict[str, Any], requests: list[Request], stage: str, max_new_tokens: int | None = None
+        self, params: dict[str, Any], requests: Sequence[Request], stage: str, max_new_tokens: int | None = None
     ) -> Samples:
         """Samples one response per request.
 
@@ -154,7 +159,7 @@ class Sampler:
         budget = max_new_tokens or self.max_new_tokens
         self.require_room(requests, stage)
         journal = self._journal(params, requests, budget)
-        done = {} if journal is None else {int(i): ids for i, ids in on_first_process(journal.read).items()}
+        done = Arrivals[list[int]](len(requests), () if journal is None else each_from_first(journal.read))
         params = params if self.shardings is None else jax.device_put(params, self.shardings)
         num_slots, stats = self.num_slots, SamplingStats()
         while len(done) < len(requests):
@@ -165,17 +170,17 @@ class Sampler:
                     raise
                 log.warning("%s: too little memory for %d slots; trying half of them", stage, num_slots)
                 num_slots = -(-num_slots // 2)
-        responses = [done[i] for i in range(len(requests))]
+        responses = done.in_order()
         self.history.append(stats)
         return Samples(responses, [ids[-1] not in self.stop_ids for ids in responses], stats)
 
     def _run(
         self,
         params: dict[str, Any],
-        requests: list[Request],
+        requests: Sequence[Request],
         budget: int,
         num_slots: int,
-        done: dict[int, list[int]],
+        done: Arrivals[list[int]],
         journal: Journal | None,
         stage: str,
     ) -> SamplingStats:
@@ -200,7 +205,7 @@ class Sampler:
                     raise Stopped(f"a signal in {stage}, after {len(done)} of {len(requests)} responses")
         return running.stats()
 
-    def _journal(self, params, requests: list[Request], budget: int) -> Journal | None:
+    def _journal(self, params, requests: Sequence[Request], budget: int) -> Journal | None:
         """Opens the journal of these requests to this policy, or returns None without a folder for journals."""
         if self.journals is None:
             return None

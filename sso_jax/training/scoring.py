@@ -1,18 +1,19 @@
 """Computes log-prob sums of examples in device steps of packed rows."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from sso_jax.data.records import Cell
 from sso_jax.runtime.errors import RunError
-from sso_jax.runtime.hosts import on_first_process, own_share, stop_now
+from sso_jax.runtime.hosts import each_from_first, own_share, stop_now
 from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.mesh import batch_sharding, place
 from sso_jax.runtime.progress import progress_bar
 from sso_jax.runtime.signals import Stopped
+from sso_jax.runtime.spool import Arrivals
 from sso_jax.training.device_steps import StepLimits, StepPlan, plan_in_shapes, plan_steps
 from sso_jax.training.log_probs import Score
 from sso_jax.training.packing import Rows, pack
@@ -40,7 +41,7 @@ class ScoringStep(NamedTuple):
 
 
 def plan_scoring(
-    items: list[Scorable],
+    items: Sequence[Scorable],
     cells: list[Cell],
     limits: StepLimits,
     earlier: list[StepShape] | None = None,
@@ -51,13 +52,13 @@ def plan_scoring(
 
 
 def plan_scoring_again(
-    items: list[Scorable], cells: list[Cell], limits: StepLimits, shapes: list[StepShape]
+    items: Sequence[Scorable], cells: list[Cell], limits: StepLimits, shapes: list[StepShape]
 ) -> StepPlan:
     """Plans like `plan_scoring`, in shapes whose programs are compiled already if the items fit into them."""
     return plan_in_shapes(_groups(items, cells), limits, shapes) or plan_steps(_groups(items, cells), limits)
 
 
-def _groups(items: list[Scorable], cells: list[Cell]) -> Iterator[list[list[Tree]]]:
+def _groups(items: Sequence[Scorable], cells: list[Cell]) -> Iterator[list[list[Tree]]]:
     for start in range(0, len(items), PACKED_TOGETHER):
         yield [steered_trees(*item, cells, 0) for item in items[start : start + PACKED_TOGETHER]]
 
@@ -65,13 +66,13 @@ def _groups(items: list[Scorable], cells: list[Cell]) -> Iterator[list[list[Tree
 def score_examples(
     score: Score,
     params: dict[str, Any],
-    items: list[Scorable],
+    items: Sequence[Scorable],
     cells: list[Cell],
     plan: StepPlan | StepLimits,
     stage: str,
     journal: Journal | None = None,
     may_stop: bool = True,
-) -> list[list[float]]:
+) -> Sequence[list[float]]:
     """Returns the log-prob sum of every cell (context, response) of each item, in nats, from the training forward pass.
 
     Args:
@@ -91,7 +92,7 @@ def score_examples(
         return []
     steps = scoring_steps(items, cells, plan_scoring(items, cells, plan) if isinstance(plan, StepLimits) else plan)
     params = score.prepare(params)
-    done = {} if journal is None else {int(i): row for i, row in on_first_process(journal.read).items()}
+    done = Arrivals[list[float]](len(items), () if journal is None else each_from_first(journal.read))
     with progress_bar(stage, len(items), "example", initial=len(done)) as bar:
 
         def take(step: ScoringStep, values: jax.Array) -> None:
@@ -117,10 +118,10 @@ def score_examples(
                 raise Stopped(f"a signal in {stage}, after {len(done)} of {len(items)} examples")
         if running is not None:
             take(*running)
-    return [done[i] for i in range(len(items))]
+    return done.in_order()
 
 
-def require_finite(sums: list[list[float]], names: list[str], cells: list[Cell]) -> None:
+def require_finite(sums: Iterable[list[float]], names: Iterable[str], cells: list[Cell]) -> None:
     """Raises `RunError` that names the examples whose log-probs are not finite."""
     broken = [
         f"{name} ({response} under {context}: {value})"
@@ -134,7 +135,7 @@ def require_finite(sums: list[list[float]], names: list[str], cells: list[Cell])
         )
 
 
-def scoring_steps(items: list[Scorable], cells: list[Cell], plan: StepPlan) -> Iterator[ScoringStep]:
+def scoring_steps(items: Sequence[Scorable], cells: list[Cell], plan: StepPlan) -> Iterator[ScoringStep]:
     """Yields the device steps of a plan; example e of a step has the cells e*C ... e*C + C-1."""
     for group, of_group in enumerate(plan.updates):
         for step in of_group:

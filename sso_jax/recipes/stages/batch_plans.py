@@ -1,6 +1,6 @@
 """Plans the updates of a round: the order of its examples, and their device steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,9 +13,11 @@ from sso_jax.preferences.keywords import graded_variants, random_variants
 from sso_jax.recipes.engine import Engine, router_weight
 from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.run import Round
+from sso_jax.runtime.spool import spooled
 from sso_jax.training.batches import (
     Example,
     PreferenceBatch,
+    SupervisedBatch,
     UpdateBatch,
     example_trees,
     make_example,
@@ -27,7 +29,7 @@ from sso_jax.training.batches import (
 from sso_jax.training.device_steps import StepPlan, plan_steps
 from sso_jax.training.example_losses import ExampleLosses, loss_at_reference, preference_losses
 from sso_jax.training.loop import update_order
-from sso_jax.training.rewards import TokenizedPair, pair_trees, reward_step
+from sso_jax.training.rewards import RewardBatch, TokenizedPair, pair_trees, reward_step
 from sso_jax.training.spo_head import DEGREE_CELLS, spo_losses
 from sso_jax.training.trees import Tree
 
@@ -50,9 +52,9 @@ class BatchPlan:
 def plan_preferences(
     this: Round,
     objective: Objective,
-    pairs: list[Triple],
-    prompts: dict[str, Prompts],
-    contrasts: dict[str, TokenContrast],
+    pairs: Sequence[Triple],
+    prompts: Mapping[str, Prompts],
+    contrasts: Mapping[str, TokenContrast],
 ) -> BatchPlan:
     """Plans the batches of pairs; `contrasts` has the weights of their tokens, and is empty without any.
 
@@ -60,42 +62,43 @@ def plan_preferences(
     batches.
     """
     config, cells = this.run.config, trained_cells(objective)
-    examples = [
-        make_example(pair, prompts[pair.id], pair.response_ids, objective.cells, contrasts.get(pair.id))
-        for pair in pairs
-    ]
-    if objective.degree_weight is not None:
-        removal, seed = objective.degree_removal, config.run.seed
-        variants = [degree_ids(this.run.engine, triple, removal, seed) for triple in pairs]
-        examples = [with_degrees(example, own) for example, own in zip(examples, variants, strict=True)]
-    updates = _updates(this, examples)
+    removal, seed = objective.degree_removal, config.run.seed
+
+    def make(number: int) -> Example:
+        pair = pairs[number]
+        example = make_example(pair, prompts[pair.id], pair.response_ids, objective.cells, contrasts.get(pair.id))
+        if objective.degree_weight is None:
+            return example
+        return with_degrees(example, degree_ids(this.run.engine, pair, removal, seed))
+
+    examples = spooled(map(make, range(len(pairs))))
+    names, updates = [pair.id for pair in pairs], _updates(this, len(pairs))
 
     def build(update: list[Example]) -> Callable[..., PreferenceBatch]:
         return partial(preference_step, cells=cells, weight=1.0 / len(update))
 
-    plan = _plan(this, updates, lambda example: example_trees([example], cells), build)
+    plan = _plan(this, examples, updates, lambda example: example_trees([example], cells), build)
     if config.model.reference_path is None and objective.degree_weight is None:
         plan = replace(plan, first_loss=loss_at_reference(objective.terms, cells, plan.make_batch(0)))
-    return replace(plan, ids=[[example.id for example in update] for update in updates])
+    return replace(plan, ids=[[names[i] for i in update] for update in updates])
 
 
-def plan_demonstrations(this: Round, trees: list[Tree]) -> BatchPlan:
+def plan_demonstrations(this: Round, trees: Sequence[Tree]) -> BatchPlan:
     """Plans the batches of prompts with one response each."""
-    updates = _updates(this, trees)
-    return _plan(
-        this, updates, lambda tree: [tree], lambda update: partial(supervised_step, weight=token_weight(update))
-    )
+
+    def build(update: list[Tree]) -> Callable[..., SupervisedBatch]:
+        return partial(supervised_step, weight=token_weight(update))
+
+    return _plan(this, trees, _updates(this, len(trees)), lambda tree: [tree], build)
 
 
-def plan_rewards(this: Round, pairs: list[TokenizedPair]) -> BatchPlan:
+def plan_rewards(this: Round, pairs: Sequence[TokenizedPair]) -> BatchPlan:
     """Plans the batches of a reward model's pairs."""
-    updates = _updates(this, pairs)
-    return _plan(
-        this,
-        updates,
-        lambda pair: pair_trees([pair]),
-        lambda update: partial(reward_step, weight=1.0 / len(update)),
-    )
+
+    def build(update: list[TokenizedPair]) -> Callable[..., RewardBatch]:
+        return partial(reward_step, weight=1.0 / len(update))
+
+    return _plan(this, pairs, _updates(this, len(pairs)), lambda pair: pair_trees([pair]), build)
 
 
 def trained_cells(objective: Objective) -> list[Cell]:
@@ -132,21 +135,25 @@ def with_degrees(example: Example, variants: dict[str, list[int]]) -> Example:
     return example._replace(responses={**example.responses, **variants}, reference_log_probs=references)
 
 
-def _updates(this: Round, items: list) -> list[list]:
-    """Returns the items of each update, in the order that follows from the seed."""
+def _updates(this: Round, num_items: int) -> list[list[int]]:
+    """Returns the numbers of the items of each update, in the order that follows from the seed."""
     train = this.run.config.train
-    order = update_order(len(items), train.batch_size, train.epochs, train.shuffle, this.seed)
-    return [[items[i] for i in update] for update in order]
+    return update_order(num_items, train.batch_size, train.epochs, train.shuffle, this.seed)
 
 
 def _plan(
-    this: Round, updates: list[list], trees_of: Callable[[Any], list[Tree]], build: Callable[[list], Callable]
+    this: Round,
+    items: Sequence,
+    updates: list[list[int]],
+    trees_of: Callable[[Any], list[Tree]],
+    build: Callable[[list], Callable],
 ) -> BatchPlan:
     """Plans the device steps of updates.
 
     Args:
       this: the round.
-      updates: items of each update.
+      items: what is trained on.
+      updates: numbers of the items of each update.
       trees_of: returns the trees of an item.
       build: returns, for an update's items, the function that builds one of its device steps.
     """
@@ -155,13 +162,14 @@ def _plan(
 
     def trees() -> Iterator[list[list[Tree]]]:
         for update in updates:
-            examples = [trees_of(item) for item in update]
+            examples = [trees_of(items[i]) for i in update]
             num_tokens.append(sum(tree.num_tokens() for own in examples for tree in own))
             yield examples
 
     steps = plan_steps(trees(), engine.step_limits, this.previous_step_shapes("training"), this.is_last)
 
     def make_batch(number: int) -> UpdateBatch:
-        return update_batch(updates[number], steps.updates[number], steps.shapes, build(updates[number]))
+        own = [items[i] for i in updates[number]]
+        return update_batch(own, steps.updates[number], steps.shapes, build(own))
 
     return BatchPlan(num_tokens, make_batch, [[] for _ in updates], steps)

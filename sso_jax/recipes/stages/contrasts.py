@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from sso_jax.data.records import Cell, Prompts, TokenContrast, Triple
 from sso_jax.preferences.contrast import CONTRAST_CELLS, SIDES, token_weights
 from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.scoring import reference_of
+from sso_jax.runtime.spool import Table
 from sso_jax.runtime.stage_markers import finished, record_stage, reopen
 from sso_jax.training.scoring import Scorable
 from sso_jax.training.token_scoring import TokenLogProbs, score_tokens
@@ -18,8 +20,8 @@ KEY = "contrasts_key"
 
 
 def token_contrasts(
-    this: Round, strength: float, policy: Params, pairs: list[Triple], prompts: dict[str, Prompts]
-) -> dict[str, TokenContrast]:
+    this: Round, strength: float, policy: Params, pairs: Sequence[Triple], prompts: Mapping[str, Prompts]
+) -> Mapping[str, TokenContrast]:
     """Returns the weights of the tokens of each pair's responses, by id; stored in `contrasts.jsonl`.
 
     Args:
@@ -44,7 +46,7 @@ def token_contrasts(
         return [_contrast(pair.id, own, strength) for pair, own in zip(pairs, scored, strict=True)], {KEY: key}
 
     records, _ = record_stage(this.folder, "contrasts", TokenContrast, make)
-    return {record.id: record for record in records}
+    return Table((record.id, record) for record in records)
 
 
 def _contrast(name: str, scored: TokenLogProbs, strength: float) -> TokenContrast:

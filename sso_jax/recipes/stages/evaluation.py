@@ -1,6 +1,7 @@
 """Measures the policy on held-out queries, and has an endpoint judge a sample of pairs; never trained on."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def measure_policy(this: Round, policy: Params) -> tuple[list[dict], dict[str, A
     return judge_policy(run.environment, run.engine, policy, run.config.run.seed, this.title("held-out answers"))
 
 
-def judge_by_endpoint(this: Round, pairs: list[Triple]) -> dict[str, Any] | None:
+def judge_by_endpoint(this: Round, pairs: Sequence[Triple]) -> dict[str, Any] | None:
     """Stage `judgments`: the endpoint's judgments of a sample of the pairs, in `judgments.jsonl`; None without one."""
     run = this.run
     if not run.config.judging.pairs or not pairs:

@@ -5,7 +5,7 @@ The split depends on seed and query alone, so that a resumed run, and every roun
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from sso_jax.recipes.engine import Engine
 from sso_jax.recipes.objective import Objective
 from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.prompts import render_prompts
-from sso_jax.recipes.stages.scoring import reference_cells, score_and_filter
+from sso_jax.recipes.stages.scoring import reference_cells, scorables, score_and_filter
 from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.stage_markers import finished
 from sso_jax.training.device_steps import StepPlan
@@ -45,16 +45,16 @@ class Measure(NamedTuple):
 class ScoredPairs:
     """Held-out pairs with the log-probs of the reference, and the device steps that score them again."""
 
-    pairs: list[Triple]
-    items: list[Scorable]
+    pairs: Sequence[Triple]
+    items: Sequence[Scorable]
     cells: list[Cell]
     """All cells that the reference has scored, so that its compiled program scores the policy too."""
     steps: StepPlan
 
 
 def hold_out(
-    this: Round, objective: Objective, policy: Params, pairs: list[Triple], prompts: dict[str, Prompts]
-) -> tuple[list[Triple], Measure | None]:
+    this: Round, objective: Objective, policy: Params, pairs: Sequence[Triple], prompts: Mapping[str, Prompts]
+) -> tuple[Sequence[Triple], Measure | None]:
     """Returns the pairs to train on, and the measure on those held out; None without `train.held_out`.
 
     Args:
@@ -79,7 +79,7 @@ def hold_out(
     return trained, measure_of(this, objective, scored)
 
 
-def split_round(this: Round, pairs: list[Triple]) -> tuple[list[Triple], list[Triple]]:
+def split_round(this: Round, pairs: Sequence[Triple]) -> tuple[Sequence[Triple], Sequence[Triple]]:
     """Returns (trained, held-out) pairs: a share of the round's, or those of the file, whose queries are left out.
 
     Raises:
@@ -107,9 +107,9 @@ def split_round(this: Round, pairs: list[Triple]) -> tuple[list[Triple], list[Tr
     return trained, held_out
 
 
-def _scored(this: Round, pairs: list[Triple], prompts: dict[str, Prompts], cells: list[Cell]) -> ScoredPairs:
+def _scored(this: Round, pairs: Sequence[Triple], prompts: Mapping[str, Prompts], cells: list[Cell]) -> ScoredPairs:
     """Plans the scoring of pairs in the shapes of stage `pairs` of this round, which has scored them."""
-    items = [Scorable(prompts[pair.id], pair.response_ids) for pair in pairs]
+    items = scorables(pairs, prompts)
     stats = finished(this.folder, "pairs") or {}
     shapes = [StepShape.of_json(shape) for shape in stats.get("step_shapes") or []]
     return ScoredPairs(pairs, items, cells, plan_scoring_again(items, cells, this.run.engine.step_limits, shapes))
@@ -156,7 +156,7 @@ def measure_of(this: Round, objective: Objective, scored: ScoredPairs) -> Measur
     return Measure(numbers, len(scored.pairs))
 
 
-def score_held_out(engine: Engine, params: Params, scored: ScoredPairs, stage: str) -> list[list[float]]:
+def score_held_out(engine: Engine, params: Params, scored: ScoredPairs, stage: str) -> Sequence[list[float]]:
     """Returns the log-prob sums of every cell; a stop waits, because the updates before are not saved yet.
 
     Raises:

@@ -1,18 +1,21 @@
 """Stage `prompts`: renders and tokenizes each prompt of a round once; later stages look up the ids."""
 
+from collections.abc import Iterator, Mapping, Sequence
+
 from sso_jax.data.records import PromptRecord, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import tokens_hash
 from sso_jax.preferences.steering import steered_prompts
 from sso_jax.recipes.run import Round
 from sso_jax.runtime.checksums import json_digest
-from sso_jax.runtime.hosts import map_across_processes
+from sso_jax.runtime.hosts import each_across_processes
+from sso_jax.runtime.spool import Table
 from sso_jax.runtime.stage_markers import read_verified, record_stage, reopen
 
 KEY = "prompts_key"
 """Field of the stage's statistics with the hash of what the prompts depend on."""
 
 
-def render_prompts(this: Round, records: list[SteeredQuery] | list[Triple]) -> dict[str, Prompts]:
+def render_prompts(this: Round, records: Sequence[SteeredQuery] | Sequence[Triple]) -> Mapping[str, Prompts]:
     """Returns the token ids of the prompts x, x+, x- of each record, by record id and context.
 
     They are stored in `prompts.jsonl`, and rendered again if the tokenizer, its template or a text has changed.
@@ -24,13 +27,12 @@ def render_prompts(this: Round, records: list[SteeredQuery] | list[Triple]) -> d
     if stored is not None and stored[KEY] != key:
         reopen(this.folder, "prompts")
 
-    def render() -> tuple[list[PromptRecord], dict]:
-        rendered = map_across_processes(lambda record: steered_prompts(chat, record), records)
-        pairs = zip(records, rendered, strict=True)
-        return [PromptRecord(record.id, prompts) for record, prompts in pairs], {KEY: key}
+    def render() -> tuple[Iterator[PromptRecord], dict]:
+        prompts = each_across_processes(lambda record: steered_prompts(chat, record), records)
+        return (PromptRecord(record.id, own) for record, own in zip(records, prompts, strict=True)), {KEY: key}
 
-    rendered, _ = record_stage(this.folder, "prompts", PromptRecord, render)
-    return {record.id: record.prompts for record in rendered}
+    stored, _ = record_stage(this.folder, "prompts", PromptRecord, render)
+    return Table((record.id, record.prompts) for record in stored)
 
 
 def _of_triple(record: SteeredQuery | Triple) -> list:

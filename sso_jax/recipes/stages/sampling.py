@@ -1,8 +1,9 @@
 """The sampling stages of a round: its queries, the principles that steer them, and the responses y+, y- and y_o."""
 
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.policies import exported_policy
 from sso_jax.recipes.stages.served_sampling import served_sampler
 from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.spool import subset
 from sso_jax.runtime.stage_markers import record_stage
 from sso_jax.sampling.sampler import ResponseSampler
 
@@ -50,7 +52,7 @@ class QueryRounds:
 class PrinciplesResult:
     """Result of stage `principles`."""
 
-    queries: list[SteeredQuery]
+    queries: Sequence[SteeredQuery]
     counts: SteeringCounts
     seconds: float
     roles: dict[str, dict]
@@ -61,7 +63,7 @@ class PrinciplesResult:
 class ResponsesResult:
     """Result of stage `responses`."""
 
-    triples: list[Triple]
+    triples: Sequence[Triple]
     dropped: dict[str, int]
     """Number of queries dropped, by reason."""
     tokens_per_second: float
@@ -97,13 +99,13 @@ def prepare_queries(config: Config, engine: Engine, source: QueryRounds) -> tupl
     return QueryRounds(rounds, source.principles), source.dropped + refused + too_long
 
 
-def round_queries(this: Round[QueryRounds]) -> list[Query]:
+def round_queries(this: Round[QueryRounds]) -> Sequence[Query]:
     """Stage `queries`: the queries of the round, in `queries.jsonl`."""
     queries, _ = record_stage(this.folder, "queries", Query, lambda: (this.run.dataset.rounds[this.iteration - 1], {}))
     return queries
 
 
-def principles(this: Round[QueryRounds], policy: Params, queries: list[Query]) -> PrinciplesResult:
+def principles(this: Round[QueryRounds], policy: Params, queries: Sequence[Query]) -> PrinciplesResult:
     """Stage `principles`: adds a good and a bad system message to each query, in `principles.jsonl`."""
     run = this.run
     config, given = run.config, run.dataset.principles
@@ -153,8 +155,8 @@ def steer_from_source(
 def sample_fitting(
     engine: Engine,
     policies: Sequence,
-    queries: list[SteeredQuery],
-    prompts: dict[str, Prompts],
+    queries: Sequence[SteeredQuery],
+    prompts: Mapping[str, Prompts],
     key: SampleKey,
     wanted: Sequence[str] = RESPONSES,
     rejected: RejectedSource | None = None,
@@ -170,10 +172,14 @@ def sample_fitting(
         other = rejected is None or rejected.sampler.fits(own[rejected.context])
         return other and all(sampler.fits(prompt) for prompt in own.values())
 
-    fitting = [query for query in queries if fits(prompts[query.id])]
-    sampled = sample_triples(sampler, policies, engine.chat.tokenizer, fitting, prompts, key, wanted, rejected)
-    kept = {query.id for query in fitting}
-    return sampled, {query.id: "prompt_too_long" for query in queries if query.id not in kept}
+    fitting, dropped = array("q"), Dropped()
+    for number, query in enumerate(queries):
+        if fits(prompts[query.id]):
+            fitting.append(number)
+        else:
+            dropped[query.id] = "prompt_too_long"
+    own = subset(queries, fitting)
+    return sample_triples(sampler, policies, engine.chat.tokenizer, own, prompts, key, wanted, rejected), dropped
 
 
 def rejected_source(this: Round, weights: dict[str, str]) -> RejectedSource | None:
@@ -203,8 +209,8 @@ def rejected_source(this: Round, weights: dict[str, str]) -> RejectedSource | No
 def responses(
     this: Round,
     policy: Params,
-    queries: list[SteeredQuery],
-    prompts: dict[str, Prompts],
+    queries: Sequence[SteeredQuery],
+    prompts: Mapping[str, Prompts],
     wanted: Sequence[str] = RESPONSES,
     num_policies: int = 1,
     trained: bool = False,
@@ -219,7 +225,7 @@ def responses(
     rounds_back = range(1, min(num_policies, this.iteration))
     earlier = [partial(exported_policy, run, this.iteration - 1 - back) for back in rounds_back]
 
-    def make() -> tuple[list[Triple], dict]:
+    def make() -> tuple[Sequence[Triple], dict]:
         key = SampleKey(run.config.run.seed, this.iteration)
         weights = {"weights": fingerprint(policy)}
         start, rejected = time.perf_counter(), rejected_source(this, weights)

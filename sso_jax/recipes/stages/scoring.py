@@ -7,8 +7,9 @@ again.
 
 import dataclasses
 import logging
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,14 @@ from sso_jax.runtime.checksums import json_digest
 from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.journal import Journal
-from sso_jax.runtime.json_lines import read_records
+from sso_jax.runtime.json_lines import each_record
+from sso_jax.runtime.spool import Lazy, spooled, subset
 from sso_jax.runtime.stage_markers import finished, read_verified, record_stage, reopen
 from sso_jax.training.scoring import Scorable, plan_scoring, require_finite, score_examples
 
 PAIRS_FILE = "pairs.jsonl"
 log = logging.getLogger(__name__)
-Candidates = tuple[list[Triple], Dropped]
+Candidates = tuple[Sequence[Triple], Dropped]
 """Clean triples, and those dropped before them."""
 
 
@@ -57,7 +59,7 @@ class PairNumbers:
 class PairsResult:
     """Result of stage `pairs`."""
 
-    pairs: list[Triple]
+    pairs: Sequence[Triple]
     numbers: PairNumbers
     dropped: dict[str, int] = field(default_factory=dict)
     """Number of triples dropped, by reason."""
@@ -70,7 +72,7 @@ class PairsResult:
     seconds: float = 0.0
 
     @classmethod
-    def of_stage(cls, pairs: list[Triple], stats: dict) -> "PairsResult":
+    def of_stage(cls, pairs: Sequence[Triple], stats: dict) -> "PairsResult":
         """Builds the result from the records and the statistics of the finished stage."""
         numbers = PairNumbers(**{f.name: stats.get(f.name) for f in dataclasses.fields(PairNumbers)})
         own = {name: stats.get(name) for name in ("before_filter", "num_cut", "padding")}
@@ -88,7 +90,7 @@ def reference_cells(objective: Objective | None, filter_enabled: bool) -> list[C
     return sorted(cells)
 
 
-def in_control_order(this: Round, triples: list[Triple]) -> list[Triple]:
+def in_control_order(this: Round, triples: Sequence[Triple]) -> Sequence[Triple]:
     """Orders the chosen and rejected response of each triple as `pairs.control` says."""
     control = this.run.config.pairs.control
     if control == "random_order":
@@ -99,7 +101,7 @@ def in_control_order(this: Round, triples: list[Triple]) -> list[Triple]:
     return triples
 
 
-def sampled_candidates(this: Round, triples: list[Triple]) -> Candidates:
+def sampled_candidates(this: Round, triples: Sequence[Triple]) -> Candidates:
     """Cleans sampled triples and puts them in control order; returns them and those dropped."""
     clean, dropped = clean_triples(this.run.engine.chat.tokenizer, triples)
     return in_control_order(this, clean), dropped
@@ -109,7 +111,7 @@ def score_and_filter(
     this: Round,
     objective: Objective | None,
     policy: Params,
-    prompts: dict[str, Prompts],
+    prompts: Mapping[str, Prompts],
     candidates: Callable[[], Candidates],
 ) -> PairsResult:
     """Stage `pairs`: scores the candidates with the reference and filters them, in `pairs.jsonl`.
@@ -128,13 +130,13 @@ def score_and_filter(
     cells = reference_cells(objective, this.run.config.filter.enabled)
     stored, trained = read_verified(this.folder, "pairs"), finished(this.folder, "training") is not None
     if stored is not None and trained:
-        return PairsResult.of_stage(read_records(Triple, this.folder / PAIRS_FILE), stored)
+        return PairsResult.of_stage(spooled(each_record(Triple, this.folder / PAIRS_FILE)), stored)
     reference = reference_of(this, policy)
     reference_hash = fingerprint(reference)
     if stored is not None:
         _discard_stale_pairs(this, reference_hash, cells, prompts, stored)
 
-    def make() -> tuple[list[Triple], dict]:
+    def make() -> tuple[Sequence[Triple], dict]:
         triples, dropped = candidates()
         scored, scoring = _score(this, reference, reference_hash, triples, cells, prompts, dropped)
         kept, stats = apply_filters(this, scored, dropped)
@@ -151,11 +153,12 @@ def reference_of(this: Round, policy: Params) -> Params:
 
 
 def _discard_stale_pairs(
-    this: Round, reference_hash: str, cells: list[Cell], prompts: dict[str, Prompts], stored: dict
+    this: Round, reference_hash: str, cells: list[Cell], prompts: Mapping[str, Prompts], stored: dict
 ) -> None:
     """Reopens the finished stage if its log-probs are not from this reference, tokenizer and token ids."""
     path = this.folder / PAIRS_FILE
-    if _reference_key(this, reference_hash, cells, read_records(Triple, path), prompts) == stored.get("reference_key"):
+    pairs = each_record(Triple, path)
+    if _reference_key(this, reference_hash, cells, pairs, prompts) == stored.get("reference_key"):
         return
     if on_first_process(lambda: (this.folder / "checkpoints").exists()):
         raise RunError(
@@ -167,7 +170,7 @@ def _discard_stale_pairs(
 
 
 def _reference_key(
-    this: Round, reference_hash: str, cells: list[Cell], pairs: list[Triple], prompts: dict[str, Prompts]
+    this: Round, reference_hash: str, cells: list[Cell], pairs: Iterable[Triple], prompts: Mapping[str, Prompts]
 ) -> str:
     """Returns a hash of what the reference's log-probs depend on: weights, tokenizer, cells and token ids."""
     rows = ([prompts.get(triple.id), triple.response_ids] for triple in pairs)
@@ -178,45 +181,69 @@ def _score(
     this: Round,
     reference: Params,
     reference_hash: str,
-    triples: list[Triple],
+    triples: Sequence[Triple],
     cells: list[Cell],
-    prompts: dict[str, Prompts],
+    prompts: Mapping[str, Prompts],
     dropped: Dropped,
-) -> tuple[list[Triple], dict]:
+) -> tuple[Sequence[Triple], dict]:
     """Scores the triples within the token limit with the reference; returns them and the statistics of scoring.
 
     The other triples are added to `dropped`, or cut, as `train.long_examples` says.
     """
     engine, stage = this.run.engine, this.title("reference log-probs")
     triples, num_cut = _within_limit(this, triples, cells, prompts)
-    fitting = [t for t in triples if pair_rules.fits(prompts[t.id], t.response_ids, cells, engine.max_tokens)]
-    kept = {triple.id for triple in fitting}
-    dropped |= {triple.id: "pair_too_long" for triple in triples if triple.id not in kept}
-    items = [Scorable(prompts[triple.id], triple.response_ids) for triple in fitting]
-    if not items:
+    fitting = _those_that_fit(triples, prompts, cells, engine.max_tokens, dropped)
+    if not fitting:
         return [], {"num_cut": num_cut}
+    items = scorables(fitting, prompts)
     earlier = this.previous_step_shapes("pairs")
     plan = plan_scoring(items, cells, engine.step_limits, earlier, this.is_last)
     log.info("%s: %s", stage, plan.describe())
     journal = _open_journal(this, _reference_key(this, reference_hash, cells, fitting, prompts))
     sums = score_examples(engine.score, reference, items, cells, plan, stage, journal)
-    require_finite(sums, [triple.id for triple in fitting], cells)
-    scored = [pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True)]
+    require_finite(sums, (triple.id for triple in fitting), cells)
+    scored = spooled(pair_rules.with_log_probs(t, cells, row) for t, row in zip(fitting, sums, strict=True))
     return scored, {"num_cut": num_cut, "step_shapes": plan.shapes, "padding": plan.padding()}
 
 
+def scorables(triples: Sequence[Triple], prompts: Mapping[str, Prompts]) -> Sequence[Scorable]:
+    """Returns what is scored of triples with token ids, made anew each time that it is read."""
+
+    def make(number: int) -> Scorable:
+        triple = triples[number]
+        return Scorable(prompts[triple.id], triple.response_ids)
+
+    return Lazy(len(triples), make)
+
+
 def _within_limit(
-    this: Round, triples: list[Triple], cells: list[Cell], prompts: dict[str, Prompts]
-) -> tuple[list[Triple], int]:
+    this: Round, triples: Sequence[Triple], cells: list[Cell], prompts: Mapping[str, Prompts]
+) -> tuple[Sequence[Triple], int]:
     """Returns the triples, cut to the token limit if `train.long_examples` is `cut`, and the number that was cut."""
     if this.run.config.train.long_examples == "drop":
         return triples, 0
-    limit = this.run.engine.max_tokens
-    cut = [pair_rules.cut_to(triple, prompts[triple.id], cells, limit) for triple in triples]
-    num_cut = sum(new is not old for new, old in zip(cut, triples, strict=True))
-    if num_cut:
-        log.warning("%d of %d pairs were cut to %d tokens of prompt and response", num_cut, len(triples), limit)
-    return cut, num_cut
+    limit, cut = this.run.engine.max_tokens, dict[int, Triple]()
+    for number, triple in enumerate(triples):
+        own = pair_rules.cut_to(triple, prompts[triple.id], cells, limit)
+        if own is not triple:
+            cut[number] = own
+    if not cut:
+        return triples, 0
+    log.warning("%d of %d pairs were cut to %d tokens of prompt and response", len(cut), len(triples), limit)
+    return spooled(cut.get(number) or triple for number, triple in enumerate(triples)), len(cut)
+
+
+def _those_that_fit(
+    triples: Sequence[Triple], prompts: Mapping[str, Prompts], cells: list[Cell], limit: int, dropped: Dropped
+) -> Sequence[Triple]:
+    """Returns the triples within the token limit; adds the others to `dropped`."""
+    numbers = array("q")
+    for number, triple in enumerate(triples):
+        if pair_rules.fits(prompts[triple.id], triple.response_ids, cells, limit):
+            numbers.append(number)
+        else:
+            dropped[triple.id] = "pair_too_long"
+    return triples if len(numbers) == len(triples) else subset(triples, numbers)
 
 
 def _open_journal(this: Round, reference_key: str) -> Journal | None:
@@ -228,14 +255,14 @@ def _open_journal(this: Round, reference_key: str) -> Journal | None:
     return Journal(folder / name, name, jax.process_index())
 
 
-def apply_filters(this: Round, scored: list[Triple], dropped: Dropped) -> tuple[list[Triple], dict]:
+def apply_filters(this: Round, scored: Sequence[Triple], dropped: Dropped) -> tuple[Sequence[Triple], dict]:
     """Returns the pairs that pass the filters, and the statistics of the stage, including those before the filters."""
     rules, kept, least = this.run.config.filter, scored, this.run.config.filter.min_score_gap
     if rules.reward_path is not None and kept:
         scorer = open_reward_scorer(
             rules.reward_path, this.run.config.model, this.run.engine.mesh, this.run.config.chat.thinking
         )
-        tokenized = [tokenize_pair(scorer.chat, triple) for triple in kept]
+        tokenized = spooled(tokenize_pair(scorer.chat, triple) for triple in kept)
         kept = with_rewards(kept, scorer.rewards(tokenized, "filter: rewards"))
         least = 0.0 if least is None else least
     if least is not None:
@@ -254,7 +281,7 @@ def apply_filters(this: Round, scored: list[Triple], dropped: Dropped) -> tuple[
     return kept, {**counts, **_numbers(this, kept), **before}
 
 
-def _numbers(this: Round, pairs: list[Triple]) -> dict:
+def _numbers(this: Round, pairs: Sequence[Triple]) -> dict:
     return {**pair_rules.summarize(pairs), **pair_accuracy(this.run.environment, this.run.engine, pairs)}
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -101,8 +101,8 @@ def train_on_pairs(
     this: Round,
     objective: Objective,
     policy: Params,
-    pairs: list[Triple],
-    prompts: dict[str, Prompts],
+    pairs: Sequence[Triple],
+    prompts: Mapping[str, Prompts],
     first_step: int = 0,
 ) -> tuple[Params, TrainingResult]:
     """Trains the policy on the pairs of a round, without those that are held out; see `train` and `hold_out`."""
