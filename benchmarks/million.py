@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,8 +50,9 @@ from sso_jax.recipes.stages.sampling import QueryRounds, read_queries, round_que
 from sso_jax.recipes.stages.scoring import sampled_candidates, score_and_filter
 from sso_jax.runtime.hosts import own_share
 from sso_jax.runtime.journal import Journal
-from sso_jax.runtime.json_lines import read_records, to_json, with_shared, write_records
+from sso_jax.runtime.json_lines import each_record, to_json, with_shared, write_records
 from sso_jax.runtime.mesh import make_mesh
+from sso_jax.runtime.spool import Arrivals, spooled
 from sso_jax.runtime.stage_markers import damaged, finish, record_stage
 from sso_jax.sampling.sampler import Sampler
 from sso_jax.sampling.sampling_params import make_sampling_params
@@ -75,7 +76,7 @@ class MadeUpSampler(Sampler):
             ended = {i: made_up_tokens(requests[i].key[0]) for i in waiting[start : start + WINDOW]}
             done.update(ended)
             journal.add(dict(own_share(list(ended.items()))))
-        return SamplingStats(sum(map(len, done.values())))
+        return SamplingStats(sum(map(len, done.in_order())))
 
 
 def made_up_tokens(seed: int) -> list[int]:
@@ -196,15 +197,19 @@ def principles(world: World) -> None:
 ANSWER = Answer("Accuracy, Clarity")
 
 
+def stored(this: Round, name: str, kind: type) -> Sequence:
+    """The records of an earlier stage, as a resumed run reads them."""
+    return spooled(each_record(kind, this.folder / f"{name}.jsonl"))
+
+
 def prompts(world: World) -> None:
     this = world.round()
-    steered = read_records(SteeredQuery, this.folder / "principles.jsonl")
-    world.timed(lambda: render_prompts(this, steered))
+    world.timed(lambda: render_prompts(this, stored(this, "principles", SteeredQuery)))
 
 
 def responses(world: World) -> None:
     this = world.round()
-    steered = read_records(SteeredQuery, this.folder / "principles.jsonl")
+    steered = stored(this, "principles", SteeredQuery)
     rendered, key = render_prompts(this, steered), SampleKey(0, 1)
 
     def make():
@@ -219,13 +224,14 @@ def journal(world: World) -> None:
     """Reads the journal of the responses as a stopped stage does that has sampled all of them."""
     sampler = world.round().run.engine.sampler
     (folder,) = (path for path in sampler.journals.iterdir() if path.name.count("-") == 0)
-    assert len(world.timed(Journal(folder, folder.name).read)) == 3 * world.size
+    found = world.timed(lambda: Arrivals(3 * world.size, Journal(folder, folder.name).read()))
+    assert len(found) == 3 * world.size
 
 
 def pairs(world: World) -> None:
     this = world.round()
-    triples, objective = read_records(Triple, this.folder / "responses.jsonl"), round_objective(this.run.config)
-    rendered = render_prompts(this, read_records(SteeredQuery, this.folder / "principles.jsonl"))
+    triples, objective = stored(this, "responses", Triple), round_objective(this.run.config)
+    rendered = render_prompts(this, stored(this, "principles", SteeredQuery))
 
     def candidates():
         return sampled_candidates(this, triples)
@@ -236,8 +242,8 @@ def pairs(world: World) -> None:
 def batches(world: World) -> None:
     """Plans the updates and builds the batch of each."""
     this = world.round()
-    own, objective = read_records(Triple, this.folder / "pairs.jsonl"), round_objective(this.run.config)
-    rendered = render_prompts(this, read_records(SteeredQuery, this.folder / "principles.jsonl"))
+    own, objective = stored(this, "pairs", Triple), round_objective(this.run.config)
+    rendered = render_prompts(this, stored(this, "principles", SteeredQuery))
 
     def build():
         plan = plan_preferences(this, objective, own, rendered, {})
