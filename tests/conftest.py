@@ -60,6 +60,7 @@ SLOW = {
     "test_peft_adapters",
     "test_recipes",
     "test_rejected_sources",
+    "test_reward_adapters",
     "test_reward_run",
     "test_rewards",
     "test_router_balance",

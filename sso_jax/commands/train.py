@@ -72,7 +72,7 @@ def run(config: Config) -> None:
       Stopped: if a stop was requested.
     """
     _refuse_toy_fields(config)
-    config = dataclasses.replace(config, lora=with_start_adapter(config.lora))
+    config = dataclasses.replace(config, lora=with_start_adapter(config.lora, config.recipe))
     if config.dry_run is not None:
         say_when_stopped(Farewell(NOTHING_WRITTEN, NOTHING_WRITTEN))
         return dry_run.run(config)
