@@ -51,6 +51,7 @@ SLOW = {
     "test_hosts",
     "test_hub",
     "test_interruptions",
+    "test_kept_samples",
     "test_layer_layout",
     "test_model_card",
     "test_notebook",

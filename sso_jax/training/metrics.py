@@ -31,7 +31,7 @@ LINE_FIELDS = (
 """Fields of every line; null for those that the objective does not have."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetricsLog:
     """The open destinations of the metrics."""
 
@@ -60,6 +60,9 @@ class MetricsLog:
     def write_samples(self, samples: list[dict[str, str]], iteration: int) -> None:
         """Shows a few pairs of a round: as text in TensorBoard, at the step of the round, and as a table in W&B.
 
+        TensorBoard's are on disk afterwards, whatever happens to the process. Written twice, they are shown twice in
+        TensorBoard, and once in W&B, where the table has the same name and step.
+
         Args:
           samples: texts by name; all have the same names.
           iteration: number of the round.
@@ -69,6 +72,8 @@ class MetricsLog:
         if self.tensorboard is not None:
             parts = ["\n\n".join(f"**{name}**\n\n{_quoted(text)}" for name, text in row.items()) for row in samples]
             self.tensorboard.add_text("samples", "\n\n---\n\n".join(parts), iteration)
+            self.tensorboard.close()  # waits for what is queued, which flush() does not
+            self.tensorboard = _open_tensorboard(self.path.parent, f".after_{iteration}")
         if self.wandb is not None:
             import wandb
 
@@ -101,15 +106,20 @@ def check_logging(config: LoggingConfig) -> None:
             ) from error
 
 
+def _open_tensorboard(directory: Path, suffix: str = "") -> Any:
+    """Opens a new file of events; its name has the second, so that two of one second need a suffix of their own."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(directory / "tensorboard"), filename_suffix=suffix)
+
+
 def open_metrics(directory: Path, config: LoggingConfig, run_config: dict, writes: bool) -> MetricsLog:
     """Opens the configured destinations, or only sets the path if another process `writes`."""
     tensorboard = wandb_run = None
     if not writes:
         return MetricsLog(directory / "metrics.jsonl", None, None)
     if config.tensorboard:
-        from tensorboardX import SummaryWriter
-
-        tensorboard = SummaryWriter(str(directory / "tensorboard"))
+        tensorboard = _open_tensorboard(directory)
     if config.wandb_project is not None:
         import wandb
 
