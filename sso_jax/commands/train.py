@@ -72,7 +72,7 @@ def run(config: Config) -> None:
       Stopped: if a stop was requested.
     """
     _refuse_toy_fields(config)
-    config = dataclasses.replace(config, lora=with_start_adapter(config.lora))
+    config = dataclasses.replace(config, lora=with_start_adapter(config.lora, config.recipe))
     if config.dry_run is not None:
         say_when_stopped(Farewell(NOTHING_WRITTEN, NOTHING_WRITTEN))
         return dry_run.run(config)
@@ -182,9 +182,10 @@ def _run_rounds(run: Run) -> None:
         warnings = _warnings(this, [*earlier[1:], dataclasses.asdict(summary)])
         summary = dataclasses.replace(summary, weights=weights, warnings=warnings)
         write_cards(this, [*earlier, dataclasses.asdict(summary)])
+        # Before the marker: after a kill in between they are written a second time, and never lost.
+        run.metrics.write_samples(samples_of_round(this.folder, run.config.logging.samples), iteration)
         finish(this.folder, "round", dataclasses.asdict(summary))
         _tell(run.directory, run.config.run.iterations, record)
-        run.metrics.write_samples(samples_of_round(this.folder, run.config.logging.samples), iteration)
         push_round(this.folder, iteration, run.config.run.push_to_hub)
     log.info("done: %s", run.directory / REPORT_FILE)
     finish_push(run.directory, run.config.run.iterations, run.config.run.push_to_hub)

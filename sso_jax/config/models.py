@@ -83,7 +83,8 @@ class LoraConfig:
     """Scale by alpha/sqrt(rank) instead of alpha/rank (rank-stabilized LoRA)."""
     start_from: Optional[str] = None
     """Folder or hub id of adapters in PEFT's format, or a run directory, to continue from; rank, alpha, targets and
-    rslora are read from it. null starts with new adapters."""
+    rslora are read from it. Recipe `reward` also continues from a reward model's, with its head. null starts with new
+    adapters."""
     export: Optional[Literal["merged", "adapter", "both"]] = None
     """What a round with adapters leaves: `merged` into the weights as `policy/`, the `adapter` alone in PEFT's format
     as `policy_adapter/`, or both. null leaves both, or the former where PEFT has no place for adapters (of experts),

@@ -21,11 +21,14 @@ from safetensors.numpy import save_file
 
 from sso_jax.models.adapters import NAMES, is_adapter, is_stored
 from sso_jax.models.architecture import Architecture
-from sso_jax.models.hf_tensors import ADAPTER_PREFIX, SCORE_TENSOR, AdaptedModule, adapted_modules, with_images
+from sso_jax.models.hf_tensors import AdaptedModule, adapted_modules, with_images
 from sso_jax.models.layers import Adapters
 from sso_jax.models.peft_folder import (
     BASE_NAME,
     CONFIG_FILE,
+    HEAD_TENSOR,
+    REWARD_TASK,
+    SCORE,
     WEIGHTS_FILE,
     PeftAdapter,
     Tensors,
@@ -39,8 +42,6 @@ from sso_jax.runtime.hosts import fetch_global, is_first
 from sso_jax.runtime.mesh import param_shardings
 
 ADAPTER_FOLDER, REWARD_ADAPTER_FOLDER = "policy_adapter", "reward_model_adapter"
-SCORE = "score"
-"""Parameter of a reward model's row, and its module's name in PEFT's files."""
 
 
 class BaseModel(NamedTuple):
@@ -99,10 +100,10 @@ def write_adapter(params, architecture: Architecture, adapters: Adapters, folder
             names = [with_images(name) if base.has_images else name for name in module.tensor_names(layer)]
             tensors.update(zip(names, values, strict=True))
     if SCORE in params:
-        tensors[f"{ADAPTER_PREFIX}{SCORE_TENSOR}"] = np.asarray(fetch_global(params[SCORE]), np.float32)
+        tensors[HEAD_TENSOR] = np.asarray(fetch_global(params[SCORE]), np.float32)
     with replace_folder(folder) as partial_folder:
         fields = _peft_config(modules, adapters, base, architecture.num_layers)
-        fields |= {"task_type": "SEQ_CLS", "modules_to_save": [SCORE]} if SCORE in params else {}
+        fields |= {"task_type": REWARD_TASK, "modules_to_save": [SCORE]} if SCORE in params else {}
         (partial_folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
         if is_first():
             save_file(tensors, partial_folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -168,6 +169,9 @@ def check_adapter(adapter: PeftAdapter, model: Transformer) -> None:
             expected.update({down: (rank, first.hf_shape[1]), up: (module.num_outputs, rank)})
     base = f"trained for {adapter.base_model}" if adapter.base_model else "trained for another model"
     remedy = f"the adapter was {base}, give it with that model as model.path"
+    if adapter.has_head:
+        _check_one_label(adapter)
+        expected[HEAD_TENSOR] = (1, model.architecture.embed_dim)
     missing, extra = sorted(expected.keys() - adapter.shapes.keys()), sorted(adapter.shapes.keys() - expected.keys())
     if extra or missing:
         what = f"tensor {extra[0]} belongs to no module of the model" if extra else f"no tensor {missing[0]}"
@@ -175,6 +179,14 @@ def check_adapter(adapter: PeftAdapter, model: Transformer) -> None:
     for name, shape in expected.items():
         if adapter.shapes[name] != shape:
             raise InputError(f"{path}: tensor {name} has shape {adapter.shapes[name]} instead of {shape}; {remedy}")
+
+
+def _check_one_label(adapter: PeftAdapter) -> None:
+    shape = adapter.shapes[HEAD_TENSOR]
+    if len(shape) == 2 and shape[0] != 1:
+        raise InputError(
+            f"{adapter.weights}: tensor {HEAD_TENSOR} has {shape[0]} labels; give a reward model's, which has one"
+        )
 
 
 def _modules_of(model: Transformer, adapters: Adapters) -> list[AdaptedModule]:
@@ -185,21 +197,26 @@ def _modules_of(model: Transformer, adapters: Adapters) -> list[AdaptedModule]:
 def read_adapter(folder: str | Path, model: Transformer, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Reads adapters in PEFT's format onto the mesh, by path, for a model with adapters of that rank and those targets.
 
+    For a reward model its head is among them, if the folder has one.
+
     Raises:
       InputError: if they are not the model's, or not finite; names the tensor.
     """
     adapter = open_adapter(folder)
     check_adapter(adapter, model)
     layers: dict[str, list[np.ndarray]] = {}
+    shapes = flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+    whole: dict[str, np.ndarray] = {}
     with open_tensors(adapter.weights) as tensors:
         for module in _modules_of(model, adapter.adapters):
             for layer in range(model.architecture.num_layers):
                 down, up = (_finite(tensors, name, adapter.weights) for name in module.tensor_names(layer))
                 for path, value in _from_peft(module, adapter, down, up).items():
                     layers.setdefault(path, []).append(value)
-    shapes = flatten_dict(nn.unbox(abstract_params(model)), sep="/")
+        if adapter.has_head and SCORE in shapes:
+            whole[SCORE] = _finite(tensors, HEAD_TENSOR, adapter.weights).astype(shapes[SCORE].dtype)
     shardings = flatten_dict(param_shardings(abstract_params(model), mesh), sep="/")
-    whole = {path: np.stack(values).reshape(shapes[path].shape) for path, values in layers.items()}
+    whole |= {path: np.stack(values).reshape(shapes[path].shape) for path, values in layers.items()}
     return {
         path: jax.make_array_from_callback(value.shape, shardings[path], lambda window, value=value: value[window])
         for path, value in whole.items()

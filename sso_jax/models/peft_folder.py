@@ -8,27 +8,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sso_jax.models.hf_config import read_json_file
+from sso_jax.models.hf_config import REWARD_CLASS, read_json_file
 from sso_jax.models.hf_numbers import positive_integer, positive_number
-from sso_jax.models.hf_tensors import AdaptedModule, targets_of_module, without_images
+from sso_jax.models.hf_tensors import (
+    ADAPTER_PREFIX,
+    SCORE_TENSOR,
+    AdaptedModule,
+    targets_of_module,
+    without_images,
+)
 from sso_jax.models.layers import Adapters
 from sso_jax.models.safetensors_folder import open_safetensors, require_float
 from sso_jax.runtime.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+SCORE = "score"
+"""Parameter of a reward model's row, and its module's name in PEFT's files."""
+HEAD_TENSOR = f"{ADAPTER_PREFIX}{SCORE_TENSOR}"
+REWARD_TASK = "SEQ_CLS"
+HEADS = (SCORE, "classifier")
+"""Modules that PEFT saves whole for that task, whichever of them the model has."""
 ORDER = ("query", "key", "value", "out", "gate", "up", "down")
 """Order in which targets are named."""
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of PEFT's `init_lora_weights` that leave the base model's weights as they are."""
 OTHER_ADAPTERS = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layers_to_transform"),
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "layers_to_transform"),
     *("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
     *("kasa_config", "velora_config", "monteclora_config"),
 )
 """Fields of adapter_config.json for other kinds of adapters than LoRA on the whole of every layer."""
 SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": ("CAUSAL_LM", REWARD_TASK, None),
     "bias": ("none", None),
     "init_lora_weights": PLAIN_STARTS,
     **{name: (None, False, [], {}) for name in OTHER_ADAPTERS},
@@ -47,6 +59,8 @@ class PeftAdapter(NamedTuple):
     base_model: str | None
     shapes: dict[str, tuple[int, ...]]
     """Shapes of the tensors, by their names for a text model."""
+    has_head: bool = False
+    """Whether it is a reward model's, with the row of its head among the tensors."""
 
     @property
     def weights(self) -> Path:
@@ -72,7 +86,8 @@ def open_adapter(folder: str | Path) -> PeftAdapter:
     for name, values in SUPPORTED.items():
         given = config.get(name, values[0])
         if not any(given is value or (given == value and type(given) is type(value)) for value in values):
-            raise InputError(f"{path}: {name} {given!r} is not supported; train adapters without it")
+            raise _unsupported(name, given, path)
+    has_head = _has_head(config, path)
     rank = positive_integer(config.get("r"), "r", path)
     alpha = float(positive_number(config.get("lora_alpha"), "lora_alpha", path))
     rslora = bool(config.get("use_rslora"))
@@ -80,11 +95,36 @@ def open_adapter(folder: str | Path) -> PeftAdapter:
     weights = folder / WEIGHTS_FILE
     with open_tensors(weights) as tensors:
         shapes = _shapes(tensors, weights)
-        targets = _targets(tensors, split, rank, weights)
-    return PeftAdapter(folder, Adapters(rank, alpha, targets, rslora), split, config.get(BASE_NAME), shapes)
+        targets = _targets(tensors, split, rank, has_head, weights)
+    if has_head and HEAD_TENSOR not in shapes:
+        raise InputError(
+            f"{weights}: no tensor {HEAD_TENSOR}, the head of a reward model; train it with "
+            f"modules_to_save ['{SCORE}'], which saves it with the adapters"
+        )
+    adapters = Adapters(rank, alpha, targets, rslora)
+    return PeftAdapter(folder, adapters, split, config.get(BASE_NAME), shapes, has_head)
 
 
 BASE_NAME = "base_model_name_or_path"
+
+
+def _unsupported(name: str, given: Any, path: Path) -> InputError:
+    return InputError(f"{path}: {name} {given!r} is not supported; train adapters without it")
+
+
+def _has_head(config: dict, path: Path) -> bool:
+    """Returns whether the adapters are a reward model's: by their task, or by the head that is saved with them.
+
+    Raises:
+      InputError: if other modules are saved whole.
+    """
+    saved, task, base = (config.get(name) for name in ("modules_to_save", "task_type", "auto_mapping"))
+    if saved in (None, False, []):
+        # PEFT writes the base's class under auto_mapping where it is given no task.
+        return task == REWARD_TASK or (task is None and REWARD_CLASS in str(base))
+    if task == "CAUSAL_LM" or not isinstance(saved, list) or any(name not in HEADS for name in saved):
+        raise _unsupported("modules_to_save", saved, path)
+    return True
 
 
 def _split_modules(config: dict, path: Path) -> frozenset[str]:
@@ -153,13 +193,15 @@ def _shapes(tensors: Tensors, path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _targets(tensors: Tensors, split: frozenset[str], rank: int, path: Path) -> tuple[str, ...]:
+def _targets(tensors: Tensors, split: frozenset[str], rank: int, has_head: bool, path: Path) -> tuple[str, ...]:
     """Returns the projections that are adapted: of a split module those whose A is not all zeros."""
     found: set[str] = set()
     for name in tensors.names():
         module, _, kind = name.partition(".lora_")
         short_name = module.rsplit(".", 1)[-1]
         targets = [target for target in targets_of_module(short_name) if target in ORDER]
+        if name == HEAD_TENSOR and has_head:
+            continue
         if not targets or not kind:
             raise InputError(
                 f"{path}: tensor {name} is of no adapter of attention's or an MLP's projections, which alone get "

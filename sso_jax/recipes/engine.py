@@ -20,7 +20,13 @@ from sso_jax.models.hf_weights import check_weights, read_params
 from sso_jax.models.kernels import default_kernel
 from sso_jax.models.known_tokens import KnownTokens
 from sso_jax.models.layers import Adapters
-from sso_jax.models.peft_adapters import ADAPTER_FOLDER, check_adapter, check_writable, read_adapter
+from sso_jax.models.peft_adapters import (
+    ADAPTER_FOLDER,
+    REWARD_ADAPTER_FOLDER,
+    check_adapter,
+    check_writable,
+    read_adapter,
+)
 from sso_jax.models.peft_folder import open_adapter
 from sso_jax.models.transformer import Transformer, abstract_params
 from sso_jax.recipes.vocabulary import known_tokens
@@ -225,18 +231,25 @@ def build_sampler(
 
 def find_adapter(path: str) -> Path:
     """Returns the folder of adapters that `lora.start_from` means: a folder, the newest of a run, or from the hub."""
-    return fetch(newest_folder(path, ADAPTER_FOLDER), "lora.start_from")
+    found = newest_folder(path, ADAPTER_FOLDER)
+    return fetch(newest_folder(path, REWARD_ADAPTER_FOLDER) if found == path else found, "lora.start_from")
 
 
-def with_start_adapter(lora: LoraConfig) -> LoraConfig:
+def with_start_adapter(lora: LoraConfig, recipe: str) -> LoraConfig:
     """Returns the section with rank, alpha, targets and rslora of the adapters that the run starts from, if any.
 
     Raises:
-      InputError: if these are not supported, or the section gives another value.
+      InputError: if these are not supported, the section gives another value, or they are a reward model's and the
+        recipe trains none.
     """
     if lora.start_from is None:
         return lora
     adapter, default = open_adapter(find_adapter(lora.start_from)), LoraConfig()
+    if adapter.has_head and recipe != "reward":
+        raise InputError(
+            f"lora.start_from: {lora.start_from!r} has the adapters and the head of a reward model, which recipe "
+            f"{recipe!r} does not train; give the adapters of a policy (task_type CAUSAL_LM), or set recipe to reward"
+        )
     own = {name: value for name, value in adapter.adapters._asdict().items() if name != "frozen_bits"}
     for name, value in own.items():
         given, known = getattr(lora, name), getattr(default, name)

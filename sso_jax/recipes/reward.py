@@ -36,7 +36,7 @@ from sso_jax.recipes.run import Params, Recipe, Round, RoundSummary
 from sso_jax.recipes.stages.batch_plans import plan_rewards
 from sso_jax.recipes.stages.evaluation import judge_by_endpoint
 from sso_jax.recipes.stages.held_out import Measure, split_round
-from sso_jax.recipes.stages.policies import export_adapter, leaves_merged
+from sso_jax.recipes.stages.policies import export_adapter, leaves_merged, start_adapter
 from sso_jax.recipes.stages.prompts import render_prompts
 from sso_jax.recipes.stages.sampling import (
     PrinciplesResult,
@@ -152,7 +152,7 @@ def run_round(this: Round[RewardData], policy: Params) -> tuple[Params, RoundSum
     mixed = mix([own.tokens[pair.id] for pair in train_pairs], annotated, run.config.reward, this.seed)
 
     engine = reward_engine(run.engine)
-    reward = reward_params(policy, engine)
+    reward = reward_params(policy, engine, start_adapter(run, of_reward=True))
     reward, training = _train(this, engine, reward, mixed, held_out_tokens)
     exported = _export(this, engine, reward)
     measured = _measure_held_out(this, engine, reward, held_out, held_out_tokens)

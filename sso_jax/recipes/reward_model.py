@@ -15,15 +15,18 @@ from sso_jax.data.chat import Chat, end_of_turn, make_chat
 from sso_jax.data.records import Triple
 from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
 from sso_jax.models.export import REWARD_FOLDER, newest_whole
+from sso_jax.models.hf_config import CONFIG_FILE as MODEL_CONFIG
 from sso_jax.models.hf_config import check_reward_folder, read_architecture
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import check_weights, read_params
 from sso_jax.models.known_tokens import KnownTokens
 from sso_jax.models.peft_adapters import REWARD_ADAPTER_FOLDER
+from sso_jax.models.peft_folder import CONFIG_FILE as ADAPTER_CONFIG
 from sso_jax.models.reward_head import RewardModel, reward_model
 from sso_jax.models.transformer import Transformer, abstract_params
-from sso_jax.recipes.engine import Engine, build_decoder
+from sso_jax.recipes.engine import Engine, build_decoder, with_adapters
 from sso_jax.recipes.vocabulary import known_tokens
+from sso_jax.runtime.errors import InputError
 from sso_jax.runtime.jax_setup import set_matmul_precision
 from sso_jax.runtime.mesh import param_shardings
 from sso_jax.training.rewards import TokenizedPair, build_reward_fn, compute_rewards
@@ -89,9 +92,14 @@ def find_reward_model(path: str, field: str = "model.path") -> Path:
       field: config field of the path, which errors name.
 
     Raises:
-      InputError: if there is no such folder, it has no reward model with one label, or the run left adapters alone.
+      InputError: if there is no such folder, it has no reward model with one label, or there are adapters alone.
     """
     folder = fetch(newest_whole(path, REWARD_FOLDER, REWARD_ADAPTER_FOLDER), field)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file():
+        raise InputError(
+            f"{field}: {path} has adapters alone, and no weights; merge them with PEFT's merge_and_unload and give "
+            "that folder, or continue from them in recipe reward with lora.start_from"
+        )
     check_reward_folder(folder)
     return folder
 
@@ -147,11 +155,18 @@ def reward_engine(engine: Engine) -> Engine:
     return dataclasses.replace(engine, model=model, shardings=param_shardings(abstract_params(model), engine.mesh))
 
 
-def reward_params(params: dict, engine: Engine) -> dict:
-    """Converts a policy's parameters, without a copy: removes its head and adds a row of zeros for the rewards."""
+def reward_params(params: dict, engine: Engine, adapter: Path | None = None) -> dict:
+    """Converts a policy's parameters, without a copy: removes its head and adds a row of zeros for the rewards.
+
+    Args:
+      params: the policy's parameters.
+      engine: the engine of the reward model.
+      adapter: folder of a reward model's adapters, which take the place of the policy's, and its row that of zeros.
+    """
     score = engine.abstract_params()["score"]
     zeros = jax.device_put(jnp.zeros(score.shape, score.dtype), engine.shardings["score"])
-    return {**{name: value for name, value in params.items() if name != "head"}, "score": zeros}
+    reward = {**{name: value for name, value in params.items() if name != "head"}, "score": zeros}
+    return reward if adapter is None else with_adapters(reward, engine, adapter)
 
 
 def accuracy_of(rewards: list[tuple[float, float]]) -> float:

@@ -88,17 +88,19 @@ def _write(parts: Iterable[str], path: str | Path) -> None:
         os.replace(temporary, target)
 
 
-def append_line(text: str, path: str | Path) -> None:
-    """Appends a line to a text file; in an object store, which cannot append, rewrites the whole file.
+def append_lines(lines: Iterable[str], path: str | Path) -> None:
+    """Appends lines to a text file; in an object store, which cannot append, rewrites the whole file.
 
     Does nothing where writing is disabled (`leave_writing_to_another`).
     """
-    target = epath.Path(path)
+    if not _WRITER.here:
+        return
+    target, text = epath.Path(path), "".join(f"{line}\n" for line in lines)
     if is_remote(target):
-        write_text((target.read_text() if target.exists() else "") + text + "\n", target)
-    elif _WRITER.here:
-        with open(target, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        write_text((target.read_text() if target.exists() else "") + text, target)
+        return
+    with open(target, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Writes the metrics of each update to `metrics.jsonl`, TensorBoard and, if configured, Weights & Biases."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from sso_jax.config import LoggingConfig
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.files import append_line
+from sso_jax.runtime.files import append_lines, is_remote
 from sso_jax.runtime.json_lines import read_json_lines, write_records
 
 LINE_FIELDS = (
@@ -31,16 +32,29 @@ LINE_FIELDS = (
 """Fields of every line; null for those that the objective does not have."""
 
 
-@dataclass(frozen=True)
+REMOTE_SECONDS = 60.0
+"""Seconds between two writes of `metrics.jsonl` in an object store, which takes it only as a whole."""
+
+
+@dataclass
 class MetricsLog:
-    """The open destinations of the metrics."""
+    """The open destinations of the metrics.
+
+    In an object store a line may wait for `REMOTE_SECONDS`, but no checkpoint has its update before `flush` was called:
+    what a kill loses is written again by the updates that it repeats.
+    """
 
     path: Path
     tensorboard: Any | None
     wandb: Any | None
+    waiting: list[str] = field(default_factory=list)
+    """Lines that are not written yet."""
+    written_at: float = float("-inf")
+    """When lines were last written, on the monotonic clock; the first one does not wait."""
 
     def rewind(self, iteration: int, step: int) -> None:
         """Removes the lines of `iteration` from update `step` on, which a resumed run writes again."""
+        self.flush()
         if self.path.is_file():
             kept = [row for row in read_json_lines(self.path) if row["iteration"] != iteration or row["step"] < step]
             write_records(kept, self.path)
@@ -48,7 +62,9 @@ class MetricsLog:
     def write(self, line: dict, updates_before: int) -> None:
         """Appends a line; `updates_before` counts the updates of earlier rounds, for curves over the whole run."""
         line = {**{field: line.get(field) for field in LINE_FIELDS}, **line}
-        append_line(json.dumps(line), self.path)
+        self.waiting.append(json.dumps(line))
+        if not is_remote(self.path) or monotonic() - self.written_at >= REMOTE_SECONDS:
+            self.flush()
         scalars = {name: value for name, value in line.items() if isinstance(value, float)}
         step = updates_before + line["step"]
         if self.tensorboard is not None:
@@ -57,8 +73,17 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log({f"train/{name}": value for name, value in scalars.items()}, step=step)
 
+    def flush(self) -> None:
+        """Writes the lines that wait; to be called before a checkpoint has their updates."""
+        if self.waiting:
+            append_lines(self.waiting, self.path)
+            self.waiting, self.written_at = [], monotonic()
+
     def write_samples(self, samples: list[dict[str, str]], iteration: int) -> None:
         """Shows a few pairs of a round: as text in TensorBoard, at the step of the round, and as a table in W&B.
+
+        TensorBoard's are on disk afterwards, whatever happens to the process. Written twice, they are shown twice in
+        TensorBoard, and once in W&B, where the table has the same name and step.
 
         Args:
           samples: texts by name; all have the same names.
@@ -69,6 +94,8 @@ class MetricsLog:
         if self.tensorboard is not None:
             parts = ["\n\n".join(f"**{name}**\n\n{_quoted(text)}" for name, text in row.items()) for row in samples]
             self.tensorboard.add_text("samples", "\n\n---\n\n".join(parts), iteration)
+            self.tensorboard.close()  # waits for what is queued, which flush() does not
+            self.tensorboard = _open_tensorboard(self.path.parent, f".after_{iteration}")
         if self.wandb is not None:
             import wandb
 
@@ -78,6 +105,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes buffered metrics."""
+        self.flush()
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
@@ -101,15 +129,20 @@ def check_logging(config: LoggingConfig) -> None:
             ) from error
 
 
+def _open_tensorboard(directory: Path, suffix: str = "") -> Any:
+    """Opens a new file of events; its name has the second, so that two of one second need a suffix of their own."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(directory / "tensorboard"), filename_suffix=suffix)
+
+
 def open_metrics(directory: Path, config: LoggingConfig, run_config: dict, writes: bool) -> MetricsLog:
     """Opens the configured destinations, or only sets the path if another process `writes`."""
     tensorboard = wandb_run = None
     if not writes:
         return MetricsLog(directory / "metrics.jsonl", None, None)
     if config.tensorboard:
-        from tensorboardX import SummaryWriter
-
-        tensorboard = SummaryWriter(str(directory / "tensorboard"))
+        tensorboard = _open_tensorboard(directory)
     if config.wandb_project is not None:
         import wandb
 

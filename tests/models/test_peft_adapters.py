@@ -229,7 +229,7 @@ CHANGES = {
     "init_lora_weights": "pissa",
     "layers_to_transform": [0],
     "peft_type": "LOHA",
-    "task_type": "SEQ_CLS",
+    "task_type": "TOKEN_CLS",
     "r": 0,
     "lora_alpha": "much",
     "fan_in_fan_out": True,

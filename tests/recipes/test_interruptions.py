@@ -38,7 +38,7 @@ from sso_jax.runtime.mesh import make_mesh
 from sso_jax.runtime.signals import Stopped, raise_if_stopped, stop_at_safe_points
 from sso_jax.sampling import sampler
 from sso_jax.toy.pretraining import train_tokenizer
-from sso_jax.training import loop
+from sso_jax.training import loop, metrics
 from sso_jax.training.batches import UpdateBatch
 from sso_jax.training.loop import Hooks, UpdatePlan, is_saved, run_updates
 
@@ -161,6 +161,33 @@ def test_a_kill_behind_the_last_round_leaves_nothing_untold(arguments, whole, tm
     sessions = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
     assert train.main([*arguments, "--run.directory", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["sessions"] == sessions  # nothing is left to do
+
+
+def test_no_checkpoint_has_an_update_whose_metrics_are_not_written(arguments, whole, tmp_path, monkeypatch):
+    """As in an object store, where lines wait; the process ends while the second checkpoint is saved."""
+    directory, save = unfinished_copy(whole, tmp_path, "training"), update_stage.checkpoints.save
+    shutil.rmtree(directory / "iteration_1" / "checkpoints")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+
+    def save_or_end(manager, state, step, wait):
+        assert len((directory / "metrics.jsonl").read_text().splitlines()) == step
+        if step == 2:
+            raise RunError("the end")
+        save(manager, state, step, wait)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "is_remote", lambda path: True)
+        patch.setattr(metrics.MetricsLog, "close", lambda log: None)
+        patch.setattr(update_stage.checkpoints, "save", save_or_end)
+        assert train.main([*arguments, "--run.directory", str(directory)]) == 1
+    assert train.main([*arguments, "--run.directory", str(directory)]) == 0
+    again = (directory / "metrics.jsonl").read_text().splitlines()
+    assert [without_rate(line) for line in again] == [without_rate(line) for line in lines]
+
+
+def without_rate(line: str) -> dict:
+    return {name: value for name, value in json.loads(line).items() if name != "tokens_per_second"}
 
 
 def test_training_that_goes_on_from_a_checkpoint_uses_up_the_parameters_given(arguments, whole, tmp_path, monkeypatch):

@@ -21,12 +21,15 @@ from sso_jax.data.tokenizer import load_tokenizer
 from sso_jax.models.export import export_policy, find_policy
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.hf_weights import read_params
+from sso_jax.runtime import files
 from sso_jax.runtime import stage_markers as stages
 from sso_jax.runtime.errors import InputError
+from sso_jax.runtime.files import append_lines as put
 from sso_jax.runtime.files import is_remote
 from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.runtime.run_dir import claim
 from sso_jax.toy.pretraining import train_tokenizer
+from sso_jax.training import metrics as metrics_log
 from sso_jax.training.metrics import open_metrics
 
 
@@ -86,7 +89,85 @@ def test_metrics_are_appended_and_rewound(run):
     for step in range(3):
         metrics.write({"iteration": 1, "step": step, "loss": 0.5}, 0)
     metrics.rewind(1, 2)
-    assert [row["step"] for row in read_json_lines(run / "metrics.jsonl")] == [0, 1]
+    assert steps_in(run) == [0, 1]
+
+
+def steps_in(run) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [row["step"] for row in read_json_lines(path)] if path.exists() else []
+
+
+def write_steps(metrics, *steps) -> None:
+    for step in steps:
+        metrics.write({"iteration": 1, "step": step, "loss": 0.5}, 0)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, in a list of one, in place of the machine's."""
+    now = [1000.0]
+    monkeypatch.setattr(metrics_log, "monotonic", lambda: now[0])
+    return now
+
+
+def test_metrics_are_written_once_a_minute_before_a_checkpoint_and_at_the_end(run, clock, monkeypatch):
+    puts = []
+    monkeypatch.setattr(metrics_log, "append_lines", lambda lines, path: puts.append(len(lines)) or put(lines, path))
+    metrics = open_metrics(run, LoggingConfig(tensorboard=False), {}, writes=True)
+    write_steps(metrics, 0, 1)
+    clock[0] += 59
+    write_steps(metrics, 2)
+    assert steps_in(run) == [0] and puts == [1]  # the first one does not wait
+    clock[0] += 1
+    write_steps(metrics, 3, 4)
+    assert steps_in(run) == [0, 1, 2, 3] and puts == [1, 3]
+    metrics.flush()
+    metrics.flush()
+    assert steps_in(run) == [0, 1, 2, 3, 4] and puts == [1, 3, 1]
+    write_steps(metrics, 5)
+    metrics.close()
+    assert steps_in(run) == [0, 1, 2, 3, 4, 5] and puts == [1, 3, 1, 1]
+
+
+def test_what_a_kill_loses_are_lines_of_updates_that_are_done_again(run, clock):
+    """Checkpoints after updates 1 and 3 (`flush`), a kill after update 5, and a start from each of the checkpoints."""
+    for resumed in (2, 4):
+        metrics = open_metrics(run, LoggingConfig(tensorboard=False), {}, writes=True)
+        metrics.rewind(1, 0)
+        write_steps(metrics, 0, 1)
+        metrics.flush()
+        write_steps(metrics, 2, 3)
+        metrics.flush()
+        write_steps(metrics, 4, 5)  # never written
+        metrics = open_metrics(run, LoggingConfig(tensorboard=False), {}, writes=True)
+        metrics.rewind(1, resumed)
+        assert steps_in(run) == list(range(resumed))
+        write_steps(metrics, *range(resumed, 7))
+        metrics.close()
+        assert steps_in(run) == list(range(7))
+
+
+def test_lines_that_wait_are_rewound_too(run, clock):
+    metrics = open_metrics(run, LoggingConfig(tensorboard=False), {}, writes=True)
+    write_steps(metrics, 0, 1, 2)
+    metrics.rewind(1, 1)
+    write_steps(metrics, 1)
+    metrics.close()
+    assert steps_in(run) == [0, 1]
+
+
+def test_a_joined_process_writes_no_metrics_and_keeps_none(run, clock, monkeypatch):
+    monkeypatch.setattr(files._WRITER, "here", False)
+    metrics = open_metrics(run, LoggingConfig(), {}, writes=False)
+    write_steps(metrics, 0, 1)
+    metrics.flush()
+    assert metrics.waiting == [] and Bucket.store == {}
+
+
+def test_a_local_file_has_each_line_at_once(tmp_path):
+    metrics = open_metrics(tmp_path, LoggingConfig(tensorboard=False), {}, writes=True)
+    write_steps(metrics, 0)
+    assert steps_in(tmp_path) == [0]
 
 
 def test_a_policy_goes_out_and_comes_back(run, one_device):

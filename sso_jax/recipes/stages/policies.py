@@ -8,6 +8,7 @@ from sso_jax.models.families import TEXT_MODELS
 from sso_jax.models.hf_config import CONFIG_FILE, read_json_file
 from sso_jax.models.hf_folder import fetch
 from sso_jax.models.peft_adapters import ADAPTER_FOLDER, BaseModel, is_writable, write_adapter
+from sso_jax.models.peft_folder import open_adapter
 from sso_jax.models.transformer import Transformer
 from sso_jax.recipes.engine import Engine, find_adapter, load_params, with_adapters
 from sso_jax.recipes.run import Params, Round, Run
@@ -25,24 +26,30 @@ def start_policy(run: Run, iteration: int) -> Params:
     """Loads the policy at the start of a round: from the model folder, or the previous round's last checkpoint."""
 
     def first() -> Params:
-        return load_params(run.engine.source, run.engine, _start_adapter(run))
+        return load_params(run.engine.source, run.engine, start_adapter(run))
 
     if iteration <= 1:
         return first()
     return restore_params(run.engine, run.config, run.folder(iteration - 1), first)
 
 
-def _start_adapter(run: Run) -> Path | None:
-    """Returns the folder of the adapters that the run starts from; None for new ones."""
+def start_adapter(run: Run, of_reward: bool = False) -> Path | None:
+    """Returns the folder of the adapters that the policy starts from, or the reward model; None for new ones.
+
+    A reward model also continues a policy's adapters. A policy that samples for one does not get the reward model's.
+    """
     start = run.config.lora.start_from
-    return None if start is None else find_adapter(start)
+    if start is None:
+        return None
+    folder = find_adapter(start)
+    return folder if open_adapter(folder).has_head == of_reward else None
 
 
 def first_policy(run: Run, policy: Params) -> Params:
     """Returns the policy that the run started from; it shares the frozen weights of `policy` where adapters train."""
     if not run.config.lora.rank:
         return start_policy(run, 1)
-    return with_adapters(policy, run.engine, _start_adapter(run))
+    return with_adapters(policy, run.engine, start_adapter(run))
 
 
 def exported_policy(run: Run, iteration: int) -> Params:

@@ -232,6 +232,7 @@ def _hooks(this: Round, plan: BatchPlan, manager: checkpoints.Checkpoints, first
             _check_first_loss(numbers["loss"], plan.first_loss, run.config.model.compute_dtype, this.title("updates"))
 
     def save(state: TrainState, step: int) -> None:
+        run.metrics.flush()
         checkpoints.save(manager, state, step, wait=every_steps == 1)
 
     return Hooks(log_metrics, save, every_steps, partial(checkpoints.finish, manager))
