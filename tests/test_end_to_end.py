@@ -21,6 +21,7 @@ import sample
 import train
 from sso_jax.data.chat import make_chat
 from sso_jax.data.tokenizer import load_tokenizer
+from sso_jax.runtime import spool
 from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.toy import pretraining
 from sso_jax.training import checkpoints
@@ -215,6 +216,8 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_in_training_ends_as_one_that_was_not(toy_run, tmp_path, monkeypatch):
+    """Its records are in files besides, as those of a large round, where the other's are in memory."""
+    monkeypatch.setattr(spool, "MOST_IN_MEMORY", 3)
     whole, arguments = toy_run
     directory = tmp_path / "run"
     again = [str(directory) if part == str(whole) else part for part in arguments]
