@@ -3,8 +3,10 @@ functions stay small.
 """
 
 import ast
+import importlib
 from functools import lru_cache
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,23 @@ def test_the_whole_config_is_known_to_config_recipes_and_commands():
         if folder_of(path) not in ("config", "recipes", "commands"):
             known = {name.rsplit(".", 1)[1] for name in imports(path) if name.startswith("sso_jax.config")}
             assert not known & {"Config", "SampleConfig", "EvaluateConfig"}, path
+
+
+def test_benchmarks_import_what_is_there():
+    """The type checker does not read them, and most are not run by a test."""
+    absent = []
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        if path.name == "earlier.py":  # imports an old checkout's modules
+            continue
+        for name in imports(path):
+            module, _, attribute = name.rpartition(".")
+            if module.split(".")[0] in ("sso_jax", "benchmarks") and not _is_there(module, attribute):
+                absent.append(f"{name_of(path)}: {name}")
+    assert not absent
+
+
+def _is_there(module: str, attribute: str) -> bool:
+    return hasattr(importlib.import_module(module), attribute) or find_spec(f"{module}.{attribute}") is not None
 
 
 def test_some_libraries_are_known_to_one_file():

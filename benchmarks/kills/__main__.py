@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.kills.starts import CONFIG, ROOT, Start, draw_moment, start_run
 from sso_jax.config import Config, parse
 from sso_jax.runtime.checksums import checksum, checksums
-from sso_jax.runtime.files import append_line, write_text
+from sso_jax.runtime.files import append_lines, write_text
 from sso_jax.runtime.json_lines import read_json_lines
 from sso_jax.runtime.progress import progress_bar
 
@@ -74,15 +74,29 @@ def final_state(directory: Path) -> dict[str, str]:
     return {**files, **{f"summary.json, row {i}": json.dumps(row, sort_keys=True) for i, row in enumerate(untimed)}}
 
 
+def wanted_stages(stages: list[str], earlier: list[str]) -> list[str]:
+    """Returns the stages for the next kill: `stages` while fewer than half of the kills fell in them, else any."""
+    return stages if 2 * sum(stage in stages for stage in earlier) <= len(earlier) else []
+
+
 def run_killed(
-    number: int, root: Path, options: argparse.Namespace, reference: Start, expected: dict[str, str]
+    number: int,
+    root: Path,
+    options: argparse.Namespace,
+    reference: Start,
+    expected: dict[str, str],
+    earlier: list[str],
 ) -> Outcome:
-    """Runs one killed run to its end and returns its outcome; keeps its directory if the end differs."""
+    """Runs one killed run to its end and returns its outcome; keeps its directory if the end differs.
+
+    `earlier` are the stages of the kills of earlier runs.
+    """
     directory, rng = root / f"run_{number}", random.Random(f"{options.seed}/{number}")
     shutil.rmtree(directory, ignore_errors=True)
     stages, updates, responses, done, seconds, half_written = [], [], [], set(), 0.0, 0
     while True:
-        moment = draw_moment(rng, reference, options.stages) if len(stages) < options.kills else None
+        wanted = wanted_stages(options.stages, [*earlier, *stages])
+        moment = draw_moment(rng, reference, wanted) if len(stages) < options.kills else None
         start = start_run(directory, moment)
         seconds += start.seconds
         repeated = Counter(kind for kind, which in start.did if (kind, which) in done)
@@ -173,7 +187,7 @@ def main() -> int:
         default=Path("runs/kills_benchmark"),
         help="directory of the runs (default: %(default)s)",
     )
-    parser.add_argument("--stages", nargs="*", default=[], help="stages in which half of the kills fall")
+    parser.add_argument("--stages", nargs="*", default=[], help="stages in which at least half of the kills fall")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kill times (default: %(default)s)")
     options = parser.parse_args()
     root = options.directory.absolute()
@@ -185,8 +199,9 @@ def main() -> int:
     config = parse(Config, ["--config", str(ROOT / CONFIG)], "", "")
     with progress_bar("killed runs", options.runs, "run", initial=len(outcomes)) as bar:
         for number in range(len(outcomes), options.runs):
-            outcomes.append(run_killed(number, root, options, reference, expected))
-            append_line(json.dumps(dataclasses.asdict(outcomes[-1])), root / "outcomes.jsonl")
+            earlier = [stage for outcome in outcomes for stage in outcome.stages]
+            outcomes.append(run_killed(number, root, options, reference, expected, earlier))
+            append_lines([json.dumps(dataclasses.asdict(outcomes[-1]))], root / "outcomes.jsonl")
             bar.update()
     print(summary(outcomes, reference, config))
     updates, responses = config.checkpoint.every_steps, config.sampling.batch_size

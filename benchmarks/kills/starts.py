@@ -71,11 +71,11 @@ class Start:
 def draw_moment(rng: random.Random, reference: Start, stages: Sequence[str] = ()) -> Moment:
     """Returns a random moment to kill a start.
 
-    Half of the moments are in `stages`, if there are any. Of the others a third are uniform over the time of the
-    reference run. For the rest, a stage is drawn first, then one of its entries, then a time within it, so that short
-    stages are hit too.
+    It is in one of `stages`, if there are any; a start that has none of them left is not killed. Of the others a third
+    are uniform over the time of the reference run. For the rest, a stage is drawn first, then one of its entries, then
+    a time within it, so that short stages are hit too.
     """
-    if stages and rng.random() < 1 / 2:
+    if stages:
         stage = rng.choice(stages)
     elif rng.random() < 1 / 3:
         return Moment(rng.uniform(0.0, reference.seconds))
