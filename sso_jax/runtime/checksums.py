@@ -6,15 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sso_jax.runtime.files import files_below, is_remote
+from sso_jax.runtime.files import files_below
+
+READ_AT_ONCE = 16 * 2**20
+"""Bytes of a file that are in memory while its checksum is computed."""
 
 
 def checksum(path: Path) -> str:
     """Returns the SHA-256 of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        if is_remote(path):
-            return hashlib.sha256(file.read()).hexdigest()
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(READ_AT_ONCE):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -21,6 +21,8 @@ class _Writer:
 
 
 _WRITER = _Writer()
+COPIED_AT_ONCE = 16 * 2**20
+"""Bytes of a file that are in memory while it is copied to an object store."""
 
 
 def leave_writing_to_another() -> None:
@@ -68,7 +70,7 @@ def write_text(text: str, path: str | Path) -> None:
 
 
 def write_lines(lines: Iterable[str], path: str | Path) -> None:
-    """Like `write_text`, for lines that are made while they are written; only an object store needs them together."""
+    """Like `write_text`, for lines that are made while they are written."""
     _write((f"{line}\n" for line in lines), path)
 
 
@@ -77,7 +79,8 @@ def _write(parts: Iterable[str], path: str | Path) -> None:
     if not _WRITER.here:
         return
     if is_remote(target):
-        target.write_text("".join(parts))
+        with target.open("wb") as stored:
+            stored.writelines(part.encode() for part in parts)
         return
     temporary = target.with_name(target.name + ".partial")
     with unsaved_work():
@@ -122,4 +125,5 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         yield Path(local)
         for name in files_below(local) if _WRITER.here else ():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((Path(local) / name).read_bytes())
+            with open(Path(local) / name, "rb") as source, (folder / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy, COPIED_AT_ONCE)

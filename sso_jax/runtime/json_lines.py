@@ -1,7 +1,6 @@
 """Reads and writes JSON Lines files and the dataclass records in them."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from etils import epath
 
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.files import is_remote, write_lines
+from sso_jax.runtime.files import write_lines
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -102,10 +101,7 @@ def each_numbered_line(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def _lines(path: str | Path) -> Iterator[bytes]:
-    if is_remote(path):
-        yield from io.BytesIO(epath.Path(path).read_bytes())
-        return
-    with open(path, "rb") as file:
+    with epath.Path(path).open("rb") as file:
         yield from file
 
 
