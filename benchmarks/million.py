@@ -74,7 +74,7 @@ class MadeUpSampler(Sampler):
         waiting = [i for i in range(len(requests)) if i not in done]
         for start in range(0, len(waiting), WINDOW):
             ended = {i: made_up_tokens(requests[i].key[0]) for i in waiting[start : start + WINDOW]}
-            done.update(ended)
+            done.update(ended.items())
             journal.add(dict(own_share(list(ended.items()))))
         return SamplingStats(sum(map(len, done.in_order())))
 

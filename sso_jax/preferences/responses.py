@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
 from sso_jax.preferences.pairs import empty_contrast, ids_of
-from sso_jax.runtime.spool import Lazy, spooled, subset
+from sso_jax.runtime.spool import Arrivals, Lazy, spooled, subset
 from sso_jax.sampling.sampler import Request, ResponseSampler, Sampler, Samples, role_numbers, row_key
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
@@ -76,39 +76,37 @@ def sample_triples(
       rejected: what y- is sampled from instead; the triple's extra key `rejected_by` has its name.
     """
     present, *earlier = policies
-    names, num = [query.id for query in queries], len(wanted)
-    ages = array("b")  # of the policy of each response, in the order of queries and `wanted`
-    for name in names:
-        ages.extend(_age(key, name, response, len(earlier), rejected) for response in wanted)
-    stages: dict[int, Samples] = {}
-    roles: list[list[str]] = []
-    places = array("q", bytes(8 * len(ages)))  # of each response in its stage
-    for age in sorted(set(ages)):
-        own = array("q", (number for number, other in enumerate(ages) if other == age))
-        for place, number in enumerate(own):
-            places[number] = place
+    names, num = [query.id for query in queries], len(wanted)  # response r of query q has the number q * num + r
+    ages = array("b", (_age(key, name, response, len(earlier), rejected) for name in names for response in wanted))
 
-        def request(place: int, own: array = own, age: int = age) -> Request:
-            name, response = names[own[place] // num], wanted[own[place] % num]
-            context = rejected.context if age == OTHER and rejected is not None else CONTEXT_OF[response]
-            return Request(prompts[name][context], row_key(*key, name, response))
+    def request(number: int) -> Request:
+        name, response = names[number // num], wanted[number % num]
+        context = rejected.context if rejected and response == "rejected" else CONTEXT_OF[response]
+        return Request(prompts[name][context], row_key(*key, name, response))
 
-        requests, stage = Lazy(len(own), request), f"iteration {key.iteration}: responses"
+    def sampled(age: int, numbers: Sequence[int]) -> Samples:
+        own, title = subset(Lazy(len(ages), request), numbers), f"iteration {key.iteration}: responses"
         if age == OTHER and rejected is not None:
-            stages[age] = rejected.sampler.sample(rejected.load(), requests, f"{stage} by {rejected.name}")
-        else:
-            policy = present if age == 0 else earlier[age - 1]()
-            back = f" by the policy {age} rounds back" if age else ""
-            stages[age] = sampler.sample(policy, requests, stage + back)
-        roles.append([wanted[number % num] for number in own])
+            return rejected.sampler.sample(rejected.load(), own, f"{title} by {rejected.name}")
+        if age > 0:
+            return sampler.sample(earlier[age - 1](), own, f"{title} by the policy {age} rounds back")
+        return sampler.sample(present, own, title)
+
+    responses, stages, roles = Arrivals[list[int]](len(ages)), list[Samples](), list[list[str]]()
+    for age in sorted(set(ages)):
+        numbers = array("q", (number for number, other in enumerate(ages) if other == age))
+        stages.append(sampled(age, numbers))
+        roles.append([wanted[number % num] for number in numbers])
+        responses.update(zip(numbers, stages[-1].responses, strict=True))
+    in_order = responses.in_order()
 
     def triples() -> Iterator[Triple]:
         for q, query in enumerate(queries):
-            own = {response: ages[q * num + r] for r, response in enumerate(wanted)}
-            ids = {r: stages[age].responses[places[q * num + n]] for n, (r, age) in enumerate(own.items())}
-            yield _triple(query, ids, wanted, tokenizer, _extra(own, bool(earlier), rejected))
+            own = slice(q * num, (q + 1) * num)
+            extra = _extra(dict(zip(wanted, ages[own], strict=True)), bool(earlier), rejected)
+            yield _triple(query, dict(zip(wanted, in_order[own], strict=True)), tokenizer, extra)
 
-    return SampledTriples(spooled(triples()), role_numbers(list(stages.values()), roles))
+    return SampledTriples(spooled(triples()), role_numbers(stages, roles))
 
 
 def _age(key: SampleKey, query_id: str, response: str, num_earlier: int, rejected: RejectedSource | None) -> int:
@@ -130,11 +128,7 @@ def _extra(ages: dict[str, int], several: bool, rejected: RejectedSource | None)
 
 
 def _triple(
-    query: SteeredQuery,
-    ids: dict[str, list[int]],
-    wanted: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    extra: dict,
+    query: SteeredQuery, ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, extra: dict[str, Any]
 ) -> Triple:
     texts = {response: decode_text(tokenizer, own) for response, own in ids.items()}
     return Triple(
@@ -146,7 +140,7 @@ def _triple(
         rejected=texts["rejected"],
         original=texts.get("original"),
         features=query.features,
-        response_ids={response: ids[response] for response in wanted},
+        response_ids=ids,
         tokens_hash=tokens_hash(tokenizer),
         history=query.history,
         extra=extra,

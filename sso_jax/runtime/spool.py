@@ -104,8 +104,7 @@ class Arrivals(Container[int], Generic[Item]):
         self._rows = array("q", [-1]) * most
         self._items: Spool[Item] = Spool()
         self._count = 0
-        for number, item in known:
-            self.add(number, item)
+        self.update(known)
 
     def add(self, number: int, item: Item) -> None:
         """Adds an item, or replaces the one of this number."""
@@ -113,9 +112,9 @@ class Arrivals(Container[int], Generic[Item]):
         self._rows[number] = len(self._items)
         self._items.append(item)
 
-    def update(self, items: Mapping[int, Item]) -> None:
-        """Adds items by their numbers."""
-        for number, item in items.items():
+    def update(self, items: Iterable[tuple[int, Item]]) -> None:
+        """Adds items with their numbers."""
+        for number, item in items:
             self.add(number, item)
 
     def __contains__(self, number: object) -> bool:

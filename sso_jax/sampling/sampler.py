@@ -197,7 +197,7 @@ class Sampler:
             weights = self.programs.prepare(params, unrolled)
             running = Stage(self.programs, self.mesh, weights, requests, slots, sampling)
             for ended in running.run():
-                done.update(ended)
+                done.update(ended.items())
                 bar.update(len(ended))
                 if ended and journal is not None:
                     journal.add(dict(own_share(list(ended.items()))))

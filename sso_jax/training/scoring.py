@@ -98,7 +98,7 @@ def score_examples(
         def take(step: ScoringStep, values: jax.Array) -> None:
             rows = jax.device_get(values).reshape(-1, len(cells)).tolist()
             found = dict(zip(step.items, rows, strict=False))  # the rows after the examples fill the step up
-            done.update(found)
+            done.update(found.items())
             bar.update(len(found))
             if journal is not None:
                 journal.add(dict(own_share(list(found.items()))))

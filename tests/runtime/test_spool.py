@@ -63,7 +63,7 @@ def test_lazy_records_are_made_when_they_are_read():
 def test_arrivals_are_put_in_order_and_the_last_of_a_number_counts(most):
     found = Arrivals(7, [(6, "g"), (2, "x")])
     assert len(found) == 2 and 6 in found and 0 not in found
-    found.update({0: "a", 2: "c", 1: "b", 5: "f", 3: "d", 4: "e"})
+    found.update({0: "a", 2: "c", 1: "b", 5: "f", 3: "d", 4: "e"}.items())
     assert len(found) == 7 and list(found.in_order()) == list("abcdefg")
 
 
