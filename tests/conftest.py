@@ -78,6 +78,7 @@ SLOW = {
     "test_steering_benchmark",
     "test_tiny_reward",
     "test_update",
+    "test_vllm",
     "test_vocabulary",
 }
 """Files whose tests run a recipe or compile a whole model. Tests of all other files are marked `quick`."""

@@ -137,7 +137,7 @@ class PolicyServer:
             raise RunError(
                 f"sampling.server_command: the server exited with status {self._process.exit_status()} while it "
                 f"sampled; {num_kept} responses are kept, run the same command again to resume from there; its last "
-                f"lines:\n{self._process.last_lines()}"
+                f"lines (all of them are in {self.output}):\n{self._process.last_lines()}"
             )
 
     def _refuse_exit(self) -> None:

@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.1
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command until it exits or standard input ends; returns its exit status."""
+    """Runs the command until it exits or standard input ends; returns its exit status, 128 + N if signal N ended it."""
     try:
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
                 break
     finally:
         _end_group(child)
-    return child.returncode
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,7 @@
 """A server that a run starts as a process of its own, and that never outlives the run."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from sso_jax.runtime import guarded_command
 LAST_LINES = 12
 """Number of lines of a server's output that errors show."""
 _TAIL_BYTES = 16384
+_RAISED = re.compile(rb"(?:^|\] )[\w.]*(?:Error|Exception): ")
+"""A line with the exception that ends a traceback, alone or behind a log's `[file:line] `."""
 
 
 def free_port() -> int:
@@ -46,12 +49,20 @@ class ServerProcess:
         return self._process.poll()
 
     def last_lines(self) -> str:
-        """Returns the last lines that the command printed since it was started, indented."""
+        """Returns the last lines that the command printed since it was started, indented.
+
+        The first exception among what it printed goes before them if it is not one of them: servers such as vLLM end
+        with lines of their shutdown, which come hundreds of lines after the cause.
+        """
         with open(self.output, "rb") as file:
+            file.seek(self._start)
+            raised = next((line.strip() for line in file if _RAISED.search(line)), None)
             file.seek(0, 2)
             file.seek(max(self._start, file.tell() - _TAIL_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
-        return "\n".join(f"    {line}" for line in lines) or "    (nothing)"
+            lines = file.read().strip().splitlines()[-LAST_LINES:]
+        if raised is not None and raised not in map(bytes.strip, lines):
+            lines = [raised, b"...", *lines]
+        return "\n".join(f"    {line.decode('utf-8', errors='replace')}" for line in lines) or "    (nothing)"
 
     def stop(self) -> None:
         """Ends the command and what it has started, after at most `guarded_command.END_SECONDS`."""

@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 from openai_server import Misbehave, serve
 from policy_server import Completions
+from served_runs import command, lines_of_journal, response_ids, stats
 from toys import COMPILED, toy_model, toy_params
 from two_processes import start_process
 
@@ -68,34 +69,12 @@ def in_this_process(monkeypatch):
     return InThisProcess
 
 
-def command(model_folder, tmp_path, run: str, *argv: str, **fields) -> list[str]:
-    (tmp_path / "queries.jsonl").write_text("".join(json.dumps({"query": f"Write {i}."}) + "\n" for i in range(20)))
-    given = {"model.path": model_folder, "queries.path": tmp_path / "queries.jsonl", "queries.per_iteration": 10}
-    given |= {"run.directory": tmp_path / run, "run.iterations": 1, "train.batch_size": 4}
-    given |= {"sampling.max_new_tokens": 6, "sampling.batch_size": 8, "sampling.temperature": 0}
-    given |= {"optimizer.learning_rate": 3e-2, "optimizer.warmup_ratio": 0, "objective.base": "dpo"}
-    given |= {"model.remat": "false", "logging.tensorboard": "false", **fields}
-    return [*(str(part) for name, value in given.items() for part in (f"--{name}", value)), *argv]
-
-
 def by_server(server_command: str = COMMAND) -> dict[str, str]:
     return {"sampling.source": "endpoint", "sampling.server_command": server_command}
 
 
 IN_THIS_PROCESS = by_server("serve {policy} {port}".replace("serve", sys.executable))
 """Fields of `in_this_process`, whose program is never run."""
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def response_ids(run, folder: str = "iteration_1") -> dict[str, dict[str, list[int]]]:
-    return {row["id"]: row["response_ids"] for row in lines(run / folder / "responses.jsonl")}
-
-
-def stats(run, folder: str = "iteration_1") -> dict:
-    return json.loads((run / folder / "done" / "responses.json").read_text())
 
 
 def is_running(process_id: int) -> bool:
@@ -158,11 +137,6 @@ def test_a_server_that_dies_in_the_middle_is_told_and_the_same_command_goes_on(
     assert train.main(command(model_folder, tmp_path, "alive", **hot, **IN_THIS_PROCESS)) == 0
     assert response_ids(tmp_path / "run") == response_ids(tmp_path / "alive")
     assert [ids for ids in kept if ids not in all_ids(tmp_path / "run")] == []
-
-
-def lines_of_journal(run) -> list[list[int]]:
-    text = (run / "sampling" / "server_responses.jsonl").read_text()
-    return [json.loads(line)["ids"] for line in text.split("\n") if line]
 
 
 def all_ids(run) -> list[list[int]]:

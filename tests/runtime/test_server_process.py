@@ -75,6 +75,33 @@ def test_a_command_that_exits_has_its_last_lines(tmp_path):
     assert "earlier" in output.read_text()
 
 
+def test_a_command_that_is_killed_has_the_status_that_a_shell_gives(tmp_path):
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    server = ServerProcess([sys.executable, "-c", code], tmp_path / "server.log")
+    wait_until(lambda: server.exit_status() is not None)
+    assert server.exit_status() == 128 + signal.SIGKILL
+
+
+def test_the_first_exception_is_told_where_the_last_lines_are_those_of_a_shutdown(tmp_path):
+    """As vLLM prints them: a warning that quotes an error, the cause, an error that points to it, and the shutdown."""
+    cause = "(Worker pid=7) ERROR 11-29 13:06:08 [executor.py:1063] RuntimeError: no such head size"
+    printed = "WARNING [a.py:1] such as `OSError: too many files`\n" + cause + "\n"
+    printed += "ERROR [b.py:2] EngineDeadError: see above\n" + "".join(f"leaked {i}\n" for i in range(20))
+    output = tmp_path / "server.log"
+    output.write_text("ValueError: of an earlier server\n")
+    server = ServerProcess([sys.executable, "-c", f"print({printed!r})"], output)
+    wait_until(lambda: server.exit_status() is not None)
+    first, gap, *others = server.last_lines().splitlines()
+    assert first.strip() == cause and gap.strip() == "..." and others == [f"    leaked {i}" for i in range(8, 20)]
+
+
+def test_an_exception_among_the_last_lines_is_told_once(tmp_path):
+    server = ServerProcess([sys.executable, "-c", "raise ValueError('too short')"], tmp_path / "server.log")
+    wait_until(lambda: server.exit_status() is not None)
+    assert server.last_lines().count("ValueError: too short") == 1
+    assert "..." not in server.last_lines()
+
+
 def test_a_command_that_cannot_be_started_says_why(tmp_path):
     server = ServerProcess([str(tmp_path / "nowhere")], tmp_path / "server.log")
     wait_until(lambda: server.exit_status() is not None)
