@@ -69,7 +69,7 @@ def main() -> None:
     delay = float(os.environ.get("POLICY_SERVER_DELAY", "0"))
 
     def complete(body: dict) -> dict:
-        if given.die_once is not None and not given.die_once.exists() and len(done) == DIES_AFTER:
+        if given.die_once is not None and not given.die_once.exists() and len(done) >= DIES_AFTER:
             print("out of luck", flush=True)
             given.die_once.touch()
             os._exit(9)

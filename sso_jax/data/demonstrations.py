@@ -39,17 +39,17 @@ def load_demonstrations(table: Table) -> Records[Demonstration]:
 
 def _demonstrations(row: Row, name: str) -> list[Demonstration]:
     """Returns the demonstrations of a row; those after the first have the number of their answer in the id."""
-    turns, first = _conversation(row)
+    key, turns, first = _conversation(row)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i >= first]
     taught = [(k, i) for k, i in enumerate(answers) if turns[i].weight]
     if any(not turns[i].text.strip() for _, i in taught):
         raise row.error("empty_response", "empty response; give a response to learn")
     if len(taught) < len(answers):
-        row.left_out["assistant turns of weight 0"] += 1
+        row.left_out[f"{key}: assistant turns of weight 0"] += 1
     if not taught:
         raise row.error("nothing_to_learn", "no assistant turn of weight 1; give a response to learn")
     if taught[-1][1] + 1 < len(turns):
-        row.left_out["turns after the last response to learn"] += 1
+        row.left_out[f"{key}: turns after the last response to learn"] += 1
     return [
         Demonstration(
             f"{name}/{k}" if k else name,
@@ -61,13 +61,13 @@ def _demonstrations(row: Row, name: str) -> list[Demonstration]:
     ]
 
 
-def _conversation(row: Row) -> tuple[list[Turn], int]:
-    """Returns a row's turns, and the index of the first one that may be learned."""
+def _conversation(row: Row) -> tuple[str, list[Turn], int]:
+    """Returns the field of a row's responses, its turns, and the index of the first one that may be learned."""
     key = row.first(CONVERSATION_FIELDS)
     turns = [] if key is None else read_turns(row, key, row.fields[key])
     if key is not None and any(turn.role == "assistant" for turn in turns):
         row.used.add(key)
-        return with_system(row, turns), 0
+        return key, with_system(row, turns), 0
     name = row.first(RESPONSE_FIELDS)
     if name is None:
         raise row.error(
@@ -78,9 +78,9 @@ def _conversation(row: Row) -> tuple[list[Turn], int]:
     read = read_text_or_turns(row, name, row.take(name))
     answer = [Turn("assistant", read)] if isinstance(read, str) else read
     if len(answer) > 1 and answer[-1].role == "assistant":
-        return with_system(row, answer), len(answer) - 1
+        return name, with_system(row, answer), len(answer) - 1
     prompt = read_prompt(row)
-    return [*prompt, *answer], len(prompt)
+    return name, [*prompt, *answer], len(prompt)
 
 
 def demonstration_ids(chat: Chat, record: Demonstration) -> tuple[list[int], list[int]]:

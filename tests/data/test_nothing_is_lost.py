@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sso_jax.data.conversations import INPUT_FIELDS, PROMPT_FIELDS, RESPONSE_FIELDS, SYSTEM_FIELDS
@@ -108,9 +108,13 @@ class Heard(logging.Handler):
         self.text += record.getMessage() + "\n"
 
 
+ANSWER_AND_MORE = [{"role": "assistant", "content": "text0."}, {"role": "user", "content": "text1."}]
+
+
 @pytest.mark.parametrize("kind", READERS)
 @settings(max_examples=300, deadline=None)
 @given(given_rows=some_rows())
+@example(given_rows=[{"answer": ANSWER_AND_MORE, "input": "text2."}])
 def test_every_text_is_in_a_record_or_named_in_the_log(tmp_path_factory, kind, given_rows):
     path = tmp_path_factory.getbasetemp() / f"{kind}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in given_rows))

@@ -439,7 +439,7 @@ DEMONSTRATIONS = {
         rows({"prompt": "q", "response": ""}, good=20, row=GOOD_DEMOS), MANY_DEMOS, dropped={"no_response": 1}
     ),
     "user_turn_at_the_end": Form(
-        {"messages": [USER, BOT, AGAIN]}, DEMO, said=("turns after the last response to learn (1)",)
+        {"messages": [USER, BOT, AGAIN]}, DEMO, said=("messages: turns after the last response to learn (1)",)
     ),
     "reasoning_left_out": Form(
         {"messages": [USER, {**BOT, "reasoning_content": "Hm."}]}, DEMO, said=("messages[].reasoning_content (1)",)
