@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sso_jax.data.records import RESPONSES, Cell, Dropped, Prompts, SteeredQuery, Triple
 from sso_jax.data.tokenizer import decode_text, tokens_hash
 from sso_jax.preferences.pairs import empty_contrast, ids_of
-from sso_jax.runtime.spool import Arrivals, Lazy, spooled, subset
+from sso_jax.runtime.spool import Arrivals, Lazy, Spool, spooled, subset
 from sso_jax.sampling.sampler import Request, ResponseSampler, Sampler, Samples, role_numbers, row_key
 
 CONTEXT_OF = {"chosen": "positive", "rejected": "negative", "original": "plain"}
@@ -77,7 +77,7 @@ def sample_triples(
     """
     present, *earlier = policies
     names, num = [query.id for query in queries], len(wanted)  # response r of query q has the number q * num + r
-    ages = array("b", (_age(key, name, response, len(earlier), rejected) for name in names for response in wanted))
+    ages = array("q", (_age(key, name, response, len(earlier), rejected) for name in names for response in wanted))
 
     def request(number: int) -> Request:
         name, response = names[number // num], wanted[number % num]
@@ -174,31 +174,32 @@ def clean_triples(tokenizer: PreTrainedTokenizerBase, triples: Sequence[Triple])
     Drops triples with a label that cannot be stripped, with an empty response, or with two equal responses.
     """
     compared = [Cell("plain", response) for response in (ids_of(triples[0]) if triples else ())]
-    stripped: dict[int, Triple] = {}
-    kept, dropped = array("q"), Dropped()
+    stripped: Spool[Triple] = Spool()
+    places, dropped = array("q"), Dropped()  # where a kept triple is: its number, or -1 - that in `stripped`
     for number, triple in enumerate(triples):
         own = _without_labels(tokenizer, triple)
         reason = "label" if own is None else empty_contrast(own, compared)
         if reason is not None:
             dropped[triple.id] = reason
-            continue
-        kept.append(number)
-        if own is not None and own is not triple:
-            stripped[number] = own
+        elif own is None or own is triple:
+            places.append(number)
+        else:
+            places.append(-1 - len(stripped))
+            stripped.append(own)
     if not stripped:
-        return subset(triples, kept), dropped
-    return subset(Lazy(len(triples), lambda n: stripped.get(n) or triples[n]), kept), dropped
+        return subset(triples, places), dropped
+    return spooled(triples[place] if place >= 0 else stripped[-1 - place] for place in places), dropped
 
 
 def _without_labels(tokenizer: PreTrainedTokenizerBase, triple: Triple) -> Triple | None:
     """Returns the triple, itself if no response has a label; None if a label cannot be stripped."""
-    whole, left = ids_of(triple), dict[str, list[int]]()
-    for response, ids in whole.items():
-        own = strip_label(tokenizer, ids)
-        if own is None:
+    left: dict[str, list[int]] = {}
+    for response, ids in ids_of(triple).items():
+        stripped = strip_label(tokenizer, ids)
+        if stripped is None:
             return None
-        left[response] = own
-    if left == whole:
+        left[response] = stripped
+    if left == ids_of(triple):
         return triple
     texts: dict[str, Any] = {response: decode_text(tokenizer, ids) for response, ids in left.items()}
     return dataclasses.replace(triple, response_ids=left, **texts)

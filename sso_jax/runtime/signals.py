@@ -56,8 +56,8 @@ class _State:
     """Maximum seconds from SIGTERM to the end of the process."""
     end: float = math.inf
     """When the process ends, saved or not, in seconds of `time.monotonic`."""
-    pipe: int | None = None
-    """Where a byte has the thread that answers signals look at `end`."""
+    wake_fd: int | None = None
+    """Pipe to the thread that answers signals; a zero has it look at `end`."""
     program: str = ""
     farewell: Farewell = field(default_factory=Farewell)
 
@@ -106,8 +106,8 @@ def start_limit(since: float, spare: float = 0.0) -> None:
     """
     if _STATE.limit is not None and _STATE.end == math.inf:
         _STATE.end = max(since + _STATE.limit, time.monotonic() + GRACE_SECONDS) + spare
-        if _STATE.pipe is not None:
-            os.write(_STATE.pipe, b"\0")
+        if _STATE.wake_fd is not None:
+            os.write(_STATE.wake_fd, b"\0")
 
 
 def say_when_stopped(farewell: Farewell) -> None:
@@ -151,7 +151,7 @@ def stop_at_safe_points(program: str = "", farewell: Farewell = Farewell()) -> I
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     _STATE.signal, _STATE.unsaved, _STATE.joined = None, [], False
-    _STATE.limit, _STATE.end, _STATE.pipe = None, math.inf, write_end
+    _STATE.limit, _STATE.end, _STATE.wake_fd = None, math.inf, write_end
     _STATE.program, _STATE.farewell = program, farewell
     watcher = threading.Thread(target=_watch, args=(read_end,), daemon=True)
     watcher.start()
@@ -163,7 +163,7 @@ def stop_at_safe_points(program: str = "", farewell: Farewell = Farewell()) -> I
         signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _STATE.pipe = None
+        _STATE.wake_fd = None
         os.close(write_end)
         watcher.join()
         os.close(read_end)

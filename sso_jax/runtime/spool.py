@@ -4,16 +4,18 @@ import os
 import pickle
 import tempfile
 from array import array
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import IO, Any, Generic, TypeVar, overload
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Generic, TypeVar, overload
+
+from sso_jax.runtime.errors import RunError
 
 Item = TypeVar("Item")
 MOST_IN_MEMORY = 20_000
-"""Records of a `Spool` that are kept in memory; those of a longer one are all in its file."""
+"""Maximum number of records that a `Spool` keeps in memory; those of a longer one are all in its file."""
 
 
-class _Reads(Sequence[Item]):
-    """A sequence by a function that returns its item of a number; slices are lists."""
+class _ByNumber(Sequence[Item]):
+    """A sequence by a function that returns the item of a number; slices are lists."""
 
     def _item(self, number: int) -> Item:
         raise NotImplementedError
@@ -32,9 +34,13 @@ class _Reads(Sequence[Item]):
             raise IndexError(f"{at} of {len(self)} records")
         return self._item(number)
 
+    def __iter__(self) -> Iterator[Item]:
+        # not Sequence's, which takes an IndexError in `_item` for the end
+        return map(self._item, range(len(self)))
 
-class Lazy(_Reads[Item]):
-    """A sequence whose items are made anew each time that they are read."""
+
+class Lazy(_ByNumber[Item]):
+    """A sequence whose items are made each time that they are read."""
 
     def __init__(self, length: int, make: Callable[[int], Item]):
         self._length, self._make = length, make
@@ -46,10 +52,11 @@ class Lazy(_Reads[Item]):
         return self._make(number)
 
 
-class Spool(_Reads[Item]):
+class Spool(_ByNumber[Item]):
     """A sequence that grows at its end; a long one is in a temporary file and takes 8 bytes of memory a record.
 
-    The file has no name and is gone with the process; TMPDIR says where it is. Records must be picklable.
+    The file has no name and is deleted with the sequence or the process. It is in the folder that TMPDIR names, which
+    saves no memory if that is a file system in memory. Records must be picklable.
     """
 
     def __init__(self, records: Iterable[Item] = ()):
@@ -60,17 +67,21 @@ class Spool(_Reads[Item]):
             self.append(record)
 
     def append(self, record: Item) -> None:
-        """Adds a record."""
+        """Adds a record.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
         if self._file is None:
             self._records.append(record)
             if len(self._records) <= MOST_IN_MEMORY:
                 return
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed when nothing refers to it)
+            self._file = _open_file()
             waiting, self._records = self._records, []
         else:
             waiting = [record]
-        for one in waiting:
-            content = pickle.dumps(one, pickle.HIGHEST_PROTOCOL)
+        for each in waiting:
+            content = pickle.dumps(each, pickle.HIGHEST_PROTOCOL)
             _write_whole(self._file, content)
             self._ends.append(self._ends[-1] + len(content))
 
@@ -89,19 +100,37 @@ class Spool(_Reads[Item]):
         return record
 
 
+def _open_file() -> IO[bytes]:
+    """Opens a temporary file without a name and without a buffer, so that what was written can be read at once."""
+    try:
+        return tempfile.TemporaryFile(buffering=0)  # closed when nothing refers to it
+    except OSError as error:
+        raise _no_room(error) from error
+
+
 def _write_whole(file: IO[bytes], content: bytes) -> None:
-    """Writes all of it: an unbuffered file may take a part at a time."""
+    """Writes all of it: a file without a buffer may take a part at a time."""
     rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) :]
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> RunError:
+    return RunError(
+        f"{tempfile.gettempdir()}: cannot keep the records of a stage there ({error.strerror}); make room, or set "
+        "TMPDIR to a folder with more, then run the same command again"
+    )
 
 
 class Arrivals(Container[int], Generic[Item]):
     """Items that arrive in any order, each with its number; they are kept in a `Spool`."""
 
-    def __init__(self, most: int, known: Iterable[tuple[int, Item]] = ()):
-        """Takes the number of items that may arrive, and those that have."""
-        self._rows = array("q", [-1]) * most
+    def __init__(self, num_items: int, known: Iterable[tuple[int, Item]] = ()):
+        """Takes how many items will arrive, and those that have, by their numbers."""
+        self._rows = array("q", [-1]) * num_items
         self._items: Spool[Item] = Spool()
         self._count = 0
         self.update(known)
@@ -144,7 +173,7 @@ class Table(Mapping[str, Item], Generic[Item]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
 
 
@@ -154,8 +183,8 @@ def spooled(records: Iterable[Item]) -> Sequence[Item]:
 
 
 def subset(records: Sequence[Item], numbers: Sequence[int]) -> Sequence[Item]:
-    """Returns the records of these numbers: a list of a list, else a view."""
+    """Returns the records of these numbers: for a list another list, else a view."""
     if isinstance(records, list):
         return [records[number] for number in numbers]
-    own = array("q", numbers)
-    return Lazy(len(own), lambda at: records[own[at]])
+    kept = array("q", numbers)
+    return Lazy(len(kept), lambda at: records[kept[at]])

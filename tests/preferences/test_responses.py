@@ -3,6 +3,7 @@ reason.
 """
 
 import copy
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from toys import DATA
 from sso_jax.data.records import SteeredQuery, Triple
 from sso_jax.data.tokenizer import encode_text, load_tokenizer, tokens_hash
 from sso_jax.preferences.responses import SampleKey, clean_triples, sample_triples, strip_label
+from sso_jax.runtime import spool
+from sso_jax.runtime.spool import Lazy
 from sso_jax.sampling.sampler import Samples
 from sso_jax.sampling.stage import SamplingStats
 from sso_jax.toy.pretraining import train_tokenizer
@@ -94,6 +97,23 @@ def test_responses_of_several_policies_are_told_apart(toy):
     counts = [sum(t.extra["policies"][r] == k for t in triples for r in ("chosen", "rejected")) for k in range(3)]
     assert all(abs(count - 200) < 60 for count in counts)  # five standard deviations of sqrt(600 * 2/9) = 11.5
     assert any(t.extra["policies"]["chosen"] != t.extra["policies"]["rejected"] for t in triples)
+
+
+def test_a_policy_may_be_any_number_of_rounds_old(toy):
+    """Of 300 policies, those over 127 rounds back answer more than half of 40 queries' y+ and y-."""
+    records = [SteeredQuery(str(n), f"query {n}", ("Safety",), "good", "bad") for n in range(40)]
+    prompts = {str(n): {context: [n] for context in ("plain", "positive", "negative")} for n in range(40)}
+
+    def sample(params, requests, stage):
+        answers = [ended(toy, f"{params}") for _ in requests]
+        return Samples(answers, [False] * len(answers), SamplingStats(row_steps=8, row_steps_used=6))
+
+    policies = ["0", *(lambda age=age: str(age) for age in range(1, 300))]
+    sampler, key = SimpleNamespace(sample=sample), SampleKey(0, iteration=300)
+    triples, _ = sample_triples(sampler, policies, toy, records, prompts, key)
+    ages = [t.extra["policies"][side] for t in triples for side in ("chosen", "rejected")]
+    assert ages == [int(getattr(t, side)) for t in triples for side in ("chosen", "rejected")]
+    assert sum(age > 127 for age in ages) > 40
 
 
 LABELED = {
@@ -179,3 +199,21 @@ def test_cleaning_saves_stripped_responses_and_counts_what_it_drops_by_reason(to
         "empty": 2,
         "label": 1,
     }
+
+
+def test_many_stripped_responses_are_not_in_memory(toy, monkeypatch):
+    """All of 200 pairs have a label, and about 400 tokens: 3 kB each of pointers to them alone."""
+    monkeypatch.setattr(spool, "MOST_IN_MEMORY", 5)
+    ids = {side: ended(toy, f"Response: {side}" + " a b" * 100) for side in ("chosen", "rejected")}
+    texts = {side: toy.decode(own[:-1]) for side, own in ids.items()}
+
+    def triple(number: int) -> Triple:
+        return Triple(f"t{number}", "q", None, None, **texts, original=None, response_ids=ids)
+
+    clean_triples(toy, [triple(0)])  # what a first call keeps
+    tracemalloc.start()
+    kept, dropped = clean_triples(toy, Lazy(200, triple))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100_000 and len(kept) == 200 and not dropped
+    assert kept[199].id == "t199" and kept[199].chosen.strip() == "chosen" + " a b" * 100

@@ -188,7 +188,9 @@ def test_processes_that_read_different_things_are_refused_in_all_of_them():
 SHARING = """
 import sys
 from sso_jax.runtime.errors import InputError, RunError
-from sso_jax.runtime.hosts import map_across_processes, on_first_process, join_hosts
+from sso_jax.runtime import hosts
+from sso_jax.runtime.hosts import each_across_processes, each_from_first, map_across_processes, on_first_process
+from sso_jax.runtime.hosts import join_hosts
 port, number = sys.argv[1], int(sys.argv[2])
 join_hosts(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number)
 own = []
@@ -202,6 +204,26 @@ try:
     map_across_processes(refuse, ["fox", "stork", "lynx"])
 except InputError as error:
     refused = error
+
+hosts.PASSED_AT_ONCE = 2
+for count in range(6):  # whole parts, and not
+    numbers = list(range(count))
+    assert list(each_across_processes(lambda n: n * n, numbers)) == [n * n for n in numbers]
+    assert list(each_from_first(lambda: zip(numbers, "abcdef") if number == 0 else 1 / 0)) == [
+        [n, "abcdef"[n]] for n in numbers
+    ]
+
+def broken():
+    yield from range(3)
+    raise InputError("a broken journal")
+for make in (lambda: each_from_first(broken), lambda: each_across_processes(refuse, ["a", "b", "c", "stork"])):
+    seen = []
+    try:
+        seen.extend(make())
+    except InputError as error:
+        assert str(error) in ("a broken journal", "a stork")
+    else:
+        raise AssertionError(seen)
 
 def fail():
     raise RunError("a lost server")

@@ -1,11 +1,14 @@
 """Sequences in a temporary file: the same records as a list of them, and little memory."""
 
 import gc
+import io
+import tempfile
 import tracemalloc
 
 import pytest
 
 from sso_jax.runtime import spool
+from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.spool import Arrivals, Lazy, Spool, Table, spooled, subset
 
 
@@ -58,6 +61,23 @@ def test_lazy_records_are_made_when_they_are_read():
     found = Lazy(4, lambda number: made.append(number) or number * number)
     assert len(found) == 4 and made == [] and found[-1] == 9 and made == [3]
     assert list(found) == [0, 1, 4, 9] and found[1:3] == [1, 4]
+
+
+def test_an_index_error_of_what_makes_an_item_is_not_the_end():
+    """Python's own iteration of a sequence takes it for the end, so that records would be missing without a word."""
+    with pytest.raises(IndexError, match="list index out of range"):
+        list(Lazy(3, lambda number: [10, 20][number]))
+
+
+def test_a_full_disk_is_named_with_its_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(spool, "MOST_IN_MEMORY", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as full, pytest.raises(RunError, match=rf"{tmp_path}: .*No space left.*TMPDIR"):
+        full.setattr(tempfile, "TemporaryFile", lambda buffering: io.FileIO("/dev/full", "w"))
+        Spool(range(3))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(RunError, match=r"absent: .*No such file"):
+        Spool(range(3))
 
 
 def test_arrivals_are_put_in_order_and_the_last_of_a_number_counts(most):

@@ -222,15 +222,16 @@ def _within_limit(
     """Returns the triples, cut to the token limit if `train.long_examples` is `cut`, and the number that was cut."""
     if this.run.config.train.long_examples == "drop":
         return triples, 0
-    limit, cut = this.run.engine.max_tokens, dict[int, Triple]()
-    for number, triple in enumerate(triples):
-        own = pair_rules.cut_to(triple, prompts[triple.id], cells, limit)
-        if own is not triple:
-            cut[number] = own
-    if not cut:
+    limit = this.run.engine.max_tokens
+
+    def cut(triple: Triple) -> Triple:
+        return pair_rules.cut_to(triple, prompts[triple.id], cells, limit)
+
+    num_cut = sum(cut(triple) is not triple for triple in triples)
+    if not num_cut:
         return triples, 0
-    log.warning("%d of %d pairs were cut to %d tokens of prompt and response", len(cut), len(triples), limit)
-    return spooled(cut.get(number) or triple for number, triple in enumerate(triples)), len(cut)
+    log.warning("%d of %d pairs were cut to %d tokens of prompt and response", num_cut, len(triples), limit)
+    return spooled(map(cut, triples)), num_cut
 
 
 def _those_that_fit(
