@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sso_jax.data.records import Cell, Dropped, Triple
-from sso_jax.preferences.pairs import mean_log_probs
+from sso_jax.preferences.pairs import drop_by_reason, mean_log_probs
 from sso_jax.runtime.spool import spooled, subset
 
 
@@ -75,14 +75,12 @@ def filter_pairs(triples: Sequence[Triple]) -> tuple[Sequence[Triple], Dropped]:
 
 def keep_clear_scores(triples: Sequence[Triple], least: float) -> tuple[Sequence[Triple], Dropped]:
     """Keeps triples whose chosen response leads in score by `least` or more; drops those without finite scores too."""
-    kept, dropped = array("q"), Dropped()
-    for number, triple in enumerate(triples):
+
+    def reason_of(triple: Triple) -> str | None:
         if triple.scores is None:
-            dropped[triple.id] = "no_scores"
-        elif not math.isfinite(_lead(triple)):
-            dropped[triple.id] = "score_not_finite"
-        elif _lead(triple) < least:
-            dropped[triple.id] = "small_score_gap"
-        else:
-            kept.append(number)
-    return subset(triples, kept), dropped
+            return "no_scores"
+        if not math.isfinite(_lead(triple)):
+            return "score_not_finite"
+        return "small_score_gap" if _lead(triple) < least else None
+
+    return drop_by_reason(triples, reason_of)

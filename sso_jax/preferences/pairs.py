@@ -10,11 +10,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sso_jax.data.chat import encode_response
-from sso_jax.data.records import RESPONSES, Cell, Dropped, Triple
+from sso_jax.data.records import RESPONSES, Cell, Dropped, SteeredQuery, Triple
 from sso_jax.data.tokenizer import tokens_hash
 from sso_jax.runtime.spool import spooled, subset
 
 Value = TypeVar("Value")
+Record = TypeVar("Record", SteeredQuery, Triple)
 SCORED_CELLS = [Cell("plain", "chosen"), Cell("plain", "rejected")]
 
 
@@ -124,9 +125,21 @@ def drop_empty_contrasts(triples: Sequence[Triple], cells: list[Cell]) -> tuple[
 
     If the prompts state scores, pairs with equal scores are dropped too.
     """
-    reasons = [empty_contrast(triple, cells) for triple in triples]
-    kept = subset(triples, [number for number, reason in enumerate(reasons) if reason is None])
-    return kept, {t.id: reason for t, reason in zip(triples, reasons, strict=True) if reason is not None}
+    return drop_by_reason(triples, lambda triple: empty_contrast(triple, cells))
+
+
+def drop_by_reason(
+    records: Sequence[Record], reason_of: Callable[[Record], str | None]
+) -> tuple[Sequence[Record], Dropped]:
+    """Drops the records for which `reason_of` returns a reason; returns the rest and the reasons by id."""
+    kept, dropped = array("q"), Dropped()
+    for number, record in enumerate(records):
+        reason = reason_of(record)
+        if reason is None:
+            kept.append(number)
+        else:
+            dropped[record.id] = reason
+    return subset(records, kept), dropped
 
 
 def empty_contrast(triple: Triple, cells: list[Cell]) -> str | None:

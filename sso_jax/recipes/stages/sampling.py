@@ -1,7 +1,6 @@
 """The sampling stages of a round: its queries, the principles that steer them, and the responses y+, y- and y_o."""
 
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from sso_jax.data.queries import deal, load_queries, require_queries
 from sso_jax.data.records import RESPONSES, Dropped, Prompts, Query, SteeredQuery, Triple
 from sso_jax.data.rows import Records
 from sso_jax.models.fingerprint import fingerprint
+from sso_jax.preferences.pairs import drop_by_reason
 from sso_jax.preferences.principle_sources import (
     UNPARSED_FILE,
     PrincipleSource,
@@ -31,7 +31,6 @@ from sso_jax.recipes.run import Params, Round
 from sso_jax.recipes.stages.policies import exported_policy
 from sso_jax.recipes.stages.served_sampling import served_sampler
 from sso_jax.runtime.errors import InputError
-from sso_jax.runtime.spool import subset
 from sso_jax.runtime.stage_markers import record_stage
 from sso_jax.sampling.sampler import ResponseSampler
 
@@ -172,13 +171,7 @@ def sample_fitting(
         other = rejected is None or rejected.sampler.fits(own[rejected.context])
         return other and all(sampler.fits(prompt) for prompt in own.values())
 
-    fitting, dropped = array("q"), Dropped()
-    for number, query in enumerate(queries):
-        if fits(prompts[query.id]):
-            fitting.append(number)
-        else:
-            dropped[query.id] = "prompt_too_long"
-    own = subset(queries, fitting)
+    own, dropped = drop_by_reason(queries, lambda query: None if fits(prompts[query.id]) else "prompt_too_long")
     return sample_triples(sampler, policies, engine.chat.tokenizer, own, prompts, key, wanted, rejected), dropped
 
 

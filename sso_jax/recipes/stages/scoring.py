@@ -7,7 +7,6 @@ again.
 
 import dataclasses
 import logging
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from sso_jax.runtime.errors import RunError
 from sso_jax.runtime.hosts import on_first_process
 from sso_jax.runtime.journal import Journal
 from sso_jax.runtime.json_lines import each_record
-from sso_jax.runtime.spool import Lazy, spooled, subset
+from sso_jax.runtime.spool import Lazy, spooled
 from sso_jax.runtime.stage_markers import finished, read_verified, record_stage, reopen
 from sso_jax.training.scoring import Scorable, plan_scoring, require_finite, score_examples
 
@@ -192,7 +191,13 @@ def _score(
     """
     engine, stage = this.run.engine, this.title("reference log-probs")
     triples, num_cut = _within_limit(this, triples, cells, prompts)
-    fitting = _those_that_fit(triples, prompts, cells, engine.max_tokens, dropped)
+
+    def reason_of(triple: Triple) -> str | None:
+        fits = pair_rules.fits(prompts[triple.id], triple.response_ids, cells, engine.max_tokens)
+        return None if fits else "pair_too_long"
+
+    fitting, too_long = pair_rules.drop_by_reason(triples, reason_of)
+    dropped |= too_long
     if not fitting:
         return [], {"num_cut": num_cut}
     items = scorables(fitting, prompts)
@@ -232,19 +237,6 @@ def _within_limit(
         return triples, 0
     log.warning("%d of %d pairs were cut to %d tokens of prompt and response", num_cut, len(triples), limit)
     return spooled(map(cut, triples)), num_cut
-
-
-def _those_that_fit(
-    triples: Sequence[Triple], prompts: Mapping[str, Prompts], cells: list[Cell], limit: int, dropped: Dropped
-) -> Sequence[Triple]:
-    """Returns the triples within the token limit; adds the others to `dropped`."""
-    numbers = array("q")
-    for number, triple in enumerate(triples):
-        if pair_rules.fits(prompts[triple.id], triple.response_ids, cells, limit):
-            numbers.append(number)
-        else:
-            dropped[triple.id] = "pair_too_long"
-    return triples if len(numbers) == len(triples) else subset(triples, numbers)
 
 
 def _open_journal(this: Round, reference_key: str) -> Journal | None:
