@@ -218,13 +218,16 @@ def _write_principles(named: _Principled, ask: Ask) -> _Principled:
         return Question(f"{query.id}/{feature}", principles_prompt(query, feature))
 
     answers = ask(Lazy(len(asked), question), "principles", WRITING_TOKENS)
+    if len(answers) != len(asked):
+        raise ValueError(f"{len(answers)} answers to {len(asked)} questions for principles")
     unparsed = list(named.unparsed)
 
     def written() -> Iterator[PrincipledQuery]:
         texts = (answer.text for answer in answers)
         for record in named.records:
             own = []
-            for feature, text in zip(record.features, texts, strict=False):  # one answer for each feature
+            for feature in record.features:
+                text = next(texts)
                 own.append(parse_principles(text) if text is not None else None)
                 if own[-1] is None and text is not None:
                     unparsed.append({"id": record.id, "asked": feature, "text": text})
